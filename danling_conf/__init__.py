@@ -1,0 +1,51 @@
+"""Typed, composable Hydra configuration for distributed PyTorch training, and the layer that turns it into objects."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from danling_conf.app import compose, main
+    from danling_conf.groups import name_of, parse_layout, register
+    from danling_conf.resolution.resolve import resolve
+    from danling_conf.runner.training import Runner
+    from danling_conf.schema import RunnerConfig
+    from danling_conf.topology.violation import ConfigRefused
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ConfigRefused": "danling_conf.topology.violation",
+    "Runner": "danling_conf.runner.training",
+    "RunnerConfig": "danling_conf.schema",
+    "compose": "danling_conf.app",
+    "main": "danling_conf.app",
+    "name_of": "danling_conf.groups",
+    "parse_layout": "danling_conf.groups",
+    "register": "danling_conf.groups",
+    "resolve": "danling_conf.resolution.resolve",
+}
+
+__all__ = [
+    "ConfigRefused",
+    "Runner",
+    "RunnerConfig",
+    "compose",
+    "main",
+    "name_of",
+    "parse_layout",
+    "register",
+    "resolve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Exports are imported when they are first used, so that composing imports no torch."""
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,76 @@
+"""Base configs: typed primary configurations with every group in their defaults."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from danling_conf.groups.presets import DEFAULT_CHOICES
+from danling_conf.schema import RunnerConfig, facts_of
+
+BASE_NAME = "danling"
+
+_registered: dict[str, type[RunnerConfig]] = {BASE_NAME: RunnerConfig}
+
+
+def register(config: type[RunnerConfig], name: str | None = None) -> type[RunnerConfig]:
+    """Make a subclass of `RunnerConfig` a base config, like `danling`: typed, with every group in its defaults.
+
+    It can be the primary config itself (`config_name="my_config"`) or the first entry of a YAML file's defaults.
+
+    Args:
+        config: dataclass that derives from `RunnerConfig`; its own fields are checked like ours.
+        name: name of the base config; the class name in snake case when None.
+
+    Returns:
+        The class, so that `register` can be used as a decorator.
+
+    Raises:
+        TypeError: `config` is not a dataclass deriving from `RunnerConfig`.
+        ValueError: another class already has that name.
+    """
+    if not (isinstance(config, type) and is_dataclass(config) and issubclass(config, RunnerConfig)):
+        raise TypeError(f"register: {config!r} must be a dataclass that derives from RunnerConfig")
+    if "__dataclass_fields__" not in vars(config):
+        raise TypeError(f"register: {config.__name__} derives from RunnerConfig but is no dataclass: add @dataclass")
+    if name is None:
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", config.__name__).lower()
+    known = _registered.get(name)
+    # A script that is imported again (as itself and as __main__) defines its class again: same name, same class.
+    if known is not None and known.__qualname__ != config.__qualname__:
+        raise ValueError(f"register: the name {name!r} already belongs to {known.__qualname__}; pass another name")
+    _registered[name] = config
+    return config
+
+
+def base_names() -> list[str]:
+    """Names of all base configs."""
+    return sorted(_registered)
+
+
+def base_config(name: str) -> DictConfig:
+    """A base config as a typed node with its defaults list. Raises KeyError for an unknown name."""
+    node = OmegaConf.structured(_registered[name])
+    open_sections(node)
+    with open_dict(node):
+        node["defaults"] = ListConfig(["_self_", *({group: choice} for group, choice in DEFAULT_CHOICES.items())])
+    return node
+
+
+def open_sections(node: DictConfig) -> None:
+    """Let the open-ended sections of a typed node take keys that they do not declare; resolution checks them."""
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            if _is_open(OmegaConf.get_type(child)):
+                OmegaConf.set_struct(child, False)
+            open_sections(child)
+
+
+def _is_open(kind: type | None) -> bool:
+    if kind is dict:
+        return True  # free-form sections: model, data, and mappings of a user's own
+    # A setting that is unset or a mapping (`fsdp.mp_policy`) is given keys where there is no mapping yet.
+    return hasattr(kind, "open_to") or any(facts_of(item).shape for item in fields(kind) if is_dataclass(kind))

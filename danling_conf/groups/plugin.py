@@ -1,0 +1,23 @@
+"""The classes that Hydra's plugin discovery is given: installing the package is all the registration there is."""
+
+from __future__ import annotations
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from danling_conf.groups.source import SCHEME, NameSource
+
+PROVIDER = "danling-conf"
+
+
+class DanlingSearchPath(SearchPathPlugin):
+    """Appends our source to every app's search path, after the app's own directories."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        path = f"{SCHEME}://"
+        # Hydra 1.4 finds the plugin twice: by its entry point and in the namespace package.
+        if all(element.path != path for element in search_path.get_path()):
+            search_path.append(PROVIDER, path)
+
+
+__all__ = ["DanlingSearchPath", "NameSource"]

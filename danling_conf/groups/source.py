@@ -1,0 +1,106 @@
+"""Where Hydra finds our groups: a config source that makes presets, layouts and base configs from their names.
+
+It keeps no state. Nodes in Hydra's ConfigStore cost every composition time (1.3.8 copies the whole store); names that
+are computed cost nothing until they are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.object_type import ObjectType
+from hydra.errors import ConfigCompositionException
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from omegaconf import DictConfig, OmegaConf
+
+from danling_conf.groups.base import base_config, base_names
+from danling_conf.groups.layout_names import EXAMPLES, LayoutNameError, looks_like_layout, parse_layout
+from danling_conf.groups.presets import GLOBAL, GROUPS
+
+LAYOUTS = "parallel"
+LAUNCHERS: dict[str, dict[str, Any]] = {
+    # Hydra 1.3 wants the class to live in hydra_plugins.
+    "danling_local": {"_target_": "hydra_plugins.danling_conf_plugin.local_launcher.LocalLauncher"},
+}
+_LAUNCHER_GROUP = "hydra/launcher"
+SCHEME = "danling"
+
+
+def layout_settings(name: str) -> dict[str, Any]:
+    """The settings that a layout's name gives, at the root: all seven axes and `fsdp.enabled`."""
+    layout = parse_layout(name)
+    return {"parallel": {"axes": layout.degrees()}, "fsdp": {"enabled": layout.fsdp}}
+
+
+class NameSource(ConfigSource):
+    """`danling://`: configs that are computed from their names."""
+
+    @staticmethod
+    def scheme() -> str:
+        return SCHEME
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        group, name = _split(config_path)
+        if group == LAYOUTS:
+            try:
+                return self._result(layout_settings(name), GLOBAL)
+            except LayoutNameError as error:
+                # Hydra prints this class as one line, without a stack trace.
+                raise ConfigCompositionException(str(error)) from None
+        if group == "" and name in base_names():
+            return self._result(base_config(name), None)
+        if group == _LAUNCHER_GROUP and name in LAUNCHERS:
+            return self._result(LAUNCHERS[name], "hydra.launcher")
+        if group in GROUPS and name in GROUPS[group]:
+            preset = GROUPS[group][name]
+            return self._result(preset.settings, preset.package)
+        raise ConfigLoadError(f"there is no config {config_path}")
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        path = config_path.rstrip("/")
+        return path in ("", LAYOUTS, "hydra", _LAUNCHER_GROUP) or path in GROUPS
+
+    def is_config(self, config_path: str) -> bool:
+        group, name = _split(config_path)
+        if group == LAYOUTS:
+            # A name that is nearly right is claimed too, so that its fault is named.
+            return looks_like_layout(name)
+        if group == "":
+            return name in base_names()
+        if group == _LAUNCHER_GROUP:
+            return name in LAUNCHERS
+        return name in GROUPS.get(group, {})
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        path = config_path.rstrip("/")
+        names: list[str] = []
+        if path == "":
+            if results_filter in (None, ObjectType.GROUP):
+                names += [LAYOUTS, *GROUPS]
+            if results_filter in (None, ObjectType.CONFIG):
+                names += base_names()
+        elif path == "hydra":
+            if results_filter in (None, ObjectType.GROUP):
+                names.append("launcher")
+        elif path == _LAUNCHER_GROUP:
+            if results_filter in (None, ObjectType.CONFIG):
+                names += LAUNCHERS
+        elif results_filter in (None, ObjectType.CONFIG):
+            names += EXAMPLES if path == LAYOUTS else GROUPS.get(path, {})
+        return sorted(names)
+
+    def _result(self, settings: Mapping[str, Any], package: str | None) -> ConfigResult:
+        config = settings if isinstance(settings, DictConfig) else OmegaConf.create(dict(settings))
+        return ConfigResult(
+            provider=self.provider, path=f"{SCHEME}://{self.path}", config=config, header={"package": package}
+        )
+
+
+def _split(config_path: str) -> tuple[str, str]:
+    path = config_path.rstrip("/").removesuffix(".yaml")
+    group, _, name = path.rpartition("/")
+    return group, name

@@ -1,0 +1,95 @@
+"""From a resolved configuration to a finished attempt: claim, freeze, run here or in local workers."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+from omegaconf import DictConfig
+
+from danling_conf.launch.command import App, warnings_of
+from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
+from danling_conf.launch.run_rank import read_result, run_rank, write_result
+from danling_conf.resolution.current import Current
+from danling_conf.resolution.frozen import FROZEN, freeze_attempt
+from danling_conf.resolution.hydra_adapter import Composer
+from danling_conf.resolution.run_directory import Attempt, claim
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.layout import layout_of
+from danling_conf.topology.rank_environment import SINGLE
+from danling_conf.topology.violation import ConfigRefused
+
+
+def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig) -> Any:
+    """Run one configuration to its end; gives its score. Exits the process where it failed."""
+    attempt, lock = open_attempt(app, config)
+    try:
+        return run_attempt(app, composing, composed, config, attempt)
+    except ConfigRefused:
+        raise
+    except WorkersFailed as failure:
+        show_failure(failure)
+        sys.exit(failure.exit_code if failure.exit_code > 0 else 1)
+    except WorkersInterrupted as interruption:
+        _show_interruption(str(interruption), attempt)
+        sys.exit(interruption.exit_code)
+    except KeyboardInterrupt:
+        _show_interruption("interrupted", attempt)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        print(f"run failed: {attempt.run_directory}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        lock.release()
+
+
+def open_attempt(app: App, config: RunnerConfig) -> tuple[Attempt, Any]:
+    """Claim the run, write what is frozen of the attempt, and tell the user what they should know."""
+    attempt, lock = claim(config)
+    freeze_attempt(config, attempt, app.script)
+    for line in (*attempt.notes, *warnings_of(config)):
+        print(f"warning: {line}", file=sys.stderr)
+    return attempt, lock
+
+
+def run_attempt(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig, attempt: Attempt) -> Any:
+    """Run an opened attempt as Hydra's job: in this process, or in as many workers as the layout has ranks.
+
+    Raises:
+        WorkersFailed, WorkersInterrupted: from the workers.
+        Exception: what the user's function raised in this process.
+    """
+    world_size = layout_of(config.parallel.axes, config.fsdp.enabled).world_size
+
+    def task(_: DictConfig) -> Any:
+        if world_size == 1:
+            return run_rank(app.function, config, Current(attempt=attempt, ranks=SINGLE), app.script.stem)
+        try:
+            run_workers(worker_command(), world_size, attempt.directory, attempt.directory / FROZEN)
+        except (WorkersFailed, WorkersInterrupted) as error:
+            # The main rank may have been stopped before it could say how the attempt ended.
+            status = "failed" if isinstance(error, WorkersFailed) else "interrupted"
+            write_result(attempt.directory, status, None, str(error))
+            raise
+        result = read_result(attempt.directory)
+        return None if result is None else result["score"]
+
+    outcome = composing.run_job(composed, task, attempt.directory)
+    if isinstance(outcome._return_value, Exception):
+        raise outcome._return_value
+    return outcome._return_value
+
+
+def show_failure(failure: WorkersFailed) -> None:
+    """The first failing rank's error; a refusal without its traceback."""
+    if failure.refused:
+        print(str(failure), file=sys.stderr)
+    else:
+        print(f"rank {failure.rank} failed: {failure}", file=sys.stderr)
+        print(f"the other ranks were stopped; logs: {failure.log.parent}", file=sys.stderr)
+
+
+def _show_interruption(reason: str, attempt: Attempt) -> None:
+    print(f"{reason}; the run so far: {attempt.run_directory}", file=sys.stderr)

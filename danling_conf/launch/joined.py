@@ -1,0 +1,84 @@
+"""A rank that torchrun or srun started joins its world."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from typing import Any
+
+from danling_conf.launch.command import REFUSED, App, check, compose_or_refuse, refuse
+from danling_conf.launch.execute import open_attempt
+from danling_conf.launch.meeting import announce, await_configuration, meet
+from danling_conf.launch.run_rank import run_rank
+from danling_conf.resolution.current import Current
+from danling_conf.resolution.frozen import FROZEN, thaw
+from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
+from danling_conf.topology.rank_environment import RankEnvironment
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+
+
+def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
+    """Take part as the rank that `ranks` says: rank 0 resolves and claims, the others read what it froze.
+
+    A rank that fails exits at once, with the process: the launcher sees it and stops the others.
+    """
+    try:
+        if parsed.multirun:
+            raise ConfigRefused(
+                [Violation("--multirun", ABSENT, f"{ranks.launcher} started ranks of one run", "sweep without it")]
+            )
+        return _lead(app, search, parsed, ranks) if ranks.main else _follow(app, ranks)
+    except ConfigRefused as refusal:
+        if ranks.main:
+            refuse(refusal)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:
+        _record(sys.exc_info()[1])
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
+    with composer(search) as composing:
+        try:
+            composed = compose_or_refuse(composing, parsed.overrides)
+            config = check(composing, composed, parsed.overrides)
+            attempt, lock = open_attempt(app, config)
+        except ConfigRefused:
+            announce(meet(ranks), None)
+            raise
+        store = meet(ranks)
+        announce(store, (attempt.directory / FROZEN).read_text())
+        start = Current(attempt=attempt, ranks=ranks, store=store)
+        try:
+            outcome = composing.run_job(
+                composed, lambda _: run_rank(app.function, config, start, search.job_name), attempt.directory
+            )
+        finally:
+            lock.release()
+        if isinstance(outcome._return_value, Exception):
+            raise outcome._return_value
+        return outcome._return_value
+
+
+def _follow(app: App, ranks: RankEnvironment) -> Any:
+    store = meet(ranks)
+    content = await_configuration(store)
+    if content is None:
+        sys.exit(REFUSED)
+    config, attempt = thaw(content)
+    return run_rank(app.function, config, Current(attempt=attempt, ranks=ranks, store=store), app.script.stem)
+
+
+def _record(error: BaseException | None) -> None:
+    """Tell torchrun what happened, so that its summary names the first failing rank's error."""
+    if error is not None and "TORCHELASTIC_ERROR_FILE" in os.environ and isinstance(error, Exception):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

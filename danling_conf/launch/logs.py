@@ -1,0 +1,74 @@
+"""Log files of an attempt: one a rank, and the main process's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from danling_conf.topology.rank_environment import RankEnvironment
+
+_OURS = "danling_conf"
+
+
+def rank_log(attempt: Path, rank: int) -> Path:
+    """The log file of a rank."""
+    return attempt / f"rank-{rank}.log"
+
+
+def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str) -> list[logging.Handler]:
+    """Send what is logged to the rank's file, and to the job's log on the main process; gives the handlers added.
+
+    Our own logger does not propagate: on the console its lines belong to the progress display.
+    """
+    handlers: list[logging.Handler] = [_file_handler(rank_log(attempt, ranks.rank), ranks.rank)]
+    root, ours = logging.getLogger(), logging.getLogger(_OURS)
+    if root.level > logging.INFO or root.level == logging.NOTSET:
+        root.setLevel(logging.INFO)
+    root.addHandler(handlers[0])
+    ours.addHandler(handlers[0])
+    if ranks.main and log:
+        handlers.append(_file_handler(attempt / f"{job_name}.log", ranks.rank))
+        ours.addHandler(handlers[1])
+    if ranks.main and not log:
+        for handler in list(root.handlers):
+            if isinstance(handler, logging.FileHandler) and handler is not handlers[0]:
+                root.removeHandler(handler)
+    ours.propagate = False
+    return handlers
+
+
+def close_logs(handlers: list[logging.Handler]) -> None:
+    """Take handlers off again."""
+    for logger in (logging.getLogger(), logging.getLogger(_OURS)):
+        for handler in handlers:
+            logger.removeHandler(handler)
+    for handler in handlers:
+        handler.close()
+    logging.getLogger(_OURS).propagate = True
+
+
+def redirect_output(path: Path) -> None:
+    """Let this process write its output to the end of `path`, so that it mixes with log lines in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def configure_job_logging(hydra_config: DictConfig) -> None:
+    """Apply the job logging that Hydra composed, in a process that Hydra did not start."""
+    from hydra.core.utils import configure_log
+
+    configure_log(hydra_config.job_logging, hydra_config.verbose)
+
+
+def _file_handler(path: Path, rank: int) -> logging.Handler:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+    return handler

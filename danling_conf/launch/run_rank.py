@@ -1,0 +1,67 @@
+"""One rank's part of an attempt: the user's function, called with the resolved configuration."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from danling_conf.launch.logs import close_logs, open_logs
+from danling_conf.resolution import current
+from danling_conf.resolution.current import Current
+from danling_conf.resolution.run_directory import write_whole
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import ConfigRefused
+
+RESULT = "result.json"
+_log = logging.getLogger(__name__)
+
+
+def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Current, job_name: str) -> Any:
+    """Call the user's function as the rank that `start` says; its value is the run's score.
+
+    The main process writes the outcome to `result.json`. Raises what the function raised.
+    """
+    attempt, ranks = start.attempt, start.ranks
+    handlers = open_logs(attempt.directory, ranks, log=config.log, job_name=job_name)
+    current.enter(start)
+    try:
+        value = function(config)
+        if ranks.main:
+            write_result(attempt.directory, "completed", value)
+        return value
+    except BaseException as error:
+        if not isinstance(error, (ConfigRefused, KeyboardInterrupt)):
+            _log.exception("rank %d failed", ranks.rank)
+        if ranks.main:
+            status = "refused" if isinstance(error, ConfigRefused) else "failed"
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
+            write_result(attempt.directory, status, None, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        current.enter(None)
+        close_logs(handlers)
+        if sys.exc_info()[0] is None:
+            _leave_process_group()
+
+
+def write_result(attempt: Path, status: str, value: Any, error: str | None = None) -> None:
+    """Write how an attempt ended."""
+    score = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    write_whole(attempt / RESULT, json.dumps({"status": status, "score": score, "error": error}) + "\n")
+
+
+def read_result(attempt: Path) -> dict[str, Any] | None:
+    """How an attempt ended; None when it wrote nothing."""
+    path = attempt / RESULT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _leave_process_group() -> None:
+    # Only a function that used torch can have started one; a rank that failed must not wait for the others here.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

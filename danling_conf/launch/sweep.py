@@ -1,0 +1,158 @@
+"""A sweep on this machine: every job checked, then run one after another; true exit code, a ledger of the runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from danling_conf.launch.command import App, check, compose_or_refuse
+from danling_conf.launch.execute import open_attempt, run_attempt, show_failure
+from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted
+from danling_conf.resolution.hydra_adapter import Composer
+from danling_conf.resolution.identity import config_id, job_id
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+# Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
+_DIRECTORY = "hydra.sweep.dir='${workspace_root}/${lineage}/${experiment}/sweeps/${now:%Y%m%d-%H%M%S-%f}'"
+LEDGER = "jobs.jsonl"
+
+
+@dataclass
+class Sweep:
+    """What the launcher needs to run jobs; Hydra carries it where it expects a task function."""
+
+    app: App
+    composing: Composer
+    failed: list[str] = field(default_factory=list)
+    __name__: str = "sweep"
+
+    def __call__(self, config: DictConfig) -> Any:
+        raise TypeError("this sweep runs with the launchers of danling-conf: hydra/launcher=danling_local")
+
+
+def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
+    """Run Hydra's sweep over this machine. Exits with 1 when a job failed; raises ConfigRefused when one is refused."""
+    arguments = list(overrides)
+    if not any(item.startswith("hydra/launcher=") for item in arguments):
+        arguments.append("hydra/launcher=danling_local")
+    if not any(item.startswith("hydra.sweep.dir=") for item in arguments):
+        arguments.append(_DIRECTORY)
+    sweep = Sweep(app=app, composing=composing)
+    try:
+        composing.multirun(arguments, sweep)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigRefused(_sweep_faults(composing, overrides, error)) from error
+    except (WorkersFailed, JobFailed):
+        sys.exit(1)
+
+
+class JobFailed(RuntimeError):
+    """A job of the sweep failed; its error has been shown."""
+
+
+def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int) -> list[JobReturn]:
+    """Check all jobs, then run them in order; one line a job, and all results kept.
+
+    Raises ConfigRefused, before any job starts, with the faults of all jobs.
+    """
+    prepared = _check_all(sweep.composing, master, jobs, first)
+    directory = Path(master.hydra.sweep.dir)
+    print(f"sweep of {len(jobs)} jobs: {directory}")
+    results = []
+    for number, (overrides, composed, config) in enumerate(prepared, first):
+        print(f"#{number} {' '.join(filter_overrides(overrides))}", flush=True)
+        outcome = _run_job(sweep, composed, config, overrides, number, directory)
+        score = outcome._return_value if outcome.status == JobStatus.COMPLETED else None
+        print(f"#{number} {outcome.status.name.lower()}" + (f" score={score:.6g}" if score is not None else ""))
+        results.append(outcome)
+    failed = sum(item.status == JobStatus.FAILED for item in results)
+    print(f"sweep done: {len(results) - failed} of {len(results)} jobs completed: {directory}", flush=True)
+    return results
+
+
+def _check_all(
+    composing: Composer, master: DictConfig, jobs: list[list[str]], first: int
+) -> list[tuple[list[str], DictConfig, RunnerConfig]]:
+    prepared, violations = [], []
+    own = list(OmegaConf.to_container(master.hydra.overrides.hydra))
+    for number, overrides in enumerate(jobs, first):
+        try:
+            composed = compose_or_refuse(composing, [*own, *overrides])
+            with open_dict(composed):
+                composed.hydra.job.num = number
+                composed.hydra.job.id = str(number)
+            prepared.append((overrides, composed, check(composing, composed, overrides)))
+        except ConfigRefused as refusal:
+            where = f"job #{number} ({' '.join(filter_overrides(overrides))}): "
+            violations += [replace(item, rule=where + item.rule) for item in refusal.violations]
+    if violations:
+        raise ConfigRefused(violations)
+    return prepared
+
+
+def _run_job(
+    sweep: Sweep, composed: DictConfig, config: RunnerConfig, overrides: list[str], number: int, directory: Path
+) -> JobReturn:
+    outcome = JobReturn(overrides=overrides, cfg=composed, status=JobStatus.FAILED)
+    record: dict[str, Any] = {
+        "job": number, "overrides": overrides, "job_id": job_id(config), "config_id": config_id(config),
+    }  # fmt: skip
+    lock = None
+    try:
+        attempt, lock = open_attempt(sweep.app, config)
+        record["run"] = str(attempt.run_directory)
+        outcome.return_value = run_attempt(sweep.app, sweep.composing, composed, config, attempt)
+        outcome.status = JobStatus.COMPLETED
+    except (KeyboardInterrupt, WorkersInterrupted):
+        print(f"#{number} interrupted; the jobs after it were not started: {directory}", file=sys.stderr)
+        sys.exit(130)
+    except WorkersFailed as error:
+        show_failure(error)
+        outcome.return_value = JobFailed(str(error))
+    except ConfigRefused as error:
+        print(error.report(), file=sys.stderr)
+        outcome.return_value = JobFailed(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        outcome.return_value = JobFailed(f"{type(error).__name__}: {error}")
+    finally:
+        if lock is not None:
+            lock.release()
+    completed = outcome.status == JobStatus.COMPLETED
+    record |= {"status": "completed" if completed else "failed", "score": outcome._return_value if completed else None}
+    with open(directory / LEDGER, "a") as ledger:
+        ledger.write(json.dumps(record) + "\n")
+    return outcome
+
+
+def _sweep_faults(composing: Composer, overrides: Sequence[str], error: Exception) -> list[Violation]:
+    """The faults of a sweep that Hydra would not compose, each with the first job that has it."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        parsed = OverridesParser.create(config_loader=composing.loader).parse_overrides(list(overrides))
+        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException:
+        jobs = [list(overrides)]
+    found: dict[tuple[str, str, str], Violation] = {}
+    for number, job in enumerate(jobs):
+        try:
+            check(composing, compose_or_refuse(composing, job), job)
+        except ConfigRefused as refusal:
+            for item in refusal.violations:
+                shown = f"job #{number} ({' '.join(filter_overrides(job))}): {item.rule}"
+                found.setdefault((item.path, str(item.value), item.rule), replace(item, rule=shown))
+    fallback = Violation("sweep", " ".join(overrides), str(error).strip().splitlines()[0], "mend the sweep's overrides")
+    return list(found.values()) or [fallback]

@@ -1,0 +1,59 @@
+"""A process that is one rank of several: under our own local workers, torchrun or srun."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from danling_conf.launch.logs import configure_job_logging, rank_log, redirect_output
+from danling_conf.launch.run_rank import run_rank
+from danling_conf.resolution.current import Current
+from danling_conf.resolution.frozen import thaw
+from danling_conf.topology.rank_environment import RankEnvironment
+from danling_conf.topology.violation import ConfigRefused
+
+
+def run_local_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironment, job_name: str) -> Any:
+    """Run as a rank that `local_workers.run_workers` started. Exits with 1 after an error, which the parent shows."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    _end_with_parent()
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        config, attempt = thaw(frozen.read_text())
+        if not ranks.main:
+            redirect_output(rank_log(attempt.directory, ranks.rank))
+        hydra = OmegaConf.load(attempt.directory / ".hydra" / "hydra.yaml").hydra
+        _restore_hydra(hydra, console=ranks.main)
+        return run_rank(function, config, Current(attempt=attempt, ranks=ranks), job_name)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        handler.record_exception(error)
+        # Other ranks may be waiting for this one in a collective: leave without the clean-up that would wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, ConfigRefused) else 1)
+
+
+def _restore_hydra(hydra: Any, *, console: bool) -> None:
+    from danling_conf.resolution.hydra_adapter import set_hydra_config
+
+    set_hydra_config(hydra)
+    if console:
+        configure_job_logging(hydra)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies, even by SIGKILL: no rank outlives its run."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,169 @@
+"""Everything this package asks of Hydra beyond its public interface, in one place, for 1.3.8 and 1.4.
+
+Not public, and the same in both versions: the `Hydra` object with its configuration loader and repository, the parser of
+the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+
+# Hydra 1.3 asks for its version_base; 1.4 warns at every run that passes one.
+VERSION_BASE: dict[str, Any] = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigSearch:
+    """Where an app's configuration comes from."""
+
+    config_name: str | None
+    """Primary config."""
+    config_path: str | None = None
+    """Absolute directory, or `pkg://` module, of the app's own configs."""
+    config_dir: str | None = None
+    """A further directory, which comes first (`--config-dir`)."""
+    job_name: str = "app"
+    """Name of the script, for log files."""
+
+
+class Composer:
+    """Composes configurations of one app."""
+
+    def __init__(self, search: ConfigSearch, instance: Hydra) -> None:
+        self.search = search
+        self._hydra = instance
+
+    def compose(self, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
+        """What Hydra composes, its own `hydra` node included. Raises Hydra's errors."""
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        return self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
+
+    def apply(self, override: Override, config: DictConfig) -> None:
+        """Apply one value override, as composing does. Raises ConfigCompositionException."""
+        ConfigLoaderImpl._apply_overrides_to_config([override], config)
+
+    def defaults(self, overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
+        """The configs that are merged, in order: each one's path and its content at its package."""
+        merged = self.loader.compute_defaults_list(self.search.config_name, list(overrides), RunMode.RUN).defaults
+        return [
+            (str(item.config_path), self.loader._load_single_config(item, self.loader.repository).config)
+            for item in merged
+            if item.config_path is not None
+        ]
+
+    @property
+    def loader(self) -> ConfigLoaderImpl:
+        loader = self._hydra.config_loader
+        if not isinstance(loader, ConfigLoaderImpl):
+            raise TypeError(f"Hydra's configuration loader is a {type(loader).__name__}, which this package cannot use")
+        return loader
+
+    def group_exists(self, name: str) -> bool:
+        return self.loader.repository.group_exists(name)
+
+    def config_exists(self, path: str) -> bool:
+        return self.loader.repository.config_exists(path)
+
+    def options(self, group: str) -> list[str]:
+        return self.loader.repository.get_group_options(group)
+
+    def multirun(self, overrides: Sequence[str], task: Any) -> Any:
+        """Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised."""
+        return self._hydra.multirun(self.search.config_name, task, list(overrides))
+
+    def run_job(self, config: DictConfig, task: Any, directory: Path) -> Any:
+        """Run `task` as Hydra's job in `directory`: its `.hydra` and job log are written there, its callbacks called.
+
+        Raises what the task raised.
+        """
+        with open_dict(config):
+            config.hydra.run.dir = str(directory)
+            config.hydra.mode = RunMode.RUN
+        callbacks = Callbacks(config)
+        callbacks.on_run_start(config=config, config_name=self.search.config_name)
+        result = run_job(
+            hydra_context=HydraContext(config_loader=self.loader, callbacks=callbacks),
+            task_function=task,
+            config=config,
+            job_dir_key="hydra.run.dir",
+            job_subdir_key=None,
+        )
+        callbacks.on_run_end(config=config, config_name=self.search.config_name, job_return=result)
+        return result
+
+
+@contextmanager
+def composer(search: ConfigSearch) -> Iterator[Composer]:
+    """Hydra, initialised for an app; other users of Hydra in this process find it as they left it."""
+    from hydra import version
+
+    previous = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    version.setbase(*VERSION_BASE.values() or (version._UNSPECIFIED_,))
+    path = create_config_search_path(search.config_path)
+    if search.config_dir is not None:
+        directory = Path(search.config_dir).absolute()
+        if not directory.is_dir():
+            raise ConfigRefused(
+                [Violation("--config-dir", search.config_dir, "there is no such directory", "give an existing one")]
+            )
+        path.prepend("command-line", f"file://{directory}", anchor=SearchPathQuery(provider="schema"))
+    try:
+        yield Composer(search, Hydra.create_main_hydra2(search.job_name, path))
+    finally:
+        GlobalHydra.instance().clear()
+        if previous is not None:
+            GlobalHydra.instance().initialize(previous)
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's command line: overrides, and flags such as --help and --multirun."""
+    return get_args_parser().parse_args(list(arguments))
+
+
+def set_hydra_config(config: DictConfig) -> None:
+    """Let `hydra.core.hydra_config.HydraConfig.get()` answer in a process that composed nothing itself."""
+    from hydra.conf import HydraConf
+    from hydra.core.hydra_config import HydraConfig
+
+    typed = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
+    typed.merge_with({"hydra": config})
+    HydraConfig.instance().set_config(typed)
+
+
+def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Violation]:
+    """Folders of configs that have the name of a setting: Hydra would take `name=value` for a choice of the group."""
+    violations = []
+    for item in fields(kind):
+        if item.name.startswith("_") or item.default is MISSING:  # sections are groups by right
+            continue
+        if composer.group_exists(item.name):
+            violations.append(
+                Violation(
+                    item.name,
+                    ABSENT,
+                    f"the folder {item.name}/ among the configs hides the setting of that name",
+                    f"rename the folder, to recipe/ for instance, and choose with recipe=... in place of {item.name}=...",
+                )
+            )
+    return violations

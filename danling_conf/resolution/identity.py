@@ -1,0 +1,101 @@
+"""What a configuration is: plain form, canonical form, and the two hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from danling_conf.schema import RunnerConfig, declared_class, facts_of, open_keys
+
+_DIGITS = 12
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries of plain values, open keys included, hydra's `_target_`s left out."""
+    return _section(config, semantic_only=False)
+
+
+def semantic(config: Any) -> dict[str, Any]:
+    """The part of `plain` that changes the result of training."""
+    return _section(config, semantic_only=True)
+
+
+def job_id(config: RunnerConfig) -> str:
+    """Hash of the whole resolved configuration."""
+    return _digest(plain(config))
+
+
+def config_id(config: RunnerConfig) -> str:
+    """Hash of what changes the result of training: not names, paths, logging, cadence, worker counts, nor the budget."""
+    return _digest(semantic(config))
+
+
+def canonical(config: Any) -> str:
+    """The plain form as JSON with sorted keys."""
+    return json.dumps(plain(config), sort_keys=True, indent=1)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted paths and leaf values; an empty dictionary is a leaf."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted paths whose values differ between two plain forms, with both values; None where one has no such path."""
+    left, right = flatten(mine), flatten(theirs)
+    return {
+        path: (left.get(path), right.get(path))
+        for path in sorted(left.keys() | right.keys())
+        if left.get(path) != right.get(path)
+    }
+
+
+def difference_from_defaults(config: RunnerConfig) -> dict[str, Any]:
+    """Settings that differ from the defaults of the configuration's class."""
+    changed = differences(plain(config), plain(declared_class(config)()))
+    return {path: mine for path, (mine, _) in changed.items()}
+
+
+def _section(section: Any, semantic_only: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    open_to = getattr(section, "open_to", None)
+    for name, facts in {item.name: facts_of(item) for item in fields(declared_class(section))}.items():
+        if name.startswith("_") or (semantic_only and not facts.semantic):
+            continue
+        result[name] = _plain_value(getattr(section, name), semantic_only)
+    for name, value in open_keys(section).items():
+        result[name] = _plain_value(value, semantic_only)
+    if semantic_only and isinstance(open_to, type):
+        unimportant = {item.name for item in fields(open_to) if not facts_of(item).semantic}
+        for name, value in result.items():
+            if isinstance(value, dict):
+                result[name] = {key: inner for key, inner in value.items() if key not in unimportant}
+    return {name: value for name, value in result.items() if not (semantic_only and value == {})}
+
+
+def _plain_value(value: Any, semantic_only: bool) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _section(value, semantic_only)
+    if isinstance(value, dict):
+        return {str(key): _plain_value(inner, semantic_only) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(inner, semantic_only) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

@@ -1,0 +1,116 @@
+"""The one way out of OmegaConf: a composed configuration becomes a checked, read-only object of the user's class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from danling_conf.groups.base import open_sections
+from danling_conf.resolution.readonly import freeze
+from danling_conf.resolution.typed import check_declarations, unknown_key, wrong_type
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.setting import READONLY
+from danling_conf.topology.layout import fill, layout_of
+from danling_conf.topology.machine import this_machine
+from danling_conf.topology.rules import Context, violations_of
+from danling_conf.topology.violation import ConfigRefused, Violation, unique
+
+Config = TypeVar("Config", bound=RunnerConfig)
+
+
+def resolve(config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None) -> Any:
+    """A checked, read-only configuration.
+
+    Args:
+        config: what Hydra composed (a `DictConfig`), a mapping such as a loaded YAML file, or a configuration object.
+        kind: the configuration's class, where `config` does not carry one.
+        context: what rules may know beside the configuration; this machine when None.
+
+    Returns:
+        An instance of the configuration's class: aliases canonical, `stack` derived, degrees of -1 filled.
+
+    Raises:
+        ConfigRefused: with every violation, not only the first.
+    """
+    if getattr(config, READONLY, False):
+        return config
+    resolved, violations = inspect(config, kind=kind, context=context)
+    if violations:
+        raise ConfigRefused(violations)
+    return resolved
+
+
+def inspect(
+    config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None
+) -> tuple[Any, list[Violation]]:
+    """The resolved configuration and all its violations; the configuration is of use only when there are none."""
+    context = context or Context(machine=this_machine())
+    node, violations = _typed_copy(config, kind)
+    node_kind = OmegaConf.get_type(node) or kind
+    violations += check_declarations(node, node_kind)
+    OmegaConf.resolve(node)
+    faulty = {item.path for item in violations}
+    resolved = OmegaConf.to_object(node)
+    violations += [item for item in violations_of(resolved, context) if item.path not in faulty]
+    if not violations:
+        _derive(resolved, context)
+        freeze(resolved)
+    return resolved, unique(violations)
+
+
+def _typed_copy(config: Any, kind: type[RunnerConfig]) -> tuple[DictConfig, list[Violation]]:
+    violations: list[Violation] = []
+    if isinstance(config, DictConfig):
+        node = copy.deepcopy(config)
+        OmegaConf.set_readonly(node, None)
+        with read_write(node), open_dict(node):
+            node.pop("hydra", None)
+        declared = OmegaConf.get_type(node)
+        if isinstance(declared, type) and issubclass(declared, RunnerConfig):
+            return node, violations
+        given = OmegaConf.to_container(node)
+    elif is_dataclass(config) and not isinstance(config, type):
+        node = OmegaConf.structured(config)
+        open_sections(node)
+        return node, violations
+    elif isinstance(config, Mapping):
+        given = dict(config)
+    else:
+        raise TypeError(f"resolve takes a composed configuration, a mapping or a RunnerConfig, not {type(config)}")
+    node = OmegaConf.structured(kind)
+    open_sections(node)
+    violations += list(merge_leaves(node, given, kind))
+    return node, violations
+
+
+def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: type, prefix: str = "") -> list[Violation]:
+    """Merge a mapping into a typed node leaf by leaf, so that one bad value does not hide the others."""
+    violations: list[Violation] = []
+    for key, value in given.items():
+        path = f"{prefix}{key}"
+        child = node._get_node(key) if key in node else None
+        if isinstance(child, DictConfig) and isinstance(value, Mapping) and is_dataclass(OmegaConf.get_type(child)):
+            violations += merge_leaves(child, value, OmegaConf.get_type(child), f"{path}.")
+            continue
+        try:
+            node[key] = value
+        except OmegaConfBaseException as error:
+            known = key in node
+            violations.append(wrong_type(path, value, error) if known else unknown_key(kind, path, RunnerConfig))
+    return violations
+
+
+def _derive(config: RunnerConfig, context: Context) -> None:
+    """Fill what follows from the rest: degrees of -1, and the stack."""
+    axes = config.parallel.axes
+    layout = fill(layout_of(axes, config.fsdp.enabled), context.machine.fill_world_size)
+    for axis, degree in layout.degrees().items():
+        setattr(axes, axis, degree)
+    if config.stack == "auto":
+        replicated_only = layout.world_size == layout.replicate and not layout.fsdp
+        config.stack = "ddp" if replicated_only else "parallel"

@@ -1,0 +1,254 @@
+"""A run's directory: found or claimed once, locked while an attempt lives, never overwritten.
+
+`workspace_root/lineage/experiment/<run id>` is the same on every rank and for every attempt. The run id is the
+`config_id`; a fresh start of a configuration that has a run already gets the next number (`<config id>.2`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from danling_conf.resolution.identity import config_id, differences, semantic
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+
+RUN_FILE = "run.json"
+_LAYOUT_PATHS = ("parallel.axes.", "fsdp.", "stack")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a run."""
+
+    run_directory: Path
+    """Directory of the run."""
+    directory: Path
+    """Folder of this attempt, in the run."""
+    seed: int
+    """The run's seed: as configured, or drawn when the run was made."""
+    restore: Path | None = None
+    """Run directory or checkpoint that this attempt goes on from; None for a fresh start."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told about how the directory was chosen."""
+
+    @property
+    def run_id(self) -> str:
+        return self.run_directory.name
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_directory": str(self.run_directory),
+            "directory": str(self.directory),
+            "seed": self.seed,
+            "restore": str(self.restore) if self.restore else None,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Attempt:
+        return cls(
+            run_directory=Path(content["run_directory"]),
+            directory=Path(content["directory"]),
+            seed=content["seed"],
+            restore=Path(content["restore"]) if content["restore"] else None,
+        )
+
+
+class RunLock:
+    """Exclusive lock on a run's directory, held until released or until this process ends."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._file = open(run_directory / "run.lock", "a+")  # noqa: SIM115  the lock lives as long as the file is open
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ConfigRefused(
+                [
+                    Violation(
+                        "resume", str(run_directory), f"the run is live: {holder} holds it", "wait for it, or end it"
+                    )
+                ]
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def claim(config: RunnerConfig) -> tuple[Attempt, RunLock]:
+    """Find the run that this configuration goes on with, or make a new one, lock it, and open an attempt in it.
+
+    Raises ConfigRefused when the run cannot be resumed under this configuration, is live, or cannot be written.
+    """
+    try:
+        return _claim(config)
+    except OSError as error:
+        raise ConfigRefused(
+            [
+                Violation(
+                    "workspace_root",
+                    config.workspace_root,
+                    f"the run's directory cannot be made: {error.strerror}: {error.filename}",
+                    "choose a directory to write to",
+                )
+            ]
+        ) from error
+
+
+def _claim(config: RunnerConfig) -> tuple[Attempt, RunLock]:
+    root = (Path(config.workspace_root).expanduser() / config.lineage / config.experiment).absolute()
+    identity = config_id(config)
+    run: Path | None = None
+    restore: Path | None = None
+    parent: Path | None = None
+    notes: tuple[str, ...] = ()
+    if config.resume is not None:
+        restore = Path(config.resume).expanduser().absolute()
+        owner = owner_of(restore)
+        if owner is None:
+            parent = restore
+        elif restore == owner or read_run(owner)["config_id"] == identity:
+            _refuse_other_semantics(config, owner)
+            run = owner
+        else:
+            parent = owner
+            notes = (f"{restore} belongs to a run with other settings: this is a new run, whose parent it is",)
+    elif config.auto_resume:
+        run = newest_run(root, identity)
+        restore = run
+        if run is None:
+            notes = _runs_of_other_layouts(root, config)
+    if run is None:
+        run = _make_run(root, identity, config, parent)
+    lock = RunLock(run)
+    attempt = Attempt(
+        run_directory=run, directory=_make_attempt(run), seed=read_run(run)["seed"], restore=restore, notes=notes
+    )
+    return attempt, lock
+
+
+def owner_of(path: Path) -> Path | None:
+    """The run directory that is `path` or holds it; None when there is none."""
+    for folder in (path, *path.parents):
+        if (folder / RUN_FILE).is_file():
+            return folder
+    return None
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What a run's directory says of the run."""
+    return json.loads((run / RUN_FILE).read_text())
+
+
+def newest_run(root: Path, identity: str) -> Path | None:
+    """The newest run of a configuration below `root`."""
+    runs = [folder for folder in root.glob(f"{identity}*") if folder.name.partition(".")[0] == identity]
+    runs = [folder for folder in runs if (folder / RUN_FILE).is_file()]
+    return max(runs, key=_number_of, default=None)
+
+
+def _number_of(run: Path) -> int:
+    return int(run.name.partition(".")[2] or 1)
+
+
+def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        run = root / (identity if number == 1 else f"{identity}.{number}")
+        try:
+            run.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    content = {
+        "run_id": run.name,
+        "config_id": identity,
+        "seed": config.seed if config.seed is not None else secrets.randbelow(2**31),
+        "parent": str(parent) if parent else None,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": semantic(config),
+    }
+    write_whole(run / RUN_FILE, json.dumps(content, indent=1) + "\n")
+    return run
+
+
+def _make_attempt(run: Path) -> Path:
+    attempts = run / "attempts"
+    attempts.mkdir(exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    number = 1
+    while True:
+        attempt = attempts / (stamp if number == 1 else f"{stamp}.{number}")
+        try:
+            attempt.mkdir()
+            return attempt
+        except FileExistsError:
+            number += 1
+
+
+def _refuse_other_semantics(config: RunnerConfig, run: Path) -> None:
+    changed = differences(semantic(config), read_run(run)["settings"])
+    layout = {path for path in changed if path.startswith(_LAYOUT_PATHS)}
+    violations = []
+    if layout and not config.parallel.allow_degree_change:
+        shown = ", ".join(f"{path}: {changed[path][1]} -> {changed[path][0]}" for path in sorted(layout))
+        violations.append(
+            Violation(
+                "parallel",
+                ABSENT,
+                f"the run was made under another layout ({shown})",
+                "choose its layout, or parallel.allow_degree_change=true",
+            )  # fmt: skip
+        )
+    for path in sorted(changed.keys() - layout):
+        mine, theirs = changed[path]
+        violations.append(
+            Violation(
+                path,
+                mine,
+                f"the run {run.name} was made with {theirs}",
+                "resume with the run's own setting, or start a new run from one of its checkpoints",
+            )  # fmt: skip
+        )
+    if violations:
+        raise ConfigRefused(violations)
+
+
+def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
+    mine = semantic(config)
+    for run in sorted(root.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+        if (run / RUN_FILE).is_file():
+            changed = differences(mine, read_run(run)["settings"])
+            if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
+                return (
+                    f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
+                    f"(resume={run} parallel.allow_degree_change=true goes on with it)",
+                )
+    return ()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is seen whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def with_notes(attempt: Attempt, *notes: str) -> Attempt:
+    """The attempt with more notes for the user."""
+    return replace(attempt, notes=(*attempt.notes, *notes))

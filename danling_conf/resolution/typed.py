@@ -1,0 +1,205 @@
+"""The first half of checking: keys and values against their declarations, all faults at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from danling_conf.schema import Facts, facts_of
+from danling_conf.topology.violation import ABSENT, Violation, show
+
+
+def check_declarations(node: DictConfig, kind: type, prefix: str = "") -> list[Violation]:
+    """Check every key and value below `node` against the dataclass `kind`, and make `node` canonical.
+
+    Aliases become what they stand for. What breaks its declaration is reset to its default, so that rules can be
+    applied to the rest.
+    """
+    return list(_check_section(node, kind, prefix))
+
+
+def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
+    """The violation of a key that is not declared: names the nearest one."""
+    prefix, _, key = path.rpartition(".")
+    siblings = [item.name for item in fields(kind) if not item.name.startswith("_")]
+    near = get_close_matches(key, siblings, n=1, cutoff=0.6)
+    where = f"{prefix}." if prefix else ""
+    if near:
+        fix = f"did you mean {where}{near[0]}?"
+    else:
+        elsewhere = [known for known in setting_paths(root or kind) if known.rpartition(".")[2] == key]
+        if elsewhere:
+            fix = f"did you mean {' or '.join(elsewhere)}?"
+        elif prefix:
+            fix = f"{prefix} has {', '.join(siblings)}"
+        else:
+            close = get_close_matches(path, setting_paths(root or kind), n=1, cutoff=0.6)
+            fix = f"did you mean {close[0]}?" if close else (
+                "settings of your own go below model or data, or in a subclass of RunnerConfig"
+            )  # fmt: skip
+    return Violation(path, ABSENT, "there is no such setting", fix)
+
+
+def setting_paths(kind: type, prefix: str = "") -> list[str]:
+    """Dotted paths of all settings below a dataclass."""
+    paths: list[str] = []
+    for item in fields(kind):
+        if item.name.startswith("_"):
+            continue
+        inner = section_type(item)
+        shape = facts_of(item).shape
+        if inner is None:
+            paths.append(prefix + item.name)
+        for below in (inner, shape):
+            if below is not None:
+                paths += setting_paths(below, f"{prefix}{item.name}.")
+    return paths
+
+
+def section_type(item: Field[Any]) -> type | None:
+    """The dataclass of a field that is a section, else None."""
+    factory = item.default_factory
+    return factory if factory is not MISSING and isinstance(factory, type) and is_dataclass(factory) else None
+
+
+def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violation]:
+    declared = {item.name: item for item in fields(kind)}
+    open_to = getattr(kind, "open_to", None)
+    for key in list(node.keys()):
+        path = f"{prefix}{key}"
+        broken = _broken_interpolation(node, key, path)
+        if broken is not None:
+            yield broken
+            _reset(node, declared[str(key)]) if key in declared else _remove(node, key)
+        elif key in declared:
+            yield from _check_setting(node, declared[key], path)
+        elif isinstance(open_to, type):
+            if OmegaConf.is_dict(node[key]):
+                yield from _check_shape(node, key, open_to, path, sparse=True)
+            else:
+                yield unknown_key(kind, path)
+                _remove(node, key)
+        elif open_to is None:
+            yield unknown_key(kind, path)
+            _remove(node, key)
+
+
+def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Violation]:
+    facts = facts_of(item)
+    if OmegaConf.is_missing(node, item.name):
+        yield Violation(path, ABSENT, "it has no default and must be given", f"set {path}=...")
+        return
+    value = node[item.name]
+    inner = section_type(item)
+    if inner is not None:
+        if value is None:
+            yield Violation(path, None, "a section cannot be null", "leave it out")
+            _reset(node, item)
+        else:
+            yield from _check_section(value, OmegaConf.get_type(value) or inner, f"{path}.")
+    elif value is None:
+        return
+    elif facts.shape is not None:
+        yield from _check_shape(node, item.name, facts.shape, path)
+    elif facts.kinds is None and isinstance(value, DictConfig) and OmegaConf.get_type(value) is dict:
+        yield from _check_free_form(value, f"{path}.")
+    else:
+        fault = value_fault(facts, value)
+        if fault is not None:
+            yield Violation(path, value, *fault)
+            _reset(node, item)
+        elif facts.aliases and str(value) in facts.aliases:
+            node[item.name] = facts.aliases[str(value)]
+
+
+def _check_free_form(node: DictConfig, prefix: str) -> Iterator[Violation]:
+    """A mapping of the user's own: only its interpolations can be wrong."""
+    for key in list(node.keys()):
+        broken = _broken_interpolation(node, key, f"{prefix}{key}")
+        if broken is not None:
+            yield broken
+            _remove(node, key)
+        elif OmegaConf.is_dict(node[key]):
+            yield from _check_free_form(node[key], f"{prefix}{key}.")
+
+
+def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | None:
+    if not OmegaConf.is_interpolation(node, key):
+        return None
+    try:
+        node[key]
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().splitlines()[0]
+        return Violation(path, node._get_node(key)._value(), reason, "mend the interpolation")
+    return None
+
+
+def value_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
+    """Rule and fix of a value that its setting does not allow; None for one that it does."""
+    if facts.choices is not None:
+        if str(value) not in facts.choices and str(value) not in (facts.aliases or {}):
+            listed = ", ".join(facts.choices)
+            near = get_close_matches(str(value), [*facts.choices, *(facts.aliases or {})], n=1, cutoff=0.5)
+            return f"it is one of {listed}", f"did you mean {near[0]}?" if near else "choose one of them"
+    if facts.kinds is not None and not isinstance(_plain(value), facts.kinds):
+        names = " or a ".join({str: "string", list: "list of strings"}[kind] for kind in facts.kinds)
+        return f"it is a {names}", "write one name, or [one,another]"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if facts.at_least is not None and value < facts.at_least:
+            return f"it is at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
+        if facts.above is not None and not value > facts.above:
+            return f"it is greater than {show(facts.above)}", "choose a larger value"
+    return None
+
+
+def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: bool = False) -> Iterator[Violation]:
+    """A mapping where the schema has an open place: typed leaf by leaf, then put back as its dataclass."""
+    given = node[key]
+    if not OmegaConf.is_dict(given):
+        yield Violation(path, given, "it is null or a mapping", f"write {path}.{fields(shape)[0].name}=...")
+        node[key] = None
+        return
+    typed = OmegaConf.structured(shape)
+    known = {item.name for item in fields(shape)}
+    for name, value in _plain(given).items():
+        inner = f"{path}.{name}"
+        if name not in known:
+            yield unknown_key(shape, inner)
+            continue
+        try:
+            typed[name] = value
+        except OmegaConfBaseException as error:
+            yield wrong_type(inner, value, error)
+    yield from _check_section(typed, shape, f"{path}.")
+    # Of a split's overrides only what was written may override: unset keys are not part of them.
+    node[key] = {name: typed[name] for name in _plain(given) if name in known} if sparse else typed
+
+
+def wrong_type(path: str, value: Any, error: Exception) -> Violation:
+    """The violation of a value that OmegaConf refused."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    fix = "give a value of that type"
+    if isinstance(value, float) and value.is_integer() and "Integer" in reason:
+        fix = f"write {int(value)}"
+    return Violation(path, value, reason, fix)
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _remove(node: DictConfig, key: Any) -> None:
+    with open_dict(node):
+        node.pop(key)
+
+
+def _reset(node: DictConfig, item: Field[Any]) -> None:
+    if item.default is not MISSING:
+        node[item.name] = item.default
+    elif item.default_factory is not MISSING:
+        node[item.name] = item.default_factory()

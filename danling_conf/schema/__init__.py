@@ -1,0 +1,7 @@
+"""What can be said: the settings of a run as dataclasses, with a doc under every field."""
+
+from danling_conf.schema.layout import FILL, Layout
+from danling_conf.schema.runner import RunnerConfig
+from danling_conf.schema.setting import Facts, declared_class, facts_of, open_keys, setting
+
+__all__ = ["FILL", "Facts", "Layout", "RunnerConfig", "declared_class", "facts_of", "open_keys", "setting"]

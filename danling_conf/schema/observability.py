@@ -1,0 +1,80 @@
+"""What a run shows of itself: profiler, heartbeat, trackers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+from danling_conf.schema.setting import setting
+
+_PROFILER = "the profiler"
+_HEARTBEAT = "the heartbeat"
+_WANDB = "Weights & Biases"
+
+
+@dataclass(kw_only=True)
+class ProfilingConfig:
+    """`torch.profiler` over a bounded number of steps."""
+
+    read_by: ClassVar[str] = "danling_conf.build.profiler"
+
+    enabled: bool = setting(False, semantic=False, pending=_PROFILER)
+    """Trace some steps with `torch.profiler`."""
+    wait: int = setting(1, at_least=0, semantic=False, pending=_PROFILER)
+    """Steps that are skipped before each cycle."""
+    warmup: int = setting(1, at_least=0, semantic=False, pending=_PROFILER)
+    """Steps that are traced and thrown away, since tracing's start is slow."""
+    active: int = setting(3, at_least=1, semantic=False, pending=_PROFILER)
+    """Steps that are recorded."""
+    repeat: Optional[int] = setting(None, at_least=1, semantic=False, pending=_PROFILER)
+    """Cycles of wait, warm-up and active steps. Unset: as many as the run has."""
+    record_shapes: bool = setting(False, semantic=False, pending=_PROFILER)
+    """Record the shapes of operators' inputs."""
+    profile_memory: bool = setting(False, semantic=False, pending=_PROFILER)
+    """Record allocations."""
+    with_stack: bool = setting(False, semantic=False, pending=_PROFILER)
+    """Record Python stacks (slow)."""
+    with_flops: bool = setting(False, semantic=False, pending=_PROFILER)
+    """Estimate the FLOPs of matrix products and convolutions."""
+    trace_dir: str = setting("profiles", semantic=False, pending=_PROFILER)
+    """Directory of the traces, relative to the run, or absolute."""
+
+
+@dataclass(kw_only=True)
+class HeartbeatConfig:
+    """A machine-readable file per rank that says how far it is."""
+
+    read_by: ClassVar[str] = "danling_conf.runner.heartbeat"
+
+    enabled: bool = setting(False, semantic=False, pending=_HEARTBEAT)
+    """Write heartbeats."""
+    interval_seconds: float = setting(60.0, above=0, semantic=False, pending=_HEARTBEAT)
+    """Seconds between heartbeats."""
+    dir_name: str = setting("heartbeats", semantic=False, pending=_HEARTBEAT)
+    """Subdirectory of the run for heartbeats."""
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Scalars to Weights & Biases."""
+
+    read_by: ClassVar[str] = "danling_conf.runner.trackers"
+
+    enabled: bool = setting(False, semantic=False, pending=_WANDB)
+    """Log scalars to Weights & Biases."""
+    project: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    """Project. Unset: `lineage`."""
+    entity: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    """Entity or team. Unset: the account's default."""
+    group: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    """Group of runs. Unset: `experiment`."""
+    name: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    """Display name. Unset: the run id."""
+    job_type: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    """Job type. Unset: none."""
+    tags: Any = setting(None, kinds=(str, list), semantic=False, pending=_WANDB)
+    """Tags of the run: one string or a list. Unset: none."""
+    dir: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    """Local directory. Unset: the run's directory."""
+    mode: Optional[str] = setting(None, choices=("online", "offline", "disabled"), semantic=False, pending=_WANDB)
+    """`online`, `offline` or `disabled`. Unset: online."""

@@ -1,0 +1,56 @@
+"""Settings of the training process itself: communication, garbage collection, fault tolerance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from danling_conf.schema.setting import setting
+
+_FT = "fault tolerance"
+
+
+@dataclass(kw_only=True)
+class CommConfig:
+    """Time limits of collectives."""
+
+    read_by: ClassVar[str] = "danling_conf.build.process_group"
+
+    init_timeout_seconds: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Time limit of collectives, in seconds, during start-up and compilation. Unset: torch's default."""
+    train_timeout_seconds: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Tighter limit, in seconds, applied once after the first successful optimizer step. Unset: the first one stays."""
+
+
+@dataclass(kw_only=True)
+class GcConfig:
+    """Pacing of Python's garbage collector, so that ranks do not stop at different steps."""
+
+    read_by: ClassVar[str] = "danling_conf.runner.garbage_collection"
+
+    interval: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Optimizer steps between collections. Unset: no pacing."""
+    generation: int = setting(1, at_least=0, semantic=False)
+    """Generation passed to `gc.collect`."""
+    disable_automatic: bool = setting(True, semantic=False)
+    """Switch CPython's automatic collection off while pacing."""
+
+
+@dataclass(kw_only=True)
+class FtConfig:
+    """Fault tolerance managed by TorchFT: replica groups come and go while training goes on."""
+
+    read_by: ClassVar[str] = "danling_conf.topology.rules.support"
+
+    enabled: bool = False
+    """Use TorchFT."""
+    process_group: str = setting("gloo", choices=("gloo", "nccl"), semantic=False, pending=_FT)
+    """Process group between replica groups: gloo or nccl."""
+    process_group_timeout_ms: int = setting(10000, at_least=1, semantic=False, pending=_FT)
+    """Time limit of that process group, in milliseconds."""
+    replica_id: int = setting(0, at_least=0, semantic=False, pending=_FT)
+    """Identifier of this run's replica group."""
+    group_size: int = setting(1, at_least=1, pending=_FT)
+    """Number of replica groups."""
+    min_replica_size: int = setting(1, at_least=1, semantic=False, pending=_FT)
+    """Healthy replica groups that each step requires."""

@@ -1,0 +1,100 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Dict, Optional
+
+from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
+from danling_conf.schema.checkpoint import CheckpointConfig
+from danling_conf.schema.compile import CompileConfig
+from danling_conf.schema.dataloader import DataloaderConfig
+from danling_conf.schema.fsdp import DTYPE_ALIASES, FsdpConfig
+from danling_conf.schema.observability import HeartbeatConfig, ProfilingConfig, WandbConfig
+from danling_conf.schema.optim import OptimConfig
+from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.schema.process import CommConfig, FtConfig, GcConfig
+from danling_conf.schema.scheduler import SchedulerConfig
+from danling_conf.schema.setting import setting
+
+
+@dataclass(kw_only=True)
+class RunnerConfig:
+    """Every setting of a run. Subclass it for settings of your own and pass the subclass to `danling_conf.register`."""
+
+    read_by: ClassVar[str] = "danling_conf.runner"
+
+    stack: str = setting(
+        "auto", choices=("auto", "ddp", "parallel", "graph", "deepspeed"), aliases={"torch": "ddp", "ds": "deepspeed"}
+    )
+    """Runner stack: `ddp` (alias `torch`), `parallel`, `graph`, `deepspeed` (alias `ds`); `auto` derives it from the
+    layout."""
+    seed: Optional[int] = setting(None, at_least=0)
+    """Random seed of weights, data order and dropout. Unset: one is drawn and recorded with the run."""
+    deterministic: bool = False
+    """Enforce deterministic operations in PyTorch (slower; an operator that has none raises)."""
+    precision: Optional[str] = setting(None, choices=("fp32", "bf16", "fp16"), aliases=DTYPE_ALIASES)
+    """dtype of the computation: by FSDP's mixed-precision policy where FSDP is on, else by autocast; weights stay fp32.
+    Unset: fp32."""
+
+    steps: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Step mode: stop after this many optimizer steps. Excludes `epochs`."""
+    epochs: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Epoch mode: stop after this many passes over the training split. Excludes `steps`."""
+    accum_steps: int = setting(1, at_least=1)
+    """Micro-batches per optimizer step; gradients are communicated at the last one only."""
+    max_grad_norm: Optional[float] = setting(None, above=0)
+    """Clip the norm of all gradients to this. Unset: no clipping."""
+    eval_interval: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Evaluate every so many epochs (epoch mode) or optimizer steps (step mode), and at the end. Unset: every epoch, or
+    ten times a run."""
+    patience: Optional[int] = setting(None, at_least=1)
+    """Stop after this many evaluations in a row without a better score. Unset: never stop early."""
+    score_split: Optional[str] = None
+    """Split used for model selection. Unset: `val`, else `validate`, else the first split that is not trained on;
+    inferred once, and again when that split disappears."""
+    score_name: str = "loss"
+    """Metric used for model selection."""
+    score_mode: Optional[str] = setting(None, choices=("min", "max"))
+    """Whether a smaller or a larger score is better. Unset: as the metric says (`higher_is_better`); `loss` is `min`."""
+
+    workspace_root: str = setting("experiments", semantic=False)
+    """Root directory of all experiments."""
+    lineage: str = setting("lin", semantic=False)
+    """Top-level namespace of runs. The code's identity (git) is recorded with each attempt, not here."""
+    experiment: str = setting("exp", semantic=False)
+    """Namespace of runs within the lineage."""
+    auto_resume: bool = setting(False, semantic=False)
+    """Go on from the newest checkpoint of this configuration's newest run, if there is one. Priority: `resume`, then
+    `auto_resume`, then `pretrained`."""
+    resume: Optional[str] = setting(None, semantic=False)
+    """Run directory, or full-state checkpoint, to resume from."""
+    pretrained: Optional[str] = None
+    """Checkpoint whose model weights are the start of a new run."""
+
+    log: bool = setting(True, semantic=False)
+    """Write the main process's log to a file, beside the log of each rank."""
+    log_interval: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Optimizer steps between log lines. Unset: calculated, about a hundred lines a run."""
+    tensorboard: bool = setting(False, semantic=False, pending="TensorBoard")
+    """Write TensorBoard scalars."""
+
+    model: Dict[str, Any] = field(default_factory=dict)
+    """Settings of your own model; not interpreted here."""
+    data: Dict[str, Any] = field(default_factory=dict)
+    """Settings of your own data; not interpreted here."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    gc: GcConfig = field(default_factory=GcConfig)
+    ft: FtConfig = field(default_factory=FtConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

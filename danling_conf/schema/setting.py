@@ -1,0 +1,65 @@
+"""One helper that declares a setting: its default, what values it may take, and how the rest of the house treats it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+_KEY = "danling_conf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a setting beside its type and default."""
+
+    choices: tuple[str, ...] | None = None
+    """The only values allowed, in their canonical spelling."""
+    aliases: Mapping[str, str] | None = None
+    """Other spellings, each mapped to its canonical one."""
+    at_least: float | None = None
+    """Smallest value allowed."""
+    above: float | None = None
+    """Values must be larger than this."""
+    semantic: bool = True
+    """Whether a change of the value changes the result of training (and so the run's `config_id`)."""
+    pending: str | None = None
+    """What does not work yet when the setting is given a value of its own."""
+    shape: type | None = None
+    """For a setting that is either unset or a mapping: the dataclass that types the mapping."""
+    kinds: tuple[type, ...] | None = None
+    """For a setting whose type OmegaConf cannot express (a union with a list): the Python types allowed."""
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    choices: Sequence[str] | None = None,
+    **facts: Any,
+) -> Any:
+    """A dataclass field with its `Facts` attached; every other keyword is a field of `Facts`."""
+    metadata = {_KEY: Facts(choices=tuple(choices) if choices is not None else None, **facts)}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def facts_of(declared: Field[Any]) -> Facts:
+    """The facts of a dataclass field; a plain field of a user's class has the defaults."""
+    return declared.metadata.get(_KEY) or Facts()
+
+
+READONLY = "_danling_locked"
+"""Attribute that marks the class of a read-only section, and says of an instance whether it is locked."""
+
+
+def declared_class(section: Any) -> type:
+    """The dataclass that declares a section: of a read-only section, the class that it was before."""
+    return next(kind for kind in type(section).__mro__ if READONLY not in vars(kind))
+
+
+def open_keys(section: Any) -> dict[str, Any]:
+    """The keys that a section holds beside those that its class declares (sections with `open_to`)."""
+    declared = {item.name for item in fields(declared_class(section))}
+    return {key: value for key, value in vars(section).items() if key not in declared and not key.startswith("_")}

@@ -1,0 +1,1 @@
+"""Whether it can run: degrees, axes, ranks, resources and rules, in pure Python."""

@@ -1,0 +1,63 @@
+"""Degrees: filled from the world size, and the mesh axes and rank coordinates that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+from danling_conf.schema.layout import DATA_AXES, FILL, WORLD_AXES, Layout
+from danling_conf.schema.parallel import AxesConfig
+
+
+def layout_of(axes: AxesConfig, fsdp_enabled: bool) -> Layout:
+    """The layout that a configuration's axes describe; a degree of -1 stays to be filled."""
+    degrees = {axis: getattr(axes, axis) for axis in Layout().degrees()}
+    return Layout(fsdp=fsdp_enabled, **degrees)
+
+
+def fill(layout: Layout, world_size: int) -> Layout:
+    """The layout with its degree of -1 replaced so that its product is `world_size`.
+
+    Raises ValueError when more than one degree is to be filled, or when the others do not divide the world size.
+    """
+    unknown = [axis for axis in WORLD_AXES if getattr(layout, axis) == FILL]
+    if not unknown:
+        return layout
+    if len(unknown) > 1:
+        raise ValueError(f"only one degree can be filled from the world size, not {' and '.join(unknown)}")
+    known = prod(getattr(layout, axis) for axis in WORLD_AXES if axis != unknown[0])
+    if world_size % known:
+        raise ValueError(f"the other degrees multiply to {known}, which does not divide a world size of {world_size}")
+    return replace(layout, **{unknown[0]: world_size // known})
+
+
+def mesh_axes(layout: Layout) -> dict[str, int]:
+    """Axes of the device mesh, outermost first, and their degrees; axes of degree 1 are left out."""
+    return {axis: getattr(layout, axis) for axis in WORLD_AXES if getattr(layout, axis) > 1}
+
+
+def coordinates(layout: Layout, rank: int) -> dict[str, int]:
+    """Where a rank stands on each axis of the world (row-major: the last axis varies fastest)."""
+    if not 0 <= rank < layout.world_size:
+        raise ValueError(f"rank {rank} is outside a world of {layout.world_size}")
+    result = {}
+    for axis in reversed(WORLD_AXES):
+        rank, result[axis] = divmod(rank, getattr(layout, axis))
+    return {axis: result[axis] for axis in WORLD_AXES}
+
+
+def rank_at(layout: Layout, coordinate: dict[str, int]) -> int:
+    """The rank at a coordinate; inverse of `coordinates`."""
+    rank = 0
+    for axis in WORLD_AXES:
+        rank = rank * getattr(layout, axis) + coordinate[axis]
+    return rank
+
+
+def data_rank(layout: Layout, rank: int) -> int:
+    """Index of a rank among the data ranks; ranks that share it read the same samples."""
+    position = coordinates(layout, rank)
+    index = 0
+    for axis in DATA_AXES:
+        index = index * getattr(layout, axis) + position[axis]
+    return index

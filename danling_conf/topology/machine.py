@@ -1,0 +1,58 @@
+"""What is known of this machine and of how the process was started, without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from danling_conf.topology.rank_environment import started_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Facts that rules need about where a run would start."""
+
+    devices: int = 0
+    """Accelerators present; 0 means that ranks run on the CPU."""
+    started_world_size: int | None = None
+    """World size given by a launcher (torchrun, srun, submitit) that started this process; None when nothing did."""
+    launcher: str | None = None
+    """Name of that launcher, for messages."""
+    compiler: bool = True
+    """Whether a C++ compiler is present; torch.compile generates C++ for the CPU."""
+
+    @property
+    def fill_world_size(self) -> int:
+        """World size that a layout without a number is filled with."""
+        return self.started_world_size or max(1, self.devices)
+
+
+def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
+    """The facts of the machine and process that this runs in."""
+    rank = started_rank(environment)
+    return Machine(
+        devices=count_devices(environment.get("CUDA_VISIBLE_DEVICES")),
+        started_world_size=rank.world_size if rank else None,
+        launcher=rank.launcher if rank else None,
+        compiler=any(shutil.which(name) for name in (environment.get("CXX") or "g++", "clang++", "c++")),
+    )
+
+
+@cache
+def count_devices(visible: str | None) -> int:
+    """NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES and nvidia-smi tell; 0 without them."""
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        # CUDA ignores everything from the first invalid entry on.
+        valid = names[: names.index("-1")] if "-1" in names else names
+        if not any(valid):
+            return 0
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    present = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    return min(present, sum(map(bool, valid))) if visible is not None else present

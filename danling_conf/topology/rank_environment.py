@@ -1,0 +1,71 @@
+"""Which rank this process is: one reading of what torchrun, srun and our own workers put in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnvironment:
+    """A process that a launcher started as one of several."""
+
+    launcher: str
+    """Who started it, for messages."""
+    rank: int
+    """Index among all processes."""
+    world_size: int
+    """Number of processes."""
+    local_rank: int
+    """Index among the processes of this node."""
+    local_world_size: int
+    """Number of processes on this node."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which writes shared files."""
+        return self.rank == 0
+
+
+SINGLE = RankEnvironment(launcher="none", rank=0, world_size=1, local_rank=0, local_world_size=1)
+"""A process that nothing started."""
+
+
+def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment | None:
+    """The rank that a launcher gave this process; None when it was started by hand.
+
+    Raises ValueError when the variables contradict each other.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        found = RankEnvironment(
+            launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "the environment (RANK, WORLD_SIZE)",
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", "RANK"),
+            local_world_size=_number(environment, "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+        )
+    # A shell inside an allocation has the job's variables as well; a step's are set by srun alone.
+    elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        found = RankEnvironment(
+            launcher="srun",
+            rank=_number(environment, "SLURM_PROCID"),
+            world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+            local_rank=_number(environment, "SLURM_LOCALID"),
+            local_world_size=_number(environment, "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"),
+        )
+    else:
+        return None
+    if not (0 <= found.rank < found.world_size and 0 <= found.local_rank < found.local_world_size <= found.world_size):
+        raise ValueError(f"{found.launcher} describes a rank that cannot be: {found}")
+    return found
+
+
+def _number(environment: Mapping[str, str], *names: str) -> int:
+    for name in names:
+        if name in environment:
+            text = environment[name].partition("(")[0].partition(",")[0]  # srun writes 4(x2) for two nodes of four
+            if not text.isdigit():
+                raise ValueError(f"{name}={environment[name]} in the environment is not a number")
+            return int(text)
+    raise ValueError(f"{names[0]} is missing from the environment")

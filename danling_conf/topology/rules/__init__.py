@@ -1,0 +1,57 @@
+"""Whether a configuration can run: one function a rule, all of them in one list."""
+
+from __future__ import annotations
+
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rules import budget, effect, optimizers, options, paths, support, world
+from danling_conf.topology.rules.rule import Context, EffectRule, Ineffective, Rule
+from danling_conf.topology.violation import Violation, unique
+
+RULES: tuple[Rule, ...] = (
+    support.built_stack,
+    support.built_axes,
+    support.built_fault_tolerance,
+    world.whole_degrees,
+    world.sharding_is_fsdp,
+    world.stack_fits_layout,
+    world.world_size,
+    world.experts_borrow,
+    budget.one_budget,
+    budget.monitored_metric,
+    budget.microbatches,
+    budget.stage_parts,
+    options.compile_options,
+    options.precision_fits,
+    options.loader_workers,
+    options.resume_sources,
+    options.selection_by_ops,
+    optimizers.known_optimizer,
+    optimizers.known_scheduler,
+    paths.writable_root,
+    paths.plain_names,
+    paths.existing_sources,
+)
+
+EFFECT_RULES: tuple[EffectRule, ...] = (
+    effect.not_built_yet,
+    effect.policy_without_fsdp,
+    effect.options_without_compile,
+    effect.pacing_without_interval,
+    effect.limits_without_processes,
+    effect.overruled_precision,
+    effect.unread_mode_settings,
+    effect.sources_by_priority,
+)
+
+
+def violations_of(config: RunnerConfig, context: Context) -> list[Violation]:
+    """Every rule that the configuration breaks."""
+    return unique(found for rule in RULES for found in rule(config, context))
+
+
+def ineffective_settings(config: RunnerConfig, context: Context) -> list[Ineffective]:
+    """Settings that were given and change nothing."""
+    return list(dict.fromkeys(found for rule in EFFECT_RULES for found in rule(config, context)))
+
+
+__all__ = ["EFFECT_RULES", "RULES", "Context", "Ineffective", "ineffective_settings", "violations_of"]

@@ -1,0 +1,93 @@
+"""Settings that are accepted and change nothing: the run says so instead of ignoring them silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from danling_conf.schema import RunnerConfig, declared_class, facts_of
+from danling_conf.topology.rules.rule import Context, Ineffective
+
+
+def not_built_yet(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Settings whose machinery is not there yet, given a value of their own."""
+    yield from _pending(config, declared_class(config)(), "")
+    if config.checkpoint.backend == "dcp":
+        yield Ineffective("checkpoint.backend", "sharded checkpoints are not implemented yet; one file is written")
+
+
+def policy_without_fsdp(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """An FSDP policy under a layout that does not shard."""
+    if not config.fsdp.enabled:
+        yield from _changed(config.fsdp, "fsdp", "the layout does not use FSDP (fsdp.enabled=false)")
+
+
+def options_without_compile(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Compiler options while nothing is compiled."""
+    if not config.compile.enable:
+        yield from _changed(config.compile, "compile", "nothing is compiled (compile.enable=false)")
+    elif config.compile.optimize_ddp != "ddp_optimizer" and (
+        config.fsdp.enabled or config.parallel.axes.replicate == 1
+    ):
+        yield Ineffective("compile.optimize_ddp", "the layout does not use DDP")
+
+
+def pacing_without_interval(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Garbage-collection settings while collection is not paced."""
+    if config.gc.interval is None:
+        yield from _changed(config.gc, "gc", "collection is not paced (gc.interval=null)")
+
+
+def limits_without_processes(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Timeouts and precision policies of a run that has one process."""
+    axes = config.parallel.axes
+    single = all(getattr(axes, axis) == 1 for axis in ("replicate", "shard", "context", "pipeline", "tensor"))
+    if single and not config.fsdp.enabled and not context.machine.started_world_size:
+        yield from _changed(config.comm, "comm", "the layout has one process and no collectives")
+
+
+def overruled_precision(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """An explicit policy wins over `precision`."""
+    policy = config.fsdp.mp_policy
+    wanted = config.precision
+    if wanted is not None and config.fsdp.enabled and policy is not None and policy.param_dtype != wanted:
+        yield Ineffective("precision", f"fsdp.mp_policy is given and wins (param_dtype={policy.param_dtype})")
+
+
+def unread_mode_settings(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Settings of another activation-checkpointing mode, and of other schedules."""
+    section = config.activation_checkpointing
+    if section.every_n != 2 and section.mode != "every_n":
+        yield Ineffective("activation_checkpointing.every_n", f"the mode is {section.mode}")
+    if config.score_mode is not None and config.patience is None and config.checkpoint.load_only:
+        yield Ineffective("score_mode", "no score is used: no early stop, no checkpoints")
+
+
+def sources_by_priority(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """`resume` wins over `auto_resume`, and both over `pretrained`."""
+    if config.resume is not None:
+        if config.auto_resume:
+            yield Ineffective("auto_resume", "resume is given and comes first")
+        if config.pretrained is not None:
+            yield Ineffective("pretrained", "resume is given and comes first")
+
+
+def _pending(value: Any, default: Any, prefix: str) -> Iterator[Ineffective]:
+    for item in fields(type(default)):
+        mine, theirs = getattr(value, item.name), getattr(default, item.name)
+        if is_dataclass(theirs):
+            yield from _pending(mine, theirs, f"{prefix}{item.name}.")
+            continue
+        pending = facts_of(item).pending
+        if pending and mine != theirs:
+            yield Ineffective(prefix + item.name, f"{pending} is not implemented yet")
+
+
+def _changed(section: Any, prefix: str, reason: str) -> Iterator[Ineffective]:
+    default = declared_class(section)()
+    for item in fields(default):
+        if item.name.startswith("_") or facts_of(item).pending:
+            continue
+        if getattr(section, item.name) != getattr(default, item.name):
+            yield Ineffective(f"{prefix}.{item.name}", reason)

@@ -1,0 +1,79 @@
+"""What the chosen optimizer and scheduler accept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.torch_options import (
+    OPTIMIZERS,
+    SCHEDULERS,
+    find_optimizer,
+    find_scheduler,
+    group_problems,
+    nearest,
+    option_problems,
+    optimizer_options,
+    scheduler_options,
+)
+from danling_conf.topology.rules.rule import Context
+from danling_conf.topology.violation import ABSENT, Violation
+
+
+def known_optimizer(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """The optimizer exists, takes its options, and can be stepped by the runner."""
+    section = config.optim
+    entry = find_optimizer(section.type)
+    if entry is None:
+        yield Violation("optim.type", section.type, "torch.optim has no such class", nearest(section.type, OPTIMIZERS))
+        return
+    for problem in option_problems(entry, optimizer_options(section)):
+        value = ABSENT if problem.value is None else problem.value
+        yield Violation(f"optim.{problem.option}", value, problem.why, problem.fix)
+    for index, group in enumerate(section.param_groups or []):
+        for problem in group_problems(entry, group):
+            value = ABSENT if problem.value is None else problem.value
+            yield Violation(f"optim.param_groups[{index}].{problem.option}", value, problem.why, problem.fix)
+    if entry.needs_closure:
+        yield Violation(
+            "optim.type",
+            section.type,
+            f"{entry.name} evaluates the loss several times a step, which the runner's loop does not do",
+            "choose another optimizer, or step it in a loop of your own",
+        )
+
+
+def known_scheduler(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """The scheduler exists and takes its options."""
+    section = config.scheduler
+    entry = find_scheduler(section.type)
+    if entry is None:
+        yield Violation(
+            "scheduler.type",
+            section.type,
+            "there is no such scheduler",
+            nearest(section.type, {*SCHEDULERS, "plateau"}),
+        )
+        return
+    for problem in option_problems(entry, scheduler_options(section)):
+        value = ABSENT if problem.value is None else problem.value
+        yield Violation(f"scheduler.{problem.option}", value, problem.why, problem.fix)
+    if section.monitor is not None and not entry.metric_driven and not entry.own_class:
+        yield Violation(
+            "scheduler.monitor",
+            section.monitor,
+            f"{entry.name} is not driven by a metric",
+            "remove it, or scheduler=plateau",
+        )
+    if entry.metric_driven and section.interval == "step":
+        yield Violation(
+            "scheduler.interval",
+            "step",
+            f"{entry.name} advances when its metric is evaluated",
+            "scheduler.interval=epoch",
+        )
+    warmup = section.warmup_steps
+    if entry.shape and warmup and section.interval != "epoch" and config.steps is not None and warmup > config.steps:
+        yield Violation(
+            "scheduler.warmup_steps", warmup, f"it is longer than the run, steps={config.steps}", "shorten the warm-up"
+        )

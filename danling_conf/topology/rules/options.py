@@ -1,0 +1,90 @@
+"""Options that exclude or need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rules.rule import Context
+from danling_conf.topology.violation import ABSENT, Violation
+
+_INDUCTOR_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """torch.compile takes a mode or options; modes are inductor's, and the CPU needs a C++ compiler."""
+    section = config.compile
+    inductor = section.backend in (None, "inductor")
+    if section.mode is not None and section.options:
+        yield Violation(
+            "compile.mode", section.mode, "torch.compile takes a mode or options, not both", "add compile.options=null"
+        )
+    if section.mode is not None and not inductor:
+        yield Violation(
+            "compile.mode", section.mode, f"modes belong to inductor, not to {section.backend}", "compile.mode=null"
+        )
+    elif section.mode is not None and section.mode not in _INDUCTOR_MODES:
+        yield Violation("compile.mode", section.mode, f"inductor's modes are {', '.join(_INDUCTOR_MODES)}",
+                        "choose one of them")  # fmt: skip
+    on_cpu = not context.machine.devices or config.parallel.mesh_device_type == "cpu"
+    if section.enable and inductor and on_cpu and not context.machine.compiler:
+        yield Violation(
+            "compile.enable",
+            True,
+            "inductor generates C++ for the CPU, and no compiler was found (CXX, g++, clang++)",
+            "install a C++ compiler, or compile=aot_eager, or compile=none",
+        )
+
+
+def precision_fits(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """fp16 needs loss scaling, which FSDP's reduced gradients do not go with."""
+    if config.precision == "fp16" and config.fsdp.enabled and config.fsdp.mp_policy is None:
+        yield Violation(
+            "precision",
+            "fp16",
+            "fp16 needs loss scaling, which is not combined with FSDP here",
+            "precision=bf16, or a ddp layout",
+        )
+
+
+def loader_workers(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Prefetching and persistence are properties of worker processes."""
+    common = config.dataloader
+    splits = {key: value for key, value in vars(common).items() if isinstance(value, dict)}
+    for name, own in ({"": {}} | splits).items():
+        prefix = f"dataloader.{name}." if name else "dataloader."
+        workers = own.get("num_workers", common.num_workers) or 0
+        if workers:
+            continue
+        for key in ("prefetch_factor", "persistent_workers"):
+            # A split without workers may leave what all splits share; only what is asked of it alone is a mistake.
+            value = own.get(key) if name else getattr(common, key)
+            elsewhere = not name and any(split.get("num_workers") for split in splits.values())
+            if value and not elsewhere:
+                yield Violation(
+                    prefix + key, value, "it is a property of worker processes, and num_workers is 0",
+                    f"set {prefix}num_workers=2, or {prefix}{key}=null",
+                )  # fmt: skip
+
+
+def resume_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """`load_only` runs of a checkpoint interval contradict themselves."""
+    if config.checkpoint.load_only and config.checkpoint.interval is not None:
+        yield Violation(
+            "checkpoint.interval",
+            config.checkpoint.interval,
+            "checkpoint.load_only=true writes no checkpoints",
+            "drop one of them",
+        )
+
+
+def selection_by_ops(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Operators to keep belong to the selective mode."""
+    section = config.activation_checkpointing
+    if section.keep_ops is not None and section.mode != "selective":
+        yield Violation(
+            "activation_checkpointing.keep_ops",
+            ABSENT,
+            f"operators are kept by the selective mode only, and the mode is {section.mode}",
+            "activation_checkpointing.mode=selective",
+        )

@@ -1,0 +1,50 @@
+"""Directories and files that a run needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rules.rule import Context
+from danling_conf.topology.violation import Violation
+
+
+def writable_root(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """The run's directory can be made."""
+    root = Path(config.workspace_root).expanduser()
+    found = root.absolute()
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    if not found.is_dir():
+        yield Violation(
+            "workspace_root", config.workspace_root, f"{found} is not a directory", "choose a directory to write to"
+        )
+    elif not os.access(found, os.W_OK | os.X_OK):
+        yield Violation(
+            "workspace_root", config.workspace_root, f"{found} cannot be written", "choose a directory to write to"
+        )
+
+
+def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Names that become one folder each must be one path part."""
+    names = {
+        "lineage": config.lineage,
+        "experiment": config.experiment,
+        "checkpoint.dir_name": config.checkpoint.dir_name,
+        "heartbeat.dir_name": config.heartbeat.dir_name,
+    }
+    for path, name in names.items():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            yield Violation(path, name, "it names one folder", "use a name without slashes")
+    if config.experiment == "sweeps":
+        yield Violation("experiment", "sweeps", "that name is kept for sweeps' directories", "choose another name")
+
+
+def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """What is resumed or loaded exists."""
+    for key in ("resume", "pretrained"):
+        source = getattr(config, key)
+        if source is not None and not Path(source).expanduser().exists():
+            yield Violation(key, source, "there is no such file or directory", "give a run's directory or a checkpoint")

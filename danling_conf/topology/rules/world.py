@@ -1,0 +1,132 @@
+"""Degrees against each other, against the world size and against the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from danling_conf.schema import FILL, RunnerConfig
+from danling_conf.schema.layout import WORLD_AXES, Layout
+from danling_conf.topology.layout import fill, layout_of
+from danling_conf.topology.rules.rule import Context
+from danling_conf.topology.violation import ABSENT, Violation
+
+
+def whole_degrees(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A degree is a whole number from 1 up, and at most one of them is -1."""
+    degrees = {axis: getattr(config.parallel.axes, axis) for axis in WORLD_AXES}
+    for axis, degree in degrees.items():
+        if degree == 0:
+            yield Violation(
+                f"parallel.axes.{axis}", 0, "a degree is at least 1, or -1 to be filled", f"parallel.axes.{axis}=1"
+            )
+    unknown = [axis for axis, degree in degrees.items() if degree == FILL]
+    for axis in unknown[1:]:
+        yield Violation(
+            f"parallel.axes.{axis}",
+            FILL,
+            f"only one degree can be filled from the world size, and parallel.axes.{unknown[0]} is -1 already",
+            "give a number to all but one of them",
+        )
+
+
+def sharding_is_fsdp(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Sharding is done by FSDP, so a shard degree and `fsdp.enabled` say the same."""
+    shard = config.parallel.axes.shard
+    if not config.fsdp.enabled and shard not in (0, 1):
+        replicate = config.parallel.axes.replicate
+        name = f"hsdp{replicate}x{shard}" if replicate > 1 else "fsdp" if shard == FILL else f"fsdp{shard}"
+        yield Violation(
+            "parallel.axes.shard",
+            shard,
+            "a shard degree needs FSDP, and the layout leaves fsdp.enabled=false",
+            f"choose a layout that shards, such as parallel={name}, or parallel.axes.shard=1",
+        )
+
+
+def stack_fits_layout(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """`stack=ddp` replicates only."""
+    if config.stack == "ddp":
+        axes = config.parallel.axes
+        others = [axis for axis in WORLD_AXES if axis != "replicate" and getattr(axes, axis) not in (0, 1)]
+        if others or config.fsdp.enabled:
+            what = f"parallel.axes.{others[0]}={getattr(axes, others[0])}" if others else "fsdp.enabled=true"
+            yield Violation(
+                "stack",
+                "ddp",
+                f"the ddp stack only replicates, and {what}",
+                "leave stack=auto, or choose parallel=ddpN",
+            )
+
+
+def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """The product of the degrees is the number of processes."""
+    layout = _known_layout(config)
+    if layout is None:
+        return
+    machine = context.machine
+    try:
+        layout = fill(layout, machine.fill_world_size)
+    except ValueError as error:
+        given = f"{machine.launcher} started {machine.started_world_size}" if machine.started_world_size else (
+            f"this machine has {machine.devices} devices" if machine.devices else "this machine runs one process on CPU"
+        )  # fmt: skip
+        axis = next(axis for axis in WORLD_AXES if getattr(layout, axis) == FILL)
+        yield Violation(f"parallel.axes.{axis}", FILL, f"{given}, and {error}", "give every degree a number")
+        return
+    started = machine.started_world_size
+    product = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in WORLD_AXES if getattr(layout, axis) > 1)
+    what = product or "the layout single"
+    if started is not None and layout.world_size != started:
+        yield Violation(
+            "parallel",
+            ABSENT,
+            f"{what} needs {_processes(layout.world_size)}, but {machine.launcher} started {started}",
+            f"start {layout.world_size}, or choose a layout of {started}: parallel=fsdp fills itself",
+        )
+    elif started is None and machine.devices and layout.world_size > machine.devices and not _on_cpu(config):
+        yield Violation(
+            "parallel",
+            ABSENT,
+            f"{what} needs {layout.world_size} devices, and this machine has {machine.devices}",
+            "choose a smaller layout, start it on a cluster, or parallel.mesh_device_type=cpu",
+        )
+
+
+def experts_borrow(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Expert degrees borrow ranks from shard x context x tensor (as torchtitan and Megatron have it)."""
+    layout = _known_layout(config)
+    if layout is None or layout.expert * layout.expert_tensor == 1:
+        return
+    try:
+        layout = fill(layout, context.machine.fill_world_size)
+    except ValueError:
+        return  # `world_size` says so
+    borrowed, wanted = layout.shard * layout.context * layout.tensor, layout.expert * layout.expert_tensor
+    if borrowed % wanted:
+        yield Violation(
+            "parallel.axes.expert",
+            layout.expert,
+            f"expert x expert_tensor = {wanted} must divide shard x context x tensor = {borrowed}",
+            f"choose a divisor of {borrowed}",
+        )
+    if layout.expert_tensor not in (1, layout.tensor):
+        yield Violation(
+            "parallel.axes.expert_tensor",
+            layout.expert_tensor,
+            f"it is 1 or the tensor degree, {layout.tensor}",
+            f"parallel.axes.expert_tensor={layout.tensor}",
+        )
+
+
+def _known_layout(config: RunnerConfig) -> Layout | None:
+    layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+    degrees = [getattr(layout, axis) for axis in WORLD_AXES]
+    return None if 0 in degrees or degrees.count(FILL) > 1 else layout
+
+
+def _on_cpu(config: RunnerConfig) -> bool:
+    return config.parallel.mesh_device_type == "cpu"
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"

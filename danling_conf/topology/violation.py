@@ -1,0 +1,65 @@
+"""One fault of a configuration, and how faults are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A setting that breaks a rule: where, what, why, and how to mend it."""
+
+    path: str
+    """Dotted path of the setting, as it is written on the command line; empty for the command line as a whole."""
+    value: Any
+    """The value that was given; `ABSENT` when the fault is not one of a value."""
+    rule: str
+    """The rule that it breaks."""
+    fix: str
+    """What to do."""
+
+    def __str__(self) -> str:
+        head = self.path if self.value is ABSENT else f"{self.path}={show(self.value)}"
+        return f"{head}\n    {self.rule}\n    fix: {self.fix}"
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()
+
+
+def show(value: Any) -> str:
+    """A value as one would type it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+class ConfigRefused(ValueError):
+    """The configuration breaks rules; `violations` holds all of them."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__(self.report())
+
+    def report(self) -> str:
+        """All violations as text."""
+        count = len(self.violations)
+        lines = [f"configuration refused: {count} fault{'s' if count > 1 else ''}"]
+        lines += [f"  {item}".replace("\n", "\n  ") for item in self.violations]
+        return "\n".join(lines)
+
+
+def unique(violations: Iterable[Violation]) -> list[Violation]:
+    """Violations in order, without repeats."""
+    seen: dict[tuple[str, str], Violation] = {}
+    for item in violations:
+        seen.setdefault((item.path, item.rule), item)
+    return list(seen.values())

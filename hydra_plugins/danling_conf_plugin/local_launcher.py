@@ -1,0 +1,7 @@
+"""Where Hydra 1.3 wants launcher classes to live."""
+
+from danling_conf.launch.local_launcher import JobsLauncher
+
+
+class LocalLauncher(JobsLauncher):
+    """Runs the jobs of a sweep on this machine, one after another."""
