@@ -1,0 +1,1 @@
+"""The `danling-conf` command."""

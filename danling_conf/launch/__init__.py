@@ -1,0 +1,1 @@
+"""Where processes start: the command line of an app, local workers, sweeps."""

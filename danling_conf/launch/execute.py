@@ -45,9 +45,9 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
         lock.release()
 
 
-def open_attempt(app: App, config: RunnerConfig) -> tuple[Attempt, Any]:
+def open_attempt(app: App, config: RunnerConfig, overrides: list[str] | None = None) -> tuple[Attempt, Any]:
     """Claim the run, write what is frozen of the attempt, and tell the user what they should know."""
-    attempt, lock = claim(config)
+    attempt, lock = claim(config, None if overrides is None else [str(app.script), *overrides])
     freeze_attempt(config, attempt, app.script)
     for line in (*attempt.notes, *warnings_of(config)):
         print(f"warning: {line}", file=sys.stderr)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.logs import rank_log
+from danling_conf.resolution.logs import rank_log
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.logs import close_logs, open_logs
+from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution import current
 from danling_conf.resolution.current import Current
 from danling_conf.resolution.run_directory import write_whole

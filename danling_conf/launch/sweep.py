@@ -110,7 +110,7 @@ def _run_job(
     }  # fmt: skip
     lock = None
     try:
-        attempt, lock = open_attempt(sweep.app, config)
+        attempt, lock = open_attempt(sweep.app, config, overrides)
         record["run"] = str(attempt.run_directory)
         outcome.return_value = run_attempt(sweep.app, sweep.composing, composed, config, attempt)
         outcome.status = JobStatus.COMPLETED

@@ -41,7 +41,6 @@ def frozen_content(config: RunnerConfig, attempt: Attempt, code_id: str) -> str:
         "job_id": job_id(config),
         "code_id": code_id,
         "class": [kind.__module__, kind.__qualname__],
-        "command": [sys.executable, *sys.argv],
         "attempt": attempt.to_json(),
         "config": plain(config),
     }

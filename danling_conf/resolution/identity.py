@@ -29,7 +29,7 @@ def job_id(config: RunnerConfig) -> str:
 
 
 def config_id(config: RunnerConfig) -> str:
-    """Hash of what changes the result of training: not names, paths, logging, cadence, worker counts, nor the budget."""
+    """Hash of what changes the result of training: not names, paths, logging, cadence, workers, nor the budget."""
     return _digest(semantic(config))
 
 
@@ -51,7 +51,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted paths whose values differ between two plain forms, with both values; None where one has no such path."""
-    left, right = flatten(mine), flatten(theirs)
+    left, right = ({path: value for path, value in flatten(tree).items() if value != {}} for tree in (mine, theirs))
     return {
         path: (left.get(path), right.get(path))
         for path in sorted(left.keys() | right.keys())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass, make_dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from danling_conf.schema.setting import READONLY, declared_class, open_keys
@@ -46,7 +46,7 @@ def _rebuild(kind: type, values: dict[str, Any]) -> Any:
     return freeze(config)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _readonly_class(kind: type, extra: tuple[str, ...]) -> type:
     namespace = {
         "__setattr__": _set,

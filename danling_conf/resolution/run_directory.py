@@ -10,7 +10,9 @@ import fcntl
 import json
 import os
 import secrets
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ class Attempt:
     """The run's seed: as configured, or drawn when the run was made."""
     restore: Path | None = None
     """Run directory or checkpoint that this attempt goes on from; None for a fresh start."""
+    command: tuple[str, ...] = ()
+    """Script and overrides that started it."""
     notes: tuple[str, ...] = ()
     """What the user should be told about how the directory was chosen."""
 
@@ -48,6 +52,7 @@ class Attempt:
             "directory": str(self.directory),
             "seed": self.seed,
             "restore": str(self.restore) if self.restore else None,
+            "command": list(self.command),
         }
 
     @classmethod
@@ -57,6 +62,7 @@ class Attempt:
             directory=Path(content["directory"]),
             seed=content["seed"],
             restore=Path(content["restore"]) if content["restore"] else None,
+            command=tuple(content["command"]),
         )
 
 
@@ -86,13 +92,17 @@ class RunLock:
         self._file.close()
 
 
-def claim(config: RunnerConfig) -> tuple[Attempt, RunLock]:
+def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[Attempt, RunLock]:
     """Find the run that this configuration goes on with, or make a new one, lock it, and open an attempt in it.
+
+    Args:
+        command: script and overrides; this process's own when None.
 
     Raises ConfigRefused when the run cannot be resumed under this configuration, is live, or cannot be written.
     """
     try:
-        return _claim(config)
+        attempt, lock = _claim(config)
+        return replace(attempt, command=tuple(sys.argv if command is None else command)), lock
     except OSError as error:
         raise ConfigRefused(
             [
@@ -248,7 +258,3 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-
-def with_notes(attempt: Attempt, *notes: str) -> Attempt:
-    """The attempt with more notes for the user."""
-    return replace(attempt, notes=(*attempt.notes, *notes))

@@ -1,0 +1,1 @@
+"""Where time passes: the loop, evaluation, score, seeds, progress."""

@@ -75,7 +75,7 @@ class RunnerConfig:
     log: bool = setting(True, semantic=False)
     """Write the main process's log to a file, beside the log of each rank."""
     log_interval: Optional[int] = setting(None, at_least=1, semantic=False)
-    """Optimizer steps between log lines. Unset: calculated, about a hundred lines a run."""
+    """Optimizer steps between log lines. Unset: calculated, about fifty lines a run."""
     tensorboard: bool = setting(False, semantic=False, pending="TensorBoard")
     """Write TensorBoard scalars."""
 

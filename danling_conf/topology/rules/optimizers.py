@@ -12,8 +12,8 @@ from danling_conf.schema.torch_options import (
     find_scheduler,
     group_problems,
     nearest,
-    option_problems,
     optimizer_options,
+    option_problems,
     scheduler_options,
 )
 from danling_conf.topology.rules.rule import Context

@@ -1,0 +1,100 @@
+"""Fully sharded data parallelism (FSDP2)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from danling_conf.build.blocks import repeated_blocks
+from danling_conf.build.keywords import section_from
+from danling_conf.build.mesh import axes_of
+from danling_conf.build.precision import dtype
+from danling_conf.schema.fsdp import FsdpConfig
+
+_log = logging.getLogger(__name__)
+
+
+def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, precision: str | None = None) -> nn.Module:
+    """Shard each repeated block of `model`, then the rest of it, over the shard axis of `mesh`; with a replicate axis,
+    over both (hybrid sharding). In place; parameters become `DTensor`s, also those on the meta device.
+
+    `precision` (bf16, fp16) is the dtype of the computation where `section.mp_policy` says nothing; gradients are then
+    reduced in fp32. A block that shares a parameter with the rest of the model is sharded with the rest.
+
+    Raises ValueError where the mesh has no shard axis, and for a `reshard_after_forward` that does not divide it.
+    """
+    if not section.enabled:
+        return model
+    if mesh is None or "shard" not in axes_of(mesh):
+        raise ValueError(
+            f"fsdp.enabled=true: the mesh has no shard axis (its axes: {', '.join(axes_of(mesh)) or 'none'}); choose a "
+            f"layout with FSDP, such as parallel=fsdp, and start the process group before the mesh is made"
+        )
+    options: dict[str, Any] = {
+        "mesh": mesh["replicate", "shard"] if "replicate" in axes_of(mesh) else mesh["shard"],
+        "mp_policy": mixed_precision_policy(section, precision),
+        "offload_policy": offload_policy(section),
+    }
+    if section.reshard_after_forward is not None:
+        degree = mesh["shard"].size()
+        size = section.reshard_after_forward
+        if not isinstance(size, bool) and (size < 1 or degree % size):
+            raise ValueError(
+                f"fsdp.reshard_after_forward={size}: must divide the shard degree {degree}, or be a boolean"
+            )
+        options["reshard_after_forward"] = size
+    # Inner modules first: a module that is wrapped takes the parameters that are not taken yet.
+    for name, block in reversed(repeated_blocks(model, section.module_classes)):
+        if _shares_parameters(model, block):
+            _log.warning("fsdp: %s shares a parameter with the rest of the model and is sharded with it", name)
+            continue
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def mixed_precision_policy(section: FsdpConfig, precision: str | None) -> MixedPrecisionPolicy:
+    """`section.mp_policy` as torch's policy; unset, the one that `precision` asks for."""
+    policy = section.mp_policy
+    if policy is None:
+        if precision in (None, "fp32"):
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(param_dtype=dtype(precision), reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy(
+        param_dtype=dtype(policy.param_dtype),
+        reduce_dtype=dtype(policy.reduce_dtype),
+        output_dtype=dtype(policy.output_dtype),
+        cast_forward_inputs=policy.cast_forward_inputs,
+    )
+
+
+def offload_policy(section: FsdpConfig) -> OffloadPolicy:
+    """`section.offload_policy` as torch's policy."""
+    if not offloads(section):
+        return OffloadPolicy()
+    pin_memory = section.offload_policy.pin_memory
+    return CPUOffloadPolicy(pin_memory=torch.accelerator.is_available() if pin_memory is None else pin_memory)
+
+
+def offloads(section: FsdpConfig) -> bool:
+    """Whether parameters stay in host memory."""
+    return section.enabled and section.offload_policy is not None and section.offload_policy.enabled
+
+
+def from_keywords(**keywords: Any) -> partial[nn.Module]:
+    """`fsdp` as `hydra.utils.instantiate` reads it: a partial that waits for the model and `mesh=`."""
+    return partial(shard, section=section_from(FsdpConfig, keywords, path="fsdp"))
+
+
+def _shares_parameters(model: nn.Module, block: nn.Module) -> bool:
+    # FSDP2 refuses a parameter that two of its groups would hold.
+    inside = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
+    everywhere = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return any(everywhere[parameter] != count for parameter, count in inside.items())

@@ -1,0 +1,53 @@
+"""Gradients of a data-parallel model: when they are communicated, and their norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def accumulate(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """A context for forward and backward of one micro-batch: gradients are communicated at the `last` one only.
+
+    For a model under FSDP2, DDP or neither. Between the micro-batches FSDP2 keeps gradients unsharded. Dividing the
+    loss by the number of micro-batches stays with the caller.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients in place so that the 2-norm of all of them together is at most `max_norm` (infinity: only
+    measure), and return the norm before. Collective where gradients are sharded.
+
+    Parameters may be plain or `DTensor`s on one or several meshes; torch's own `clip_grad_norm_` takes one mesh only.
+    """
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            where = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
+            groups.setdefault(where, []).append(parameter)
+    if not groups:
+        return torch.tensor(0.0)
+    norms = [_norm_of([parameter.grad for parameter in group]) for group in groups.values()]  # type: ignore[misc]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    for group in groups.values():
+        clip_grads_with_norm_(group, max_norm, total)
+    return total
+
+
+def _norm_of(gradients: list[torch.Tensor]) -> torch.Tensor:
+    norm = get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,64 @@
+"""The default process group and its time limits."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from danling_conf.build._torch_private import process_groups, set_timeout
+from danling_conf.schema.process import CommConfig
+
+
+def start(
+    section: CommConfig,
+    device_type: str,
+    *,
+    store: dist.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> None:
+    """Initialise the default process group, with `comm.init_timeout_seconds` as the time limit of its collectives.
+
+    CPU tensors always go over gloo; an accelerator has its own backend beside it (`cpu:gloo,cuda:nccl`). Without a
+    `store`, ranks meet as the launcher's environment says (`MASTER_ADDR`, `RANK`, ...); without a launcher this process
+    is a world of one.
+
+    Raises ValueError where a store comes without rank and world size.
+    """
+    backend = (
+        "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
+    )
+    seconds = section.init_timeout_seconds
+    timeout = None if seconds is None else timedelta(seconds=seconds)
+    if store is None and rank is None and "RANK" not in os.environ:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    if rank is None or world_size is None:
+        raise ValueError(f"rank={rank}, world_size={world_size}: a store needs both; pass them with it")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def tighten(section: CommConfig) -> None:
+    """Apply `comm.train_timeout_seconds` to every process group there is. Collective: every rank calls it.
+
+    Meant for once, after the first optimizer step: what is slow only at the start (compilation, connections) is over.
+    """
+    if section.train_timeout_seconds is None or not dist.is_initialized():
+        return
+    # A rank still under way to here must not be measured by the new limit.
+    dist.barrier()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    for group in process_groups():
+        set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
+
+
+def stop() -> None:
+    """Destroy every process group, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,127 @@
+"""One sampler for every split: the order of an epoch, dealt out to the data ranks, resumable at any sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+UNEVEN = "uneven"
+REPEAT = "repeat"
+DROP = "drop"
+
+
+class ShardedSampler(Sampler[int]):
+    """Deals the order of an epoch out to data ranks: rank `r` of `degree` takes the samples at `r`, `r + degree`, ...
+
+    So the batches of all ranks at a step are, together, the batch that one process with a batch of `degree` times the
+    size would take. The order is that of `torch.utils.data.DistributedSampler`.
+
+    The position is saved as the number of samples that all ranks together have taken, with the epoch, so that a state
+    of any rank restores any other and fits another degree with the same global batch. (The samplers of torchdata 0.11
+    save a position of one rank; after a state saved at the end of an epoch, StatefulDistributedSampler skips the whole
+    next one.)
+
+    Args:
+        size: number of samples.
+        remainder: what happens to the samples that the degree does not divide. `drop`: left out, and ranks are even.
+            `repeat`: filled up with the first ones, and ranks are even. `uneven`: dealt out, and the first ranks have
+            one sample, and perhaps one batch, more: every sample is seen once, as metrics need.
+        generator: reseeded with each epoch from the seed, the rank and the epoch, where given. A data loader draws the
+            seeds of its workers from it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        rank: int = 0,
+        degree: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        remainder: str = UNEVEN,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not 0 <= rank < degree:
+            raise ValueError(f"data rank {rank}: it must be at least 0 and below the data degree, {degree}")
+        if remainder not in (UNEVEN, REPEAT, DROP):
+            raise ValueError(f"remainder={remainder!r}: it must be {UNEVEN}, {REPEAT} or {DROP}")
+        self.size = size
+        self.rank = rank
+        self.degree = degree
+        self.shuffle = shuffle
+        self.seed = seed
+        self.remainder = remainder
+        self.generator = generator
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration; call it before each epoch."""
+        self.epoch = epoch
+        if self.generator is not None:
+            self.generator.manual_seed(seed_of(self.seed, self.rank, epoch))
+
+    def __len__(self) -> int:
+        if self.remainder == DROP:
+            return self.size // self.degree
+        if self.remainder == REPEAT:
+            return -(-self.size // self.degree)
+        return len(range(self.rank, self.size, self.degree))
+
+    def __iter__(self) -> Iterator[int]:
+        return _Position(self)
+
+    def order(self, epoch: int) -> list[int]:
+        """The samples of this rank in an epoch."""
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
+        else:
+            order = torch.arange(self.size)
+        if self.remainder == REPEAT and self.size:
+            even = len(self) * self.degree
+            order = order.repeat(-(-even // self.size))[:even]
+        return order[self.rank :: self.degree][: len(self)].tolist()
+
+
+class _Position(Iterator[int]):
+    """A place in one epoch of a sampler; it keeps its own epoch, whatever the sampler is set to meanwhile."""
+
+    def __init__(self, sampler: ShardedSampler) -> None:
+        self._sampler = sampler
+        self._epoch = sampler.epoch
+        self._order = sampler.order(self._epoch)
+        self._taken = 0
+
+    def __iter__(self) -> _Position:
+        return self
+
+    def __next__(self) -> int:
+        if self._taken >= len(self._order):
+            raise StopIteration
+        self._taken += 1
+        return self._order[self._taken - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        # A rank that ran out one sample before the others is at the end of the data, as they are.
+        return {"epoch": self._epoch, "taken_by_all": self._taken * self._sampler.degree}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch = state["epoch"]
+        self._order = self._sampler.order(self._epoch)
+        # Under a degree that does not divide the position, a few samples are seen twice rather than never.
+        self._taken = min(state["taken_by_all"] // self._sampler.degree, len(self._order))
+
+
+def seed_of(seed: int, rank: int, epoch: int) -> int:
+    """A seed of its own for each rank and epoch, the same in every run: neighbouring seeds, as `seed + rank`, would
+    give rank 0 of one run what rank 1 of another has."""
+    state = seed % 2**64
+    for part in (rank, epoch):
+        # The mixing step of SplitMix64 (G. Steele et al., https://doi.org/10.1145/2714064.2660195).
+        state = (state + (part + 1) * 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state % 2**63

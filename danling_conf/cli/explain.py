@@ -1,0 +1,169 @@
+"""`danling-conf explain`: what a setting, group or preset means, and where an app's value of it came from."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from danling_conf.cli.inspect_app import inspect_app
+from danling_conf.groups.layout_names import EXAMPLES, GRAMMAR, LayoutNameError, parse_layout
+from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
+from danling_conf.groups.source import LAYOUTS, layout_settings
+from danling_conf.launch.command import App, check, compose_or_refuse
+from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer
+from danling_conf.resolution.identity import flatten, plain
+from danling_conf.resolution.typed import setting_paths
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.docs import Described, describe
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
+
+_WIDTH = 100
+_MISSING = object()
+
+
+def explain(key: str, script: str | None, overrides: list[str]) -> list[str]:
+    """Lines that explain a setting, a section, a group or a preset.
+
+    Raises ConfigRefused for a key that is none of these, and for an app's configuration that is refused.
+    """
+    if script is None:
+        return _explain(key, RunnerConfig)
+    return inspect_app(script, overrides, lambda app, search, given: _in_app(key, app, search, given))
+
+
+def _explain(key: str, kind: type[RunnerConfig]) -> list[str]:
+    group, equals, name = key.partition("=")
+    if equals:
+        return _preset(group, name)
+    found = describe(kind, key)
+    lines = [] if found is None else _setting(found)
+    if key in GROUPS or key == LAYOUTS:
+        lines += ["", *_group(key)] if lines else _group(key)
+    if lines:
+        return lines
+    known = [*setting_paths(kind), *GROUPS, LAYOUTS]
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    fix = f"did you mean {near[0]}?" if near else "see a training script's --help for the groups"
+    raise ConfigRefused([Violation(key, ABSENT, "there is no such setting, section or group", fix)])
+
+
+def _setting(found: Described) -> list[str]:
+    lines = [found.path, *_paragraph(found.doc)]
+    if found.section is not None:
+        inner = found.section
+        lines.append("  settings:")
+        for item in fields(inner):
+            below = describe(inner, item.name)
+            if below is not None:
+                default = "" if below.section and not below.facts.shape else f" = {_default(below)}"
+                lines.append(f"    {found.path}.{item.name}: {below.type}{default}")
+    else:
+        lines += [f"  type     {found.type}", f"  default  {_default(found)}"]
+    facts = found.facts
+    if facts.choices:
+        lines.append(f"  choices  {', '.join(facts.choices)}")
+    if facts.aliases:
+        lines.append("  aliases  " + ", ".join(f"{alias} = {name}" for alias, name in facts.aliases.items()))
+    lines.append(f"  read by  {found.read_by}")
+    if facts.pending:
+        lines.append(f"  note     no effect yet: {facts.pending} is not implemented")
+    return lines
+
+
+def _default(found: Described) -> str:
+    return "unset" if found.default is None else show(found.default)
+
+
+def _group(group: str) -> list[str]:
+    if group == LAYOUTS:
+        return [
+            "layout names (parallel=NAME)",
+            f"  {GRAMMAR}",
+            "  ddp and fsdp without a number are filled from the world size",
+            f"  for instance {', '.join(EXAMPLES)}",
+        ]
+    lines = [f"presets ({group}=NAME)"]
+    for name, preset in GROUPS[group].items():
+        mark = " (default)" if DEFAULT_CHOICES.get(group) == name else ""
+        lines.append(f"  {name}{mark}")
+        lines += _paragraph(preset.doc, indent=4)
+        lines += [f"      {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
+    return lines
+
+
+def _preset(group: str, name: str) -> list[str]:
+    if group == LAYOUTS:
+        try:
+            parse_layout(name)
+        except LayoutNameError as error:
+            raise ConfigRefused([Violation(group, name, str(error), f"write {GRAMMAR}")]) from None
+        return [f"{group}={name}", *(f"  {path}={show(value)}" for path, value in flatten(layout_settings(name)).items())]
+    if name not in GROUPS.get(group, {}):
+        choices = ", ".join(GROUPS.get(group, GROUPS))
+        raise ConfigRefused([Violation(group, name, "there is no such preset", f"choose among {choices}")])
+    preset = GROUPS[group][name]
+    settings = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
+    return [f"{group}={name}", *_paragraph(preset.doc), *settings]
+
+
+def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
+    with composer(search) as composing:
+        composed = compose_or_refuse(composing, overrides)
+        config = check(composing, composed, overrides)
+        declared = OmegaConf.get_type(composed)
+        kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
+        lines = _explain(key, kind)
+        values = {path: value for path, value in flatten(plain(config)).items() if _below(path, key)}
+        if not values:
+            return [*lines, f"in {app.script.name}: nothing is set at {key}"]
+        lines.append(f"in {app.script.name} {' '.join(overrides)}".rstrip())
+        for path, value in values.items():
+            lines.append(f"  {path} = {show(value)}")
+            if len(values) <= 3 or path == key:
+                lines += [f"    {step}" for step in _origins(composing, path, value, overrides)]
+        return lines
+
+
+def _origins(composing: Composer, path: str, value: Any, overrides: list[str]) -> list[str]:
+    """Every place that set a path, in the order in which they were merged; the last one holds."""
+    steps = []
+    last: Any = _MISSING
+    for source, content in composing.defaults(overrides):
+        found = _select(content, path)
+        if found is not _MISSING:
+            group, _, name = source.rpartition("/")
+            where = f"{group}={name}" if group else f"base or primary config {source}"
+            steps.append(f"{where}: {show(found)}")
+            last = found
+    for override in overrides:
+        given, equals, text = override.partition("=")
+        if equals and given.lstrip("+") == path:
+            steps.append(f"command line {override}")
+            last = value if text else None
+    if last is _MISSING or (last != value and not OmegaConf.is_config(last)):
+        steps.append(f"resolution: {show(value)} (derived, or the canonical spelling)")
+    return steps
+
+
+def _select(content: DictConfig, path: str) -> Any:
+    owner: Any = content
+    for part in path.split("."):
+        if not OmegaConf.is_dict(owner) or owner._is_none() or part not in owner:
+            return _MISSING
+        if OmegaConf.is_interpolation(owner, part):
+            return owner._get_node(part)._value()
+        owner = owner[part]
+    return owner
+
+
+def _below(path: str, key: str) -> bool:
+    return path == key or path.startswith(f"{key}.")
+
+
+def _paragraph(text: str, indent: int = 2) -> list[str]:
+    margin = " " * indent
+    return textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent=margin, subsequent_indent=margin)

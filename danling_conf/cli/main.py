@@ -1,0 +1,53 @@
+"""The `danling-conf` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from danling_conf.topology.violation import ConfigRefused
+
+REFUSED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; gives its exit code: 2 for what is refused."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        if parsed.command == "explain":
+            from danling_conf.cli.explain import explain
+
+            lines = explain(parsed.key, parsed.script, parsed.overrides)
+        else:
+            from danling_conf.cli.check import check_app
+
+            lines = check_app(parsed.script, parsed.overrides)
+    except ConfigRefused as refusal:
+        print(refusal.report(), file=sys.stderr)
+        return REFUSED
+    print("\n".join(lines))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="danling-conf", description="Explain and check training configurations.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    explain = commands.add_parser(
+        "explain",
+        help="what a setting, section, group or preset means; with a script, its value there and where that came from",
+        description="danling-conf explain fsdp.reshard_after_forward | parallel | compile=max | KEY SCRIPT [OVERRIDES]",
+    )
+    explain.add_argument("key", help="fsdp.enabled, fsdp, parallel, compile=max")
+    explain.add_argument("script", nargs="?", help="a training script")
+    explain.add_argument("overrides", nargs="*", help="its overrides, as on its own command line")
+    check = commands.add_parser(
+        "check", help="compose and check a script's configuration without running it; exits with 2 when it is refused"
+    )
+    check.add_argument("script", help="a training script")
+    check.add_argument("overrides", nargs="*", help="its overrides, as on its own command line")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

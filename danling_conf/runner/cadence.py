@@ -1,0 +1,79 @@
+"""When things happen: the budget of a run and the steps at which it logs, evaluates and saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from danling_conf.schema import RunnerConfig
+
+_EVALUATIONS = 10
+_LOG_LINES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """The run's length and intervals, all in optimizer steps; None for never by steps."""
+
+    steps: int | None
+    """Step at which the run ends; None when epochs without a known length decide."""
+    epochs: int | None
+    """Epoch at which the run ends; None in step mode."""
+    steps_per_epoch: int | None
+    """Optimizer steps of an epoch; None for data without a length."""
+    evaluate_every: int | None
+    """Steps between evaluations; None in epoch mode."""
+    evaluate_epochs: int
+    """Epochs between evaluations; of use in epoch mode."""
+    save_every: int | None
+    """Steps between checkpoints kept in the history; None in epoch mode, or when unset."""
+    save_epochs: int | None
+    """Epochs between them, in epoch mode."""
+    log_every: int
+    """Steps between log lines."""
+
+    def scheduler_advances(self, interval: str) -> int | None:
+        """How often a scheduler advances in the run, given when it does so; None when that is not known."""
+        if interval == "step":
+            return self.steps
+        if self.epochs is not None:
+            return self.epochs
+        if self.steps is None or self.evaluate_every is None:
+            return None
+        return -(-self.steps // self.evaluate_every)
+
+
+def cadence_of(config: RunnerConfig, batches_per_epoch: int | None) -> Cadence:
+    """The cadence of a run.
+
+    Args:
+        batches_per_epoch: micro-batches that a rank sees in an epoch of training; None when unknown.
+
+    Raises:
+        ValueError: an epoch has fewer micro-batches than one optimizer step takes.
+    """
+    per_epoch = None if batches_per_epoch is None else batches_per_epoch // config.accum_steps
+    if per_epoch == 0:
+        raise ValueError(
+            f"accum_steps={config.accum_steps}: an epoch has {batches_per_epoch} micro-batches, which is not one "
+            f"optimizer step: choose at most {batches_per_epoch}, or a smaller dataloader.batch_size"
+        )
+    by_epoch = config.epochs is not None
+    steps = config.steps
+    if config.epochs is not None:
+        steps = None if per_epoch is None else config.epochs * per_epoch
+    interval = config.checkpoint.interval
+    return Cadence(
+        steps=steps,
+        epochs=config.epochs,
+        steps_per_epoch=per_epoch,
+        evaluate_every=None if by_epoch else config.eval_interval or max(1, (config.steps or 1) // _EVALUATIONS),
+        evaluate_epochs=config.eval_interval or 1,
+        save_every=None if by_epoch else interval,
+        save_epochs=interval if by_epoch else None,
+        log_every=config.log_interval or max(1, (steps or per_epoch or _LOG_LINES) // _LOG_LINES),
+    )
+
+
+def next_multiple(step: int, *intervals: int | None) -> int | None:
+    """The first step after `step` that is a multiple of any interval."""
+    return min((step - step % interval + interval for interval in intervals if interval), default=None)

@@ -1,0 +1,63 @@
+"""Running means that cost no synchronisation until they are read."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+_FOLD = 64
+
+
+class LossMeter:
+    """Mean of scalar tensors. Appending neither computes nor waits; reading reduces over ranks and waits once."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def append(self, loss: Tensor) -> None:
+        """Take a scalar into the mean."""
+        self._losses.append(loss)
+        if len(self._losses) >= _FOLD:
+            self._fold()
+
+    def mean(self) -> float | None:
+        """Mean over everything since the last reset, of all ranks; None when there was nothing. Collective."""
+        self._fold()
+        if self._total is None:
+            return None
+        return reduce_sum(torch.stack([self._total, self._total.new_tensor(self._count)])).ratio()
+
+    def reset(self) -> None:
+        self._losses, self._total, self._count = [], None, 0
+
+    def _fold(self) -> None:
+        if self._losses:
+            total = torch.stack(self._losses).double().sum()
+            self._total = total if self._total is None else self._total + total
+            self._count += len(self._losses)
+            self._losses = []
+
+
+class Sums:
+    """A sum and its weight, reduced over all ranks."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def ratio(self) -> float | None:
+        """Sum over weight; None where the weight is zero."""
+        total, weight = self.values
+        return total / weight if weight else None
+
+
+def reduce_sum(values: Tensor) -> Sums:
+    """A (2,) tensor of a sum and its weight, summed over all ranks. Collective; waits for the device.
+
+    Ranks that share samples (context, tensor, pipeline) hold the same two numbers, which cancel in the ratio.
+    """
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(values)
+    return Sums(values.tolist())

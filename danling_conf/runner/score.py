@@ -1,0 +1,88 @@
+"""Model selection: which number is the score, whether it became better, and when to give up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from danling_conf.build.dataloader import is_training
+
+PREFERRED_SPLITS = ("val", "validate")
+
+
+def infer_split(configured: str | None, splits: Iterable[str]) -> str:
+    """The split that the score comes from: the configured one while it exists, else `val`, `validate`, the first that
+    is not trained on, or the training split where there is no other."""
+    splits = list(splits)
+    if configured in splits:
+        return str(configured)
+    candidates = [*PREFERRED_SPLITS, *(split for split in splits if not is_training(split)), *splits]
+    return next(split for split in candidates if split in splits)
+
+
+def infer_mode(configured: str | None, name: str, metrics: Mapping[str, Any]) -> str:
+    """`min` or `max`: as configured, else as the metric says.
+
+    Raises ValueError for a metric that does not say.
+    """
+    if configured is not None:
+        return configured
+    if name == "loss":
+        return "min"
+    higher = getattr(metrics.get(name), "higher_is_better", None)
+    if higher is None:
+        raise ValueError(
+            f"score_mode=null: the metric {name} does not say whether a larger value is better: set score_mode=min or "
+            "score_mode=max"
+        )
+    return "max" if higher else "min"
+
+
+@dataclass
+class Score:
+    """The best score so far, and how many evaluations ago it was."""
+
+    split: str
+    name: str
+    mode: str
+    patience: int | None = None
+    best: float | None = None
+    best_step: int = 0
+    last: float | None = None
+    worse: int = 0
+
+    @property
+    def key(self) -> str:
+        """Name of the score among results: `val.loss`."""
+        return f"{self.split}.{self.name}"
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `patience` evaluations in a row brought nothing better."""
+        return self.patience is not None and self.worse >= self.patience
+
+    def update(self, results: Mapping[str, float], step: int) -> bool:
+        """Take in an evaluation's results; says whether they are the best so far.
+
+        Raises KeyError, with what there is, when the score is not among them.
+        """
+        if self.key not in results:
+            raise KeyError(f"the score {self.key} is not among the results: {', '.join(results) or 'none'}")
+        self.last = results[self.key]
+        better = not math.isnan(self.last) and (
+            self.best is None or (self.last < self.best if self.mode == "min" else self.last > self.best)
+        )
+        if better:
+            self.best, self.best_step, self.worse = self.last, step, 0
+        else:
+            self.worse += 1
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "last": self.last, "worse": self.worse}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.last, self.worse = state["last"], state["worse"]

@@ -1,0 +1,502 @@
+"""The runner: one configuration's training, in its own loop or in the user's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from danling_conf.build import compile as compilation
+from danling_conf.build import dataloader as loaders
+from danling_conf.build import gradients, optimizer, precision, process_group, scheduler
+from danling_conf.build.model import assemble
+from danling_conf.checkpoint.manager import CheckpointManager
+from danling_conf.resolution.frozen import earlier_code
+from danling_conf.resolution.logs import close_logs, open_logs
+from danling_conf.resolution.resolve import resolve
+from danling_conf.runner import garbage_collection, seeds
+from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
+from danling_conf.runner.cadence import cadence_of, next_multiple
+from danling_conf.runner.conclusion import conclusion
+from danling_conf.runner.environment import record_environment
+from danling_conf.runner.evaluation import evaluate
+from danling_conf.runner.meters import LossMeter
+from danling_conf.runner.progress import Progress
+from danling_conf.runner.refusal import refused
+from danling_conf.runner.score import Score, infer_mode, infer_split
+from danling_conf.runner.world import join
+from danling_conf.schema import RunnerConfig
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Runner:
+    """Trains a model as a configuration says.
+
+    `fit` is the whole of it. For a loop of one's own, `prepare` and then
+
+        for batch in runner.batches("train"):
+            runner.step(batch)
+        score = runner.finish()
+
+    is the same run: evaluation, checkpoints and early stop happen inside `step` and between epochs.
+
+    Args:
+        config: resolved, or composed by Hydra, which resolves it.
+
+    Attributes:
+        model, optimizer, scheduler, loaders: what was built; the scheduler is None for a constant learning rate.
+        global_step: optimizer steps done.
+        epoch: epochs done.
+        results: the newest value of every metric, by `split.name`.
+        score: what the best checkpoint is chosen by.
+        world: where this process stands among the ranks.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config: RunnerConfig = resolve(config)
+        if self.config.compile.enable:
+            compilation.use_shared_cache()  # read when inductor is imported
+        self._stack = ExitStack()
+        with refused():
+            self.world = join(self.config)
+        self.device = self.world.device
+        attempt = self.world.attempt
+        if self.world.lock is not None:
+            self._stack.callback(self.world.lock.release)
+            handlers = open_logs(attempt.directory, self.world.ranks, log=self.config.log, job_name="run")
+            self._stack.callback(close_logs, handlers)
+        if self.world.ranks.main:
+            record_environment(attempt.directory)
+        self._stack.enter_context(seeds.deterministic(self.config.deterministic))
+        self.global_step = 0
+        self.epoch = 0
+        self.results: dict[str, float] = {}
+        self._micro = 0
+        self._meter = LossMeter()
+        self._stopped = False
+        self._evaluated_at: dict[str, int] = {}
+        self._saved_at = -1
+        self._between_epochs = True
+        self._epoch_step = 0
+        self._resumed: dict[str, Any] | None = None
+
+    def fit(self, model: nn.Module | Callable[[], nn.Module], datasets: Mapping[str, Any], **options: Any) -> float:
+        """Train to the end of the budget; gives the best score.
+
+        Args:
+            model, datasets, options: see `prepare`.
+
+        Raises:
+            ConfigRefused: the configuration does not fit the model or the data.
+        """
+        self.prepare(model, datasets, **options)
+        for batch in self.batches("train"):
+            self.step(batch)
+        return self.finish()
+
+    def prepare(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        datasets: Mapping[str, Any],
+        *,
+        loss: Loss | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        forward: Forward | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        tokens_per_sample: int | None = None,
+        report: Callable[[nn.Module, Mapping[str, float]], list[str]] | None = None,
+    ) -> None:
+        """Build everything, and go on from a checkpoint where the configuration says so. Collective.
+
+        Args:
+            model: a factory without arguments, called on the meta device, or a module, taken over with its weights.
+            datasets: data set by split; `train` is what is trained on.
+            loss: maps the model's output and the batch to the mean loss, a scalar. None: the output's own `.loss`.
+            metrics: torchmetrics objects, or functions that make them, by name; updated with output and targets.
+            forward: runs the model on a batch. None: the first of a pair, or a mapping's items as keywords.
+            collate_fn: makes a batch of samples, for every loader.
+            tokens_per_sample: shows tokens per second instead of samples per second.
+            report: gives lines to print at the end, from the model and the results. Called on every rank, since a
+                sharded model needs them all.
+        """
+        config, world = self.config, self.world
+        self._forward, self._loss, self._report = forward or default_forward, loss or loss_of_output, report
+        with refused():
+            self._build_data(datasets, collate_fn)
+            self.model = assemble(
+                model,
+                layout=world.layout,
+                mesh=world.mesh,
+                device=world.device,
+                seed=world.attempt.seed,
+                fsdp=config.fsdp,
+                compile=config.compile,
+                activation_checkpointing=config.activation_checkpointing,
+                precision=config.precision,
+            )
+            self.optimizer = optimizer.make(self.model, config.optim)
+            self.metrics = {name: _metric(made, world.device) for name, made in (metrics or {}).items()}
+            self._build_score(list(datasets))
+            self._build_scheduler()
+        self.model.train()
+        autocast = None if config.fsdp.enabled else config.precision
+        self._autocast = precision.autocast(autocast, world.device.type) if autocast not in (None, "fp32") else None
+        self._scaler = precision.scaler(autocast, world.device.type)
+        self._parameters = [item for item in self.model.parameters() if item.requires_grad]
+        self.checkpoints = CheckpointManager(
+            config.checkpoint, world.attempt.run_directory, rank=world.ranks.rank, world_size=world.ranks.world_size
+        )
+        seeds.seed_rank(world.attempt.seed, world.data_rank)
+        with refused():
+            self._go_on()
+        samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
+        self.progress = Progress(
+            show=world.ranks.main,
+            total=self.cadence.steps,
+            samples_per_step=samples * world.data_degree * config.accum_steps,
+            tokens_per_sample=tokens_per_sample,
+            position=lambda: self.global_step,
+        )
+        self._stack.enter_context(garbage_collection.paced(config.gc))
+        self._first_step = self.global_step + 1
+        self._schedule_events()
+        for note in self._notes:
+            self.progress.line(note)
+
+    def batches(self, split: str = "train") -> Iterator[Any]:
+        """Batches of this rank, on its device. Of the training split: epoch after epoch, until the budget is used up or
+        the score stops improving; of any other: one pass.
+        """
+        loader = self.loaders[split]
+        if not loaders.is_training(split):
+            yield from (to_device(batch, self.device) for batch in loader)
+            return
+        self.progress.start()
+        self.progress.activity("compiling the first step" if self.config.compile.enable else None)
+        try:
+            while not self._done():
+                yield from self._epoch_of(loader)
+        finally:
+            self.progress.stop()
+
+    def step(self, batch: Any) -> Tensor:
+        """Forward and backward of one micro-batch and, at the last of `accum_steps`, an optimizer step with all that is
+        due after it. Gives the micro-batch's loss, detached and not waited for.
+        """
+        accumulated = self.config.accum_steps
+        self._micro += 1
+        last = self._micro == accumulated
+        if accumulated == 1:
+            loss = self._forward_backward(batch, 1)
+        else:
+            with gradients.accumulate(self.model, last=last):
+                loss = self._forward_backward(batch, accumulated)
+        self._meter.append(loss)
+        if last:
+            self._micro = 0
+            self._update()
+            if self.global_step >= self._next_event:
+                self._events()
+        return loss
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Loss and metrics of a split, by `split.name`. Collective."""
+        self.progress.activity(f"evaluating {split}")
+        with self._autocast or nullcontext():
+            found = evaluate(
+                self.model,
+                self.loaders[split],
+                forward=self._forward,
+                loss=self._loss,
+                metrics=self.metrics,
+                device=self.device,
+            )
+        self.progress.activity(None)
+        return {f"{split}.{name}": value for name, value in found.items()}
+
+    def finish(self) -> float:
+        """Evaluate and save what is still due, tell the user how the run ended, and leave; gives the best score."""
+        self._evaluate(final=True)
+        if self._saved_at != self.global_step:
+            self._save(history=False)
+        self._conclude()
+        self.close()
+        return self.score.best if self.score.best is not None else float("nan")
+
+    def close(self) -> None:
+        """Give back what the runner took: logs, locks, settings of the process."""
+        self._stack.close()
+
+    def _build_data(self, datasets: Mapping[str, Any], collate_fn: Callable[[list[Any]], Any] | None) -> None:
+        if "train" not in datasets:
+            raise ValueError(f"datasets: there is no split train among {', '.join(datasets) or 'none'}: name it so")
+        world = self.world
+        self.loaders = {
+            split: loaders.make(
+                dataset,
+                self.config.dataloader,
+                split,
+                data_rank=world.data_rank,
+                data_degree=world.data_degree,
+                seed=world.attempt.seed,
+                collate_fn=collate_fn,
+            )
+            for split, dataset in datasets.items()
+        }
+        train = self.loaders["train"]
+        sized = hasattr(train.dataset, "__len__")
+        self.cadence = cadence_of(self.config, len(train) if sized else None)
+
+    def _build_score(self, splits: list[str]) -> None:
+        config = self.config
+        mode = infer_mode(config.score_mode, config.score_name, self.metrics)
+        if config.score_name != "loss" and config.score_name not in self.metrics:
+            known = ", ".join(["loss", *self.metrics])
+            raise ValueError(f"score_name={config.score_name}: there is no such metric: choose one of {known}")
+        split = infer_split(config.score_split, splits)
+        self.score = Score(split=split, name=config.score_name, mode=mode, patience=config.patience)
+
+    def _build_scheduler(self) -> None:
+        section = self.config.scheduler
+        self._scheduler_interval = scheduler.interval_of(section)
+        self._metric_driven = scheduler.is_metric_driven(section)
+        advances = self.cadence.scheduler_advances(self._scheduler_interval)
+        if advances is None:
+            raise ValueError(
+                f"scheduler.type={section.type}: the run's length is not known, since its data has none and epochs "
+                "count it: set steps, or scheduler=constant"
+            )
+        self.scheduler = scheduler.make(self.optimizer, section, advances, metric_mode=self.score.mode)
+        self._by_step = self.scheduler if self._scheduler_interval == "step" else None
+
+    def _go_on(self) -> None:
+        attempt, notes = self.world.attempt, []
+        if attempt.restore is not None:
+            try:
+                shared, own = self.checkpoints.restore(attempt.restore, model=self.model, optimizer=self.optimizer)
+            except ValueError as error:
+                if self.config.resume is None and attempt.restore == attempt.run_directory:
+                    notes.append(f"nothing to resume yet: {error}")
+                    shared = None
+                else:
+                    raise
+            if shared is not None:
+                self._load_state(shared, own)
+                notes.append(f"resumed at step {self.global_step} from {attempt.restore}")
+                code = earlier_code(attempt)
+                if code is not None and attempt.restore == attempt.run_directory:
+                    notes.append(f"the attempt before this one ran code {code}")
+        elif self.config.pretrained is not None:
+            source = Path(self.config.pretrained).expanduser()
+            self.checkpoints.load_weights(source, self.model)
+            notes.append(f"weights from {source}")
+        self._notes = notes
+
+    def _load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        state = shared["runner"]
+        self.global_step, self.epoch = state["global_step"], state["epoch"]
+        self.results = dict(state["results"])
+        self._evaluated_at, self._saved_at = dict(state["evaluated_at"]), self.global_step
+        self._epoch_step = state["epoch_step"]
+        self.score.load_state_dict(state["score"])
+        if self.scheduler is not None and shared["scheduler"] is not None:
+            self.scheduler.load_state_dict(shared["scheduler"])
+        if self._scaler is not None and shared["scaler"] is not None:
+            self._scaler.load_state_dict(shared["scaler"])
+        self._resumed = own
+
+    def _done(self) -> bool:
+        if self._stopped:
+            return True
+        if self.cadence.epochs is not None:
+            return self.epoch >= self.cadence.epochs
+        return self.global_step >= (self.cadence.steps or 0)
+
+    def _epoch_of(self, loader: Any) -> Iterator[Any]:
+        loaders.set_epoch(loader, self.epoch)
+        own, self._resumed = self._resumed, None
+        if own is not None and own["loader"] is not None:
+            loader.load_state_dict(own["loader"])
+        iterator = iter(loader)
+        if own is not None and own["same_world"]:
+            seeds.restore_generators(own["generators"], self.device)  # making the iterator may draw from them
+        # What is left of an epoch and makes no whole optimizer step is not used.
+        limit = self.cadence.steps_per_epoch if self.config.accum_steps > 1 else None
+        fresh, move = self._between_epochs and own is None, self.device.type != "cpu"
+        self._between_epochs = False
+        for batch in iterator:
+            if limit is not None and self._epoch_step >= limit:
+                break
+            fresh = False
+            yield to_device(batch, self.device) if move else batch
+            if self._done():
+                return
+        if fresh:
+            raise ValueError("the training split gave no batch: check its data set")
+        self.epoch += 1
+        self._epoch_step = 0
+        self._between_epochs = True
+        self._end_of_epoch()
+
+    def _forward_backward(self, batch: Any, divisor: int) -> Tensor:
+        if self._autocast is None:
+            loss = self._loss(self._forward(self.model, batch), batch)
+        else:
+            with self._autocast:
+                loss = self._loss(self._forward(self.model, batch), batch)
+        scaled = loss if divisor == 1 else loss / divisor
+        (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
+        return loss.detach()
+
+    def _update(self) -> None:
+        if self.config.max_grad_norm is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self.optimizer)
+            gradients.clip(self._parameters, self.config.max_grad_norm)
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.optimizer.zero_grad()
+        if self._by_step is not None:
+            self._by_step.step()
+        self.global_step += 1
+        self._epoch_step += 1
+
+    def _schedule_events(self) -> None:
+        cadence, gc = self.cadence, self.config.gc.interval
+        due = next_multiple(self.global_step, cadence.log_every, cadence.evaluate_every, cadence.save_every, gc)
+        # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
+        self._next_event = self._first_step if self.global_step < self._first_step else due or self.global_step + 1
+
+    def _events(self) -> None:
+        step, cadence = self.global_step, self.cadence
+        if step == self._first_step:
+            process_group.tighten(self.config.comm)
+            self.progress.activity(None)
+            self.progress.restart_clock()
+        if self.config.gc.interval and step % self.config.gc.interval == 0:
+            garbage_collection.collect(self.config.gc)
+        if step % cadence.log_every == 0:
+            mean = self._meter.mean()
+            self._meter.reset()
+            if mean is not None:
+                self.results["train.loss"] = mean
+            self.progress.step(mean, self.optimizer.param_groups[0]["lr"])
+        saving = cadence.save_every is not None and step % cadence.save_every == 0
+        if cadence.evaluate_every is not None and step % cadence.evaluate_every == 0 and step != cadence.steps:
+            self._evaluate(final=False)
+            if self.scheduler is not None and self._scheduler_interval == "epoch":
+                self._advance()
+        if saving:
+            self._save(history=True)
+        self._schedule_events()
+
+    def _end_of_epoch(self) -> None:
+        cadence = self.cadence
+        if cadence.epochs is None:
+            return
+        if self.epoch % cadence.evaluate_epochs == 0 and self.epoch < cadence.epochs:
+            self._evaluate(final=False)
+        if self.scheduler is not None and self._scheduler_interval == "epoch":
+            self._advance()
+        if cadence.save_epochs is not None and self.epoch % cadence.save_epochs == 0:
+            self._save(history=True)
+
+    def _advance(self) -> None:
+        if not self._metric_driven:
+            self.scheduler.step()  # type: ignore[union-attr]
+            return
+        monitor = self.config.scheduler.monitor or self.score.key
+        if monitor not in self.results:
+            raise KeyError(f"scheduler.monitor={monitor} is not among the results: {', '.join(self.results)}")
+        self.scheduler.step(self.results[monitor])  # type: ignore[union-attr]
+
+    def _evaluate(self, *, final: bool) -> None:
+        """Evaluate what was not evaluated at this step, and take the score from it."""
+        began, step = time.perf_counter(), self.global_step
+        # A test split is for the end, unless it is what the score comes from.
+        splits = [
+            split
+            for split in self.loaders
+            if not loaders.is_training(split)
+            and self._evaluated_at.get(split) != step
+            and (final or not split.startswith("test") or split == self.score.split)
+        ]
+        found: dict[str, float] = {}
+        for split in splits:
+            found |= self.evaluate(split)
+            self._evaluated_at[split] = step
+        self.results |= found
+        self.progress.pause_clock(time.perf_counter() - began)
+        by_training = loaders.is_training(self.score.split) and self.score.key in self.results
+        better = False
+        if self.score.key in found or by_training:
+            better = self.score.update(self.results, step)
+        if found:
+            self.progress.results(found, "best so far" if better else "")
+        if better:
+            self._save(history=False, best=True)
+        if self.score.exhausted and not final:
+            self._stopped = True
+            self.progress.line(f"early stop: {self.score.key} has not improved for {self.score.patience} evaluations")
+
+    def _save(self, *, history: bool, best: bool = False) -> None:
+        shared = {
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "runner": {
+                "global_step": self.global_step,
+                "epoch": self.epoch,
+                "results": self.results,
+                "epoch_step": self._epoch_step,
+                "evaluated_at": self._evaluated_at,
+                "score": self.score.state_dict(),
+            },
+        }
+        own = {
+            "loader": None if self._between_epochs else self.loaders["train"].state_dict(),
+            "generators": seeds.generator_state(self.device),
+        }
+        self.progress.activity("saving")
+        self.checkpoints.save(
+            model=self.model, optimizer=self.optimizer, shared=shared, own=own, step=self.global_step,
+            history=history, best=best,
+        )  # fmt: skip
+        self.progress.activity(None)
+        self._saved_at = self.global_step
+
+    def _conclude(self) -> None:
+        lines = []
+        if self._report is not None:
+            # Text of growing length would be compiled again and again.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast or nullcontext():
+                self.model.eval()
+                lines = self._report(_unwrapped(self.model), self.results)
+        lines += conclusion(
+            attempt=self.world.attempt,
+            score=self.score,
+            results=self.results,
+            step=self.global_step,
+            cadence=self.cadence,
+            resumable=self.checkpoints.enabled,
+        )
+        for line in lines:
+            self.progress.line(line)
+
+
+def _metric(made: Any, device: torch.device) -> Any:
+    metric = made if hasattr(made, "update") and not isinstance(made, type) else made()
+    return metric.to(device) if hasattr(metric, "to") else metric
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,110 @@
+"""The ranks of a run meet: process group, mesh, device, and one configuration on all of them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from danling_conf.build import mesh as meshes
+from danling_conf.build import process_group
+from danling_conf.build.device import device_type, local_device
+from danling_conf.resolution.current import Current, current
+from danling_conf.resolution.frozen import freeze_attempt
+from danling_conf.resolution.identity import differences, job_id, plain
+from danling_conf.resolution.run_directory import Attempt, RunLock, claim
+from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.topology.layout import layout_of
+from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Where this process stands among the ranks."""
+
+    ranks: RankEnvironment
+    layout: Layout
+    device: torch.device
+    mesh: DeviceMesh | None
+    attempt: Attempt
+    lock: RunLock | None
+    """Held where nobody but the runner claimed the run."""
+
+    @property
+    def data_rank(self) -> int:
+        return meshes.data_rank_and_degree(self.mesh)[0]
+
+    @property
+    def data_degree(self) -> int:
+        return meshes.data_rank_and_degree(self.mesh)[1]
+
+
+def join(config: RunnerConfig) -> World:
+    """Join the world that this process was started for: by our `main`, by a launcher, or alone.
+
+    Raises ConfigRefused on every rank when the ranks do not have the same configuration.
+    """
+    started = current()
+    ranks = started.ranks if started is not None else started_rank() or SINGLE
+    layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+    kind = device_type(config.parallel.mesh_device_type)
+    device = local_device(kind, ranks.local_rank)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    if ranks.world_size > 1 or layout.fsdp:
+        if not distributed.is_initialized():
+            store = started.store if started is not None else None
+            rank, size = (ranks.rank, ranks.world_size) if store is not None else (None, None)
+            process_group.start(config.comm, kind, store=store, rank=rank, world_size=size)
+        _compare(config, ranks)
+    attempt, lock = _claimed(config, ranks, started)
+    mesh = meshes.make(layout, kind)
+    return World(ranks=ranks, layout=layout, device=device, mesh=mesh, attempt=attempt, lock=lock)
+
+
+def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | None) -> tuple[Attempt, RunLock | None]:
+    """The attempt: given by whoever launched this process, else claimed by rank 0 for all."""
+    if started is not None:
+        return started.attempt, None
+    outcome: list[Any] = [None]
+    lock = None
+    if ranks.main:
+        try:
+            attempt, lock = claim(config)
+            freeze_attempt(config, attempt, Path(sys.argv[0]).absolute())
+            outcome = [attempt.to_json()]
+        except ConfigRefused as refusal:
+            outcome = [refusal]
+    if ranks.world_size > 1:
+        distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], ConfigRefused):
+        raise outcome[0]
+    return Attempt.from_json(outcome[0]), lock
+
+
+def _compare(config: RunnerConfig, ranks: RankEnvironment) -> None:
+    """Ranks under different configurations would train something that nobody asked for, or wait for ever."""
+    if ranks.world_size == 1:
+        return
+    mine = plain(config)
+    hashes: list[Any] = [None] * ranks.world_size
+    distributed.all_gather_object(hashes, job_id(config))
+    if len(set(hashes)) == 1:
+        return
+    first = [mine]
+    distributed.broadcast_object_list(first, src=0)
+    everywhere: list[Any] = [None] * ranks.world_size
+    distributed.all_gather_object(everywhere, differences(mine, first[0]))
+    raise ConfigRefused(
+        [
+            Violation(path, theirs, f"rank {rank} has this, and rank 0 has {ours}", "start all ranks the same way")
+            for rank, changed in enumerate(everywhere)
+            for path, (theirs, ours) in changed.items()
+        ]
+    )

@@ -1,0 +1,100 @@
+"""The doc under a field is the one source of what a setting means: read from the class's source when asked."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from danling_conf.schema.setting import Facts, facts_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A setting or a section, with what there is to say of it."""
+
+    path: str
+    type: str
+    default: Any
+    doc: str
+    read_by: str
+    facts: Facts
+    section: type | None = None
+    """The dataclass of a section or of an unset mapping; None for a plain setting."""
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Doc of every field of a dataclass: the string under its declaration, in its own source or that of a base."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if is_dataclass(base):
+            docs |= _own_docs(base)
+    return docs
+
+
+def field_types(kind: type) -> dict[str, str]:
+    """Type of every field of a dataclass, as one reads it: `int | None`."""
+    return {item.name: _readable(str(item.type)) for item in fields(kind)}
+
+
+def describe(kind: type, path: str) -> Described | None:
+    """What there is to say of the setting or section at a dotted path; None when there is none."""
+    parts = path.split(".")
+    owner = kind
+    for index, part in enumerate(parts):
+        item = next((item for item in fields(owner) if item.name == part and not part.startswith("_")), None)
+        if item is None:
+            return None
+        inner = item.default_factory if is_dataclass(item.default_factory) else facts_of(item).shape
+        if index == len(parts) - 1:
+            return Described(
+                path=path,
+                type=field_types(owner)[part],
+                default=item.default if inner is None or facts_of(item).shape else None,
+                doc=field_docs(owner).get(part) or inspect.cleandoc((inner or owner).__doc__ or ""),
+                read_by=getattr(inner, "read_by", None) or getattr(owner, "read_by", "your own code"),
+                facts=facts_of(item),
+                section=inner if isinstance(inner, type) else None,
+            )
+        if not isinstance(inner, type):
+            return None
+        owner = inner
+    return None
+
+
+@cache
+def _own_docs(kind: type) -> dict[str, str]:
+    try:
+        source = textwrap.dedent(inspect.getsource(kind))
+    except (OSError, TypeError):  # a class made without a file, in a notebook's older cell for instance
+        return {}
+    body = ast.parse(source).body[0]
+    docs: dict[str, str] = {}
+    if isinstance(body, ast.ClassDef):
+        for declared, following in zip(body.body, body.body[1:], strict=False):
+            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name) and is_text:
+                docs[declared.target.id] = inspect.cleandoc(str(following.value.value))  # type: ignore[attr-defined]
+    return docs
+
+
+def _readable(annotation: str) -> str:
+    text = annotation.replace("typing.", "")
+    while True:
+        start = text.find("Optional[")
+        if start < 0:
+            break
+        depth, end = 0, start + len("Optional")
+        for end in range(start + len("Optional"), len(text)):
+            depth += {"[": 1, "]": -1}.get(text[end], 0)
+            if depth == 0:
+                break
+        inner = text[start + len("Optional[") : end]
+        text = f"{text[:start]}{inner} | None{text[end + 1 :]}"
+    if text.startswith("Union["):
+        head, _, tail = text.removeprefix("Union[").partition("]")
+        text = " | ".join(part.strip() for part in head.split(",")) + tail
+    return text.replace("List[", "list[").replace("Dict[", "dict[")

@@ -1,0 +1,7 @@
+"""Small real tasks that need no download: `build_task(name, model, data)`."""
+
+from __future__ import annotations
+
+from examples.tasks.task import Task, build_task
+
+__all__ = ["Task", "build_task"]
