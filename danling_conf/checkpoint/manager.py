@@ -122,7 +122,10 @@ class CheckpointManager:
         for folder in (source, source / self.folder.name / LATEST):
             if (folder / FACTS).is_file():
                 return folder.resolve()
-        raise ValueError(f"{source}: there is no whole checkpoint, neither in it nor as its {self.folder.name}/{LATEST}")
+        raise ValueError(
+            f"{source}: there is no whole checkpoint in it, nor as its {self.folder.name}/{LATEST}: "
+            "give a run that has saved, or one of its checkpoints"
+        )
 
     def _read_state(self, folder: Path) -> dict[str, Any]:
         # Rank 0's reading decides for all: a rank that went on alone would wait for the others for ever.

@@ -101,13 +101,14 @@ def _preset(group: str, name: str) -> list[str]:
             parse_layout(name)
         except LayoutNameError as error:
             raise ConfigRefused([Violation(group, name, str(error), f"write {GRAMMAR}")]) from None
-        return [f"{group}={name}", *(f"  {path}={show(value)}" for path, value in flatten(layout_settings(name)).items())]
+        settings = flatten(layout_settings(name))
+        return [f"{group}={name}", *(f"  {path}={show(value)}" for path, value in settings.items())]
     if name not in GROUPS.get(group, {}):
         choices = ", ".join(GROUPS.get(group, GROUPS))
         raise ConfigRefused([Violation(group, name, "there is no such preset", f"choose among {choices}")])
     preset = GROUPS[group][name]
-    settings = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
-    return [f"{group}={name}", *_paragraph(preset.doc), *settings]
+    shown = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
+    return [f"{group}={name}", *_paragraph(preset.doc), *shown]
 
 
 def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:

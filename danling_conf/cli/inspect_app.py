@@ -32,7 +32,7 @@ def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSe
     """
     path = Path(script)
     if not path.is_file():
-        raise ConfigRefused([Violation("SCRIPT", script, "there is no such file", "give the path of a training script")])
+        raise ConfigRefused([Violation("SCRIPT", script, "there is no such file", "give a training script's path")])
 
     def stop(app: App, search: ConfigSearch, given: list[str]) -> None:
         raise _Inspected(look(app, search, given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
@@ -69,8 +70,10 @@ def open_sections(node: DictConfig) -> None:
             open_sections(child)
 
 
-def _is_open(kind: type | None) -> bool:
+def _is_open(kind: Any) -> bool:
     if kind is dict:
         return True  # free-form sections: model, data, and mappings of a user's own
+    if not is_dataclass(kind):
+        return False
     # A setting that is unset or a mapping (`fsdp.mp_policy`) is given keys where there is no mapping yet.
-    return hasattr(kind, "open_to") or any(facts_of(item).shape for item in fields(kind) if is_dataclass(kind))
+    return hasattr(kind, "open_to") or any(facts_of(item).shape for item in fields(kind))

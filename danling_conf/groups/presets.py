@@ -51,7 +51,7 @@ GROUPS: dict[str, dict[str, Preset]] = {
     },
     "compile": {
         "none": Preset("Eager execution: the quickest start, and the easiest to debug.", {"enable": False}),
-        "default": Preset("Compile each repeated block with torch's defaults: most of the gain at a short compile time.",
+        "default": Preset("Compile each repeated block with torch's defaults: most of the gain, short to compile.",
                           {"enable": True}),
         "max": Preset(
             "Compile each block with max-autotune: the fastest kernels for long runs, at the longest compile time.",

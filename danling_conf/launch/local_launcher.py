@@ -25,5 +25,7 @@ class JobsLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from danling_conf.launch.sweep import run_jobs
 
+        if self.config is None:
+            raise RuntimeError("the launcher was not set up: setup comes before launch")
         sweep: Any = self.task_function
         return run_jobs(sweep, self.config, [list(overrides) for overrides in job_overrides], initial_job_idx)

@@ -73,6 +73,8 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         logs_specs=RankLogs(),
     )
     before = {name: os.environ.get(name) for name in environment}
+    # Elastic puts its own handlers in place and leaves them there.
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in config.signals_to_handle.split(",")}
     os.environ.update(environment)
     # What elastic logs of a failure is said better by WorkersFailed.
     elastic_log = logging.getLogger("torch.distributed.elastic")
@@ -89,6 +91,8 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         raise WorkersInterrupted(error.sigval) from None
     finally:
         elastic_log.setLevel(level)
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -9,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution import current
 from danling_conf.resolution.current import Current
+from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.run_directory import write_whole
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ConfigRefused
@@ -64,4 +65,6 @@ def _leave_process_group() -> None:
     # Only a function that used torch can have started one; a rank that failed must not wait for the others here.
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # Sharded models in reference cycles that outlive the group make torch 2.13 abort now and then.
+        gc.collect()
         distributed.destroy_process_group()

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.launch.command import App, check, compose_or_refuse
@@ -85,7 +85,7 @@ def _check_all(
     composing: Composer, master: DictConfig, jobs: list[list[str]], first: int
 ) -> list[tuple[list[str], DictConfig, RunnerConfig]]:
     prepared, violations = [], []
-    own = list(OmegaConf.to_container(master.hydra.overrides.hydra))
+    own = [str(item) for item in master.hydra.overrides.hydra]
     for number, overrides in enumerate(jobs, first):
         try:
             composed = compose_or_refuse(composing, [*own, *overrides])

@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from danling_conf.resolution.logs import configure_job_logging, rank_log, redirect_output
 from danling_conf.launch.run_rank import run_rank
 from danling_conf.resolution.current import Current
 from danling_conf.resolution.frozen import thaw
+from danling_conf.resolution.logs import configure_job_logging, rank_log, redirect_output
 from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.violation import ConfigRefused
 

@@ -55,8 +55,8 @@ def all_faults(composer: Composer, overrides: Sequence[str], context: Context, r
     try:
         config = composer.compose(choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        shadows = shadowed_settings(composer, RunnerConfig)
-        return unique([*violations, *(shadows or [_composition_fault(error)])])
+        hidden = shadowed_settings(composer, RunnerConfig)
+        return unique([*violations, *(hidden or [_composition_fault(error)])])
     declared = OmegaConf.get_type(config)
     kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
     violations += shadowed_settings(composer, kind)

@@ -1,7 +1,7 @@
 """Everything this package asks of Hydra beyond its public interface, in one place, for 1.3.8 and 1.4.
 
-Not public, and the same in both versions: the `Hydra` object with its configuration loader and repository, the parser of
-the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
+Not public, and the same in both versions: the `Hydra` object with its configuration loader and repository, the parser
+of the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Composer:
         """Apply one value override, as composing does. Raises ConfigCompositionException."""
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
 
-    def defaults(self, overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
+    def defaults(self, overrides: Sequence[str]) -> list[tuple[str, Any]]:
         """The configs that are merged, in order: each one's path and its content at its package."""
         merged = self.loader.compute_defaults_list(self.search.config_name, list(overrides), RunMode.RUN).defaults
         return [
@@ -163,7 +163,7 @@ def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Viol
                     item.name,
                     ABSENT,
                     f"the folder {item.name}/ among the configs hides the setting of that name",
-                    f"rename the folder, to recipe/ for instance, and choose with recipe=... in place of {item.name}=...",
+                    f"rename the folder, to recipe/ for instance, and choose by recipe=... instead of {item.name}=...",
                 )
             )
     return violations

@@ -41,7 +41,7 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 
 
 def _rebuild(kind: type, values: dict[str, Any]) -> Any:
-    config = object.__new__(kind)
+    config: Any = object.__new__(kind)
     config.__dict__.update(values)
     return freeze(config)
 

@@ -55,7 +55,7 @@ def inspect(
     violations += check_declarations(node, node_kind)
     OmegaConf.resolve(node)
     faulty = {item.path for item in violations}
-    resolved = OmegaConf.to_object(node)
+    resolved: Any = OmegaConf.to_object(node)
     violations += [item for item in violations_of(resolved, context) if item.path not in faulty]
     if not violations:
         _derive(resolved, context)
@@ -73,7 +73,7 @@ def _typed_copy(config: Any, kind: type[RunnerConfig]) -> tuple[DictConfig, list
         declared = OmegaConf.get_type(node)
         if isinstance(declared, type) and issubclass(declared, RunnerConfig):
             return node, violations
-        given = OmegaConf.to_container(node)
+        given: Any = OmegaConf.to_container(node)
     elif is_dataclass(config) and not isinstance(config, type):
         node = OmegaConf.structured(config)
         open_sections(node)
@@ -88,7 +88,7 @@ def _typed_copy(config: Any, kind: type[RunnerConfig]) -> tuple[DictConfig, list
     return node, violations
 
 
-def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: type, prefix: str = "") -> list[Violation]:
+def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: str = "") -> list[Violation]:
     """Merge a mapping into a typed node leaf by leaf, so that one bad value does not hide the others."""
     violations: list[Violation] = []
     for key, value in given.items():

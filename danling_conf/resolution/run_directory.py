@@ -220,7 +220,7 @@ def _refuse_other_semantics(config: RunnerConfig, run: Path) -> None:
                 ABSENT,
                 f"the run was made under another layout ({shown})",
                 "choose its layout, or parallel.allow_degree_change=true",
-            )  # fmt: skip
+            )
         )
     for path in sorted(changed.keys() - layout):
         mine, theirs = changed[path]
@@ -230,7 +230,7 @@ def _refuse_other_semantics(config: RunnerConfig, run: Path) -> None:
                 mine,
                 f"the run {run.name} was made with {theirs}",
                 "resume with the run's own setting, or start a new run from one of its checkpoints",
-            )  # fmt: skip
+            )
         )
     if violations:
         raise ConfigRefused(violations)
@@ -257,4 +257,3 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-

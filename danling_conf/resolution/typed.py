@@ -71,7 +71,7 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
     declared = {item.name: item for item in fields(kind)}
     open_to = getattr(kind, "open_to", None)
     for key in list(node.keys()):
-        path = f"{prefix}{key}"
+        path = f"{prefix}{key!s}"
         broken = _broken_interpolation(node, key, path)
         if broken is not None:
             yield broken
@@ -120,12 +120,12 @@ def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Vi
 def _check_free_form(node: DictConfig, prefix: str) -> Iterator[Violation]:
     """A mapping of the user's own: only its interpolations can be wrong."""
     for key in list(node.keys()):
-        broken = _broken_interpolation(node, key, f"{prefix}{key}")
+        broken = _broken_interpolation(node, key, f"{prefix}{key!s}")
         if broken is not None:
             yield broken
             _remove(node, key)
         elif OmegaConf.is_dict(node[key]):
-            yield from _check_free_form(node[key], f"{prefix}{key}.")
+            yield from _check_free_form(node[key], f"{prefix}{key!s}.")
 
 
 def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | None:
@@ -135,19 +135,23 @@ def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | 
         node[key]
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
-        return Violation(path, node._get_node(key)._value(), reason, "mend the interpolation")
+        return Violation(path, _unresolved(node, key), reason, "mend the interpolation")
     return None
+
+
+def _unresolved(node: DictConfig, key: Any) -> Any:
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    return raw[key]
 
 
 def value_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     """Rule and fix of a value that its setting does not allow; None for one that it does."""
-    if facts.choices is not None:
-        if str(value) not in facts.choices and str(value) not in (facts.aliases or {}):
-            listed = ", ".join(facts.choices)
-            near = get_close_matches(str(value), [*facts.choices, *(facts.aliases or {})], n=1, cutoff=0.5)
-            return f"it is one of {listed}", f"did you mean {near[0]}?" if near else "choose one of them"
+    allowed = [*(facts.choices or ()), *(facts.aliases or {})]
+    if facts.choices is not None and str(value) not in allowed:
+        near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        return f"it is one of {', '.join(facts.choices)}", f"did you mean {near[0]}?" if near else "choose one of them"
     if facts.kinds is not None and not isinstance(_plain(value), facts.kinds):
-        names = " or a ".join({str: "string", list: "list of strings"}[kind] for kind in facts.kinds)
+        names = " or a ".join("list of strings" if kind is list else "string" for kind in facts.kinds)
         return f"it is a {names}", "write one name, or [one,another]"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if facts.at_least is not None and value < facts.at_least:

@@ -22,7 +22,7 @@ class Described:
     doc: str
     read_by: str
     facts: Facts
-    section: type | None = None
+    section: Any = None
     """The dataclass of a section or of an unset mapping; None for a plain setting."""
 
 
@@ -55,7 +55,7 @@ def describe(kind: type, path: str) -> Described | None:
                 type=field_types(owner)[part],
                 default=item.default if inner is None or facts_of(item).shape else None,
                 doc=field_docs(owner).get(part) or inspect.cleandoc((inner or owner).__doc__ or ""),
-                read_by=getattr(inner, "read_by", None) or getattr(owner, "read_by", "your own code"),
+                read_by=str(getattr(inner, "read_by", None) or getattr(owner, "read_by", "your own code")),
                 facts=facts_of(item),
                 section=inner if isinstance(inner, type) else None,
             )

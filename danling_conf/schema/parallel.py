@@ -16,7 +16,7 @@ class AxesConfig:
     read_by: ClassVar[str] = "danling_conf.topology.layout"
 
     replicate: int = setting(1, at_least=-1)
-    """Data-replication degree: ranks that hold the same weights and see different data (DDP, the outer axis of HSDP)."""
+    """Data-replication degree: ranks that hold the same weights and see different data (DDP, HSDP's outer axis)."""
     shard: int = setting(1, at_least=-1)
     """Data-sharding degree (FSDP2): ranks that share one copy of the weights. One axis may be -1: filled from the
     world size."""

@@ -56,7 +56,7 @@ class RunnerConfig:
     score_name: str = "loss"
     """Metric used for model selection."""
     score_mode: Optional[str] = setting(None, choices=("min", "max"))
-    """Whether a smaller or a larger score is better. Unset: as the metric says (`higher_is_better`); `loss` is `min`."""
+    """Whether a smaller or a larger score is better. Unset: as the metric says (`higher_is_better`); loss is `min`."""
 
     workspace_root: str = setting("experiments", semantic=False)
     """Root directory of all experiments."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from danling_conf.topology.rank_environment import started_rank
 
@@ -23,7 +25,7 @@ class Machine:
     launcher: str | None = None
     """Name of that launcher, for messages."""
     compiler: bool = True
-    """Whether a C++ compiler is present; torch.compile generates C++ for the CPU."""
+    """Whether a C++ compiler and Python's headers are present; torch.compile generates C++ for the CPU."""
 
     @property
     def fill_world_size(self) -> int:
@@ -38,8 +40,14 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         devices=count_devices(environment.get("CUDA_VISIBLE_DEVICES")),
         started_world_size=rank.world_size if rank else None,
         launcher=rank.launcher if rank else None,
-        compiler=any(shutil.which(name) for name in (environment.get("CXX") or "g++", "clang++", "c++")),
+        compiler=_can_compile(environment),
     )
+
+
+def _can_compile(environment: Mapping[str, str]) -> bool:
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    compilers = (environment.get("CXX") or "g++", "clang++", "c++")
+    return headers.is_file() and any(shutil.which(name) for name in compilers)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rules.rule import Context
@@ -31,8 +32,8 @@ def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violatio
         yield Violation(
             "compile.enable",
             True,
-            "inductor generates C++ for the CPU, and no compiler was found (CXX, g++, clang++)",
-            "install a C++ compiler, or compile=aot_eager, or compile=none",
+            "inductor generates C++ for the CPU, and a compiler (CXX, g++, clang++) or Python.h is missing",
+            "install a C++ compiler and Python's headers, or compile=aot_eager, or compile=none",
         )
 
 
@@ -50,8 +51,9 @@ def precision_fits(config: RunnerConfig, context: Context) -> Iterator[Violation
 def loader_workers(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Prefetching and persistence are properties of worker processes."""
     common = config.dataloader
-    splits = {key: value for key, value in vars(common).items() if isinstance(value, dict)}
-    for name, own in ({"": {}} | splits).items():
+    splits: dict[str, Any] = {key: value for key, value in vars(common).items() if isinstance(value, dict)}
+    everywhere: dict[str, Any] = {"": {}}
+    for name, own in (everywhere | splits).items():
         prefix = f"dataloader.{name}." if name else "dataloader."
         workers = own.get("num_workers", common.num_workers) or 0
         if workers:

@@ -1,0 +1,51 @@
+# `make train` and `make test` each do all the set-up they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_HYDRA_14 ?= $(VENV)-hydra-1.4
+PYTEST_ARGUMENTS ?=
+
+.PHONY: train test quick composition benchmark lint clean
+
+# A small decoder on real text: eight processes on this machine, compiled.
+train: $(VENV)/installed
+	$(VENV)/bin/python examples/train.py parallel=fsdp8 compile=max
+
+# Everything, the composition tests on both Hydras.
+test: composition $(VENV)/installed
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGUMENTS)
+
+# What takes under two minutes.
+quick: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGUMENTS)
+
+# What composing, checking and explaining need, on the newer Hydra, where no torch is installed.
+composition: $(VENV_HYDRA_14)/installed
+	$(VENV_HYDRA_14)/bin/python -m pytest -m composition $(PYTEST_ARGUMENTS)
+
+benchmark: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/step_overhead.py
+	$(VENV)/bin/python benchmarks/startup.py
+
+lint: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet ruff mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# torch goes first and alone: a range would make pip look for its newest build, gigabytes with CUDA.
+$(VENV)/installed: pyproject.toml constraints/hydra-1.3.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints/hydra-1.3.txt torch
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints/hydra-1.3.txt --editable ".[test]"
+	touch $@
+
+$(VENV_HYDRA_14)/installed: pyproject.toml constraints/hydra-1.4.txt
+	$(PYTHON) -m venv $(VENV_HYDRA_14)
+	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --constraint constraints/hydra-1.4.txt \
+		hydra-core rich pytest hypothesis
+	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_HYDRA_14) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
