@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +56,8 @@ def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, pre
         if _shares_parameters(model, block):
             _log.warning("fsdp: %s shares a parameter with the rest of the model and is sharded with it", name)
             continue
-        fully_shard(block, **options)
+        # Cast between blocks, outputs would meet parts of the root (norm, head) that compute in another dtype.
+        fully_shard(block, **{**options, "mp_policy": replace(options["mp_policy"], output_dtype=None)})
     fully_shard(model, **options)
     return model
 

@@ -82,6 +82,15 @@ def interval_of(section: SchedulerConfig) -> str:
     return "epoch" if is_metric_driven(section) else "step"
 
 
+def needs_length(section: SchedulerConfig) -> bool:
+    """Whether the schedule depends on how long the run is."""
+    entry = _entry(section)
+    if entry.shape:
+        return entry.name != "constant"
+    length = _RUN_LENGTH_OPTIONS.get(entry.name)
+    return length is not None and length not in scheduler_options(section)
+
+
 def ratio(step: int, *, shape: str, total_steps: int, warmup_steps: int, decay_steps: int, final_ratio: float) -> float:
     """The share of the base learning rate that update number `step` (from 0) is made with.
 

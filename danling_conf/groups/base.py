@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -53,21 +55,27 @@ def base_names() -> list[str]:
 
 def base_config(name: str) -> DictConfig:
     """A base config as a typed node with its defaults list. Raises KeyError for an unknown name."""
-    node = OmegaConf.structured(_registered[name])
-    open_sections(node)
-    with open_dict(node):
-        node["defaults"] = ListConfig(["_self_", *({group: choice} for group, choice in DEFAULT_CHOICES.items())])
-    return node
+    return copy.deepcopy(_base_config(_registered[name]))
 
 
 def open_sections(node: DictConfig) -> None:
     """Let the open-ended sections of a typed node take keys that they do not declare; resolution checks them."""
+    if _is_open(OmegaConf.get_type(node)):
+        OmegaConf.set_struct(node, False)
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
-            if _is_open(OmegaConf.get_type(child)):
-                OmegaConf.set_struct(child, False)
             open_sections(child)
+
+
+@cache
+def _base_config(config: type[RunnerConfig]) -> DictConfig:
+    """Made once for a class: a copy takes a fifth of the time, and a sweep composes twice a job."""
+    node = OmegaConf.structured(config)
+    open_sections(node)
+    with open_dict(node):
+        node["defaults"] = ListConfig(["_self_", *({group: choice} for group, choice in DEFAULT_CHOICES.items())])
+    return node
 
 
 def _is_open(kind: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from danling_conf.resolution.code_identity import code_identity
+from danling_conf.resolution.files import save
 from danling_conf.resolution.identity import canonical, difference_from_defaults, job_id, plain
 from danling_conf.resolution.readonly import freeze
 from danling_conf.resolution.resolve import inspect
@@ -26,7 +27,7 @@ def freeze_attempt(config: RunnerConfig, attempt: Attempt, script: Path) -> None
     """Write what an attempt consists of: its configuration in three forms, its code, its command line."""
     folder = attempt.directory
     code = code_identity(script.parent)
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    save(config, folder / "config.yaml")
     write_whole(folder / "canonical.json", canonical(config) + "\n")
     write_whole(folder / "difference.yaml", OmegaConf.to_yaml(OmegaConf.create(difference_from_defaults(config))))
     if code.diff:

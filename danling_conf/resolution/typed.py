@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from keyword import iskeyword
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -78,6 +80,11 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
             _reset(node, declared[str(key)]) if key in declared else _remove(node, key)
         elif key in declared:
             yield from _check_setting(node, declared[key], path)
+        elif open_to is not None and not _can_be_name(str(key)):
+            yield Violation(
+                path, ABSENT, "a name here has letters, digits and underscores, and is no word of Python's", "rename it"
+            )
+            _remove(node, key)
         elif isinstance(open_to, type):
             if OmegaConf.is_dict(node[key]):
                 yield from _check_shape(node, key, open_to, path, sparse=True)
@@ -87,6 +94,11 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
         elif open_to is None:
             yield unknown_key(kind, path)
             _remove(node, key)
+
+
+def _can_be_name(key: str) -> bool:
+    """Whether an open key can be a field of a configuration object; a leading underscore is Hydra's."""
+    return key.isidentifier() and not iskeyword(key) and not key.startswith("_")
 
 
 def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Violation]:
@@ -187,10 +199,34 @@ def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: boo
 def wrong_type(path: str, value: Any, error: Exception) -> Violation:
     """The violation of a value that OmegaConf refused."""
     reason = str(error).strip().splitlines()[0].rstrip(".")
-    fix = "give a value of that type"
-    if isinstance(value, float) and value.is_integer() and "Integer" in reason:
-        fix = f"write {int(value)}"
-    return Violation(path, value, reason, fix)
+    for said, rule, fix in _REFUSALS:
+        if said in reason:
+            if isinstance(value, float) and value.is_integer() and "Integer" in said:
+                fix = f"write {int(value)}"
+            if isinstance(value, list) and "ListConfig" in said:
+                rule, fix = "it is a list of lists", "write [[one],[another]]"
+            return Violation(path, value, rule, fix.replace("PATH", path))
+    hint = re.search(r"type hint '(.+)'", reason)
+    names = [shown for name, shown in _PRIMITIVES.items() if hint and re.search(rf"\b{name}\b", hint[1])]
+    if names:
+        return Violation(path, value, f"it is {', or '.join(names)}", "write one of these")
+    return Violation(path, value, reason, "give a value of that type")
+
+
+_REFUSALS = (
+    ("converted to Integer", "it is a whole number", "write a whole number, such as 8"),
+    ("converted to Float", "it is a number", "write a number, such as 0.001"),
+    ("not a valid bool", "it is true or false", "write true or false"),
+    ("to string", "it is one string", "write a string"),
+    ("is not Optional", "it cannot be null", "leave it out, and it has its default"),
+    ("is not a ListConfig", "it is a list", "write [one,another]"),
+    ("to Dict[", "it is a mapping", "set what is below it: PATH.KEY=VALUE"),
+    ("is not a subclass of", "it is a section", "set what is below it: PATH.KEY=VALUE"),
+)
+"""What OmegaConf says of a value that it refuses, in words that both of its versions use; the rule, and the fix."""
+
+_PRIMITIVES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a string",
+               "Optional": "null"}  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

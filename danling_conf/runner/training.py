@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -86,6 +87,7 @@ class Runner:
         self._between_epochs = True
         self._epoch_step = 0
         self._resumed: dict[str, Any] | None = None
+        self._notes: list[str] = []
 
     def fit(self, model: nn.Module | Callable[[], nn.Module], datasets: Mapping[str, Any], **options: Any) -> float:
         """Train to the end of the budget; gives the best score.
@@ -96,10 +98,13 @@ class Runner:
         Raises:
             ConfigRefused: the configuration does not fit the model or the data.
         """
-        self.prepare(model, datasets, **options)
-        for batch in self.batches("train"):
-            self.step(batch)
-        return self.finish()
+        try:
+            self.prepare(model, datasets, **options)
+            for batch in self.batches("train"):
+                self.step(batch)
+            return self.finish()
+        finally:
+            self.close()
 
     def prepare(
         self,
@@ -223,9 +228,9 @@ class Runner:
 
     def finish(self) -> float:
         """Evaluate and save what is still due, tell the user how the run ended, and leave; gives the best score."""
-        self._evaluate(final=True)
-        if self._saved_at != self.global_step:
-            self._save(history=False)
+        better = self._evaluate(final=True)
+        if better or self._saved_at != self.global_step:
+            self._save(history=False, best=better)
         self._conclude()
         self.close()
         return self.score.best if self.score.best is not None else float("nan")
@@ -237,6 +242,9 @@ class Runner:
     def _build_data(self, datasets: Mapping[str, Any], collate_fn: Callable[[list[Any]], Any] | None) -> None:
         if "train" not in datasets:
             raise ValueError(f"datasets: there is no split train among {', '.join(datasets) or 'none'}: name it so")
+        for split, dataset in datasets.items():
+            if hasattr(dataset, "__len__") and not len(dataset):
+                raise ValueError(f"datasets: the split {split} has no samples: leave it out, or give it some")
         world = self.world
         self.loaders = {
             split: loaders.make(
@@ -254,30 +262,56 @@ class Runner:
         sized = hasattr(train.dataset, "__len__")
         self.cadence = cadence_of(self.config, len(train) if sized else None)
 
+    def _metrics_of_evaluation(self) -> list[str]:
+        """Names of what the evaluations during training give."""
+        splits = [split for split in self.loaders if not loaders.is_training(split) and not split.startswith("test")]
+        return [f"{split}.{name}" for split in splits for name in ("loss", *self.metrics)]
+
     def _build_score(self, splits: list[str]) -> None:
         config = self.config
-        mode = infer_mode(config.score_mode, config.score_name, self.metrics)
         if config.score_name != "loss" and config.score_name not in self.metrics:
             known = ", ".join(["loss", *self.metrics])
             raise ValueError(f"score_name={config.score_name}: there is no such metric: choose one of {known}")
+        mode = infer_mode(config.score_mode, config.score_name, self.metrics)
         split = infer_split(config.score_split, splits)
+        if loaders.is_training(split) and (split != "train" or config.score_name != "loss"):
+            raise ValueError(
+                f"score_split={split}: {config.score_name} is not measured on it, since no {split} split is evaluated: "
+                "give a val split, or choose score_split=train score_name=loss"
+            )
         self.score = Score(split=split, name=config.score_name, mode=mode, patience=config.patience)
+        if config.score_split not in (None, split):
+            self._notes.append(f"score_split={config.score_split}: there is no such split; the score is {self.score.key}")
 
     def _build_scheduler(self) -> None:
         section = self.config.scheduler
-        self._scheduler_interval = scheduler.interval_of(section)
+        interval = scheduler.interval_of(section)
         self._metric_driven = scheduler.is_metric_driven(section)
-        advances = self.cadence.scheduler_advances(self._scheduler_interval)
-        if advances is None:
+        if self._metric_driven:
+            if interval == "step":
+                raise ValueError(
+                    f"scheduler.interval=step: {section.type} advances when its metric is evaluated: "
+                    "scheduler.interval=epoch"
+                )
+            monitor = section.monitor or self.score.key
+            known = [self.score.key, *self._metrics_of_evaluation(), "train.loss"]
+            if monitor not in known:
+                raise ValueError(
+                    f"scheduler.monitor={monitor}: no evaluation during training gives it: choose one of "
+                    f"{', '.join(dict.fromkeys(known))}"
+                )
+        advances = self.cadence.scheduler_advances(interval)
+        if advances is None and scheduler.needs_length(section):
             raise ValueError(
                 f"scheduler.type={section.type}: the run's length is not known, since its data has none and epochs "
                 "count it: set steps, or scheduler=constant"
             )
-        self.scheduler = scheduler.make(self.optimizer, section, advances, metric_mode=self.score.mode)
-        self._by_step = self.scheduler if self._scheduler_interval == "step" else None
+        self.scheduler = scheduler.make(self.optimizer, section, advances or sys.maxsize, metric_mode=self.score.mode)
+        self._by_step = self.scheduler if interval == "step" else None
+        self._by_epoch = self.scheduler if interval == "epoch" else None
 
     def _go_on(self) -> None:
-        attempt, notes = self.world.attempt, []
+        attempt, notes = self.world.attempt, self._notes
         if attempt.restore is not None:
             try:
                 shared, own = self.checkpoints.restore(attempt.restore, model=self.model, optimizer=self.optimizer)
@@ -297,7 +331,6 @@ class Runner:
             source = Path(self.config.pretrained).expanduser()
             self.checkpoints.load_weights(source, self.model)
             notes.append(f"weights from {source}")
-        self._notes = notes
 
     def _load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         state = shared["runner"]
@@ -392,36 +425,36 @@ class Runner:
                 self.results["train.loss"] = mean
             self.progress.step(mean, self.optimizer.param_groups[0]["lr"])
         saving = cadence.save_every is not None and step % cadence.save_every == 0
-        if cadence.evaluate_every is not None and step % cadence.evaluate_every == 0 and step != cadence.steps:
-            self._evaluate(final=False)
-            if self.scheduler is not None and self._scheduler_interval == "epoch":
-                self._advance()
-        if saving:
-            self._save(history=True)
+        better = False
+        if cadence.evaluate_every is not None and step % cadence.evaluate_every == 0:
+            better = self._evaluate(final=False)
+            if self._by_epoch is not None:
+                self._advance(self._by_epoch)
+        # Last, so that who goes on from it finds everything that this step did.
+        if saving or better:
+            self._save(history=saving, best=better)
         self._schedule_events()
 
     def _end_of_epoch(self) -> None:
         cadence = self.cadence
         if cadence.epochs is None:
             return
-        if self.epoch % cadence.evaluate_epochs == 0 and self.epoch < cadence.epochs:
-            self._evaluate(final=False)
-        if self.scheduler is not None and self._scheduler_interval == "epoch":
-            self._advance()
-        if cadence.save_epochs is not None and self.epoch % cadence.save_epochs == 0:
-            self._save(history=True)
+        evaluated = self.epoch % cadence.evaluate_epochs == 0
+        better = evaluated and self._evaluate(final=False)
+        if self._by_epoch is not None and (evaluated or not self._metric_driven):
+            self._advance(self._by_epoch)
+        saving = cadence.save_epochs is not None and self.epoch % cadence.save_epochs == 0
+        if saving or better:
+            self._save(history=saving, best=better)
 
-    def _advance(self) -> None:
-        if not self._metric_driven:
-            self.scheduler.step()  # type: ignore[union-attr]
-            return
-        monitor = self.config.scheduler.monitor or self.score.key
-        if monitor not in self.results:
-            raise KeyError(f"scheduler.monitor={monitor} is not among the results: {', '.join(self.results)}")
-        self.scheduler.step(self.results[monitor])  # type: ignore[union-attr]
+    def _advance(self, by_epoch: Any) -> None:
+        if self._metric_driven:
+            by_epoch.step(self.results[self.config.scheduler.monitor or self.score.key])
+        else:
+            by_epoch.step()
 
-    def _evaluate(self, *, final: bool) -> None:
-        """Evaluate what was not evaluated at this step, and take the score from it."""
+    def _evaluate(self, *, final: bool) -> bool:
+        """Evaluate what was not evaluated at this step, and take the score from it; says whether it is the best."""
         began, step = time.perf_counter(), self.global_step
         # A test split is for the end, unless it is what the score comes from.
         splits = [
@@ -431,23 +464,31 @@ class Runner:
             and self._evaluated_at.get(split) != step
             and (final or not split.startswith("test") or split == self.score.split)
         ]
+        mean = self._meter.mean()
+        if mean is not None:  # None where a log line has just taken it
+            self.results["train.loss"] = mean
         found: dict[str, float] = {}
         for split in splits:
             found |= self.evaluate(split)
             self._evaluated_at[split] = step
         self.results |= found
         self.progress.pause_clock(time.perf_counter() - began)
-        by_training = loaders.is_training(self.score.split) and self.score.key in self.results
         better = False
-        if self.score.key in found or by_training:
+        if self.score.key in found or self._scored_by_training():
             better = self.score.update(self.results, step)
         if found:
             self.progress.results(found, "best so far" if better else "")
-        if better:
-            self._save(history=False, best=True)
-        if self.score.exhausted and not final:
+        if self.score.exhausted and not final and not self._done():
             self._stopped = True
             self.progress.line(f"early stop: {self.score.key} has not improved for {self.score.patience} evaluations")
+        return better
+
+    def _scored_by_training(self) -> bool:
+        """Whether the score is the training loss, and not yet taken at this step."""
+        if self.score.key != "train.loss" or self._evaluated_at.get("train") == self.global_step:
+            return False
+        self._evaluated_at["train"] = self.global_step
+        return "train.loss" in self.results
 
     def _save(self, *, history: bool, best: bool = False) -> None:
         shared = {

@@ -20,7 +20,7 @@ class CheckpointConfig:
 
     dir_name: str = setting("checkpoints", semantic=False)
     """Subdirectory of the run that holds its checkpoints."""
-    async_enabled: bool = setting(True, semantic=False)
+    async_enabled: bool = setting(True, semantic=False, pending=_ASYNC)
     """Persist checkpoints asynchronously, where the backend can."""
     async_mode: Optional[str] = setting(
         None, choices=("disabled", "async", "async_with_pinned_mem"), semantic=False, pending=_ASYNC
@@ -30,12 +30,14 @@ class CheckpointConfig:
     """Give asynchronous saving a process group of its own, so that it cannot delay training's collectives."""
     async_process_group_backend: str = setting("gloo", semantic=False, pending=_ASYNC)
     """Backend of that process group."""
-    backend: str = setting("auto", choices=("auto", "file", "dcp"), semantic=False)
+    backend: str = setting(
+        "auto", choices=("auto", "file", "dcp"), semantic=False, read_by="danling_conf.topology.rules.effect"
+    )
     """`file` gathers everything into one file; `dcp` writes shards from every rank
     (`torch.distributed.checkpoint`); `auto` is `dcp` when distributed, else `file`."""
     wait_timeout: Optional[float] = setting(None, at_least=0, semantic=False, pending=_ASYNC)
     """Seconds to wait for asynchronous writes at shutdown. Unset: wait for ever."""
-    interval: Optional[int] = setting(None, at_least=1, semantic=False)
+    interval: Optional[int] = setting(None, at_least=1, semantic=False, read_by="danling_conf.runner.cadence")
     """Save every so many epochs (epoch mode) or optimizer steps (step mode), each kept in the history. Unset: after an
     evaluation that improves the score, and at the end."""
     keep_latest_k: int = setting(0, at_least=0, semantic=False, pending="checkpoint retention")
@@ -50,7 +52,8 @@ class CheckpointConfig:
     """Prefix of that directory's name."""
     exclude_from_loading: Any = setting(None, kinds=(str, list), pending="partial loading")
     """Keys that loading skips: `optimizer`, `scheduler`, `dataloaders`, or dotted keys. Aliases: `data_loader` and
-    `dataloader` for `dataloaders`, `lr_scheduler` for `scheduler`. One string or a list."""
+    `dataloader` for `dataloaders`, `lr_scheduler` for `scheduler`. One string or a list. Unset: all
+    is loaded."""
     last_save_model_only: bool = setting(False, semantic=False, pending="model-only exports")
     """The last checkpoint holds the model alone."""
     export_dtype: Optional[str] = setting(

@@ -26,9 +26,9 @@ class CompileConfig:
     """Compile for dynamic shapes. Unset: torch decides after the first change of a shape."""
     mode: Optional[str] = setting(None, semantic=False)
     """Mode of inductor: `default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`. Excludes
-    `compile.options`."""
+    `compile.options`. Unset: torch's default."""
     options: Optional[Dict[str, Any]] = setting(None, semantic=False)
-    """Options of the backend, as `torch.compile(options=...)` takes them. Excludes `compile.mode`."""
+    """Options of the backend, as `torch.compile(options=...)` takes them. Excludes `compile.mode`. Unset: none."""
     optimize_ddp: Optional[str] = setting(
         "ddp_optimizer",
         choices=("ddp_optimizer", "python_reducer", "python_reducer_without_compiled_forward", "no_optimization"),
@@ -36,7 +36,7 @@ class CompileConfig:
     )
     """How dynamo treats DDP (`torch._dynamo.config.optimize_ddp`). Unset (`null`): left as torch has it."""
     precompile_artifact_dir: Optional[str] = setting(None, semantic=False, pending="stack=graph")
-    """Directory of compiler-cache artifacts (graph stack)."""
+    """Directory of compiler-cache artifacts (graph stack). Unset: none are kept."""
     memory_policy: Optional[str] = setting(None, semantic=False, choices=("default",), pending="stack=graph")
     """Graph-memory policy label (graph stack): unset or `default`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -55,7 +55,7 @@ def describe(kind: type, path: str) -> Described | None:
                 type=field_types(owner)[part],
                 default=item.default if inner is None or facts_of(item).shape else None,
                 doc=field_docs(owner).get(part) or inspect.cleandoc((inner or owner).__doc__ or ""),
-                read_by=str(getattr(inner, "read_by", None) or getattr(owner, "read_by", "your own code")),
+                read_by=_reader(item, owner, inner),
                 facts=facts_of(item),
                 section=inner if isinstance(inner, type) else None,
             )
@@ -63,6 +63,12 @@ def describe(kind: type, path: str) -> Described | None:
             return None
         owner = inner
     return None
+
+
+def _reader(item: Field[Any], owner: type, inner: Any) -> str:
+    """Module that reads a setting; a user's class does not inherit that of ours for its own settings."""
+    declaring = next(base for base in owner.__mro__ if item.name in inspect.get_annotations(base))
+    return str(facts_of(item).read_by or vars(inner or declaring).get("read_by", "your own code"))
 
 
 @cache

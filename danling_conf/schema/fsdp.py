@@ -29,7 +29,7 @@ class MixedPrecisionPolicyConfig:
     reduce_dtype: Optional[str] = setting(None, choices=DTYPES, aliases=DTYPE_ALIASES)
     """dtype in which gradients are reduced. Unset: `param_dtype`."""
     output_dtype: Optional[str] = setting(None, choices=DTYPES, aliases=DTYPE_ALIASES)
-    """dtype to which the outputs of each wrapped block are cast. Unset: left as they are."""
+    """dtype to which the model's outputs are cast. Unset: left as they are."""
     cast_forward_inputs: bool = True
     """Cast the floating-point inputs of each wrapped block to `param_dtype`."""
 

@@ -25,7 +25,7 @@ class OptimConfig:
     param_groups: Optional[List[Dict[str, Any]]] = None
     """Parameter groups by regular expression: each has `pattern` (`re.search` on the parameter's fully qualified name;
     the first group that matches takes it) and options, or `lr_multiplier`, `weight_decay_multiplier`, `beta1`, `beta2`.
-    A pattern that matches no parameter is an error."""
+    A pattern that matches no parameter is an error. Unset: all parameters are one group."""
 
     _target_: str = "danling_conf.build.optimizer.from_keywords"
     _recursive_: bool = False

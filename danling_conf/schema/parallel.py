@@ -52,7 +52,7 @@ class ParallelConfig:
     """Describe the ranks by a `DeviceMesh`."""
     mesh_device_type: Optional[str] = setting(None, semantic=False, choices=("cpu", "cuda", "xpu", "mps", "hpu", "npu"))
     """Device type of the mesh and of the run. Unset: this machine's accelerator, else `cpu`."""
-    allow_degree_change: bool = setting(False, semantic=False)
+    allow_degree_change: bool = setting(False, semantic=False, read_by="danling_conf.resolution.run_directory")
     """Allow a checkpoint that was written under another layout to be loaded."""
 
     _target_: str = "danling_conf.build.mesh.from_keywords"

@@ -17,6 +17,8 @@ from danling_conf.schema.process import CommConfig, FtConfig, GcConfig
 from danling_conf.schema.scheduler import SchedulerConfig
 from danling_conf.schema.setting import setting
 
+_RUN_DIRECTORY = "danling_conf.resolution.run_directory"
+
 
 @dataclass(kw_only=True)
 class RunnerConfig:
@@ -38,9 +40,9 @@ class RunnerConfig:
     Unset: fp32."""
 
     steps: Optional[int] = setting(None, at_least=1, semantic=False)
-    """Step mode: stop after this many optimizer steps. Excludes `epochs`."""
+    """Step mode: stop after this many optimizer steps. Excludes `epochs`. Unset: epoch mode."""
     epochs: Optional[int] = setting(None, at_least=1, semantic=False)
-    """Epoch mode: stop after this many passes over the training split. Excludes `steps`."""
+    """Epoch mode: stop after this many passes over the training split. Excludes `steps`. Unset: step mode."""
     accum_steps: int = setting(1, at_least=1)
     """Micro-batches per optimizer step; gradients are communicated at the last one only."""
     max_grad_norm: Optional[float] = setting(None, above=0)
@@ -58,19 +60,19 @@ class RunnerConfig:
     score_mode: Optional[str] = setting(None, choices=("min", "max"))
     """Whether a smaller or a larger score is better. Unset: as the metric says (`higher_is_better`); loss is `min`."""
 
-    workspace_root: str = setting("experiments", semantic=False)
+    workspace_root: str = setting("experiments", semantic=False, read_by=_RUN_DIRECTORY)
     """Root directory of all experiments."""
-    lineage: str = setting("lin", semantic=False)
+    lineage: str = setting("lin", semantic=False, read_by=_RUN_DIRECTORY)
     """Top-level namespace of runs. The code's identity (git) is recorded with each attempt, not here."""
-    experiment: str = setting("exp", semantic=False)
+    experiment: str = setting("exp", semantic=False, read_by=_RUN_DIRECTORY)
     """Namespace of runs within the lineage."""
-    auto_resume: bool = setting(False, semantic=False)
+    auto_resume: bool = setting(False, semantic=False, read_by=_RUN_DIRECTORY)
     """Go on from the newest checkpoint of this configuration's newest run, if there is one. Priority: `resume`, then
     `auto_resume`, then `pretrained`."""
-    resume: Optional[str] = setting(None, semantic=False)
-    """Run directory, or full-state checkpoint, to resume from."""
+    resume: Optional[str] = setting(None, semantic=False, read_by=_RUN_DIRECTORY)
+    """Run directory, or full-state checkpoint, to resume from. Unset: see `auto_resume`."""
     pretrained: Optional[str] = None
-    """Checkpoint whose model weights are the start of a new run."""
+    """Checkpoint whose model weights are the start of a new run. Unset: weights are initialised."""
 
     log: bool = setting(True, semantic=False)
     """Write the main process's log to a file, beside the log of each rank."""

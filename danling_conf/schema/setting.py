@@ -29,6 +29,8 @@ class Facts:
     """For a setting that is either unset or a mapping: the dataclass that types the mapping."""
     kinds: tuple[type, ...] | None = None
     """For a setting whose type OmegaConf cannot express (a union with a list): the Python types allowed."""
+    read_by: str | None = None
+    """Module that reads the setting, where it is another than its section's."""
 
 
 def setting(

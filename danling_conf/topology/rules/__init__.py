@@ -15,6 +15,7 @@ RULES: tuple[Rule, ...] = (
     world.sharding_is_fsdp,
     world.stack_fits_layout,
     world.world_size,
+    world.reshard_divides,
     world.experts_borrow,
     budget.one_budget,
     budget.monitored_metric,

@@ -92,6 +92,24 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
         )
 
 
+def reshard_divides(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Resharding to a smaller group cuts the shard axis into whole groups."""
+    size, layout = config.fsdp.reshard_after_forward, _known_layout(config)
+    if size is None or isinstance(size, bool) or layout is None or not layout.fsdp:
+        return
+    try:
+        degree = fill(layout, context.machine.fill_world_size).shard
+    except ValueError:
+        return  # `world_size` says so
+    if size < 1 or degree % size:
+        yield Violation(
+            "fsdp.reshard_after_forward",
+            size,
+            f"it is true, false, or a divisor of the shard degree, {degree}",
+            "choose one of these",
+        )
+
+
 def experts_borrow(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Expert degrees borrow ranks from shard x context x tensor (as torchtitan and Megatron have it)."""
     layout = _known_layout(config)
