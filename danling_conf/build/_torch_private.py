@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import lr_scheduler
 
 
 def process_groups() -> list[ProcessGroup]:
@@ -17,6 +19,14 @@ def process_groups() -> list[ProcessGroup]:
 def set_timeout(group: ProcessGroup, timeout: timedelta) -> None:
     """Change the time limit of a group's later collectives; torch publishes it for new groups only."""
     distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def scheduled_rates(scheduler: Any) -> list[float]:
+    """The learning rates of a schedule at its current position, not computed from those before it."""
+    if hasattr(scheduler, "_get_closed_form_lr"):
+        return list(scheduler._get_closed_form_lr())
+    with lr_scheduler._enable_get_lr_call(scheduler):
+        return scheduler.get_lr()
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:

@@ -96,10 +96,16 @@ def draw(factory: Callable[[], nn.Module]) -> tuple[nn.Module, Blueprint]:
     initialisers count for a tensor only if they end with the same operators."""
     record = WriteRecord()
     with torch.device("meta"), record:
-        model = factory()
+        model = made_by(factory)
+    return model, blueprint_of(model, record)
+
+
+def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
+    """The model of a factory. Raises TypeError where it returns something else."""
+    model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={factory!r}: returned a {type(model).__name__}; a model factory returns an nn.Module")
-    return model, blueprint_of(model, record)
+    return model
 
 
 def blueprint_of(model: nn.Module, record: WriteRecord | None = None) -> Blueprint:

@@ -14,12 +14,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from danling_conf.build.keywords import section_from
 from danling_conf.build.samplers import DROP, REPEAT, UNEVEN, ShardedSampler, seed_of
-from danling_conf.schema.dataloader import DataloaderConfig, SplitDataloaderConfig
+from danling_conf.schema.dataloader import OF_WORKERS, DataloaderConfig, SplitDataloaderConfig, without_workers
 from danling_conf.schema.setting import open_keys
 from danling_conf.schema.torch_options import nearest
 
 _SETTINGS = tuple(item.name for item in fields(SplitDataloaderConfig))
-_OF_WORKERS = ("prefetch_factor", "persistent_workers")
 
 
 def settings_for(section: DataloaderConfig, split: str) -> SplitDataloaderConfig:
@@ -32,16 +31,14 @@ def settings_for(section: DataloaderConfig, split: str) -> SplitDataloaderConfig
     own = _overrides(section, split)
     merged = {name: own.get(name, getattr(section, name)) for name in _SETTINGS}
     if not merged["num_workers"]:
-        for name in _OF_WORKERS:
-            if not merged[name]:
-                continue
-            # A split that goes without workers leaves what all splits share; what is asked for beside it is a mistake.
-            if name not in own and "num_workers" in own:
-                merged[name] = None
-                continue
+        faults = without_workers(section)
+        for name in OF_WORKERS:
             path = f"dataloader.{split}" if name in own else "dataloader"
-            why = "it is a property of worker processes, and num_workers is 0"
-            raise ValueError(f"{path}.{name}={merged[name]}: {why}: set {path}.num_workers=2, or {path}.{name}=null")
+            if f"{path}.{name}" in faults:
+                why = "it is a property of worker processes, and num_workers is 0"
+                fix = f"set {path}.num_workers=2, or {path}.{name}=null"
+                raise ValueError(f"{path}.{name}={merged[name]}: {why}: {fix}")
+            merged[name] = None
     for name in ("shuffle", "drop_last"):
         if merged[name] is None:
             merged[name] = is_training(split)
@@ -92,7 +89,7 @@ def make(
             raise ValueError(f"{_path(section, split, 'shuffle')}=true: {why}: {fix}")
         dataset = _shard(dataset, split, data_rank, data_degree)
     else:
-        options["sampler"] = _sampler(dataset, settings, split, data_rank, data_degree, shuffle, seed, generator)
+        options["sampler"] = _sampler(dataset, section, split, data_rank, data_degree, shuffle, seed, generator)
     with warnings.catch_warnings():
         # torchdata 0.11 calls what torch has deprecated; nobody here can do anything about it.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -110,6 +107,18 @@ def set_epoch(loader: StatefulDataLoader[Any], epoch: int) -> None:
     for part in (loader.sampler, loader.dataset):
         if callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
+
+
+def stop_workers(loader: StatefulDataLoader[Any]) -> None:
+    """End a loader's worker processes; the next iteration starts new ones.
+
+    Left to the garbage collector, which may take the workers' queues before it, that takes five seconds a worker.
+    """
+    iterator = loader._iterator
+    loader._iterator = None
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 def _overrides(section: DataloaderConfig, split: str) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def _shard(dataset: Any, split: str, data_rank: int, data_degree: int) -> Any:
 
 def _sampler(
     dataset: Any,
-    settings: SplitDataloaderConfig,
+    section: DataloaderConfig,
     split: str,
     data_rank: int,
     data_degree: int,
@@ -163,15 +172,19 @@ def _sampler(
     if not hasattr(dataset, "__len__"):
         fix = "give it `__len__`, or make it a torch.utils.data.IterableDataset"
         raise TypeError(f"the data set of split {split} ({type(dataset).__name__}) has no length: {fix}")
-    size = len(dataset)
+    size, settings = len(dataset), settings_for(section, split)
+    batch_size = settings.batch_size or 1
     remainder = UNEVEN
     if is_training(split):
         remainder = DROP if settings.drop_last else REPEAT
-        batch_size = settings.batch_size or 1
         if size < (batch_size * data_degree if settings.drop_last else 1):
             why = f"{size} samples give no batch: one takes {batch_size} on each of {data_degree} data ranks"
             fix = "use a smaller batch_size or fewer data ranks, or set drop_last=false"
             raise ValueError(f"dataloader.batch_size={batch_size}: split {split}: {why}: {fix}")
+    elif settings.drop_last and size <= (batch_size - 1) * data_degree:
+        why = f"split {split}: {size} samples give no whole batch of {batch_size} on any of {data_degree} data ranks"
+        fix = f"set dataloader.{split}.drop_last=false, which evaluates every sample, or use a smaller batch_size"
+        raise ValueError(f"{_path(section, split, 'drop_last')}=true: {why}: {fix}")
     return ShardedSampler(
         size,
         rank=data_rank,

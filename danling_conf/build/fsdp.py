@@ -21,13 +21,15 @@ from danling_conf.schema.fsdp import FsdpConfig
 
 _log = logging.getLogger(__name__)
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, precision: str | None = None) -> nn.Module:
     """Shard each repeated block of `model`, then the rest of it, over the shard axis of `mesh`; with a replicate axis,
     over both (hybrid sharding). In place; parameters become `DTensor`s, also those on the meta device.
 
     `precision` (bf16, fp16) is the dtype of the computation where `section.mp_policy` says nothing; gradients are then
-    reduced in fp32. A block that shares a parameter with the rest of the model is sharded with the rest.
+    reduced in fp32. Batch normalisation computes in fp32 all the same. A block that shares a parameter with the rest of the model is sharded with the rest.
 
     Raises ValueError where the mesh has no shard axis, and for a `reshard_after_forward` that does not divide it.
     """
@@ -51,6 +53,7 @@ def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, pre
                 f"fsdp.reshard_after_forward={size}: must divide the shard degree {degree}, or be a boolean"
             )
         options["reshard_after_forward"] = size
+    _shard_batch_norms(model, options)
     # Inner modules first: a module that is wrapped takes the parameters that are not taken yet.
     for name, block in reversed(repeated_blocks(model, section.module_classes)):
         if _shares_parameters(model, block):
@@ -60,6 +63,18 @@ def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, pre
         fully_shard(block, **{**options, "mp_policy": replace(options["mp_policy"], output_dtype=None)})
     fully_shard(model, **options)
     return model
+
+
+def _shard_batch_norms(model: nn.Module, options: dict[str, Any]) -> None:
+    """Under mixed precision, let batch normalisation compute in fp32: its running statistics are no parameters, stay in
+    fp32, and do not mix with parameters of another dtype."""
+    policy = options["mp_policy"]
+    if policy.param_dtype in (None, torch.float32):
+        return
+    own = MixedPrecisionPolicy(torch.float32, policy.reduce_dtype or policy.param_dtype, policy.param_dtype)
+    for module in model.modules():
+        if isinstance(module, _BATCH_NORMS) and module is not model and not _shares_parameters(model, module):
+            fully_shard(module, **{**options, "mp_policy": own})
 
 
 def mixed_precision_policy(section: FsdpConfig, precision: str | None) -> MixedPrecisionPolicy:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,14 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from danling_conf.build.blueprint import Blueprint, Unit, blueprint_of, named_tensors, shortened
+from danling_conf.build.blueprint import Blueprint, Unit, named_tensors, shortened
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def missing_initializers(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers of a meta-device model that no method of its modules sets."""
-    return list(blueprint_of(model).missing)
 
 
 def materialize(
@@ -55,14 +52,24 @@ def materialize(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The CPU's random generator starts from `seed` inside, and goes on as if nothing had happened after."""
-    state = torch.get_rng_state()
+    """The random generators of torch's CPU, Python and numpy start from `seed` inside, and go on as if nothing had
+    happened after."""
+    state, python = torch.get_rng_state(), random.getstate()
+    # Only where it is in use.
+    numpy = sys.modules["numpy"].random if "numpy" in sys.modules else None
+    numpys = None if numpy is None else numpy.get_state()
     # Not `torch.manual_seed`, which would seed the accelerators too.
     torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy is not None:
+        numpy.seed(seed % 2**32)
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(numpys)
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from danling_conf.groups.base import open_sections
 from danling_conf.resolution.resolve import merge_leaves
 from danling_conf.resolution.typed import check_declarations
+from danling_conf.schema.open_sections import open_sections
 from danling_conf.topology.violation import ConfigRefused
 
 Section = TypeVar("Section")
@@ -18,8 +18,8 @@ Section = TypeVar("Section")
 def section_from(section_class: type[Section], keywords: Mapping[str, Any], *, path: str) -> Section:
     """An instance of `section_class` with `keywords` as its settings; `path` is where it stands (`fsdp`).
 
-    Checked as a whole configuration is: types, choices, aliases, mappings by the dataclass that types them. Keys unknown
-    to an open section (one with `open_to`) become plain attributes.
+    Checked as a whole configuration is: types, choices, aliases, mappings by the dataclass that types them. Keys
+    unknown to an open section (one with `open_to`) become plain attributes.
 
     Raises ConfigRefused (a ValueError) with every fault.
     """

@@ -13,7 +13,7 @@ from danling_conf.build.device import device_type as usable_device_type
 from danling_conf.build.keywords import section_from
 from danling_conf.schema.layout import DATA_AXES, WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.topology.layout import fill, layout_of
+from danling_conf.topology.layout import fill, layout_of, mesh_axes
 
 DATA = "data"
 """Name of the flattened replicate and shard axes."""
@@ -22,8 +22,8 @@ DATA = "data"
 def make(layout: Layout, device_type: str) -> DeviceMesh | None:
     """The mesh of a layout. Collective: every rank of the process group calls it.
 
-    Its axes are those of a degree above 1, named and ordered as `WORLD_AXES`; a layout with FSDP keeps its shard axis
-    at degree 1 too. None where no axis is left, and in a single process without a process group.
+    Its axes are those of `topology.layout.mesh_axes`. None where there are none, and in a single process without a
+    process group.
 
     Raises ValueError where the layout's world size is not that of the process group.
     """
@@ -34,10 +34,10 @@ def make(layout: Layout, device_type: str) -> DeviceMesh | None:
             f"parallel.axes: {degrees or 'every degree is 1'} needs {layout.world_size} processes, {world_size} were "
             f"started; start as many processes as the product of the degrees"
         )
-    axes = [axis for axis in WORLD_AXES if getattr(layout, axis) > 1 or (axis == "shard" and layout.fsdp)]
+    axes = mesh_axes(layout)
     if not axes or not dist.is_initialized():
         return None
-    mesh = init_device_mesh(device_type, tuple(getattr(layout, axis) for axis in axes), mesh_dim_names=tuple(axes))
+    mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     # Made here, where every rank is: a process group made on first use would hang the ranks that never use it.
     data_mesh(mesh)
     return mesh

@@ -14,7 +14,7 @@ from danling_conf.build import activation_checkpointing as recomputation
 from danling_conf.build import compile as compilation
 from danling_conf.build import ddp
 from danling_conf.build import fsdp as sharding
-from danling_conf.build.blueprint import Blueprint, blueprint_of, draw, named_tensors, shortened
+from danling_conf.build.blueprint import Blueprint, blueprint_of, draw, made_by, named_tensors, shortened
 from danling_conf.build.initialize import materialize, seeded
 from danling_conf.build.mesh import axes_of
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
@@ -44,7 +44,7 @@ def assemble(
     `model` is a factory without arguments, which is called on the meta device so that no rank holds the whole model, or
     a module, which is taken over with rank 0's weights. A factory's weights depend on `seed` alone: where the modules'
     own initialisers cannot repeat what the constructor did, the model is built in full on the CPU of every rank, under
-    one seed, and the log says which modules are to blame.
+    one seed and with rank 0's weights, and the log says which modules are to blame.
 
     The order: plan of the other axes, activation checkpointing, compile per block, FSDP2 or DDP, values, compile of a
     whole model. (DDP takes values before it wraps.) `precision` reaches FSDP's policy; under DDP and in a single
@@ -60,8 +60,8 @@ def assemble(
         built = model
         if any(tensor.device.type == "meta" for _, tensor in named_tensors(model)):
             blueprint = blueprint_of(model)
-        elif fsdp.enabled:
-            _share_weights(model, device)
+    if blueprint is None and fsdp.enabled:
+        _share_weights(built, device)
     apply_plan(built, mesh, layout)
     recomputation.apply(built, activation_checkpointing)
     per_block = compilation.is_per_block(built, compile)
@@ -110,10 +110,11 @@ def _check(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
 def _build(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Blueprint | None]:
     """The factory's model: on the meta device with its blueprint, or else in full on the CPU."""
     try:
-        model, blueprint = draw(factory)
-    except (RuntimeError, NotImplementedError) as error:
-        # The constructor needs values (`.item()`), which meta tensors lack. If something else is wrong, the build on
-        # the CPU says so.
+        with seeded(seed):  # what it draws outside torch is drawn on meta too
+            model, blueprint = draw(factory)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        # The constructor needs values (`.item()`, `.numpy()`), which meta tensors lack. If something else is wrong, the
+        # build on the CPU says so.
         _log.info("model: built in full on the CPU of every rank, since it cannot be built on meta: %s", error)
     else:
         if not blueprint.missing:
@@ -124,7 +125,7 @@ def _build(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Blue
             shortened(blueprint.missing),
         )
     with torch.device("cpu"), seeded(seed):
-        return factory(), None
+        return made_by(factory), None
 
 
 def _share_weights(model: nn.Module, device: torch.device) -> None:

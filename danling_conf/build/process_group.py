@@ -11,6 +11,9 @@ import torch.distributed as dist
 from danling_conf.build._torch_private import process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
 
+_waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
+"""The group for slow work, and the default group that it was made beside."""
+
 
 def start(
     section: CommConfig,
@@ -47,18 +50,43 @@ def tighten(section: CommConfig) -> None:
     """Apply `comm.train_timeout_seconds` to every process group there is. Collective: every rank calls it.
 
     Meant for once, after the first optimizer step: what is slow only at the start (compilation, connections) is over.
+    Work of a single rank that may take longer is waited for with `wait_for_all`, which keeps the limit of the start.
     """
+    global _waiting
     if section.train_timeout_seconds is None or not dist.is_initialized():
         return
     # A rank still under way to here must not be measured by the new limit.
     dist.barrier()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    for group in process_groups():
-        set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
+    groups = process_groups()
+    kept = _waiting_group()
+    if kept is None:
+        seconds = section.init_timeout_seconds
+        timeout = None if seconds is None else timedelta(seconds=seconds)
+        _waiting = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout))
+    for group in groups:
+        if group is not kept:
+            set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
+
+
+def wait_for_all() -> None:
+    """Wait until every rank is here, within the time limit of the start: for what one rank does alone, such as writing
+    files, while others have nothing to do. Collective; nothing where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier(_waiting_group())
+
+
+def _waiting_group() -> dist.ProcessGroup | None:
+    """The group that `tighten` made, if the default group is still the same; None stands for the default group."""
+    if _waiting is None or _waiting[0] is not dist.group.WORLD:
+        return None
+    return _waiting[1]
 
 
 def stop() -> None:
     """Destroy every process group, if there are any."""
+    global _waiting
+    _waiting = None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from danling_conf.build._torch_private import scheduled_rates
 from danling_conf.build.keywords import section_from
 from danling_conf.build.optimizer import construct, import_class, refuse
 from danling_conf.schema.scheduler import SchedulerConfig
@@ -27,6 +29,7 @@ _RUN_LENGTH_OPTIONS = {
     "PolynomialLR": "total_iters",
     "OneCycleLR": "total_steps",
 }
+_LENGTH_STATE = frozenset({*_RUN_LENGTH_OPTIONS.values(), "_schedule_phases"})
 
 
 def make(
@@ -89,6 +92,24 @@ def needs_length(section: SchedulerConfig) -> bool:
         return entry.name != "constant"
     length = _RUN_LENGTH_OPTIONS.get(entry.name)
     return length is not None and length not in scheduler_options(section)
+
+
+def go_on(scheduler: LRScheduler | ReduceLROnPlateau, state: Mapping[str, Any]) -> None:
+    """Load a scheduler's saved state, but for the length of the run that saved it: this one may be longer. The learning
+    rate becomes what the schedule of this run has at that point."""
+    own = {name: getattr(scheduler, name) for name in _LENGTH_STATE if name in state}
+    longer = any(state[name] != value for name, value in own.items())
+    scheduler.load_state_dict({**state, **own})
+    if isinstance(scheduler, LambdaLR):
+        rates = [
+            base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+    elif longer:
+        rates = list(scheduled_rates(scheduler))
+    else:
+        return
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def ratio(step: int, *, shape: str, total_steps: int, warmup_steps: int, decay_steps: int, final_ratio: float) -> float:

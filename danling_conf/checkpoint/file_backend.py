@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,18 @@ def read(path: Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file, so the checkpoint is not whole") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: it cannot be read as a checkpoint: {reason}") from error
+        raise ValueError(f"{path}: it cannot be read as a checkpoint: {_reason(path, error)}") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "it is empty"
+    if path.is_file() and not zipfile.is_zipfile(path):
+        return "it is damaged: no whole archive as torch.save writes it"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds other objects than tensors and plain values, which are not loaded from a file"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def sync_folder(folder: Path) -> None:

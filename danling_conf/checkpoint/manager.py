@@ -6,20 +6,29 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as distributed
 from torch import nn
 from torch.optim import Optimizer
 
 from danling_conf.checkpoint import file_backend
-from danling_conf.checkpoint.state import gather, scatter_model, scatter_optimizer
+from danling_conf.checkpoint.state import gather, misfit_of, misfit_of_groups, scatter_model, scatter_optimizer
 from danling_conf.schema.checkpoint import CheckpointConfig
 
 _log = logging.getLogger(__name__)
 
 LATEST, BEST, FACTS = "latest", "best", "checkpoint.json"
+_PARTS = ("model", "optimizer", "scheduler", "scaler", "runner", "settings")
+_OWN_PARTS = ("loader", "generators")
+
+Read = TypeVar("Read")
+
+
+class NothingSaved(ValueError):
+    """There is no checkpoint at all where one was looked for; not that one is broken."""
 
 
 class CheckpointManager:
@@ -75,8 +84,13 @@ class CheckpointManager:
             file_backend.write(aside / file_backend.STATE, {**state, **shared})
         self._barrier()
         if self.rank == 0:
-            history = history or self._facts(final).get("history", False)
-            facts = {"step": step, "world_size": self.world_size, "history": history}
+            history = history or self._in_history(final)
+            facts = {
+                "step": step,
+                "world_size": self.world_size,
+                "history": history,
+                "optimizer": type(optimizer).__name__,
+            }
             (aside / FACTS).write_text(json.dumps(facts) + "\n")
             file_backend.sync_folder(aside)
             self._publish(aside, final)
@@ -94,16 +108,14 @@ class CheckpointManager:
             What was saved as `shared` and as `own`; `own` is that of another rank where the world size was another.
 
         Raises:
-            ValueError: there is no whole checkpoint at `source`.
+            NothingSaved: there is no checkpoint at `source`.
+            ValueError: the checkpoint is broken, or does not fit the model or the optimizer. On every rank, also where
+                one alone cannot read it.
         """
-        folder = self.find(source)
-        state = self._read_state(folder)
+        state, own = self._agreed(lambda: self._read(self.find(source), model, optimizer))
         scatter_model(model, state["model"])
         scatter_optimizer(model, optimizer, state["optimizer"])
         shared = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
-        saved = self._facts(folder).get("world_size", 1)
-        own = file_backend.read(file_backend.rank_file(folder, self.rank % saved))
-        own["same_world"] = saved == self.world_size
         if self.world_size > 1:
             received = [shared]
             distributed.broadcast_object_list(received, src=0)
@@ -112,41 +124,86 @@ class CheckpointManager:
 
     def load_weights(self, source: Path, model: nn.Module) -> None:
         """Load only the model's weights. Raises ValueError as `restore` does."""
-        scatter_model(model, self._read_state(self.find(source))["model"])
+        scatter_model(model, self._agreed(lambda: self._read_state(self.find(source), model))["model"])
 
     def find(self, source: Path) -> Path:
         """The checkpoint folder that `source` names: itself, or the latest of a run.
 
-        Raises ValueError when there is none.
+        Raises NothingSaved when there is none.
         """
-        for folder in (source, source / self.folder.name / LATEST):
-            if (folder / FACTS).is_file():
-                return folder.resolve()
-        raise ValueError(
-            f"{source}: there is no whole checkpoint in it, nor as its {self.folder.name}/{LATEST}: "
-            "give a run that has saved, or one of its checkpoints"
-        )
+        folder = source / self.folder.name
+        # A crash between two renames can leave `latest` pointing nowhere: then the newest whole one is it.
+        for found in (source, folder / LATEST, *sorted(folder.glob("ckpt-*"), reverse=True)):
+            if (found / FACTS).is_file():
+                return found.resolve()
+        raise NothingSaved(f"{source}: there is no whole checkpoint in it, nor as its {self.folder.name}/{LATEST}")
 
-    def _read_state(self, folder: Path) -> dict[str, Any]:
-        # Rank 0's reading decides for all: a rank that went on alone would wait for the others for ever.
-        if self.rank == 0:
-            try:
-                state, fault = file_backend.read(folder / file_backend.STATE), None
-            except ValueError as error:
-                state, fault = {}, str(error)
-        else:
-            state, fault = {"model": {}, "optimizer": {}}, None
+    def history(self, source: Path) -> list[Path]:
+        """The checkpoints beside the one that `source` names, newest first."""
+        folder = source / self.folder.name if (source / self.folder.name).is_dir() else source.resolve().parent
+        named = source.resolve() if folder == source.resolve().parent else (folder / LATEST).resolve()
+        return [found for found in sorted(folder.glob("ckpt-*"), reverse=True) if found != named]
+
+    def _agreed(self, read: Callable[[], Read]) -> Read:
+        """What `read` gives. It fails on all ranks where it fails on one, which the others would wait for for ever."""
+        result, fault = None, None
+        try:
+            result = read()
+        except ValueError as error:
+            fault = error
         if self.world_size > 1:
-            faults = [fault]
-            distributed.broadcast_object_list(faults, src=0)
-            fault = faults[0]
+            faults: list[Any] = [None] * self.world_size
+            distributed.all_gather_object(faults, fault)
+            fault = next((item for item in faults if item is not None), None)
         if fault is not None:
-            raise ValueError(fault)
+            raise fault
+        return result  # type: ignore[return-value]
+
+    def _read(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+        facts = self._facts(folder)
+        made, mine = facts["optimizer"], type(optimizer).__name__
+        if made != mine:
+            raise ValueError(f"{folder}: it was made with the optimizer {made}, and this run's is {mine}")
+        path = file_backend.rank_file(folder, self.rank % facts["world_size"])
+        own = file_backend.read(path)
+        if not (isinstance(own, dict) and own.keys() >= set(_OWN_PARTS)):
+            raise ValueError(f"{path}: it is not a rank's part of a checkpoint, which holds {', '.join(_OWN_PARTS)}")
+        own["same_world"] = facts["world_size"] == self.world_size
+        state = self._read_state(folder, model)
+        misfit = misfit_of_groups(optimizer, state["optimizer"]) if self.rank == 0 else None
+        if misfit is not None:
+            raise ValueError(f"{folder}: its optimizer does not fit: {misfit}")
+        return state, own
+
+    def _read_state(self, folder: Path, model: nn.Module) -> dict[str, Any]:
+        """The state on rank 0, which holds it for all; empty parts elsewhere."""
+        if self.rank != 0:
+            return {part: {} for part in _PARTS}
+        path = folder / file_backend.STATE
+        state = file_backend.read(path)
+        if not (isinstance(state, dict) and state.keys() >= set(_PARTS)):
+            raise ValueError(f"{path}: it is not a checkpoint of a run, which holds {', '.join(_PARTS)}")
+        misfit = misfit_of(model, state["model"])
+        if misfit is not None:
+            raise ValueError(f"{folder}: its weights do not fit the model: {misfit}")
         return state
 
     def _facts(self, folder: Path) -> dict[str, Any]:
         path = folder / FACTS
-        return json.loads(path.read_text()) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            facts = json.loads(path.read_text())
+            return {name: facts[name] for name in ("step", "world_size", "history", "optimizer")}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: it cannot be read: {type(error).__name__}: {error}") from error
+
+    def _in_history(self, folder: Path) -> bool:
+        """Whether a checkpoint is to be kept; a broken one is, for somebody to look at."""
+        try:
+            return bool(self._facts(folder).get("history", False))
+        except ValueError:
+            return True
 
     def _publish(self, aside: Path, final: Path) -> None:
         if final.exists():
@@ -170,7 +227,7 @@ class CheckpointManager:
     def _prune(self) -> None:
         named = {(self.folder / name).resolve() for name in (LATEST, BEST)}
         for folder in self.folder.glob("ckpt-*"):
-            if folder.resolve() not in named and not self._facts(folder).get("history", False):
+            if folder.resolve() not in named and not self._in_history(folder):
                 # Renamed first: what is half removed must not look like a checkpoint.
                 gone = folder.with_name(f".{folder.name}.old")
                 os.replace(folder, gone)

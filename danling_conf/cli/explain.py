@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from danling_conf.cli.inspect_app import inspect_app
@@ -75,6 +76,8 @@ def _setting(found: Described) -> list[str]:
 
 
 def _default(found: Described) -> str:
+    if found.default is MISSING:
+        return "empty"
     return "unset" if found.default is None else show(found.default)
 
 
@@ -100,11 +103,15 @@ def _preset(group: str, name: str) -> list[str]:
         try:
             parse_layout(name)
         except LayoutNameError as error:
-            raise ConfigRefused([Violation(group, name, str(error), f"write {GRAMMAR}")]) from None
+            rule, _, fix = str(error).partition("; ")
+            raise ConfigRefused([Violation(group, name, rule, fix or f"write {GRAMMAR}")]) from None
         settings = flatten(layout_settings(name))
         return [f"{group}={name}", *(f"  {path}={show(value)}" for path, value in settings.items())]
-    if name not in GROUPS.get(group, {}):
-        choices = ", ".join(GROUPS.get(group, GROUPS))
+    if group not in GROUPS:
+        fix = f"groups are {', '.join([LAYOUTS, *GROUPS])}"
+        raise ConfigRefused([Violation(group, name, "there is no such group of presets", fix)])
+    if name not in GROUPS[group]:
+        choices = ", ".join(GROUPS[group])
         raise ConfigRefused([Violation(group, name, "there is no such preset", f"choose among {choices}")])
     preset = GROUPS[group][name]
     shown = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
@@ -117,16 +124,34 @@ def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> l
         config = check(composing, composed, overrides)
         declared = OmegaConf.get_type(composed)
         kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
-        lines = _explain(key, kind)
         values = {path: value for path, value in flatten(plain(config)).items() if _below(path, key)}
-        if not values:
+        lines = _explain_own(key, kind, composing, known=bool(values))
+        if not values and "=" not in key and not composing.group_exists(key):
             return [*lines, f"in {app.script.name}: nothing is set at {key}"]
-        lines.append(f"in {app.script.name} {' '.join(overrides)}".rstrip())
+        if values:
+            lines.append(f"in {app.script.name} {' '.join(overrides)}".rstrip())
         for path, value in values.items():
             lines.append(f"  {path} = {show(value)}")
             if len(values) <= 3 or path == key:
                 lines += [f"    {step}" for step in _origins(composing, path, value, overrides)]
         return lines
+
+
+def _explain_own(key: str, kind: type[RunnerConfig], composing: Composer, *, known: bool) -> list[str]:
+    """What `_explain` gives; for what is not ours, what the app's configuration knows of it."""
+    try:
+        return _explain(key, kind)
+    except ConfigRefused:
+        group, equals, name = key.partition("=")
+        if group not in GROUPS and composing.group_exists(group):
+            choices = ", ".join(composing.options(group))
+            if equals and not composing.config_exists(f"{group}/{name}"):
+                fault = Violation(group, name, "there is no such choice", f"choose among {choices}")
+                raise ConfigRefused([fault]) from None
+            return [f"{group}: a group of this app", f"  choices  {choices}"]
+        if known:
+            return [key, "  a key of this app's own, or an option of a section that is open to them"]
+        raise
 
 
 def _origins(composing: Composer, path: str, value: Any, overrides: list[str]) -> list[str]:
@@ -141,10 +166,10 @@ def _origins(composing: Composer, path: str, value: Any, overrides: list[str]) -
             steps.append(f"{where}: {show(found)}")
             last = found
     for override in overrides:
-        given, equals, text = override.partition("=")
+        given, equals, _ = override.partition("=")
         if equals and given.lstrip("+") == path:
             steps.append(f"command line {override}")
-            last = value if text else None
+            last = OverridesParser.create().parse_overrides([override])[0].value()
     if last is _MISSING or (last != value and not OmegaConf.is_config(last)):
         steps.append(f"resolution: {show(value)} (derived, or the canonical spelling)")
     return steps

@@ -44,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("key", help="fsdp.enabled, fsdp, parallel, compile=max")
     explain.add_argument("script", nargs="?", help="a training script")
-    explain.add_argument("overrides", nargs="*", help="its overrides, as on its own command line")
+    explain.add_argument("overrides", nargs=argparse.REMAINDER, help="its overrides, as on its own command line")
     check = commands.add_parser(
         "check", help="compose and check a script's configuration without running it; exits with 2 when it is refused"
     )
     check.add_argument("script", help="a training script")
-    check.add_argument("overrides", nargs="*", help="its overrides, as on its own command line")
+    check.add_argument("overrides", nargs=argparse.REMAINDER, help="its overrides, as on its own command line")
     return parser
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from danling_conf.groups.presets import DEFAULT_CHOICES
-from danling_conf.schema import RunnerConfig, facts_of
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.open_sections import open_sections
 
 BASE_NAME = "danling"
 
@@ -58,30 +59,11 @@ def base_config(name: str) -> DictConfig:
     return copy.deepcopy(_base_config(_registered[name]))
 
 
-def open_sections(node: DictConfig) -> None:
-    """Let the open-ended sections of a typed node take keys that they do not declare; resolution checks them."""
-    if _is_open(OmegaConf.get_type(node)):
-        OmegaConf.set_struct(node, False)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            open_sections(child)
-
-
 @cache
-def _base_config(config: type[RunnerConfig]) -> DictConfig:
+def _base_config(config: Any) -> DictConfig:
     """Made once for a class: a copy takes a fifth of the time, and a sweep composes twice a job."""
     node = OmegaConf.structured(config)
     open_sections(node)
     with open_dict(node):
         node["defaults"] = ListConfig(["_self_", *({group: choice} for group, choice in DEFAULT_CHOICES.items())])
     return node
-
-
-def _is_open(kind: Any) -> bool:
-    if kind is dict:
-        return True  # free-form sections: model, data, and mappings of a user's own
-    if not is_dataclass(kind):
-        return False
-    # A setting that is unset or a mapping (`fsdp.mp_policy`) is given keys where there is no mapping yet.
-    return hasattr(kind, "open_to") or any(facts_of(item).shape for item in fields(kind))

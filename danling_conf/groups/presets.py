@@ -149,7 +149,7 @@ GROUPS: dict[str, dict[str, Preset]] = {
         "none": Preset("Python collects garbage when it likes."),
         "paced": Preset("Collect on every rank at the same step, each 50: no rank makes the others wait.",
                         {"interval": 50}),
-        "full": Preset("A full collection every 1000 steps besides: for programs that leave cycles.",
+        "full": Preset("A full collection on every rank each 1000 steps, none between: for programs with few cycles.",
                        {"interval": 1000, "generation": 2}),
     },
     "ft": {

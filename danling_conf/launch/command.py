@@ -28,7 +28,7 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rank_environment import RankEnvironment, started_rank
 from danling_conf.topology.rules import Context, ineffective_settings
-from danling_conf.topology.violation import ConfigRefused
+from danling_conf.topology.violation import ConfigRefused, Violation
 
 REFUSED = 2
 """Exit code of a refused configuration."""
@@ -74,13 +74,16 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
         ranks = started_rank()
         if ranks is None:
             raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is no rank: unset it")
-        return run_local_worker(app.function, Path(os.environ[FROZEN_VARIABLE]), ranks, app.script.stem)
+        # Programs that the user's function starts are no workers of this run.
+        return run_local_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
     parsed = parse_arguments(arguments)
     if inspector is not None:
         return inspector(app, app.search(parsed), list(parsed.overrides))
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         return _hand_to_hydra(app)
     try:
+        if parsed.experimental_rerun is not None:
+            raise ConfigRefused([_no_rerun(parsed.experimental_rerun)])
         ranks = started_rank()
         if ranks is not None and ranks.world_size > 1:
             from danling_conf.launch.joined import run_joined
@@ -104,6 +107,8 @@ def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun
     """Compose; where Hydra refuses, raise ConfigRefused with every fault and not only Hydra's first."""
     try:
         return composing.compose(overrides, multirun=multirun)
+    except ConfigRefused:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         from danling_conf.resolution.collect import all_faults
 
@@ -135,6 +140,12 @@ def refuse(refusal: ConfigRefused) -> None:
 def _context(overrides: Sequence[str]) -> Context:
     given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
     return Context(machine=this_machine(), given=given)
+
+
+def _no_rerun(file: str) -> Violation:
+    return Violation(
+        "--experimental-rerun", file, "it would run a pickled configuration unchecked", "use resume=RUN instead"
+    )
 
 
 def _sweep(composing: Composer, app: App, overrides: list[str]) -> Any:

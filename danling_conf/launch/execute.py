@@ -70,7 +70,8 @@ def run_attempt(app: App, composing: Composer, composed: DictConfig, config: Run
             run_workers(worker_command(), world_size, attempt.directory, attempt.directory / FROZEN)
         except (WorkersFailed, WorkersInterrupted) as error:
             # The main rank may have been stopped before it could say how the attempt ended.
-            status = "failed" if isinstance(error, WorkersFailed) else "interrupted"
+            failed = "refused" if isinstance(error, WorkersFailed) and error.refused else "failed"
+            status = failed if isinstance(error, WorkersFailed) else "interrupted"
             write_result(attempt.directory, status, None, str(error))
             raise
         result = read_result(attempt.directory)

@@ -51,10 +51,10 @@ def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: Ran
             config = check(composing, composed, parsed.overrides)
             attempt, lock = open_attempt(app, config)
         except ConfigRefused:
-            announce(meet(ranks), None)
+            announce(meet(ranks), None, ranks.world_size)
             raise
         store = meet(ranks)
-        announce(store, (attempt.directory / FROZEN).read_text())
+        announce(store, (attempt.directory / FROZEN).read_text(), ranks.world_size)
         start = Current(attempt=attempt, ranks=ranks, store=store)
         try:
             outcome = composing.run_job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,6 +14,11 @@ from danling_conf.resolution.logs import rank_log
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
+
+
+RAISED_AT = "raised_at"
+"""Key of a rank's error file: when the error was raised, in seconds."""
+_NOTICED_SECONDS = 2.0
 
 
 class WorkersFailed(RuntimeError):
@@ -85,7 +91,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
         raise WorkersFailed(rank, failure.exitcode, _message(failure), rank_log(attempt, rank)) from None
     except SignalException as error:
         raise WorkersInterrupted(error.sigval) from None
@@ -115,6 +121,16 @@ def _threads(world_size: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // world_size))}
 
 
+def _when(failure: Any) -> float:
+    """When a rank failed, to tell the cause from its consequences (elastic knows whole seconds only)."""
+    if RAISED_AT in failure.error_file_data:
+        return failure.error_file_data[RAISED_AT]
+    if failure.exitcode == -signal.SIGTERM:
+        return math.inf  # stopped by elastic, since another had failed
+    # It left without a word (killed, or by its own exit): noticed at once, and before anybody can have missed it.
+    return failure.timestamp - _NOTICED_SECONDS
+
+
 def _message(failure: Any) -> str:
     content = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
     if isinstance(content, dict):
@@ -123,4 +139,4 @@ def _message(failure: Any) -> str:
         return text if text.startswith("ConfigRefused: ") else f"{text}\n{callstack}".strip()
     if failure.exitcode < 0:
         return f"ended by {signal.Signals(-failure.exitcode).name}"
-    return str(content)
+    return str(content) if failure.error_file_data else f"ended with exit code {failure.exitcode}"

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _KEY = "danling_conf/frozen"
+_READ = "danling_conf/read"
 _REFUSED = b"refused"
 _WAIT = timedelta(minutes=10)
+_LINGER_SECONDS = 10.0
 
 
 def meet(ranks: RankEnvironment) -> Any:
@@ -30,15 +33,21 @@ def meet(ranks: RankEnvironment) -> Any:
     return distributed.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def announce(store: Any, content: str | None) -> None:
+def announce(store: Any, content: str | None, world_size: int) -> None:
     """Rank 0 gives the frozen configuration to the others; None tells them that it was refused."""
     store.set(_KEY, _REFUSED if content is None else content.encode())
+    if content is None:
+        # Rank 0 may hold the store itself: it stays until the others have read, or have had the time to.
+        deadline = time.monotonic() + _LINGER_SECONDS
+        while store.add(_READ, 0) < world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def await_configuration(store: Any) -> str | None:
     """What rank 0 announced; None when the configuration was refused."""
     store.wait([_KEY], _WAIT)
     content = store.get(_KEY)
+    store.add(_READ, 1)
     return None if content == _REFUSED else content.decode()
 
 

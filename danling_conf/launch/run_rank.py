@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,13 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
 
 def write_result(attempt: Path, status: str, value: Any, error: str | None = None) -> None:
     """Write how an attempt ended."""
-    score = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-    write_whole(attempt / RESULT, json.dumps({"status": status, "score": score, "error": error}) + "\n")
+    write_whole(attempt / RESULT, json.dumps({"status": status, "score": score_of(value), "error": error}) + "\n")
+
+
+def score_of(value: Any) -> float | None:
+    """What a user's function returned, as the run's score; None for what is no finite number, which JSON cannot say."""
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return number if number is not None and math.isfinite(number) else None
 
 
 def read_result(attempt: Path) -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from danling_conf.launch.command import App, check, compose_or_refuse
 from danling_conf.launch.execute import open_attempt, run_attempt, show_failure
 from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted
+from danling_conf.launch.run_rank import score_of
 from danling_conf.resolution.hydra_adapter import Composer
 from danling_conf.resolution.identity import config_id, job_id
 from danling_conf.schema import RunnerConfig
@@ -66,14 +69,19 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
 
     Raises ConfigRefused, before any job starts, with the faults of all jobs.
     """
-    prepared = _check_all(sweep.composing, master, jobs, first)
     directory = Path(master.hydra.sweep.dir)
+    try:
+        prepared = _check_all(sweep.composing, master, jobs, first)
+    except ConfigRefused:
+        if [item.name for item in directory.iterdir()] == ["multirun.yaml"]:  # all that Hydra has written so far
+            shutil.rmtree(directory)
+        raise
     print(f"sweep of {len(jobs)} jobs: {directory}")
     results = []
     for number, (overrides, composed, config) in enumerate(prepared, first):
         print(f"#{number} {' '.join(filter_overrides(overrides))}", flush=True)
         outcome = _run_job(sweep, composed, config, overrides, number, directory)
-        score = outcome._return_value if outcome.status == JobStatus.COMPLETED else None
+        score = score_of(outcome._return_value) if outcome.status == JobStatus.COMPLETED else None
         print(f"#{number} {outcome.status.name.lower()}" + (f" score={score:.6g}" if score is not None else ""))
         results.append(outcome)
     failed = sum(item.status == JobStatus.FAILED for item in results)
@@ -108,21 +116,28 @@ def _run_job(
     record: dict[str, Any] = {
         "job": number, "overrides": overrides, "job_id": job_id(config), "config_id": config_id(config),
     }  # fmt: skip
-    lock = None
+    lock, interruption = None, None
     try:
         attempt, lock = open_attempt(sweep.app, config, overrides)
         record["run"] = str(attempt.run_directory)
         outcome.return_value = run_attempt(sweep.app, sweep.composing, composed, config, attempt)
         outcome.status = JobStatus.COMPLETED
-    except (KeyboardInterrupt, WorkersInterrupted):
-        print(f"#{number} interrupted; the jobs after it were not started: {directory}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        interruption = 128 + signal.SIGINT
+    except WorkersInterrupted as error:
+        interruption = error.exit_code
     except WorkersFailed as error:
         show_failure(error)
         outcome.return_value = JobFailed(str(error))
     except ConfigRefused as error:
         print(error.report(), file=sys.stderr)
         outcome.return_value = JobFailed(str(error))
+    except SystemExit as error:  # of the user's function: the end of that job, not of the sweep
+        if error.code in (None, 0):
+            outcome.status = JobStatus.COMPLETED
+            outcome.return_value = None
+        else:
+            outcome.return_value = JobFailed(f"exit {error.code}")
     except Exception as error:
         traceback.print_exc()
         outcome.return_value = JobFailed(f"{type(error).__name__}: {error}")
@@ -130,9 +145,13 @@ def _run_job(
         if lock is not None:
             lock.release()
     completed = outcome.status == JobStatus.COMPLETED
-    record |= {"status": "completed" if completed else "failed", "score": outcome._return_value if completed else None}
+    status = "completed" if completed else "failed" if interruption is None else "interrupted"
+    record |= {"status": status, "score": score_of(outcome._return_value) if completed else None}
     with open(directory / LEDGER, "a") as ledger:
         ledger.write(json.dumps(record) + "\n")
+    if interruption is not None:
+        print(f"#{number} interrupted; the jobs after it were not started: {directory}", file=sys.stderr)
+        sys.exit(interruption)
     return outcome
 
 

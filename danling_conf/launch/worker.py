@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from danling_conf.launch.local_workers import RAISED_AT
 from danling_conf.launch.run_rank import run_rank
 from danling_conf.resolution.current import Current
 from danling_conf.resolution.frozen import thaw
@@ -33,11 +37,15 @@ def run_local_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEn
             redirect_output(rank_log(attempt.directory, ranks.rank))
         hydra = OmegaConf.load(attempt.directory / ".hydra" / "hydra.yaml").hydra
         _restore_hydra(hydra, console=ranks.main)
+        ranks = replace(ranks, launcher="local workers")
         return run_rank(function, config, Current(attempt=attempt, ranks=ranks), job_name)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        raised_at = time.time()
         handler.record_exception(error)
+        record = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        record.write_text(json.dumps({**json.loads(record.read_text()), RAISED_AT: raised_at}))
         # Other ranks may be waiting for this one in a collective: leave without the clean-up that would wait for them.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -75,6 +75,12 @@ def earlier_code(attempt: Attempt) -> str | None:
     return json.loads((earlier[-1] / FROZEN).read_text())["code_id"]
 
 
+def code_of(attempt: Attempt) -> str | None:
+    """The code identity of an attempt; None where nothing was frozen."""
+    path = attempt.directory / FROZEN
+    return json.loads(path.read_text())["code_id"] if path.is_file() else None
+
+
 def _class_of(module: str, qualname: str) -> type[RunnerConfig]:
     found: Any = sys.modules.get(module) or importlib.import_module(module)
     for part in qualname.split("."):

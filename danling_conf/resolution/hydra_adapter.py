@@ -21,9 +21,11 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
-from hydra.core.utils import run_job
+from hydra.core.utils import run_job, setup_globals
+from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from yaml import YAMLError
 
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
@@ -56,11 +58,13 @@ class Composer:
     def compose(self, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
         """What Hydra composes, its own `hydra` node included. Raises Hydra's errors."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-        return self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
+        with _named_defects():
+            return self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
 
     def apply(self, override: Override, config: DictConfig) -> None:
         """Apply one value override, as composing does. Raises ConfigCompositionException."""
-        ConfigLoaderImpl._apply_overrides_to_config([override], config)
+        with _named_defects():
+            ConfigLoaderImpl._apply_overrides_to_config([override], config)
 
     def defaults(self, overrides: Sequence[str]) -> list[tuple[str, Any]]:
         """The configs that are merged, in order: each one's path and its content at its package."""
@@ -113,6 +117,25 @@ class Composer:
 
 
 @contextmanager
+def _named_defects() -> Iterator[None]:
+    """Bare errors that Hydra and OmegaConf let through, as errors of theirs; files that cannot be read, as refusals."""
+    try:
+        yield
+    except YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        name = Path(mark.name).name if mark else "a configuration file"
+        raise ConfigRefused([Violation(name, ABSENT, f"{where}{problem or error}", "mend the YAML")]) from error
+    except (AttributeError, AssertionError, TypeError) as error:
+        text = str(error)
+        if "NoneType" in text:  # OmegaConf 2.3: keys given to a mapping that is null
+            raise ConfigCompositionException("a mapping that is null cannot be given keys") from error
+        if "argument of type 'int' is not iterable" in text:
+            raise ConfigCompositionException("a group is chosen by a name") from error
+        raise
+
+
+@contextmanager
 def composer(search: ConfigSearch) -> Iterator[Composer]:
     """Hydra, initialised for an app; other users of Hydra in this process find it as they left it."""
     from hydra import version
@@ -146,6 +169,7 @@ def set_hydra_config(config: DictConfig) -> None:
     from hydra.conf import HydraConf
     from hydra.core.hydra_config import HydraConfig
 
+    setup_globals()  # its resolvers: `now`, `hydra`
     typed = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
     typed.merge_with({"hydra": config})
     HydraConfig.instance().set_config(typed)

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from danling_conf.schema import RunnerConfig, declared_class, facts_of, open_keys
+from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of, open_keys
 
 _DIGITS = 12
 
@@ -61,7 +61,7 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple
 
 def difference_from_defaults(config: RunnerConfig) -> dict[str, Any]:
     """Settings that differ from the defaults of the configuration's class."""
-    changed = differences(plain(config), plain(declared_class(config)()))
+    changed = differences(plain(config), plain(defaults_of(declared_class(config))))
     return {path: mine for path, (mine, _) in changed.items()}
 
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, FloatNode, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from danling_conf.groups.base import open_sections
 from danling_conf.resolution.readonly import freeze
 from danling_conf.resolution.typed import check_declarations, unknown_key, wrong_type
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.open_sections import open_sections
 from danling_conf.schema.setting import READONLY
 from danling_conf.topology.layout import fill, layout_of
 from danling_conf.topology.machine import this_machine
@@ -54,6 +54,8 @@ def inspect(
     node_kind = OmegaConf.get_type(node) or kind
     violations += check_declarations(node, node_kind)
     OmegaConf.resolve(node)
+    if OmegaConf.missing_keys(node):
+        return None, unique(violations)
     faulty = {item.path for item in violations}
     resolved: Any = OmegaConf.to_object(node)
     violations += [item for item in violations_of(resolved, context) if item.path not in faulty]
@@ -98,7 +100,8 @@ def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: 
             violations += merge_leaves(child, value, OmegaConf.get_type(child), f"{path}.")
             continue
         try:
-            node[key] = value
+            # OmegaConf 2.4 warns of an integer that is assigned to a float, which YAML and JSON cannot tell apart.
+            node[key] = float(value) if isinstance(child, FloatNode) and type(value) is int else value
         except OmegaConfBaseException as error:
             known = key in node
             violations.append(wrong_type(path, value, error) if known else unknown_key(kind, path, RunnerConfig))

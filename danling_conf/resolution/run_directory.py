@@ -9,9 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 RUN_FILE = "run.json"
-_LAYOUT_PATHS = ("parallel.axes.", "fsdp.", "stack")
+_LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +89,26 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
         self._file.flush()
+        _held.add(self)
 
     def release(self) -> None:
+        """Let go of the run."""
         self._file.close()
+
+    def forget(self) -> None:
+        """In a forked child: close the file, so that the lock ends with the parent."""
+        self._file.close()
+
+
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[Attempt, RunLock]:
@@ -128,12 +147,15 @@ def _claim(config: RunnerConfig) -> tuple[Attempt, RunLock]:
         owner = owner_of(restore)
         if owner is None:
             parent = restore
-        elif restore == owner or read_run(owner)["config_id"] == identity:
+        elif restore == owner:
             _refuse_other_semantics(config, owner)
             run = owner
+        elif read_run(owner)["config_id"] == identity and is_latest(restore):
+            run = owner
         else:
+            # Going on from an older checkpoint in the same run would overwrite what came after it.
             parent = owner
-            notes = (f"{restore} belongs to a run with other settings: this is a new run, whose parent it is",)
+            notes = (f"this is a new run, which goes on from {restore} of another one",)
     elif config.auto_resume:
         run = newest_run(root, identity)
         restore = run
@@ -156,14 +178,25 @@ def owner_of(path: Path) -> Path | None:
     return None
 
 
+def is_latest(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the one that its run would go on from."""
+    return (checkpoint.parent / "latest").resolve() == checkpoint.resolve()
+
+
 def read_run(run: Path) -> dict[str, Any]:
-    """What a run's directory says of the run."""
-    return json.loads((run / RUN_FILE).read_text())
+    """What a run's directory says of the run. Raises ConfigRefused when its file is broken."""
+    try:
+        content = json.loads((run / RUN_FILE).read_text())
+        return {name: content[name] for name in ("run_id", "config_id", "seed", "parent", "created", "settings")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigRefused(
+            [Violation("resume", str(run), f"{RUN_FILE} is broken", "start a new run: drop resume and auto_resume")]
+        ) from error
 
 
 def newest_run(root: Path, identity: str) -> Path | None:
     """The newest run of a configuration below `root`."""
-    runs = [folder for folder in root.glob(f"{identity}*") if folder.name.partition(".")[0] == identity]
+    runs = [folder for folder in root.glob(f"{identity}*") if re.fullmatch(rf"{identity}(\.[0-9]+)?", folder.name)]
     runs = [folder for folder in runs if (folder / RUN_FILE).is_file()]
     return max(runs, key=_number_of, default=None)
 
@@ -185,13 +218,22 @@ def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | No
     content = {
         "run_id": run.name,
         "config_id": identity,
-        "seed": config.seed if config.seed is not None else secrets.randbelow(2**31),
+        "seed": _seed(config, parent),
         "parent": str(parent) if parent else None,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": semantic(config),
     }
     write_whole(run / RUN_FILE, json.dumps(content, indent=1) + "\n")
     return run
+
+
+def _seed(config: RunnerConfig, parent: Path | None) -> int:
+    """The configured seed, else that of the run that this one goes on from, else a drawn one."""
+    if config.seed is not None:
+        return config.seed
+    if parent is not None and (parent / RUN_FILE).is_file():
+        return int(read_run(parent)["seed"])
+    return secrets.randbelow(2**31)
 
 
 def _make_attempt(run: Path) -> Path:
@@ -240,7 +282,10 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
     mine = semantic(config)
     for run in sorted(root.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
         if (run / RUN_FILE).is_file():
-            changed = differences(mine, read_run(run)["settings"])
+            try:
+                changed = differences(mine, read_run(run)["settings"])
+            except ConfigRefused:
+                continue
             if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
                 return (
                     f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from keyword import iskeyword
@@ -104,7 +105,8 @@ def _can_be_name(key: str) -> bool:
 def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Violation]:
     facts = facts_of(item)
     if OmegaConf.is_missing(node, item.name):
-        yield Violation(path, ABSENT, "it has no default and must be given", f"set {path}=...")
+        yield Violation(path, ABSENT, "it must be given", f"set {path}=...")
+        _fill(node, item)
         return
     value = node[item.name]
     inner = section_type(item)
@@ -161,15 +163,23 @@ def value_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     allowed = [*(facts.choices or ()), *(facts.aliases or {})]
     if facts.choices is not None and str(value) not in allowed:
         near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        return f"it is one of {', '.join(facts.choices)}", f"did you mean {near[0]}?" if near else "choose one of them"
+        return (
+            f"it must be one of {', '.join(facts.choices)}",
+            f"did you mean {near[0]}?" if near else "choose one of them",
+        )
     if facts.kinds is not None and not isinstance(_plain(value), facts.kinds):
-        names = " or a ".join("list of strings" if kind is list else "string" for kind in facts.kinds)
-        return f"it is a {names}", "write one name, or [one,another]"
+        names = " or a ".join(_KINDS[kind] for kind in facts.kinds)
+        return (
+            f"it must be a {names}",
+            "set keys below it" if dict in facts.kinds else "write one name, or [one,another]",
+        )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if facts.at_least is not None and value < facts.at_least:
-            return f"it is at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
+            return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
+        if facts.at_most is not None and value > facts.at_most:
+            return f"it must be at most {show(facts.at_most)}", f"choose {show(facts.at_most)} or less"
         if facts.above is not None and not value > facts.above:
-            return f"it is greater than {show(facts.above)}", "choose a larger value"
+            return f"it must be greater than {show(facts.above)}", "choose a larger value"
     return None
 
 
@@ -177,7 +187,7 @@ def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: boo
     """A mapping where the schema has an open place: typed leaf by leaf, then put back as its dataclass."""
     given = node[key]
     if not OmegaConf.is_dict(given):
-        yield Violation(path, given, "it is null or a mapping", f"write {path}.{fields(shape)[0].name}=...")
+        yield Violation(path, given, "it must be null or a mapping", f"write {path}.{fields(shape)[0].name}=...")
         node[key] = None
         return
     typed = OmegaConf.structured(shape)
@@ -204,24 +214,26 @@ def wrong_type(path: str, value: Any, error: Exception) -> Violation:
             if isinstance(value, float) and value.is_integer() and "Integer" in said:
                 fix = f"write {int(value)}"
             if isinstance(value, list) and "ListConfig" in said:
-                rule, fix = "it is a list of lists", "write [[one],[another]]"
+                rule, fix = "it must be a list of lists", "write [[one],[another]]"
             return Violation(path, value, rule, fix.replace("PATH", path))
     hint = re.search(r"type hint '(.+)'", reason)
     names = [shown for name, shown in _PRIMITIVES.items() if hint and re.search(rf"\b{name}\b", hint[1])]
     if names:
-        return Violation(path, value, f"it is {', or '.join(names)}", "write one of these")
+        return Violation(path, value, f"it must be {', or '.join(names)}", "write one of these")
     return Violation(path, value, reason, "give a value of that type")
 
 
+_KINDS: dict[type, str] = {str: "string", list: "list of strings", dict: "mapping"}
+
 _REFUSALS = (
-    ("converted to Integer", "it is a whole number", "write a whole number, such as 8"),
-    ("converted to Float", "it is a number", "write a number, such as 0.001"),
-    ("not a valid bool", "it is true or false", "write true or false"),
-    ("to string", "it is one string", "write a string"),
+    ("converted to Integer", "it must be a whole number", "write a whole number, such as 8"),
+    ("converted to Float", "it must be a number", "write a number, such as 0.001"),
+    ("not a valid bool", "it must be true or false", "write true or false"),
+    ("to string", "it must be one string", "write a string"),
     ("is not Optional", "it cannot be null", "leave it out, and it has its default"),
-    ("is not a ListConfig", "it is a list", "write [one,another]"),
-    ("to Dict[", "it is a mapping", "set what is below it: PATH.KEY=VALUE"),
-    ("is not a subclass of", "it is a section", "set what is below it: PATH.KEY=VALUE"),
+    ("is not a ListConfig", "it must be a list", "write [one,another]"),
+    ("to Dict[", "it must be a mapping", "set what is below it: PATH.KEY=VALUE"),
+    ("is not a subclass of", "it must be a section", "set what is below it: PATH.KEY=VALUE"),
 )
 """What OmegaConf says of a value that it refuses, in words that both of its versions use; the rule, and the fix."""
 
@@ -236,6 +248,16 @@ def _plain(value: Any) -> Any:
 def _remove(node: DictConfig, key: Any) -> None:
     with open_dict(node):
         node.pop(key)
+
+
+def _fill(node: DictConfig, item: Field[Any]) -> None:
+    """Give a setting any value that its type allows, so that the rest can be looked at."""
+    values: tuple[Any, ...] = (item.default, None, 1, "", True, [], {})
+    for value in values:
+        with suppress(OmegaConfBaseException, ValueError):
+            node[item.name] = value
+            if not OmegaConf.is_missing(node, item.name):
+                return
 
 
 def _reset(node: DictConfig, item: Field[Any]) -> None:

@@ -9,12 +9,20 @@ from pathlib import Path
 from danling_conf.resolution.run_directory import Attempt
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.score import Score
+from danling_conf.topology.rank_environment import RankEnvironment
 
-_OWN_WORDS = ("resume=", "auto_resume=", "steps=", "epochs=", "hydra/launcher=", "hydra.sweep", "-m", "--multirun")
+_OWN_WORDS = ("resume=", "auto_resume=", "hydra/launcher=", "hydra.sweep", "-m", "--multirun")
 
 
 def conclusion(
-    *, attempt: Attempt, score: Score, results: Mapping[str, float], step: int, cadence: Cadence, resumable: bool
+    *,
+    attempt: Attempt,
+    ranks: RankEnvironment,
+    score: Score,
+    results: Mapping[str, float],
+    step: int,
+    cadence: Cadence,
+    resumable: bool,
 ) -> list[str]:
     """Score, directory and how to go on; the last line is `step=N NAME=VALUE ... run=PATH`."""
     lines = []
@@ -23,18 +31,30 @@ def conclusion(
     run = shown(attempt.run_directory)
     lines.append(f"run directory {run}")
     if resumable:
-        lines.append(f"to go on: {resume_command(attempt, cadence)}")
+        lines.append(f"to go on: {resume_command(attempt, ranks, cadence)}")
     values = " ".join(f"{name}={value:.6g}" for name, value in results.items())
     lines.append(f"step={step} {values} run={run}".replace("  ", " "))
     return lines
 
 
-def resume_command(attempt: Attempt, cadence: Cadence) -> str:
+def resume_command(attempt: Attempt, ranks: RankEnvironment, cadence: Cadence) -> str:
     """The command that goes on with a run, for twice its length."""
-    budget = f"epochs={2 * cadence.epochs}" if cadence.epochs is not None else f"steps={2 * (cadence.steps or 1)}"
+    key, length = ("epochs", cadence.epochs) if cadence.epochs is not None else ("steps", cadence.steps or 1)
     script, *overrides = attempt.command
-    words = [word for word in overrides if not word.startswith(_OWN_WORDS)]
-    return shlex.join(["python", shown(Path(script)), *words, budget, f"resume={shown(attempt.run_directory)}"])
+    words = [word for word in overrides if not word.startswith((f"{key}=", *_OWN_WORDS))]
+    resume = f"resume={shown(attempt.run_directory)}"
+    return shlex.join([*_program(ranks), shown(Path(script)), *words, f"{key}={2 * length}", resume])
+
+
+def _program(ranks: RankEnvironment) -> list[str]:
+    """What runs a script as it was run, with as many ranks."""
+    if ranks.launcher == "srun":
+        return ["srun", "--ntasks", str(ranks.world_size), "python"]
+    if ranks.launcher == "torchrun":
+        nodes = ranks.world_size // ranks.local_world_size
+        several = ["--nnodes", str(nodes)] if nodes > 1 else []
+        return ["torchrun", *several, "--nproc-per-node", str(ranks.local_world_size)]
+    return ["python"]
 
 
 def shown(path: Path) -> str:

@@ -1,4 +1,10 @@
-"""Evaluation of one split: exact over all samples, whatever the number of ranks."""
+"""Evaluation of one split: exact over all samples, whatever the number of ranks.
+
+What is averaged how: the loss here is the mean over samples, each batch's mean loss counting by its number of samples.
+In training it is the plain mean over micro-batches and data ranks. The two agree where batches are of one size, and are
+exact where a batch's loss is a mean over its samples; a mean over something that samples hold unequally much of, such
+as tokens that are not masked, counts each sample alike, and not each token.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.runner.batch import Forward, count_samples, metric_inputs, to_device
@@ -29,6 +36,10 @@ def evaluate(
     A rank may have a batch less than another. Forward passes communicate, so it takes part with a batch that it has
     seen, and leaves the outcome out.
 
+    What is evaluated is what a checkpoint would hold, and the outcome is the same on every rank: rank 0's buffers and
+    rank 0's results are everybody's. A metric that does not synchronise itself over ranks, as torchmetrics' do, is thus
+    that of rank 0's share of the samples.
+
     Args:
         model: left in the mode (train or eval) that it came in.
         loader: yields this rank's batches.
@@ -38,6 +49,7 @@ def evaluate(
     model.eval()
     # DDP's forward would synchronise buffers, which evaluation does not change.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    _share_buffers(inner)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for metric in metrics.values():
         metric.reset()
@@ -55,12 +67,42 @@ def evaluate(
     finally:
         model.train(training)
     mean = reduce_sum(sums).ratio()
-    return results if mean is None else {"loss": mean, **results}
+    return _rank_zeros(results if mean is None else {"loss": mean, **results}, device)
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's saved buffers of floating point: running statistics follow each rank's own samples."""
+    if not _several_ranks():
+        return
+    saved = (
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    )
+    for buffer in {id(buffer): buffer for buffer in saved}.values():
+        if buffer.is_floating_point() and not isinstance(buffer, DTensor):
+            shared = buffer.detach().contiguous()
+            distributed.broadcast(shared, src=0)
+            buffer.copy_(shared)
+
+
+def _rank_zeros(results: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Rank 0's results, on every rank: what follows from them (a new best, an early stop) must not differ."""
+    if not results or not _several_ranks():
+        return results
+    values = torch.tensor(list(results.values()), dtype=torch.float64, device=device)
+    distributed.broadcast(values, src=0)
+    return dict(zip(results, values.tolist(), strict=True))
+
+
+def _several_ranks() -> bool:
+    return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _aligned(loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
     """Batches with whether they count: on every rank as many as on the rank that has most."""
-    if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not _several_ranks():
         yield from ((batch, True) for batch in loader)
         return
     last = None

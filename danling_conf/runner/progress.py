@@ -38,8 +38,8 @@ class Progress:
         position: Callable[[], int],
         console: Console | None = None,
     ) -> None:
-        # Nothing may wrap: lines are for reading and for scripts.
-        self.console = console or Console(soft_wrap=True, highlight=False, markup=False)
+        # Nothing may wrap or be replaced: lines are for reading and for scripts.
+        self.console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         self.show = show
         self.total = total
         self.position = position
@@ -113,7 +113,12 @@ class Progress:
 
     def _plain(self, text: str, *, live: bool = True) -> None:
         _log.info("%s", text)
-        if self.show and (live or self._live is None):
+        if not self.show:
+            return
+        if self._live is None:
+            # Not by the console, which takes ten times as long to lay out a line that needs no layout.
+            print(text, file=self.console.file, flush=True)
+        elif live:
             self.console.print(text)
 
     def _where(self) -> str:

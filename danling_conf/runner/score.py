@@ -22,8 +22,8 @@ def infer_split(configured: str | None, splits: Iterable[str]) -> str:
     return next(split for split in candidates if split in splits)
 
 
-def infer_mode(configured: str | None, name: str, metrics: Mapping[str, Any]) -> str:
-    """`min` or `max`: as configured, else as the metric says.
+def infer_mode(configured: str | None, name: str, metrics: Mapping[str, Any], *, path: str = "score_mode") -> str:
+    """`min` or `max`: as configured at `path`, else as the metric says.
 
     Raises ValueError for a metric that does not say.
     """
@@ -34,10 +34,37 @@ def infer_mode(configured: str | None, name: str, metrics: Mapping[str, Any]) ->
     higher = getattr(metrics.get(name), "higher_is_better", None)
     if higher is None:
         raise ValueError(
-            f"score_mode=null: the metric {name} does not say whether a larger value is better: set score_mode=min or "
-            "score_mode=max"
+            f"{path}=null: the metric {name} does not say whether a larger value is better: set {path}=min or "
+            f"{path}=max"
         )
     return "max" if higher else "min"
+
+
+def make_score(
+    *,
+    split: str | None,
+    name: str,
+    mode: str | None,
+    patience: int | None,
+    splits: Iterable[str],
+    metrics: Mapping[str, Any],
+) -> Score:
+    """The score of a run, from the `score_*` settings, its splits and its metrics.
+
+    Raises:
+        ValueError: there is no such metric, it does not say which way is better, or nothing measures it.
+    """
+    if name != "loss" and name not in metrics:
+        known = ", ".join(["loss", *metrics])
+        raise ValueError(f"score_name={name}: there is no such metric: choose one of {known}")
+    better = infer_mode(mode, name, metrics)
+    found = infer_split(split, splits)
+    if is_training(found) and (found != "train" or name != "loss"):
+        raise ValueError(
+            f"score_split={found}: {name} is not measured on it, since no {found} split is evaluated: "
+            "give a val split, or choose score_split=train score_name=loss"
+        )
+    return Score(split=found, name=name, mode=better, patience=patience)
 
 
 @dataclass
@@ -81,8 +108,18 @@ class Score:
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "last": self.last, "worse": self.worse}
+        return {
+            "key": self.key,
+            "mode": self.mode,
+            "best": self.best,
+            "best_step": self.best_step,
+            "last": self.last,
+            "worse": self.worse,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved score; one of another metric or split says nothing about this one."""
+        if (state["key"], state["mode"]) != (self.key, self.mode):
+            return
         self.best, self.best_step = state["best"], state["best_step"]
         self.last, self.worse = state["last"], state["worse"]

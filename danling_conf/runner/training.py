@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -15,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.build import compile as compilation
 from danling_conf.build import dataloader as loaders
-from danling_conf.build import gradients, optimizer, precision, process_group, scheduler
+from danling_conf.build import gradients, optimizer, precision, process_group
 from danling_conf.build.model import assemble
 from danling_conf.checkpoint.manager import CheckpointManager
-from danling_conf.resolution.frozen import earlier_code
+from danling_conf.resolution.current import current
+from danling_conf.resolution.identity import plain
 from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.resolve import resolve
 from danling_conf.runner import garbage_collection, seeds
@@ -30,7 +30,9 @@ from danling_conf.runner.evaluation import evaluate
 from danling_conf.runner.meters import LossMeter
 from danling_conf.runner.progress import Progress
 from danling_conf.runner.refusal import refused
-from danling_conf.runner.score import Score, infer_mode, infer_split
+from danling_conf.runner.restoring import Restored, load_pretrained, restore
+from danling_conf.runner.schedule import Schedule
+from danling_conf.runner.score import make_score
 from danling_conf.runner.world import join
 from danling_conf.schema import RunnerConfig
 
@@ -71,6 +73,7 @@ class Runner:
         attempt = self.world.attempt
         if self.world.lock is not None:
             self._stack.callback(self.world.lock.release)
+        if current() is None:  # whoever launches ranks opens their logs
             handlers = open_logs(attempt.directory, self.world.ranks, log=self.config.log, job_name="run")
             self._stack.callback(close_logs, handlers)
         if self.world.ranks.main:
@@ -148,8 +151,28 @@ class Runner:
             )
             self.optimizer = optimizer.make(self.model, config.optim)
             self.metrics = {name: _metric(made, world.device) for name, made in (metrics or {}).items()}
-            self._build_score(list(datasets))
-            self._build_scheduler()
+            self.score = make_score(
+                split=config.score_split,
+                name=config.score_name,
+                mode=config.score_mode,
+                patience=config.patience,
+                splits=datasets,
+                metrics=self.metrics,
+            )
+            measured = [split for split in datasets if not loaders.is_training(split) and not split.startswith("test")]
+            self.schedule = Schedule(
+                config.scheduler,
+                self.optimizer,
+                self.cadence,
+                score=self.score,
+                measured=[f"{split}.{name}" for split in measured for name in ("loss", *self.metrics)],
+                metrics=self.metrics,
+            )
+        if config.score_split not in (None, self.score.split):
+            self._notes.append(
+                f"score_split={config.score_split}: there is no such split; the score is {self.score.key}"
+            )
+        self.scheduler, self._by_step = self.schedule.scheduler, self.schedule.by_step
         self.model.train()
         autocast = None if config.fsdp.enabled else config.precision
         self._autocast = precision.autocast(autocast, world.device.type) if autocast not in (None, "fp32") else None
@@ -169,6 +192,9 @@ class Runner:
             tokens_per_sample=tokens_per_sample,
             position=lambda: self.global_step,
         )
+        self._stack.callback(self.progress.stop)
+        for loader in self.loaders.values():
+            self._stack.callback(loaders.stop_workers, loader)
         self._stack.enter_context(garbage_collection.paced(config.gc))
         self._first_step = self.global_step + 1
         self._schedule_events()
@@ -188,8 +214,9 @@ class Runner:
         try:
             while not self._done():
                 yield from self._epoch_of(loader)
-        finally:
+        except BaseException:  # of the loop around this generator as well, when it is closed
             self.progress.stop()
+            raise
 
     def step(self, batch: Any) -> Tensor:
         """Forward and backward of one micro-batch and, at the last of `accum_steps`, an optimizer step with all that is
@@ -236,7 +263,7 @@ class Runner:
         return self.score.best if self.score.best is not None else float("nan")
 
     def close(self) -> None:
-        """Give back what the runner took: logs, locks, settings of the process."""
+        """Give back what the runner took: workers, logs, locks, settings of the process."""
         self._stack.close()
 
     def _build_data(self, datasets: Mapping[str, Any], collate_fn: Callable[[list[Any]], Any] | None) -> None:
@@ -262,88 +289,39 @@ class Runner:
         sized = hasattr(train.dataset, "__len__")
         self.cadence = cadence_of(self.config, len(train) if sized else None)
 
-    def _metrics_of_evaluation(self) -> list[str]:
-        """Names of what the evaluations during training give."""
-        splits = [split for split in self.loaders if not loaders.is_training(split) and not split.startswith("test")]
-        return [f"{split}.{name}" for split in splits for name in ("loss", *self.metrics)]
-
-    def _build_score(self, splits: list[str]) -> None:
-        config = self.config
-        if config.score_name != "loss" and config.score_name not in self.metrics:
-            known = ", ".join(["loss", *self.metrics])
-            raise ValueError(f"score_name={config.score_name}: there is no such metric: choose one of {known}")
-        mode = infer_mode(config.score_mode, config.score_name, self.metrics)
-        split = infer_split(config.score_split, splits)
-        if loaders.is_training(split) and (split != "train" or config.score_name != "loss"):
-            raise ValueError(
-                f"score_split={split}: {config.score_name} is not measured on it, since no {split} split is evaluated: "
-                "give a val split, or choose score_split=train score_name=loss"
-            )
-        self.score = Score(split=split, name=config.score_name, mode=mode, patience=config.patience)
-        if config.score_split not in (None, split):
-            self._notes.append(f"score_split={config.score_split}: there is no such split; the score is {self.score.key}")
-
-    def _build_scheduler(self) -> None:
-        section = self.config.scheduler
-        interval = scheduler.interval_of(section)
-        self._metric_driven = scheduler.is_metric_driven(section)
-        if self._metric_driven:
-            if interval == "step":
-                raise ValueError(
-                    f"scheduler.interval=step: {section.type} advances when its metric is evaluated: "
-                    "scheduler.interval=epoch"
-                )
-            monitor = section.monitor or self.score.key
-            known = [self.score.key, *self._metrics_of_evaluation(), "train.loss"]
-            if monitor not in known:
-                raise ValueError(
-                    f"scheduler.monitor={monitor}: no evaluation during training gives it: choose one of "
-                    f"{', '.join(dict.fromkeys(known))}"
-                )
-        advances = self.cadence.scheduler_advances(interval)
-        if advances is None and scheduler.needs_length(section):
-            raise ValueError(
-                f"scheduler.type={section.type}: the run's length is not known, since its data has none and epochs "
-                "count it: set steps, or scheduler=constant"
-            )
-        self.scheduler = scheduler.make(self.optimizer, section, advances or sys.maxsize, metric_mode=self.score.mode)
-        self._by_step = self.scheduler if interval == "step" else None
-        self._by_epoch = self.scheduler if interval == "epoch" else None
-
     def _go_on(self) -> None:
-        attempt, notes = self.world.attempt, self._notes
+        attempt, config = self.world.attempt, self.config
         if attempt.restore is not None:
-            try:
-                shared, own = self.checkpoints.restore(attempt.restore, model=self.model, optimizer=self.optimizer)
-            except ValueError as error:
-                if self.config.resume is None and attempt.restore == attempt.run_directory:
-                    notes.append(f"nothing to resume yet: {error}")
-                    shared = None
-                else:
-                    raise
-            if shared is not None:
-                self._load_state(shared, own)
-                notes.append(f"resumed at step {self.global_step} from {attempt.restore}")
-                code = earlier_code(attempt)
-                if code is not None and attempt.restore == attempt.run_directory:
-                    notes.append(f"the attempt before this one ran code {code}")
-        elif self.config.pretrained is not None:
-            source = Path(self.config.pretrained).expanduser()
-            self.checkpoints.load_weights(source, self.model)
-            notes.append(f"weights from {source}")
+            outcome = restore(
+                self.checkpoints,
+                attempt,
+                settings=plain(config),
+                model=self.model,
+                optimizer=self.optimizer,
+                by_user=config.resume is not None,
+            )
+            if isinstance(outcome, Restored):
+                self._load_state(outcome)
+                return
+            self._notes.append(outcome)
+        if config.pretrained is not None:
+            source = Path(config.pretrained).expanduser()
+            self._notes.append(load_pretrained(self.checkpoints, source, self.model))
 
-    def _load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    def _load_state(self, restored: Restored) -> None:
+        shared = restored.shared
         state = shared["runner"]
         self.global_step, self.epoch = state["global_step"], state["epoch"]
         self.results = dict(state["results"])
         self._evaluated_at, self._saved_at = dict(state["evaluated_at"]), self.global_step
         self._epoch_step = state["epoch_step"]
         self.score.load_state_dict(state["score"])
-        if self.scheduler is not None and shared["scheduler"] is not None:
-            self.scheduler.load_state_dict(shared["scheduler"])
+        if restored.same_schedule:
+            self.schedule.load_state_dict(shared["scheduler"])
         if self._scaler is not None and shared["scaler"] is not None:
             self._scaler.load_state_dict(shared["scaler"])
-        self._resumed = own
+        self._resumed = restored.own
+        self._notes += restored.notes
 
     def _done(self) -> bool:
         if self._stopped:
@@ -428,8 +406,7 @@ class Runner:
         better = False
         if cadence.evaluate_every is not None and step % cadence.evaluate_every == 0:
             better = self._evaluate(final=False)
-            if self._by_epoch is not None:
-                self._advance(self._by_epoch)
+            self.schedule.after_epoch(self.results)
         # Last, so that who goes on from it finds everything that this step did.
         if saving or better:
             self._save(history=saving, best=better)
@@ -441,17 +418,10 @@ class Runner:
             return
         evaluated = self.epoch % cadence.evaluate_epochs == 0
         better = evaluated and self._evaluate(final=False)
-        if self._by_epoch is not None and (evaluated or not self._metric_driven):
-            self._advance(self._by_epoch)
+        self.schedule.after_epoch(self.results, evaluated=evaluated)
         saving = cadence.save_epochs is not None and self.epoch % cadence.save_epochs == 0
         if saving or better:
             self._save(history=saving, best=better)
-
-    def _advance(self, by_epoch: Any) -> None:
-        if self._metric_driven:
-            by_epoch.step(self.results[self.config.scheduler.monitor or self.score.key])
-        else:
-            by_epoch.step()
 
     def _evaluate(self, *, final: bool) -> bool:
         """Evaluate what was not evaluated at this step, and take the score from it; says whether it is the best."""
@@ -492,7 +462,8 @@ class Runner:
 
     def _save(self, *, history: bool, best: bool = False) -> None:
         shared = {
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "settings": plain(self.config),
+            "scheduler": self.schedule.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "runner": {
                 "global_step": self.global_step,
@@ -521,9 +492,12 @@ class Runner:
             # Text of growing length would be compiled again and again.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast or nullcontext():
                 self.model.eval()
+                self.progress.activity("reporting")
                 lines = self._report(_unwrapped(self.model), self.results)
+        self.progress.stop()
         lines += conclusion(
             attempt=self.world.attempt,
+            ranks=self.world.ranks,
             score=self.score,
             results=self.results,
             step=self.global_step,

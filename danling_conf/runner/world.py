@@ -19,7 +19,7 @@ from danling_conf.resolution.frozen import freeze_attempt
 from danling_conf.resolution.identity import differences, job_id, plain
 from danling_conf.resolution.run_directory import Attempt, RunLock, claim
 from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.topology.layout import layout_of
+from danling_conf.topology.layout import data_rank, layout_of
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -38,11 +38,11 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        return meshes.data_rank_and_degree(self.mesh)[0]
+        return data_rank(self.layout, self.ranks.rank)
 
     @property
     def data_degree(self) -> int:
-        return meshes.data_rank_and_degree(self.mesh)[1]
+        return self.layout.data_degree
 
 
 def join(config: RunnerConfig) -> World:

@@ -2,6 +2,16 @@
 
 from danling_conf.schema.layout import FILL, Layout
 from danling_conf.schema.runner import RunnerConfig
-from danling_conf.schema.setting import Facts, declared_class, facts_of, open_keys, setting
+from danling_conf.schema.setting import Facts, declared_class, defaults_of, facts_of, open_keys, setting
 
-__all__ = ["FILL", "Facts", "Layout", "RunnerConfig", "declared_class", "facts_of", "open_keys", "setting"]
+__all__ = [
+    "FILL",
+    "Facts",
+    "Layout",
+    "RunnerConfig",
+    "declared_class",
+    "defaults_of",
+    "facts_of",
+    "open_keys",
+    "setting",
+]

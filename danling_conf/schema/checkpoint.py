@@ -34,7 +34,8 @@ class CheckpointConfig:
         "auto", choices=("auto", "file", "dcp"), semantic=False, read_by="danling_conf.topology.rules.effect"
     )
     """`file` gathers everything into one file; `dcp` writes shards from every rank
-    (`torch.distributed.checkpoint`); `auto` is `dcp` when distributed, else `file`."""
+    (`torch.distributed.checkpoint`) and is not implemented yet: one file is written, and the run says so; `auto` is
+    `file`."""
     wait_timeout: Optional[float] = setting(None, at_least=0, semantic=False, pending=_ASYNC)
     """Seconds to wait for asynchronous writes at shutdown. Unset: wait for ever."""
     interval: Optional[int] = setting(None, at_least=1, semantic=False, read_by="danling_conf.runner.cadence")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, Optional
+from typing import Any, ClassVar, Optional
 
 from danling_conf.schema.setting import setting
 
@@ -27,7 +27,7 @@ class CompileConfig:
     mode: Optional[str] = setting(None, semantic=False)
     """Mode of inductor: `default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`. Excludes
     `compile.options`. Unset: torch's default."""
-    options: Optional[Dict[str, Any]] = setting(None, semantic=False)
+    options: Any = setting(None, kinds=(dict,), semantic=False)
     """Options of the backend, as `torch.compile(options=...)` takes them. Excludes `compile.mode`. Unset: none."""
     optimize_ddp: Optional[str] = setting(
         "ddp_optimizer",

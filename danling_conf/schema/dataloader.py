@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
-from danling_conf.schema.setting import setting
+from danling_conf.schema.setting import open_keys, setting
+
+OF_WORKERS = ("prefetch_factor", "persistent_workers")
+"""Settings that are properties of worker processes."""
 
 
 @dataclass(kw_only=True)
@@ -43,3 +47,25 @@ class DataloaderConfig(SplitDataloaderConfig):
 
     _target_: str = "danling_conf.build.dataloader.from_keywords"
     _recursive_: bool = False
+
+
+def without_workers(section: DataloaderConfig) -> dict[str, Any]:
+    """Settings of worker processes, by path and value, that are asked for where there are no workers.
+
+    A split without workers may leave what all splits share to those that have some; only what is asked of it alone is
+    a mistake.
+    """
+    splits = {name: dict(split) if isinstance(split, Mapping) else _given(split)
+              for name, split in open_keys(section).items() if isinstance(split, (Mapping, SplitDataloaderConfig))
+              }  # fmt: skip
+    found: dict[str, Any] = {}
+    if not section.num_workers and not any(split.get("num_workers") for split in splits.values()):
+        found |= {f"dataloader.{key}": getattr(section, key) for key in OF_WORKERS}
+    for name, split in splits.items():
+        if not split.get("num_workers", section.num_workers):
+            found |= {f"dataloader.{name}.{key}": split.get(key) for key in OF_WORKERS}
+    return {path: value for path, value in found.items() if value}
+
+
+def _given(split: SplitDataloaderConfig) -> dict[str, Any]:
+    return {name: value for name, value in vars(split).items() if value is not None}

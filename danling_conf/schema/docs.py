@@ -37,7 +37,11 @@ def field_docs(kind: type) -> dict[str, str]:
 
 def field_types(kind: type) -> dict[str, str]:
     """Type of every field of a dataclass, as one reads it: `int | None`."""
-    return {item.name: _readable(str(item.type)) for item in fields(kind)}
+    # A class whose module does not postpone annotations has types in their place.
+    return {
+        item.name: item.type.__name__ if isinstance(item.type, type) else _readable(str(item.type))
+        for item in fields(kind)
+    }
 
 
 def describe(kind: type, path: str) -> Described | None:
@@ -52,7 +56,7 @@ def describe(kind: type, path: str) -> Described | None:
         if index == len(parts) - 1:
             return Described(
                 path=path,
-                type=field_types(owner)[part],
+                type=_type_of(item, owner),
                 default=item.default if inner is None or facts_of(item).shape else None,
                 doc=field_docs(owner).get(part) or inspect.cleandoc((inner or owner).__doc__ or ""),
                 read_by=_reader(item, owner, inner),
@@ -63,6 +67,17 @@ def describe(kind: type, path: str) -> Described | None:
             return None
         owner = inner
     return None
+
+
+def _type_of(item: Field[Any], owner: type) -> str:
+    """Type of a setting as one reads it, also where OmegaConf cannot express it."""
+    facts = facts_of(item)
+    if facts.shape is not None:
+        return "mapping | None"
+    if facts.kinds is not None:
+        names: dict[type, str] = {list: "list[str]", dict: "dict[str, Any]"}
+        return " | ".join([names.get(kind, kind.__name__) for kind in facts.kinds] + ["None"])
+    return field_types(owner)[item.name]
 
 
 def _reader(item: Field[Any], owner: type, inner: Any) -> str:

@@ -30,8 +30,8 @@ class GcConfig:
 
     interval: Optional[int] = setting(None, at_least=1, semantic=False)
     """Optimizer steps between collections. Unset: no pacing."""
-    generation: int = setting(1, at_least=0, semantic=False)
-    """Generation passed to `gc.collect`."""
+    generation: int = setting(1, at_least=0, at_most=2, semantic=False)
+    """Generation passed to `gc.collect`: 0, 1 or 2."""
     disable_automatic: bool = setting(True, semantic=False)
     """Switch CPython's automatic collection off while pacing."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 _KEY = "danling_conf"
@@ -19,6 +19,8 @@ class Facts:
     """Other spellings, each mapped to its canonical one."""
     at_least: float | None = None
     """Smallest value allowed."""
+    at_most: float | None = None
+    """Largest value allowed."""
     above: float | None = None
     """Values must be larger than this."""
     semantic: bool = True
@@ -59,6 +61,19 @@ READONLY = "_danling_locked"
 def declared_class(section: Any) -> type:
     """The dataclass that declares a section: of a read-only section, the class that it was before."""
     return next(kind for kind in type(section).__mro__ if READONLY not in vars(kind))
+
+
+def defaults_of(kind: type) -> Any:
+    """An object of a configuration class with all defaults, and None where a setting of the user's own has none."""
+    made: Any = object.__new__(kind)
+    for item in fields(kind):
+        factory = item.default_factory
+        if factory is not MISSING:
+            value = defaults_of(factory) if isinstance(factory, type) and is_dataclass(factory) else factory()
+        else:
+            value = None if item.default is MISSING else item.default
+        object.__setattr__(made, item.name, value)
+    return made
 
 
 def open_keys(section: Any) -> dict[str, Any]:

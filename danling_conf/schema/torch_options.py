@@ -60,6 +60,8 @@ class Entry:
     """Whether the scheduler steps on a metric."""
     needs_closure: bool = False
     """Whether the optimizer's `step` needs a closure; it has a single parameter group then."""
+    sharded: bool = True
+    """Whether torch can step the optimizer on sharded parameters (of Muon: whether this package's own can)."""
     refused: str | None = None
     """Why and what instead, for a class that needs Python objects and so cannot be built from a configuration."""
 
@@ -99,6 +101,7 @@ OPTIMIZERS: dict[str, Entry] = _table(
             "foreach": _FLAG,
             "maximize": _FLAG,
         },
+        sharded=False,
     ),
     Entry(
         name="Adagrad",
@@ -143,7 +146,7 @@ OPTIMIZERS: dict[str, Entry] = _table(
         name="RMSprop",
         options={**_DECAYED, **_CAPTURABLE, **_numbers("alpha", "eps", "momentum"), "centered": _FLAG},
     ),
-    Entry(name="Rprop", options={**_CAPTURABLE, "lr": _NUMBER, "etas": _PAIR, "step_sizes": _PAIR}),
+    Entry(name="Rprop", options={**_CAPTURABLE, "lr": _NUMBER, "etas": _PAIR, "step_sizes": _PAIR}, sharded=False),
     Entry(
         name="SGD",
         options={
@@ -154,7 +157,7 @@ OPTIMIZERS: dict[str, Entry] = _table(
             "fused": _FLAG,
         },
     ),
-    Entry(name="SparseAdam", options={"lr": _NUMBER, "betas": _PAIR, "eps": _NUMBER, "maximize": _FLAG}),
+    Entry(name="SparseAdam", options={"lr": _NUMBER, "betas": _PAIR, "eps": _NUMBER, "maximize": _FLAG}, sharded=False),
 )
 """Every optimizer of `torch.optim`, by the name of its class."""
 

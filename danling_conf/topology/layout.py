@@ -32,8 +32,10 @@ def fill(layout: Layout, world_size: int) -> Layout:
 
 
 def mesh_axes(layout: Layout) -> dict[str, int]:
-    """Axes of the device mesh, outermost first, and their degrees; axes of degree 1 are left out."""
-    return {axis: getattr(layout, axis) for axis in WORLD_AXES if getattr(layout, axis) > 1}
+    """Axes of the device mesh, outermost first, and their degrees; axes of degree 1 are left out, but for the shard
+    axis of a layout with FSDP."""
+    degrees = {axis: getattr(layout, axis) for axis in WORLD_AXES}
+    return {axis: degree for axis, degree in degrees.items() if degree > 1 or (axis == "shard" and layout.fsdp)}
 
 
 def coordinates(layout: Layout, rank: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,14 +54,22 @@ def _can_compile(environment: Mapping[str, str]) -> bool:
 @cache
 def count_devices(visible: str | None) -> int:
     """NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES and nvidia-smi tell; 0 without them."""
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        # CUDA ignores everything from the first invalid entry on.
-        valid = names[: names.index("-1")] if "-1" in names else names
-        if not any(valid):
-            return 0
+    if visible is not None and not _named_devices(visible, sys.maxsize):
+        return 0
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
     present = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
-    return min(present, sum(map(bool, valid))) if visible is not None else present
+    return present if visible is None else min(present, _named_devices(visible, present))
+
+
+def _named_devices(visible: str, present: int) -> int:
+    """How many devices a list names, read as CUDA does: up to the first entry that is none; 0 when one is repeated."""
+    names: list[str] = []
+    for name in (item.strip() for item in visible.split(",")):
+        if not name or (name.removeprefix("-").isdecimal() and not 0 <= int(name) < present):
+            break
+        if name in names:
+            return 0
+        names.append(name)
+    return len(names)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnvironment:
@@ -35,7 +37,7 @@ SINGLE = RankEnvironment(launcher="none", rank=0, world_size=1, local_rank=0, lo
 def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment | None:
     """The rank that a launcher gave this process; None when it was started by hand.
 
-    Raises ValueError when the variables contradict each other.
+    Raises ConfigRefused when the variables contradict each other.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         found = RankEnvironment(
@@ -57,7 +59,10 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
     else:
         return None
     if not (0 <= found.rank < found.world_size and 0 <= found.local_rank < found.local_world_size <= found.world_size):
-        raise ValueError(f"{found.launcher} describes a rank that cannot be: {found}")
+        raise _contradiction(
+            f"{found.launcher} describes a process that cannot be: rank {found.rank} of {found.world_size}, "
+            f"local rank {found.local_rank} of {found.local_world_size}"
+        )
     return found
 
 
@@ -66,6 +71,12 @@ def _number(environment: Mapping[str, str], *names: str) -> int:
         if name in environment:
             text = environment[name].partition("(")[0].partition(",")[0]  # srun writes 4(x2) for two nodes of four
             if not text.isdigit():
-                raise ValueError(f"{name}={environment[name]} in the environment is not a number")
+                raise _contradiction(f"{name}={environment[name]} is not a number")
             return int(text)
-    raise ValueError(f"{names[0]} is missing from the environment")
+    raise _contradiction(f"{names[0]} is missing")
+
+
+def _contradiction(rule: str) -> ConfigRefused:
+    return ConfigRefused(
+        [Violation("environment", ABSENT, rule, "start with torchrun or srun, or unset its variables")]
+    )

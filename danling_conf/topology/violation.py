@@ -29,6 +29,9 @@ class _Absent:
     def __repr__(self) -> str:
         return "ABSENT"
 
+    def __reduce__(self) -> str:
+        return "ABSENT"  # pickled by its name: there is one
+
 
 ABSENT = _Absent()
 
@@ -48,6 +51,9 @@ class ConfigRefused(ValueError):
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
         super().__init__(self.report())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.violations,)
 
     def report(self) -> str:
         """All violations as text."""

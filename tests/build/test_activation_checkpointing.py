@@ -108,5 +108,5 @@ def test_what_cannot_take_effect_is_refused(model: nn.Module, settings: dict[str
 def test_keywords_rebuild_the_section() -> None:
     build = recomputation.from_keywords(mode="full")
     assert isinstance(build(Model()), Model)
-    with pytest.raises(ValueError, match=r"activation_checkpointing\.mode=most\n\s+it is one of none, full"):
+    with pytest.raises(ValueError, match=r"activation_checkpointing\.mode=most\n\s+it must be one of none, full"):
         recomputation.from_keywords(mode="most")

@@ -105,6 +105,13 @@ def test_faults_of_settings_say_where_what_and_how_to_fix(settings, said):
         settings_for(section(**settings), "val")
 
 
+def test_splits_without_workers_leave_what_the_only_one_with_workers_is_given():
+    shared = section(persistent_workers=True, prefetch_factor=3, val={"num_workers": 2})
+    train, val = settings_for(shared, "train"), settings_for(shared, "val")
+    assert (train.prefetch_factor, train.persistent_workers) == (None, None)
+    assert (val.prefetch_factor, val.persistent_workers) == (3, True)
+
+
 def test_a_split_without_workers_leaves_what_splits_with_workers_share():
     shared = section(num_workers=2, prefetch_factor=3, persistent_workers=True, val={"num_workers": 0})
     settings = settings_for(shared, "val")
@@ -173,6 +180,16 @@ def test_evaluation_sees_every_sample_once(size, shuffle):
     assert sorted(itertools.chain(*itertools.chain(*shares))) == list(range(size))
     assert [len(share) for share in shares] == [len(loader) for loader in loaders]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("size", "degree"), [(3, 1), (6, 2), (0, 1)])
+def test_a_held_out_split_without_a_whole_batch_is_refused(size, degree):
+    why = rf"drop_last=true: split val: {size} samples give no whole batch of 4 on any of {degree} data ranks: set"
+    for own, path in (({"drop_last": True}, "dataloader.val"), ({}, "dataloader")):
+        shared = section(batch_size=4, drop_last=True if not own else None, val=own)
+        with pytest.raises(ValueError, match=rf"^{path}\.{why} dataloader\.val\.drop_last=false"):
+            make(Numbers(size), shared, "val", data_degree=degree)
+        assert len(make(Numbers(3 * degree + 1), shared, "val", data_degree=degree)) == 1
 
 
 def test_iterable_data_sets_deal_themselves_out():

@@ -150,7 +150,7 @@ def test_hydra_instantiates_the_section(alone: DeviceMesh) -> None:
     section = OmegaConf.structured(FsdpConfig(enabled=True, mp_policy={"param_dtype": "bfloat16"}))
     model = instantiate(section)(Decoder(), mesh=alone)
     assert model(TOKENS).dtype is torch.bfloat16
-    with pytest.raises(ValueError, match=r"fsdp\.mp_policy\.param_dtpe\n.*\n.*did you mean fsdp\.mp_policy\.param_dtype"):
+    with pytest.raises(ValueError, match=r"param_dtpe\n.*\n.*did you mean fsdp\.mp_policy\.param_dtype"):
         fsdp.from_keywords(mp_policy={"param_dtpe": "bf16"})
 
 

@@ -2,21 +2,26 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from danling_conf.build.blueprint import draw
-from danling_conf.build.initialize import materialize, missing_initializers
+from danling_conf.build.blueprint import blueprint_of, draw
+from danling_conf.build.initialize import materialize
+from danling_conf.build.mesh import make
 from danling_conf.build.model import assemble
 from danling_conf.schema import Layout
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
 from tests.distributed.decoder import LENGTH, WIDTH, Decoder
+from tests.distributed.spawn import run
 
 CPU = torch.device("cpu")
 
@@ -128,6 +133,23 @@ class Counted(nn.Module):
         self.layer = nn.Linear(2, 2)
 
 
+class Converting(nn.Module):
+    """A constructor that hands values to numpy, which meta tensors refuse with a TypeError."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = torch.linspace(0, 1, 3).numpy().tolist()
+        self.layer = nn.Linear(2, 2)
+
+
+class DrawingElsewhere(nn.Module):
+    """A constructor that draws from the generators of Python and numpy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([random.random(), numpy.random.rand()]))
+
+
 class Disagreeing(nn.Module):
     """A method that does not set what the constructor set."""
 
@@ -169,7 +191,7 @@ def test_what_the_initialisers_do_not_repeat_is_found(factory: Callable[[], nn.M
         materialize(model, device=CPU, seed=1, blueprint=blueprint)
 
 
-@pytest.mark.parametrize("factory", [Unset, Restyled, Counted, Disagreeing, Additive])
+@pytest.mark.parametrize("factory", [Unset, Restyled, Counted, Converting, Disagreeing, Additive])
 def test_such_a_model_is_built_as_its_constructor_says_from_the_seed(
     factory: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -183,10 +205,42 @@ def test_such_a_model_is_built_as_its_constructor_says_from_the_seed(
     assert equal(model, factory())
 
 
+def test_a_model_that_draws_elsewhere_follows_the_seed_and_leaves_the_generators_alone() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    models = [assembled(DrawingElsewhere, seed=seed) for seed in (1, 1, 2)]
+    after = random.random(), numpy.random.rand()
+    random.seed(0)
+    numpy.random.seed(0)
+    assert after == (random.random(), numpy.random.rand())
+    assert equal(models[0], models[1])
+    assert not (models[0].scale == models[2].scale).any()
+
+
+class OfItsRank(nn.Module):
+    """A constructor that gives every rank other values, whatever the seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 1.0 + dist.get_rank()))
+
+
+def sharded_weights() -> torch.Tensor:
+    layout = Layout(shard=2, fsdp=True)
+    built = assembled(OfItsRank, layout=layout, mesh=make(layout, "cpu"), fsdp=FsdpConfig(enabled=True))
+    return built.scale.full_tensor().detach()
+
+
+@pytest.mark.slow
+def test_a_model_built_in_full_has_rank_zeros_weights_when_it_is_sharded() -> None:
+    for weights in run(sharded_weights, 2):
+        assert weights.tolist() == [1.0] * 4
+
+
 def test_missing_initialisers_of_a_meta_model_are_named() -> None:
     with torch.device("meta"):
-        assert missing_initializers(Unset()) == ["scale", "positions"]
-        assert missing_initializers(Decoder()) == []
+        assert list(blueprint_of(Unset()).missing) == ["scale", "positions"]
+        assert list(blueprint_of(Decoder()).missing) == []
 
 
 def test_a_meta_module_is_given_values_and_a_real_one_keeps_its_own() -> None:
@@ -230,3 +284,8 @@ def test_a_layout_without_its_mesh_is_refused(changes: dict[str, Any], message: 
 def test_a_factory_of_something_else_is_refused() -> None:
     with pytest.raises(TypeError, match=r"returned a dict; a model factory returns an nn\.Module"):
         assembled(dict)
+
+
+def test_a_factory_that_fails_on_meta_and_gives_something_else_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"returned a list; a model factory returns an nn\.Module"):
+        assembled(lambda: torch.ones(2).numpy().tolist())

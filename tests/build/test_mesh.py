@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from danling_conf.build import _torch_private, mesh, process_group
 from danling_conf.build.device import device_type
 from danling_conf.schema import Layout
 from danling_conf.schema.process import CommConfig
+from danling_conf.topology.layout import data_rank
 from tests.distributed.spawn import run
 
 
@@ -19,8 +21,13 @@ def describe(layout: Layout) -> dict[str, Any]:
         "axes": dict(zip(made.mesh_dim_names, made.shape, strict=True)) if made is not None else None,
         "data ranks": None if data is None else data.mesh.tolist(),
         "data rank": mesh.data_rank_and_degree(made),
+        "data rank of the layout": (data_rank(layout, dist.get_rank()), layout.data_degree),
         "tensor ranks": made["tensor"].mesh.tolist() if "tensor" in mesh.axes_of(made) else None,
     }
+
+
+def limit_of(group: dist.ProcessGroup) -> int:
+    return group._get_backend(group._device_types[0]).options._timeout.seconds
 
 
 def describe_all() -> dict[str, Any]:
@@ -37,9 +44,12 @@ def describe_all() -> dict[str, Any]:
         found["wrong"] = str(error)
     filled = mesh.from_keywords(axes={"shard": -1, "replicate": 2}, mesh_device_type="cpu")()
     found["filled"] = dict(zip(filled.mesh_dim_names, filled.shape, strict=True))
-    process_group.tighten(CommConfig(train_timeout_seconds=7))
+    before = _torch_private.process_groups()
+    for _ in range(2):
+        process_group.tighten(CommConfig(init_timeout_seconds=60, train_timeout_seconds=7))
     groups = _torch_private.process_groups()
-    found["timeouts"] = {group._get_backend(group._device_types[0]).options._timeout.seconds for group in groups}
+    found["timeouts"] = {limit_of(group) for group in before}
+    found["for slow work"] = [limit_of(group) for group in groups if group not in before]
     found["groups"] = len(groups)
     return found
 
@@ -61,6 +71,34 @@ def test_meshes_of_four_ranks() -> None:
     assert first["filled"] == {"replicate": 2, "shard": 2}
     assert first["groups"] > 5
     assert first["timeouts"] == {7}
+    assert first["for slow work"] == [60]
+    for rank in ranks:
+        for name in ("hsdp2x2", "ddp4", "hsdp4x1", "fsdp2_tp2", "tp4"):
+            assert rank[name]["data rank"] == rank[name]["data rank of the layout"]
+
+
+def wait_for_slow_work() -> list[bool]:
+    """Whether a collective, and then waiting, outlast work of rank 0 that takes longer than the tightened limit."""
+    process_group.tighten(CommConfig(init_timeout_seconds=60, train_timeout_seconds=1))
+    outcome = []
+    for wait in (process_group.wait_for_all, dist.barrier):
+        if dist.get_rank() == 0:
+            time.sleep(2.5)
+        try:
+            wait()
+            outcome.append(True)
+        except RuntimeError:
+            outcome.append(False)
+    return outcome
+
+
+@pytest.mark.slow
+def test_slow_work_of_one_rank_is_waited_for_under_a_tight_limit() -> None:
+    assert run(wait_for_slow_work, 2)[1] == [True, False]
+
+
+def test_waiting_needs_no_process_group() -> None:
+    process_group.wait_for_all()
 
 
 def test_a_single_process_without_a_process_group_has_no_mesh() -> None:

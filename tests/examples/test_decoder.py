@@ -29,7 +29,7 @@ VARIANTS = pytest.mark.parametrize("settings", [DENSE, GROUPED, EXPERTS], ids=["
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tensors this small gain nothing from threads, and threads that wait for each other on a busy machine lose a lot."""
+    """Tensors this small gain nothing from threads, which on a busy machine spend their time waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -23,7 +23,7 @@ SMALL = dict(width=32, depth=2, heads=2, context=32)
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tensors this small gain nothing from threads, and threads that wait for each other on a busy machine lose a lot."""
+    """Tensors this small gain nothing from threads, which on a busy machine spend their time waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -187,7 +187,7 @@ def test_default_decoder_beats_the_bigram():
     task = build_task("lm", OmegaConf.load(CONF / "decoder.yaml"), {})
     torch.manual_seed(0)
     model = task.model()
-    train(task, model, steps=120, batch_size=16, lr=3e-3, warmup_steps=20)
+    train(task, model, steps=80, batch_size=16, lr=3e-3, warmup_steps=20)
     assert evaluate(task, model)["val.loss"] < bigram_loss(*split(corpus(), 0.1)) - 0.1
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from danling_conf.schema import RunnerConfig, declared_class, facts_of
+from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of
 from danling_conf.topology.rules.rule import Context, Ineffective
 
 
 def not_built_yet(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """Settings whose machinery is not there yet, given a value of their own."""
-    yield from _pending(config, declared_class(config)(), "")
+    yield from _pending(config, defaults_of(declared_class(config)), "")
     if config.checkpoint.backend == "dcp":
         yield Ineffective("checkpoint.backend", "sharded checkpoints are not implemented yet; one file is written")
 
@@ -85,7 +85,7 @@ def _pending(value: Any, default: Any, prefix: str) -> Iterator[Ineffective]:
 
 
 def _changed(section: Any, prefix: str, reason: str) -> Iterator[Ineffective]:
-    default = declared_class(section)()
+    default = defaults_of(declared_class(section))
     for item in fields(default):
         if item.name.startswith("_") or facts_of(item).pending:
             continue

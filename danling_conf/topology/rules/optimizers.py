@@ -41,6 +41,13 @@ def known_optimizer(config: RunnerConfig, context: Context) -> Iterator[Violatio
             f"{entry.name} evaluates the loss several times a step, which the runner's loop does not do",
             "choose another optimizer, or step it in a loop of your own",
         )
+    if config.fsdp.enabled and not entry.sharded:
+        yield Violation(
+            "optim.type",
+            section.type,
+            f"torch cannot step {entry.name} on parameters that FSDP has sharded",
+            "choose another optimizer (optim=adamw), or a ddp layout (parallel=ddpN)",
+        )
 
 
 def known_scheduler(config: RunnerConfig, context: Context) -> Iterator[Violation]:

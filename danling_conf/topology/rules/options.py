@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.dataloader import without_workers
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import ABSENT, Violation
 
@@ -39,34 +39,26 @@ def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violatio
 
 def precision_fits(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """fp16 needs loss scaling, which FSDP's reduced gradients do not go with."""
-    if config.precision == "fp16" and config.fsdp.enabled and config.fsdp.mp_policy is None:
+    policy = config.fsdp.mp_policy
+    path, dtype = ("precision", config.precision) if policy is None else (
+        "fsdp.mp_policy.param_dtype", policy.param_dtype
+    )  # fmt: skip
+    if dtype == "fp16" and config.fsdp.enabled:
         yield Violation(
-            "precision",
+            path,
             "fp16",
             "fp16 needs loss scaling, which is not combined with FSDP here",
-            "precision=bf16, or a ddp layout",
+            f"{path}=bf16, or a ddp layout",
         )
 
 
 def loader_workers(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Prefetching and persistence are properties of worker processes."""
-    common = config.dataloader
-    splits: dict[str, Any] = {key: value for key, value in vars(common).items() if isinstance(value, dict)}
-    everywhere: dict[str, Any] = {"": {}}
-    for name, own in (everywhere | splits).items():
-        prefix = f"dataloader.{name}." if name else "dataloader."
-        workers = own.get("num_workers", common.num_workers) or 0
-        if workers:
-            continue
-        for key in ("prefetch_factor", "persistent_workers"):
-            # A split without workers may leave what all splits share; only what is asked of it alone is a mistake.
-            value = own.get(key) if name else getattr(common, key)
-            elsewhere = not name and any(split.get("num_workers") for split in splits.values())
-            if value and not elsewhere:
-                yield Violation(
-                    prefix + key, value, "it is a property of worker processes, and num_workers is 0",
-                    f"set {prefix}num_workers=2, or {prefix}{key}=null",
-                )  # fmt: skip
+    for path, value in without_workers(config.dataloader).items():
+        workers = f"{path.rpartition('.')[0]}.num_workers=2"
+        yield Violation(
+            path, value, "it is a property of worker processes, and num_workers is 0", f"set {workers}, or {path}=null"
+        )
 
 
 def resume_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:

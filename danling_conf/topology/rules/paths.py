@@ -10,6 +10,9 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
+RUN_FILE, FACTS = "run.json", "checkpoint.json"
+"""What a run's directory and a checkpoint are known by: of `resolution.run_directory` and `checkpoint.manager`."""
+
 
 def writable_root(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """The run's directory can be made."""
@@ -37,14 +40,22 @@ def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     }
     for path, name in names.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
-            yield Violation(path, name, "it names one folder", "use a name without slashes")
+            yield Violation(path, name, "it must be the name of one folder", "use a name without slashes")
     if config.experiment == "sweeps":
         yield Violation("experiment", "sweeps", "that name is kept for sweeps' directories", "choose another name")
 
 
 def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """What is resumed or loaded exists."""
-    for key in ("resume", "pretrained"):
+    """What is resumed or loaded exists, and is a run or a checkpoint."""
+    for key, is_run in (("resume", RUN_FILE), ("pretrained", FACTS)):
         source = getattr(config, key)
-        if source is not None and not Path(source).expanduser().exists():
+        if source is None:
+            continue
+        folder = Path(source).expanduser()
+        checkpoints = folder / config.checkpoint.dir_name
+        marks = (folder / is_run, folder / FACTS, *checkpoints.glob(f"[!.]*/{FACTS}"))
+        if not folder.exists():
             yield Violation(key, source, "there is no such file or directory", "give a run's directory or a checkpoint")
+        elif not any(mark.is_file() for mark in marks):
+            rule = f"there is no checkpoint in it, nor in its {config.checkpoint.dir_name}/"
+            yield Violation(key, source, rule, "give a run's directory or a checkpoint")

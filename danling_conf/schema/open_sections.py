@@ -1,0 +1,30 @@
+"""Which sections of a typed node take keys that they do not declare."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from danling_conf.schema.setting import facts_of
+
+
+def open_sections(node: DictConfig) -> None:
+    """Let the open-ended sections of a typed node take keys that they do not declare; resolution checks them."""
+    if _is_open(OmegaConf.get_type(node)):
+        OmegaConf.set_struct(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            open_sections(child)
+
+
+def _is_open(kind: Any) -> bool:
+    if kind is dict:
+        return True  # free-form sections: model, data, and mappings of a user's own
+    if not is_dataclass(kind):
+        return False
+    # A setting that is unset or a mapping (`fsdp.mp_policy`) is given keys where there is no mapping yet.
+    facts = [facts_of(item) for item in fields(kind)]
+    return hasattr(kind, "open_to") or any(item.shape or dict in (item.kinds or ()) for item in facts)

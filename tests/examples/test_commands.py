@@ -1,0 +1,190 @@
+"""The documented commands, as typed, with a tiny model: they run, and leave what they say."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launch.command import REPOSITORY, Result, attempts, run, runs, torchrun
+
+pytestmark = pytest.mark.slow
+
+TRAIN = str(REPOSITORY / "examples" / "train.py")
+SMALL = ["model.width=16", "model.depth=2", "model.heads=2", "model.context=16", "data.val_fraction=0.01"]
+SHORT = [*SMALL, "steps=4", "eval_interval=2"]
+DIGITS = ["task=digits", "optim=sgd", "scheduler=plateau", "model.width=16"]
+
+COMMANDS = {
+    "single": [TRAIN, *SHORT],
+    "own workers": [TRAIN, "parallel=fsdp2", *SHORT],
+    "torchrun": [*torchrun(TRAIN), "parallel=fsdp", *SHORT],
+    "hsdp": [TRAIN, "parallel=hsdp2x2", "fsdp=bf16", "optim=adamw", "scheduler=cosine", *SHORT],
+    "ddp4": [TRAIN, "parallel=ddp4", "accum_steps=2", "max_grad_norm=1.0", *SHORT],
+    "digits": [TRAIN, *DIGITS, "epochs=2"],
+    # The mend that a refusal of steps=2 gives.
+    "digits by steps": [TRAIN, "task=digits", "model.width=8", "steps=2", "epochs=null"],
+    "recipe": [TRAIN, "+recipe=lm_small_fsdp", *SHORT],
+    "sweep": [TRAIN, "-m", "parallel=ddp2,single", "optim.lr=1e-3,3e-4", *SMALL, "steps=2", "eval_interval=2"],
+}
+RANKS = {"single": 1, "own workers": 2, "torchrun": 2, "hsdp": 4, "ddp4": 4, "digits": 1, "recipe": 2}
+SHARDED = {"own workers": (1, 2), "torchrun": (1, 2), "hsdp": (2, 2), "recipe": (1, 2)}
+
+Commands = Callable[[str], Result]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    """Runs each command once, in a folder of its own."""
+
+    @cache
+    def done(name: str) -> Result:
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        return run([*COMMANDS[name], f"workspace_root={folder / 'ws'}"], cwd=folder, limit=300)
+
+    return done
+
+
+def attempt_of(result: Result) -> Path:
+    (attempt,) = attempts(result.run)
+    return attempt
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_a_command_trains(command: Commands, name: str) -> None:
+    done = command(name)
+    assert done.code == 0, done.text
+    assert done.last["step"] == ("88" if name == "digits" else "4")
+    assert 0 < float(done.last["val.loss"]) < 20
+    assert 0 < float(done.last["train.loss"]) < 20
+    assert done.run.is_dir()
+    assert "Traceback" not in done.text
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_every_rank_has_a_log_of_the_run(command: Commands, name: str) -> None:
+    attempt = attempt_of(command(name))
+    logs = sorted(path.name for path in attempt.glob("rank-*.log"))
+    assert logs == [f"rank-{rank}.log" for rank in range(RANKS[name])]
+    step = command(name).last["step"]
+    for log in logs:
+        text = (attempt / log).read_text()
+        assert f"step {step}/{step}" in text
+        assert f" {log.removesuffix('.log').replace('-', ' ')} INFO " in text
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_what_an_attempt_holds(command: Commands, name: str) -> None:
+    attempt = attempt_of(command(name))
+    names = {"config.yaml", "canonical.json", "difference.yaml", "frozen.json", "environment.json", "result.json",
+             ".hydra", "train.log"}  # fmt: skip
+    logs = {f"rank-{rank}.log" for rank in range(RANKS[name])}
+    assert {item.name for item in attempt.iterdir()} - {"git.diff"} == names | logs
+    result = json.loads((attempt / "result.json").read_text())
+    assert result["status"] == "completed"
+    facts = json.loads((attempt / "environment.json").read_text())
+    assert (
+        facts["packages"]["torch"] == facts["torch"].partition("+")[0] or facts["torch"] in facts["packages"]["torch"]
+    )
+
+
+@pytest.mark.parametrize("name", [*RANKS, "sweep"])
+def test_the_run_is_the_only_output(command: Commands, name: str) -> None:
+    """No outputs/, no multirun/."""
+    assert [item.name for item in command(name).cwd.iterdir()] == ["ws"]
+    assert [item.name for item in (command(name).cwd / "ws").iterdir()] == ["lin"]
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_the_layout_is_what_the_name_says(command: Commands, name: str) -> None:
+    config = yaml.safe_load((attempt_of(command(name)) / "config.yaml").read_text())
+    axes = config["parallel"]["axes"]
+    assert config["fsdp"]["enabled"] == (name in SHARDED)
+    assert (axes["replicate"], axes["shard"]) == SHARDED.get(name, (RANKS[name], 1))
+
+
+def test_other_settings_are_what_the_command_says(command: Commands) -> None:
+    hsdp, ddp, recipe = (
+        yaml.safe_load((attempt_of(command(name)) / "config.yaml").read_text()) for name in ("hsdp", "ddp4", "recipe")
+    )
+    assert hsdp["fsdp"]["mp_policy"]["param_dtype"] == "bf16"
+    assert hsdp["scheduler"]["type"] == "cosine"
+    assert (ddp["accum_steps"], ddp["max_grad_norm"], ddp["steps"]) == (2, 1.0, 4)
+    assert (recipe["scheduler"]["type"], recipe["fsdp"]["mp_policy"]["param_dtype"]) == ("wsd", "bf16")
+
+
+def test_what_a_user_reads(command: Commands) -> None:
+    lines = command("single").out.splitlines()
+    assert lines[0].startswith("step 1/4  loss ")
+    assert any(line.startswith("step 4/4  val.loss ") for line in lines)
+    assert any("bigram" in line for line in lines)
+    assert "a sample:" in lines
+    assert lines[-4].startswith("score val.loss ")
+    assert lines[-3].startswith("run directory ws/lin/exp/")
+    assert lines[-2].startswith(f"to go on: python {TRAIN} ")
+    assert lines[-1].startswith("step=4 ")
+    assert "val.accuracy" in command("digits").out
+
+
+def test_the_score_of_digits_is_its_accuracy(command: Commands) -> None:
+    done = command("digits")
+    score = json.loads((attempt_of(done) / "result.json").read_text())["score"]
+    assert score == pytest.approx(float(done.last["val.accuracy"]), rel=1e-3) or score > float(
+        done.last["val.accuracy"]
+    )
+    assert 0.5 < score <= 1
+    assert "score val.accuracy " in done.out
+
+
+@pytest.mark.parametrize("name", ["torchrun", "digits by steps"])
+def test_a_run_goes_on_as_it_says(command: Commands, name: str) -> None:
+    done = command(name)
+    assert done.code == 0, done.text
+    (line,) = [line for line in done.out.splitlines() if line.startswith("to go on: ")]
+    program, *words = shlex.split(line.removeprefix("to go on: "))
+    if program == "torchrun":
+        assert words[:2] == ["--nproc-per-node", "2"]
+        words = [*torchrun(), *words[2:]]
+    again = run(words, cwd=done.cwd, limit=300)
+    assert again.code == 0, again.text
+    assert int(again.last["step"]) == 2 * int(done.last["step"])
+    assert again.run == done.run
+    assert f"resumed at step {done.last['step']} from " in again.out
+
+
+def test_a_sweep(command: Commands) -> None:
+    done = command("sweep")
+    assert done.code == 0, done.text
+    root = done.cwd / "ws"
+    (ledger,) = root.glob("lin/exp/sweeps/*/jobs.jsonl")
+    jobs = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [job["status"] for job in jobs] == ["completed"] * 4
+    assert all(0 < job["score"] < 20 for job in jobs)
+    assert {Path(job["run"]) for job in jobs} == {path for path in runs(root)}
+    assert len(runs(root)) == 4
+    logs = [len(list(attempts(Path(job["run"]))[0].glob("rank-*.log"))) for job in jobs]
+    assert logs == [2, 2, 1, 1]
+    assert "sweep done: 4 of 4 jobs completed" in done.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused", "mend"),
+    [
+        (["task=digits", "steps=5"], "steps=5", "epochs=null"),
+        (["task=lm", "epochs=1"], "epochs=1", "steps=null"),
+        (["epochs=1"], "epochs=1", "steps=null"),
+    ],
+)
+def test_the_budget_of_the_other_task_is_refused_with_its_mend(
+    tmp_path: Path, overrides: list[str], refused: str, mend: str
+) -> None:
+    done = run([TRAIN, *overrides, f"workspace_root={tmp_path / 'ws'}"], cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[:2] == ["configuration refused: 1 fault", f"  {refused}"]
+    assert done.err.splitlines()[-1].strip() == f"fix: add {mend}"
+    assert list(tmp_path.iterdir()) == []

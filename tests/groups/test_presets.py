@@ -1,0 +1,122 @@
+"""Presets: each composes, changes what it names and nothing else, and combines with any other in any order."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from danling_conf.groups.presets import DEFAULT_CHOICES, GLOBAL, GROUPS
+from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
+from danling_conf.resolution.identity import flatten
+from danling_conf.resolution.resolve import inspect
+from danling_conf.topology.rules import Context, ineffective_settings
+
+pytestmark = pytest.mark.composition
+
+PRESETS = [(group, name) for group, presets in GROUPS.items() for name in presets]
+
+REFUSED = {("ft", "torchft"): {"ft.enabled"}}
+"""Presets of what is not built and would change how a run trains."""
+
+WITHOUT_EFFECT_YET = {
+    ("checkpoint", "dcp"): {"checkpoint.backend"},
+    ("checkpoint", "async"): {"checkpoint.backend", "checkpoint.async_mode"},
+    ("checkpoint", "pinned"): {"checkpoint.backend", "checkpoint.async_mode"},
+    ("profiling", "trace"): {"profiling.enabled", "profiling.repeat", "profiling.record_shapes"},
+    ("profiling", "memory"): {
+        "profiling.enabled", "profiling.repeat", "profiling.profile_memory", "profiling.with_stack",
+    },
+    ("profiling", "flops"): {"profiling.enabled", "profiling.repeat", "profiling.with_flops"},
+    ("heartbeat", "default"): {"heartbeat.enabled"},
+    ("heartbeat", "fast"): {"heartbeat.enabled", "heartbeat.interval_seconds"},
+    ("tracking", "tensorboard"): {"tensorboard"},
+    ("tracking", "wandb"): {"wandb.enabled"},
+    ("tracking", "wandb_offline"): {"wandb.enabled", "wandb.mode"},
+}  # fmt: skip
+"""Presets of what is not built yet, and the settings that the run warns of."""
+
+
+@pytest.fixture(scope="module")
+def composing():
+    with composer(ConfigSearch(config_name="danling")) as opened:
+        yield opened
+
+
+def leaves(config):
+    """Every setting and its value, Hydra's own left out."""
+    tree = OmegaConf.to_container(config)
+    return flatten({key: value for key, value in tree.items() if key != "hydra"})
+
+
+@pytest.fixture(scope="module")
+def chosen_alone(composing):
+    """The settings under one preset of one group; each is composed once."""
+    return cache(lambda group, name: leaves(composing.compose([f"{group}={name}"])))
+
+
+def test_every_group_has_its_default_choice():
+    assert DEFAULT_CHOICES.keys() == {"parallel", *GROUPS}
+    assert all(DEFAULT_CHOICES[group] in presets for group, presets in GROUPS.items())
+
+
+@pytest.mark.parametrize(("group", "name"), PRESETS, ids=lambda value: value)
+def test_a_preset_changes_what_it_names(composing, group, name):
+    """Every setting it names has its value, and against the bare schema nothing else differs."""
+    bare = leaves(composing.compose([f"~{group}", "steps=3"]))
+    changed = leaves(composing.compose([f"{group}={name}", "steps=3"]))
+    preset = GROUPS[group][name]
+    prefix = "" if preset.package == GLOBAL else f"{group}."
+    named = {prefix + path: value for path, value in flatten(dict(preset.settings)).items()}
+    assert {path: changed[path] for path in named} == named
+    # A mapping that was unset is a leaf before and a branch after.
+    different = {path for path, value in changed.items() if path not in bare or bare[path] != value}
+    assert different <= named.keys()
+    if name != DEFAULT_CHOICES[group]:
+        assert different, f"{group}={name} changes nothing"
+    assert preset.doc.endswith((".", "?"))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_presets_of_a_group_differ_from_each_other(chosen_alone, group):
+    names = list(GROUPS[group])
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            assert chosen_alone(group, name) != chosen_alone(group, other), f"{group}={name} is {group}={other}"
+
+
+@pytest.mark.parametrize(("group", "name"), PRESETS, ids=lambda value: value)
+def test_a_preset_is_accepted_or_said_to_be_missing(composing, group, name):
+    """In a layout where its section is in use: accepted without a word, or refused, or warned of, as listed."""
+    layout = "fsdp2" if group in ("fsdp", "comm") else "single"
+    composed = composing.compose([f"{group}={name}", f"parallel={layout}", "steps=3"])
+    config, violations = inspect(composed, context=Context())
+    assert {item.path for item in violations} == REFUSED.get((group, name), set())
+    if not violations:
+        warned = {item.path for item in ineffective_settings(config, Context())}
+        assert warned == WITHOUT_EFFECT_YET.get((group, name), set())
+
+
+choices = st.fixed_dictionaries({group: st.sampled_from(sorted(presets)) for group, presets in GROUPS.items()})
+layouts = st.sampled_from(["single", "ddp4", "fsdp8", "hsdp2x2"])
+
+
+@settings(max_examples=15, deadline=None)
+@given(choices, layouts, st.randoms())
+def test_any_presets_combine_in_any_order(composing, chosen, layout, random):
+    """The order on the command line changes nothing, and each preset's settings are all there."""
+    arguments = [f"{group}={name}" for group, name in chosen.items()] + [f"parallel={layout}", "steps=3"]
+    shuffled = list(arguments)
+    random.shuffle(shuffled)
+    one, two = (composing.compose(order) for order in (arguments, shuffled))
+    found = leaves(one)
+    assert found == leaves(two)
+    for group, name in chosen.items():
+        preset = GROUPS[group][name]
+        prefix = "" if preset.package == GLOBAL else f"{group}."
+        for path, value in flatten(dict(preset.settings)).items():
+            assert found[prefix + path] == value
+    assert found["fsdp.enabled"] == layout.startswith(("fsdp", "hsdp"))

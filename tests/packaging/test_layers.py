@@ -1,0 +1,186 @@
+"""Imports run one way, and what needs no torch imports none."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import danling_conf
+from tests.resolution.command_line import poisoned_torch, write_app
+
+pytestmark = pytest.mark.composition
+
+PACKAGE = Path(danling_conf.__file__).parent
+
+ALLOWED = {
+    "schema": set(),
+    "groups": {"schema"},
+    "topology": {"schema"},
+    "resolution": {"schema", "groups", "topology"},
+    "build": {"schema", "topology", "resolution"},
+    "checkpoint": {"schema", "topology", "resolution", "build"},
+    "runner": {"schema", "topology", "resolution", "build", "checkpoint"},
+    "launch": {"schema", "topology", "resolution"},
+    "app": {"resolution", "launch"},
+    "cli": {"schema", "groups", "topology", "resolution", "build", "checkpoint", "runner", "launch", "app"},
+    "__init__": {"schema", "groups", "topology", "resolution", "runner", "app"},
+    "hydra_plugins": {"groups", "launch"},
+}
+"""What each part of the house may import beside itself."""
+
+TORCH_FREE = {"schema", "groups", "topology", "resolution", "hydra_plugins", "app", "__init__", "cli"}
+
+
+def parts() -> Iterator[tuple[str, Path]]:
+    """Every module, with the part of the house that it is in."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        inside = path.relative_to(PACKAGE).parts
+        yield (inside[0] if len(inside) > 1 else path.stem), path
+    for path in sorted((PACKAGE.parent / "hydra_plugins").rglob("*.py")):
+        yield "hydra_plugins", path
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of everything that a module imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def at_import(tree: ast.Module) -> Iterator[str]:
+    """What is imported when the module is: not in functions, not for type checkers alone."""
+    nodes: list[ast.AST] = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imported(ast.Module(body=[node], type_ignores=[]))
+        nodes += ast.iter_child_nodes(node)
+
+
+def test_every_part_of_the_house_has_its_place():
+    assert {part for part, _ in parts()} <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "path"), list(parts()), ids=lambda value: value if isinstance(value, str) else value.stem
+)
+def test_imports_run_one_way(part, path):
+    for name in imported(ast.parse(path.read_text())):
+        package, _, rest = name.partition(".")
+        if package == "danling_conf":
+            target = rest.partition(".")[0]
+            known = target in ALLOWED or part != "__init__"
+            assert not known or target == part or target in ALLOWED[part], f"{path} imports {name}"
+        assert package != "examples"
+        assert package != "tests"
+
+
+def test_the_order_has_no_circle():
+    """`ALLOWED` itself is an order: whoever may be imported comes before."""
+    done: set[str] = set()
+    while done != ALLOWED.keys():
+        ready = {part for part, below in ALLOWED.items() if part not in done and below <= done}
+        assert ready, f"a circle among {ALLOWED.keys() - done}"
+        done |= ready
+
+
+@pytest.mark.parametrize(("part", "path"), [case for case in parts() if case[0] in TORCH_FREE],
+                         ids=lambda value: value if isinstance(value, str) else value.stem)  # fmt: skip
+def test_no_torch_in_what_needs_none(part, path):
+    names = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
+    assert names.isdisjoint({"torch", "torchdata", "torchmetrics"})
+
+
+@pytest.mark.parametrize("path", [path for part, path in parts() if part == "launch"], ids=lambda path: path.stem)
+def test_launching_imports_torch_only_when_ranks_start(path):
+    names = {name.partition(".")[0] for name in at_import(ast.parse(path.read_text()))}
+    assert "torch" not in names
+
+
+@pytest.mark.parametrize("path", [path for part, path in parts() if part == "runner"], ids=lambda path: path.stem)
+def test_the_runner_knows_nothing_of_hydra(path):
+    names = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
+    assert names.isdisjoint({"hydra", "omegaconf"})
+
+
+def test_no_submodule_has_the_name_of_an_export():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert modules.isdisjoint(danling_conf.__all__)
+    assert set(danling_conf.__all__) <= set(dir(danling_conf))
+
+
+def in_fresh_interpreter(folder: Path, code: str) -> None:
+    """Run code where importing torch raises."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(poisoned_torch(folder)), str(PACKAGE.parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_poison_works(tmp_path):
+    with pytest.raises(AssertionError, match="torch was imported"):
+        in_fresh_interpreter(tmp_path, "import torch")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"danling_conf.{part}" for part in ("schema", "groups", "topology", "resolution", "launch", "cli", "app")),
+        "danling_conf.schema.torch_options",
+        "danling_conf.groups.plugin",
+        "danling_conf.topology.rules",
+        "danling_conf.topology.machine",
+        "danling_conf.resolution.resolve",
+        "danling_conf.resolution.collect",
+        "danling_conf.resolution.run_directory",
+        "danling_conf.launch.command",
+        "danling_conf.launch.execute",
+        "danling_conf.launch.sweep",
+        "danling_conf.launch.joined",
+        "danling_conf.cli.main",
+        "danling_conf.cli.explain",
+        "danling_conf.cli.check",
+        "hydra_plugins.danling_conf_plugin",
+        "hydra_plugins.danling_conf_plugin.local_launcher",
+    ],
+)
+def test_importing_needs_no_torch(tmp_path, module):
+    in_fresh_interpreter(tmp_path, f"import {module}")
+
+
+def test_composing_checking_and_explaining_need_no_torch(tmp_path):
+    app = write_app(tmp_path)
+    code = f"""
+import danling_conf
+from danling_conf.cli.main import main
+config = danling_conf.compose(["steps=3", "parallel=fsdp8", "fsdp=bf16", "optim=muon", "scheduler=wsd"])
+assert config.parallel.axes.shard == 8
+try:
+    danling_conf.compose(["stepz=3", "optim.betass=[1]"])
+except danling_conf.ConfigRefused as refused:
+    assert len(refused.violations) == 3
+else:
+    raise SystemExit("accepted")
+assert main(["check", {str(app)!r}, "steps=3", "parallel=fsdp8"]) == 0
+assert main(["check", {str(app)!r}, "steps=abc"]) == 2
+assert main(["explain", "fsdp.reshard_after_forward"]) == 0
+assert main(["explain", "parallel"]) == 0
+assert main(["explain", "fsdp.enabled", {str(app)!r}, "steps=3", "parallel=fsdp8"]) == 0
+danling_conf.name_of(danling_conf.parse_layout("fsdp8_tp2"))
+"""
+    in_fresh_interpreter(tmp_path, code)

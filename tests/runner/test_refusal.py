@@ -1,0 +1,28 @@
+"""Refused is what this package finds; what the user's code raises keeps its trace."""
+
+from __future__ import annotations
+
+import pytest
+
+from danling_conf.build.fsdp import shard
+from danling_conf.runner.refusal import refused
+from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.topology.violation import ConfigRefused
+
+
+def test_a_builder_s_fault_is_refused_with_path_rule_and_fix() -> None:
+    with pytest.raises(ConfigRefused) as caught, refused():
+        shard(None, FsdpConfig(enabled=True), None)  # type: ignore[arg-type]
+    (violation,) = caught.value.violations
+    assert violation.path == "fsdp.enabled=true"
+    assert "no shard axis" in violation.rule
+    assert "choose a layout" in violation.fix
+
+
+def test_an_error_of_the_user_s_code_is_left_alone() -> None:
+    def factory() -> None:
+        raise ValueError("my model: bug at layer 3: expected 5 got 6")
+
+    with pytest.raises(ValueError, match="bug at layer 3") as caught, refused():
+        factory()
+    assert not isinstance(caught.value, ConfigRefused)

@@ -1,0 +1,354 @@
+"""Every rule: what it refuses, with path, value and fix, and what it lets pass."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import fields
+
+import pytest
+
+from danling_conf.resolution.resolve import inspect, resolve
+from danling_conf.schema import RunnerConfig, facts_of
+from danling_conf.topology.machine import Machine
+from danling_conf.topology.rules import (
+    EFFECT_RULES,
+    RULES,
+    Context,
+    budget,
+    effect,
+    ineffective_settings,
+    optimizers,
+    options,
+    paths,
+    support,
+    violations_of,
+    world,
+)
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+from tests.schema.settings import another_value, nested, settings
+
+pytestmark = pytest.mark.composition
+
+CPU = Context()
+FOUR = Context(machine=Machine(devices=4))
+TWO_NODES = Context(machine=Machine(devices=4, started_world_size=8, launcher="srun"))
+NO_COMPILER = Context(machine=Machine(compiler=False))
+
+
+def started(count: int) -> Context:
+    return Context(machine=Machine(started_world_size=count, launcher="torchrun"))
+
+
+def config(given: dict):
+    """A typed configuration of dotted paths; rules are not applied."""
+    tree: dict = {}
+    for path, value in given.items():
+        owner = tree
+        *parents, last = path.split(".")
+        for part in parents:
+            owner = owner.setdefault(part, {})
+        owner[last] = value
+    return inspect(tree, context=CPU)[0]
+
+
+AXES = "parallel.axes."
+
+REFUSED = [
+    (support.built_stack, {"stack": "graph"}, CPU, "stack", "stack=auto"),
+    (support.built_stack, {"stack": "deepspeed"}, CPU, "stack", "stack=auto"),
+    (support.built_stack, {"stack": "ds"}, CPU, "stack", "stack=auto"),
+    (support.built_fault_tolerance, {"ft.enabled": True}, CPU, "ft.enabled", "ft=none"),
+    *((support.built_axes, {AXES + axis: 2}, CPU, AXES + axis, "ddpN")
+      for axis in ("context", "pipeline", "tensor", "expert", "expert_tensor")),
+    (support.built_axes, {AXES + "tensor": -1}, CPU, AXES + "tensor", "ddpN"),
+    (world.whole_degrees, {AXES + "replicate": 0}, CPU, AXES + "replicate", "replicate=1"),
+    (world.whole_degrees, {AXES + "replicate": -1, AXES + "shard": -1}, CPU, AXES + "shard", "all but one"),
+    (world.sharding_is_fsdp, {AXES + "shard": 4}, CPU, AXES + "shard", "parallel=fsdp4"),
+    (world.sharding_is_fsdp, {AXES + "shard": -1}, CPU, AXES + "shard", "parallel=fsdp,"),
+    (world.sharding_is_fsdp, {AXES + "shard": 2, AXES + "replicate": 4}, CPU, AXES + "shard", "parallel=hsdp4x2"),
+    (world.stack_fits_layout, {"stack": "ddp", AXES + "shard": 2, "fsdp.enabled": True}, CPU, "stack", "parallel=ddpN"),
+    (world.stack_fits_layout, {"stack": "torch", "fsdp.enabled": True}, CPU, "stack", "stack=auto"),
+    (world.world_size, {AXES + "replicate": 8}, started(4), "parallel", "start 8"),
+    (world.world_size, {}, started(4), "parallel", "start 1"),
+    (world.world_size, {AXES + "replicate": 8}, FOUR, "parallel", "mesh_device_type=cpu"),
+    (world.world_size, {AXES + "shard": -1, AXES + "replicate": 3, "fsdp.enabled": True}, started(8),
+     AXES + "shard", "give every degree"),
+    (world.world_size, {AXES + "replicate": -1, AXES + "shard": 3, "fsdp.enabled": True}, FOUR,
+     AXES + "replicate", "give every degree"),
+    (world.reshard_divides, {AXES + "shard": 4, "fsdp.enabled": True, "fsdp.reshard_after_forward": 3}, CPU,
+     "fsdp.reshard_after_forward", "choose one"),
+    (world.reshard_divides, {AXES + "shard": -1, "fsdp.enabled": True, "fsdp.reshard_after_forward": 3}, FOUR,
+     "fsdp.reshard_after_forward", "choose one"),
+    (world.reshard_divides, {AXES + "shard": 4, "fsdp.enabled": True, "fsdp.reshard_after_forward": 0}, CPU,
+     "fsdp.reshard_after_forward", "choose one"),
+    (world.experts_borrow, {AXES + "shard": 4, AXES + "expert": 3, "fsdp.enabled": True}, CPU,
+     AXES + "expert", "divisor of 4"),
+    (world.experts_borrow, {AXES + "tensor": 4, AXES + "expert_tensor": 2}, CPU,
+     AXES + "expert_tensor", "expert_tensor=4"),
+    (budget.one_budget, {"steps": None}, CPU, "steps", "steps=1000 or epochs=10"),
+    (budget.one_budget, {"steps": 3, "epochs": 2}, CPU, "steps", "epochs=null"),
+    (budget.one_budget, {"steps": 3, "epochs": 2}, Context(given=frozenset({"epochs"})), "epochs", "steps=null"),
+    (budget.one_budget, {"steps": 3, "epochs": 2}, Context(given=frozenset({"epochs", "steps"})), "steps",
+     "epochs=null"),
+    (budget.monitored_metric, {"scheduler.monitor": "loss"}, CPU, "scheduler.monitor", "val.loss"),
+    (budget.microbatches, {AXES + "pipeline": 2, "dataloader.batch_size": 6, "parallel.pipeline_microbatch_size": 4},
+     CPU, "parallel.pipeline_microbatch_size", "dataloader.batch_size=8"),
+    (budget.microbatches, {AXES + "pipeline": 2, "dataloader.batch_size": 6, "parallel.pipeline_n_microbatches": 4},
+     CPU, "parallel.pipeline_n_microbatches", "divisor of 6"),
+    (budget.stage_parts, {AXES + "pipeline": 2, "parallel.module_fqns_per_model_part": [["a"], ["b"], ["c"]]}, CPU,
+     "parallel.module_fqns_per_model_part", "multiple of 2"),
+    (options.compile_options, {"compile.mode": "max-autotune", "compile.options": {"a": 1}}, CPU, "compile.mode",
+     "compile.options=null"),
+    (options.compile_options, {"compile.mode": "max-autotune", "compile.backend": "eager"}, CPU, "compile.mode",
+     "compile.mode=null"),
+    (options.compile_options, {"compile.mode": "maximum"}, CPU, "compile.mode", "choose one"),
+    (options.compile_options, {"compile.enable": True}, NO_COMPILER, "compile.enable", "compile=aot_eager"),
+    (options.precision_fits, {"precision": "fp16", "fsdp.enabled": True}, CPU, "precision", "precision=bf16"),
+    (options.precision_fits, {"fsdp.mp_policy": {"param_dtype": "half"}, "fsdp.enabled": True}, CPU,
+     "fsdp.mp_policy.param_dtype", "param_dtype=bf16"),
+    (options.loader_workers, {"dataloader.prefetch_factor": 2}, CPU, "dataloader.prefetch_factor", "num_workers=2"),
+    (options.loader_workers, {"dataloader.persistent_workers": True}, CPU, "dataloader.persistent_workers",
+     "num_workers=2"),
+    (options.loader_workers, {"dataloader.num_workers": 2, "dataloader.val": {"num_workers": 0, "prefetch_factor": 4}},
+     CPU, "dataloader.val.prefetch_factor", "dataloader.val.num_workers=2"),
+    (options.resume_sources, {"checkpoint.load_only": True, "checkpoint.interval": 3}, CPU, "checkpoint.interval",
+     "drop one"),
+    (options.selection_by_ops, {"activation_checkpointing.keep_ops": ["aten.mm.default"]}, CPU,
+     "activation_checkpointing.keep_ops", "mode=selective"),
+    (optimizers.known_optimizer, {"optim.type": "adamv"}, CPU, "optim.type", "dam"),
+    (optimizers.known_optimizer, {"optim.type": "sgd", "optim.betas": [0.9, 0.9]}, CPU, "optim.betas", "momentum"),
+    (optimizers.known_optimizer, {"optim.betass": [0.9, 0.9]}, CPU, "optim.betass", "betas"),
+    (optimizers.known_optimizer, {"optim.param_groups": [{"lr": 0.1}]}, CPU,
+     "optim.param_groups[0].pattern", "pattern"),
+    (optimizers.known_optimizer, {"optim.type": "lbfgs"}, CPU, "optim.type", "another optimizer"),
+    *((optimizers.known_optimizer, {"optim.type": kind, "optim.betas": None, "fsdp.enabled": True}, CPU, "optim.type",
+       "parallel=ddpN") for kind in ("adafactor", "Rprop")),
+    (optimizers.known_scheduler, {"scheduler.type": "cosin"}, CPU, "scheduler.type", "cosine"),
+    (optimizers.known_scheduler, {"scheduler.type": "cosine", "scheduler.step_size": 3}, CPU, "scheduler.step_size",
+     "warmup_steps"),
+    (optimizers.known_scheduler, {"scheduler.monitor": "val.loss"}, CPU, "scheduler.monitor", "scheduler=plateau"),
+    (optimizers.known_scheduler, {"scheduler.type": "plateau", "scheduler.interval": "step"}, CPU,
+     "scheduler.interval", "epoch"),
+    (optimizers.known_scheduler, {"steps": 3, "scheduler.warmup_steps": 4}, CPU, "scheduler.warmup_steps", "shorten"),
+    (paths.writable_root, {"workspace_root": __file__}, CPU, "workspace_root", "a directory to write to"),
+    (paths.writable_root, {"workspace_root": __file__ + "/deeper"}, CPU, "workspace_root", "a directory to write to"),
+    *((paths.plain_names, {name: bad}, CPU, name, "without slashes")
+      for name in ("lineage", "experiment", "checkpoint.dir_name", "heartbeat.dir_name")
+      for bad in ("a/b", "..", "", ".")),
+    (paths.plain_names, {"experiment": "sweeps"}, CPU, "experiment", "another name"),
+    (paths.existing_sources, {"resume": "/nowhere/at/all"}, CPU, "resume", "checkpoint"),
+    (paths.existing_sources, {"pretrained": "/nowhere/at/all"}, CPU, "pretrained", "checkpoint"),
+    (paths.existing_sources, {"resume": __file__}, CPU, "resume", "run's directory"),
+    (paths.existing_sources, {"pretrained": "~"}, CPU, "pretrained", "run's directory"),
+]  # fmt: skip
+"""Rule, settings, surroundings, and the path and part of the fix of its one violation."""
+
+PASSED = [
+    (support.built_stack, {"stack": "ddp"}, CPU),
+    (support.built_stack, {"stack": "parallel"}, CPU),
+    (support.built_fault_tolerance, {"ft.group_size": 2}, CPU),
+    (support.built_axes, {AXES + "replicate": 4, AXES + "shard": -1}, CPU),
+    (support.built_axes, {AXES + "tensor": 0}, CPU),  # named by `whole_degrees`
+    (world.whole_degrees, {AXES + "replicate": 2, AXES + "shard": -1}, CPU),
+    (world.sharding_is_fsdp, {AXES + "shard": 4, "fsdp.enabled": True}, CPU),
+    (world.sharding_is_fsdp, {"fsdp.enabled": True}, CPU),
+    (world.stack_fits_layout, {"stack": "ddp", AXES + "replicate": 4}, CPU),
+    (world.stack_fits_layout, {"stack": "parallel", AXES + "shard": 4, "fsdp.enabled": True}, CPU),
+    (world.world_size, {AXES + "replicate": 8}, CPU),
+    (world.world_size, {AXES + "replicate": 8}, started(8)),
+    (world.world_size, {AXES + "replicate": -1}, started(6)),
+    (world.world_size, {AXES + "replicate": 4}, FOUR),
+    (world.world_size, {AXES + "replicate": -1}, FOUR),
+    (world.world_size, {AXES + "replicate": 2}, FOUR),
+    (world.world_size, {AXES + "replicate": 8, "parallel.mesh_device_type": "cpu"}, FOUR),
+    (world.world_size, {AXES + "replicate": 8}, TWO_NODES),
+    (world.world_size, {AXES + "replicate": 0}, started(4)),  # named by `whole_degrees`
+    (world.reshard_divides, {AXES + "shard": 4, "fsdp.enabled": True, "fsdp.reshard_after_forward": 2}, CPU),
+    (world.reshard_divides, {AXES + "shard": 3, "fsdp.enabled": True, "fsdp.reshard_after_forward": True}, CPU),
+    (world.reshard_divides, {AXES + "shard": -1, "fsdp.enabled": True, "fsdp.reshard_after_forward": 3}, started(6)),
+    (world.reshard_divides, {"fsdp.reshard_after_forward": 3}, CPU),
+    (world.experts_borrow, {AXES + "shard": 8, AXES + "expert": 4, "fsdp.enabled": True}, CPU),
+    (world.experts_borrow, {AXES + "shard": -1, AXES + "expert": 4, "fsdp.enabled": True}, started(8)),
+    (world.experts_borrow, {AXES + "tensor": 2, AXES + "expert_tensor": 2}, CPU),
+    (budget.one_budget, {"steps": 3}, CPU),
+    (budget.one_budget, {"epochs": 3}, CPU),
+    (budget.monitored_metric, {"scheduler.monitor": "val.loss"}, CPU),
+    (budget.microbatches, {"dataloader.batch_size": 6, "parallel.pipeline_microbatch_size": 4}, CPU),
+    (budget.microbatches, {AXES + "pipeline": 2, "dataloader.batch_size": 6, "parallel.pipeline_microbatch_size": 4,
+                           "parallel.pipeline_n_microbatches": 3}, CPU),
+    (budget.stage_parts, {AXES + "pipeline": 2, "parallel.module_fqns_per_model_part": [["a"], ["b"]]}, CPU),
+    (budget.stage_parts, {AXES + "pipeline": -1, "parallel.module_fqns_per_model_part": [["a"]]}, CPU),
+    (options.compile_options, {"compile.enable": True, "compile.mode": "max-autotune"}, CPU),
+    (options.compile_options, {"compile.enable": True, "compile.options": {"max_autotune": True}}, CPU),
+    (options.compile_options, {"compile.enable": True, "compile.backend": "aot_eager"}, NO_COMPILER),
+    (options.compile_options, {"compile.enable": True}, Context(machine=Machine(devices=1, compiler=False))),
+    (options.precision_fits, {"precision": "fp16"}, CPU),
+    (options.precision_fits, {"precision": "bf16", "fsdp.enabled": True}, CPU),
+    (options.loader_workers, {"dataloader.num_workers": 2, "dataloader.prefetch_factor": 2}, CPU),
+    (options.loader_workers, {"dataloader.prefetch_factor": 2, "dataloader.train": {"num_workers": 2}}, CPU),
+    (options.loader_workers, {"dataloader.val": {"num_workers": 2, "prefetch_factor": 2}}, CPU),
+    (options.precision_fits, {"precision": "fp16", "fsdp.mp_policy": {"param_dtype": "bf16"}, "fsdp.enabled": True},
+     CPU),
+    (optimizers.known_optimizer, {"optim.type": "adafactor"}, CPU),
+    (options.loader_workers, {"dataloader.num_workers": 2, "dataloader.prefetch_factor": 2,
+                              "dataloader.val": {"num_workers": 0}}, CPU),
+    (options.resume_sources, {"checkpoint.load_only": True}, CPU),
+    (options.resume_sources, {"checkpoint.interval": 3}, CPU),
+    (options.selection_by_ops, {"activation_checkpointing.mode": "selective",
+                                "activation_checkpointing.keep_ops": ["aten.mm.default"]}, CPU),
+    (optimizers.known_optimizer, {"optim.type": "AdamW", "optim.betas": [0.8, 0.9]}, CPU),
+    (optimizers.known_optimizer, {"optim.type": "my.own.Lion", "optim.anything": 3}, CPU),
+    (optimizers.known_optimizer, {"optim.param_groups": [{"pattern": "bias$", "weight_decay": 0}]}, CPU),
+    (optimizers.known_scheduler, {"scheduler.type": "steplr", "scheduler.step_size": 3}, CPU),
+    (optimizers.known_scheduler, {"scheduler.type": "plateau", "scheduler.monitor": "val.loss",
+                                  "scheduler.interval": "validation"}, CPU),
+    (optimizers.known_scheduler, {"steps": 4, "scheduler.warmup_steps": 4}, CPU),
+    (optimizers.known_scheduler, {"epochs": 1, "scheduler.warmup_steps": 400}, CPU),
+    (paths.writable_root, {"workspace_root": "/tmp/a/b/c/d"}, CPU),
+    (paths.writable_root, {"workspace_root": "~/runs"}, CPU),
+    (paths.plain_names, {"lineage": "a.b-c d", "experiment": "sweeps2"}, CPU),
+]  # fmt: skip
+"""Rule, settings and surroundings that it has nothing to say of."""
+
+
+@pytest.mark.parametrize(("rule", "given", "context", "path", "fix"), REFUSED)
+def test_what_a_rule_refuses(rule, given, context, path, fix):
+    (violation,) = rule(config(given), context)
+    assert violation.path == path
+    assert fix in violation.fix
+    assert violation.rule
+    assert "\n" not in violation.rule + violation.fix
+    # It is one of the rules that are applied.
+    assert violation in violations_of(config(given), context)
+
+
+@pytest.mark.parametrize(("rule", "given", "context"), PASSED)
+def test_what_a_rule_lets_pass(rule, given, context):
+    assert list(rule(config(given), context)) == []
+
+
+def test_every_rule_has_both_cases():
+    assert {rule for rule, *_ in REFUSED} == {rule for rule, *_ in PASSED} == set(RULES)
+
+
+@pytest.mark.parametrize(("rule", "given", "context", "path", "fix"), REFUSED)
+def test_a_refusal_shows_the_value_that_the_configuration_has(rule, given, context, path, fix):
+    (violation,) = rule(config(given), context)
+    if violation.value is not ABSENT and "[" not in path:
+        owner = config(given)
+        for part in path.split("."):
+            owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
+        assert violation.value == owner
+
+
+def test_an_unwritable_root_is_refused(monkeypatch, tmp_path):
+    """Asked of the nearest folder that exists (as root everything can be written, so the answer is given here)."""
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    (violation,) = paths.writable_root(config({"workspace_root": str(tmp_path / "a" / "b")}), CPU)
+    assert violation.rule == f"{tmp_path} cannot be written"
+
+
+INEFFECTIVE = [
+    (effect.not_built_yet, {"tensorboard": True}, CPU, {"tensorboard"}),
+    (effect.not_built_yet, {"checkpoint.backend": "dcp"}, CPU, {"checkpoint.backend"}),
+    (effect.not_built_yet, {"checkpoint.async_enabled": False}, CPU, {"checkpoint.async_enabled"}),
+    (effect.not_built_yet, {"checkpoint.backend": "file"}, CPU, set()),
+    (effect.policy_without_fsdp, {"fsdp.mp_policy": {"param_dtype": "bf16"}}, CPU, {"fsdp.mp_policy"}),
+    (effect.policy_without_fsdp, {"fsdp.reshard_after_forward": False}, CPU, {"fsdp.reshard_after_forward"}),
+    (effect.policy_without_fsdp, {"fsdp.reshard_after_forward": False, "fsdp.enabled": True}, CPU, set()),
+    (effect.options_without_compile, {"compile.mode": "default"}, CPU, {"compile.mode"}),
+    (effect.options_without_compile, {"compile.mode": "default", "compile.enable": True}, CPU, set()),
+    (effect.options_without_compile, {"compile.enable": True, "compile.optimize_ddp": None}, CPU,
+     {"compile.optimize_ddp"}),
+    (effect.options_without_compile, {"compile.enable": True, "compile.optimize_ddp": None, AXES + "replicate": 2}, CPU,
+     set()),
+    (effect.pacing_without_interval, {"gc.generation": 2}, CPU, {"gc.generation"}),
+    (effect.pacing_without_interval, {"gc.generation": 2, "gc.interval": 3}, CPU, set()),
+    (effect.limits_without_processes, {"comm.init_timeout_seconds": 3}, CPU, {"comm.init_timeout_seconds"}),
+    (effect.limits_without_processes, {"comm.init_timeout_seconds": 3, AXES + "replicate": 2}, CPU, set()),
+    (effect.limits_without_processes, {"comm.init_timeout_seconds": 3, AXES + "replicate": -1}, CPU, set()),
+    (effect.overruled_precision, {"precision": "fp16", "fsdp.enabled": True, "fsdp.mp_policy": {"param_dtype": "bf16"}},
+     CPU, {"precision"}),
+    (effect.overruled_precision, {"precision": "bf16", "fsdp.enabled": True, "fsdp.mp_policy": {"param_dtype": "bf16"}},
+     CPU, set()),
+    (effect.unread_mode_settings, {"activation_checkpointing.every_n": 3}, CPU, {"activation_checkpointing.every_n"}),
+    (effect.unread_mode_settings, {"activation_checkpointing.every_n": 3, "activation_checkpointing.mode": "every_n"},
+     CPU, set()),
+    (effect.sources_by_priority, {"resume": "a", "auto_resume": True, "pretrained": "b"}, CPU,
+     {"auto_resume", "pretrained"}),
+    (effect.sources_by_priority, {"auto_resume": True, "pretrained": "b"}, CPU, set()),
+]  # fmt: skip
+"""Rule, settings, surroundings, and the paths that change nothing."""
+
+
+@pytest.mark.parametrize(("rule", "given", "context", "expected"), INEFFECTIVE)
+def test_settings_that_change_nothing_are_said(rule, given, context, expected):
+    found = list(rule(config(given), context))
+    assert {item.path for item in found} == expected
+    assert set(found) <= set(ineffective_settings(config(given), context))
+    assert all(str(item).startswith(f"{item.path} has no effect: ") for item in found)
+
+
+def test_every_rule_of_effects_has_both_cases():
+    assert {rule for rule, *_, paths in INEFFECTIVE if paths} == set(EFFECT_RULES)
+    assert {rule for rule, *_, paths in INEFFECTIVE if not paths} == set(EFFECT_RULES)
+
+
+def test_the_defaults_have_nothing_to_be_said_of():
+    assert ineffective_settings(resolve({"steps": 1}, context=CPU), CPU) == []
+
+
+PENDING = [(path, item) for path, item in settings() if facts_of(item).pending]
+
+
+@pytest.mark.parametrize(("path", "item"), PENDING, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_not_built_is_taken_and_warned_of(path, item):
+    """A setting whose machinery is missing is accepted, and never silently."""
+    resolved = resolve({"steps": 1, **nested(path, another_value(path, item))}, context=CPU)
+    (said,) = ineffective_settings(resolved, CPU)
+    assert said.path == path
+    assert "not implemented yet" in said.reason
+
+
+def test_what_is_pending_is_known():
+    """The settings of whole sections that are not built, so that none is forgotten when it loses its mark alone."""
+    marked = {path for path, _ in PENDING}
+    for section in ("profiling", "heartbeat", "wandb"):
+        kind = next(item for item in fields(RunnerConfig) if item.name == section).default_factory
+        assert {f"{section}.{item.name}" for item in fields(kind)} <= marked
+
+
+@pytest.mark.parametrize("place", [".", "made/best", "made/ckpt-s00000003"])
+def test_a_run_or_a_checkpoint_can_be_loaded(tmp_path, place):
+    given = {"resume": str(tmp_path), "pretrained": str(tmp_path), "checkpoint.dir_name": "made"}
+    refused = list(paths.existing_sources(config(given), CPU))
+    assert [(item.path, item.value) for item in refused] == [("resume", str(tmp_path)), ("pretrained", str(tmp_path))]
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "checkpoint.json").touch()
+    assert list(paths.existing_sources(config(given), CPU)) == []
+
+
+def test_a_run_without_checkpoints_can_be_resumed_and_not_loaded(tmp_path):
+    (tmp_path / "run.json").touch()
+    (refused,) = paths.existing_sources(config({"resume": str(tmp_path), "pretrained": str(tmp_path)}), CPU)
+    assert refused.path == "pretrained"
+
+
+def test_a_run_is_known_by_the_file_that_is_written_of_it():
+    from danling_conf.resolution import run_directory
+
+    assert run_directory.RUN_FILE == paths.RUN_FILE
+
+
+def test_the_generations_of_the_garbage_collector_end():
+    violations = inspect({"steps": 3, "gc": {"interval": 1, "generation": 3}}, context=CPU)[1]
+    assert [(item.path, item.value, item.fix) for item in violations] == [("gc.generation", 3, "choose 2 or less")]
+
+
+def test_a_refusal_and_its_sentinel_survive_pickling():
+    refusal = ConfigRefused([Violation("a.b", ABSENT, "it is wrong", "mend it"), Violation("c", 3, "no", "yes")])
+    for copied in (pickle.loads(pickle.dumps(refusal)), copy.deepcopy(refusal)):
+        assert (str(copied), copied.violations) == (str(refusal), refusal.violations)
+        assert copied.violations[0].value is ABSENT
+        assert str(copied.violations[0]).startswith("a.b\n")
