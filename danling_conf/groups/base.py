@@ -56,7 +56,8 @@ def base_names() -> list[str]:
 
 def base_config(name: str) -> DictConfig:
     """A base config as a typed node with its defaults list. Raises KeyError for an unknown name."""
-    return copy.deepcopy(_base_config(_registered[name]))
+    registered: Any = _registered[name]
+    return copy.deepcopy(_base_config(registered))
 
 
 @cache

@@ -109,6 +109,14 @@ def test_the_direction_of_a_plateau_is_that_of_the_score(tmp_path: Path) -> None
     assert used == pytest.approx([0.1] * 12 + [0.01] * 6)
 
 
+def test_a_monitored_metric_has_a_direction_of_its_own(tmp_path: Path) -> None:
+    class Rising(Scripted):
+        higher_is_better = True  # and the score, the loss, is better when it falls
+
+    settings = {"epochs": 3, "scheduler": {**PLATEAU, "monitor": "val.scripted"}}
+    assert set(rates(tmp_path, settings, metrics={"scripted": Rising(1.0, 2.0, 3.0)})) == {0.1}
+
+
 @pytest.mark.parametrize(
     ("settings", "values"),
     [({"epochs": 1}, [1.0]), ({"epochs": 5, "eval_interval": 2}, [1.0, 0.9, 0.8]), ({"steps": 3}, [1.0, 0.9, 0.8])],
