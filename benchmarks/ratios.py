@@ -9,12 +9,21 @@ Times = tuple[float, float]
 """Wall-clock and CPU seconds of one measurement."""
 
 
-def rows(pairs: Sequence[tuple[Times, Times]]) -> list[tuple[str, float, float, float, float, float]]:
-    """For each clock: its name, the medians of bare and ours, their ratio, and the quartiles of the pairs' ratios."""
-    found = []
+def table(pairs: Sequence[tuple[Times, Times]], factor: float = 1.0) -> list[str]:
+    """A line for each clock: medians of bare and ours (times `factor`), their ratio, quartiles of the pairs' ratios.
+
+    Where the load of the machine changes during the run, the middle quartile is the one to trust: the two of a pair
+    were timed one right after the other.
+    """
+    lines = []
     for index, clock in enumerate(("wall", "CPU")):
         bare, ours = ([pair[which][index] for pair in pairs] for which in (0, 1))
-        low, _, high = statistics.quantiles([mine / theirs for theirs, mine in zip(bare, ours, strict=True)], n=4)
+        quartiles = statistics.quantiles([mine / theirs for theirs, mine in zip(bare, ours, strict=True)], n=4)
         medians = statistics.median(bare), statistics.median(ours)
-        found.append((clock, *medians, medians[1] / medians[0], low, high))
-    return found
+        shown = "  ".join(f"{quartile:.3f}" for quartile in quartiles)
+        numbers = "".join(f"{factor * median:10.4g}" for median in medians)
+        lines.append(f"{clock:5}{numbers}{medians[1] / medians[0]:8.3f}     {shown}")
+    return lines
+
+
+HEADER = f"{'':5}{'bare':>10}{'ours':>10}{'ratio':>8}     quartiles of the pairs' ratios"

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bare_app import count_choices, count_settings, write_bare_app
-from benchmarks.ratios import Times, rows
+from benchmarks.ratios import HEADER, Times, table
 
 GOAL = 1.2
 PACKAGES = sysconfig.get_path("purelib")
@@ -99,12 +99,8 @@ def main() -> None:
                     times[case].append((pair[False], pair[True]))
     groups, choices = count_choices()
     print(f"{count_settings()} settings, {groups} groups of {choices} choices; medians of {runs} alternating runs")
-    print(f"{'':9} {'':5} {'bare':>8} {'ours':>8} {'ratio':>7}   quartiles of the pairs' ratios")
     for case, pairs in times.items():
-        for clock, bare_seconds, our_seconds, ratio, low, high in rows(pairs):
-            print(
-                f"{case:9} {clock:5} {bare_seconds:6.3f} s {our_seconds:6.3f} s {ratio:7.3f}   {low:.3f} - {high:.3f}"
-            )
+        print(f"seconds to {case}", HEADER, *table(pairs), sep="\n")
     print(f"goal: at most {GOAL}")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import danling_conf
-from benchmarks.ratios import Times, rows
+from benchmarks.ratios import HEADER, Times, table
 from danling_conf.build import dataloader
 
 GOAL = 1.05
@@ -76,15 +76,15 @@ def blocks_of(run: Run, batches: Iterator[list[Tensor]], steps: int) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=60, help="blocks of each loop")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps in a block")
+    parser.add_argument("--blocks", type=int, default=100, help="blocks of each loop")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps in a block")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # more would only wait for each other on a model of this size
     blocks, steps = arguments.blocks, arguments.steps
     with tempfile.TemporaryDirectory() as folder:
         total = (blocks + 2) * steps
         overrides = [f"workspace_root={folder}", f"steps={total}", "dataloader.batch_size=32", "seed=0"]
-        # A log line in each block, about as many as a run has by default; evaluation and checkpoints come at the end.
+        # A log line in each block, twice as many as a run has by default; evaluation and checkpoints come at the end.
         overrides += [f"log_interval={steps}", f"eval_interval={total}", "optim.weight_decay=0.01"]
         config = danling_conf.compose([*overrides, "optim.betas=[0.9,0.999]"])
         data = make_data()
@@ -116,10 +116,7 @@ def main() -> None:
         runner.progress.stop()
         runner.close()
     print(f"microseconds per step; medians of {blocks} alternating blocks of {steps} steps")
-    print(f"{'':5} {'bare':>8} {'runner':>8} {'ratio':>7}   quartiles of the pairs' ratios")
-    for clock, bare_seconds, our_seconds, ratio, low, high in rows(pairs):
-        bare_step, our_step = 1e6 * bare_seconds / steps, 1e6 * our_seconds / steps
-        print(f"{clock:5} {bare_step:8.1f} {our_step:8.1f} {ratio:7.3f}   {low:.3f} - {high:.3f}")
+    print(HEADER, *table(pairs, 1e6 / steps), sep="\n")
     print(f"goal: at most {GOAL}")
 
 

@@ -29,7 +29,8 @@ def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, pre
     over both (hybrid sharding). In place; parameters become `DTensor`s, also those on the meta device.
 
     `precision` (bf16, fp16) is the dtype of the computation where `section.mp_policy` says nothing; gradients are then
-    reduced in fp32. Batch normalisation computes in fp32 all the same. A block that shares a parameter with the rest of the model is sharded with the rest.
+    reduced in fp32. Batch normalisation computes in fp32 all the same. A block that shares a parameter with the rest of
+    the model is sharded with the rest.
 
     Raises ValueError where the mesh has no shard axis, and for a `reshard_after_forward` that does not divide it.
     """

@@ -36,7 +36,8 @@ def start(
     )
     seconds = section.init_timeout_seconds
     timeout = None if seconds is None else timedelta(seconds=seconds)
-    if store is None and rank is None and "RANK" not in os.environ:
+    # A world of one meets nobody: it needs no address, which a shell inside an allocation does not have.
+    if store is None and rank is None and ("RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"):
         store, rank, world_size = dist.HashStore(), 0, 1
     if store is None:
         dist.init_process_group(backend, timeout=timeout)

@@ -14,6 +14,7 @@ import torch.distributed as distributed
 from torch import nn
 from torch.optim import Optimizer
 
+from danling_conf.build import process_group
 from danling_conf.checkpoint import file_backend
 from danling_conf.checkpoint.state import gather, misfit_of, misfit_of_groups, scatter_model, scatter_optimizer
 from danling_conf.schema.checkpoint import CheckpointConfig
@@ -235,4 +236,5 @@ class CheckpointManager:
 
     def _barrier(self) -> None:
         if self.world_size > 1:
-            distributed.barrier()
+            # Not on the group whose limit training tightens: rank 0 may write for long.
+            process_group.wait_for_all()

@@ -24,10 +24,11 @@ from danling_conf.resolution.hydra_adapter import (
     shadowed_settings,
 )
 from danling_conf.resolution.resolve import inspect
+from danling_conf.resolution.warn import warnings_of
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rank_environment import RankEnvironment, started_rank
-from danling_conf.topology.rules import Context, ineffective_settings
+from danling_conf.topology.rules import Context
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 REFUSED = 2
@@ -124,11 +125,6 @@ def check(composing: Composer, composed: DictConfig, overrides: Sequence[str]) -
     if violations:
         raise ConfigRefused(violations)
     return config
-
-
-def warnings_of(config: RunnerConfig) -> list[str]:
-    """What the user should know of an accepted configuration."""
-    return [str(item) for item in ineffective_settings(config, Context(machine=this_machine()))]
 
 
 def refuse(refusal: ConfigRefused) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.launch.command import App, warnings_of
+from danling_conf.launch.command import App
 from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
 from danling_conf.launch.run_rank import read_result, run_rank, write_result
 from danling_conf.resolution.current import Current
 from danling_conf.resolution.frozen import FROZEN, freeze_attempt
-from danling_conf.resolution.hydra_adapter import Composer
+from danling_conf.resolution.hydra_adapter import Composer, hydra_settings
 from danling_conf.resolution.run_directory import Attempt, claim
+from danling_conf.resolution.warn import warn
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.rank_environment import SINGLE
@@ -23,7 +25,7 @@ from danling_conf.topology.violation import ConfigRefused
 
 def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig) -> Any:
     """Run one configuration to its end; gives its score. Exits the process where it failed."""
-    attempt, lock = open_attempt(app, config)
+    attempt, lock = open_attempt(app, composed, config)
     try:
         return run_attempt(app, composing, composed, config, attempt)
     except ConfigRefused:
@@ -45,12 +47,13 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
         lock.release()
 
 
-def open_attempt(app: App, config: RunnerConfig, overrides: list[str] | None = None) -> tuple[Attempt, Any]:
+def open_attempt(
+    app: App, composed: DictConfig, config: RunnerConfig, overrides: list[str] | None = None
+) -> tuple[Attempt, Any]:
     """Claim the run, write what is frozen of the attempt, and tell the user what they should know."""
     attempt, lock = claim(config, None if overrides is None else [str(app.script), *overrides])
-    freeze_attempt(config, attempt, app.script)
-    for line in (*attempt.notes, *warnings_of(config)):
-        print(f"warning: {line}", file=sys.stderr)
+    freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
+    warn(attempt, config)
     return attempt, lock
 
 
@@ -62,12 +65,15 @@ def run_attempt(app: App, composing: Composer, composed: DictConfig, config: Run
         Exception: what the user's function raised in this process.
     """
     world_size = layout_of(config.parallel.axes, config.fsdp.enabled).world_size
+    command, started_in = worker_command(), os.getcwd()
 
     def task(_: DictConfig) -> Any:
         if world_size == 1:
             return run_rank(app.function, config, Current(attempt=attempt, ranks=SINGLE), app.script.stem)
+        # Workers start as this process did; where `hydra.job.chdir` is set they change the directory themselves.
+        os.chdir(started_in)
         try:
-            run_workers(worker_command(), world_size, attempt.directory, attempt.directory / FROZEN)
+            run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
         except (WorkersFailed, WorkersInterrupted) as error:
             # The main rank may have been stopped before it could say how the attempt ended.
             failed = "refused" if isinstance(error, WorkersFailed) and error.refused else "failed"

@@ -13,7 +13,7 @@ from danling_conf.launch.execute import open_attempt
 from danling_conf.launch.meeting import announce, await_configuration, meet
 from danling_conf.launch.run_rank import run_rank
 from danling_conf.resolution.current import Current
-from danling_conf.resolution.frozen import FROZEN, thaw
+from danling_conf.resolution.frozen import FROZEN, take_part_in, thaw
 from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
 from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
@@ -49,7 +49,7 @@ def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: Ran
         try:
             composed = compose_or_refuse(composing, parsed.overrides)
             config = check(composing, composed, parsed.overrides)
-            attempt, lock = open_attempt(app, config)
+            attempt, lock = open_attempt(app, composed, config)
         except ConfigRefused:
             announce(meet(ranks), None, ranks.world_size)
             raise
@@ -73,6 +73,7 @@ def _follow(app: App, ranks: RankEnvironment) -> Any:
     if content is None:
         sys.exit(REFUSED)
     config, attempt = thaw(content)
+    take_part_in(content)
     return run_rank(app.function, config, Current(attempt=attempt, ranks=ranks, store=store), app.script.stem)
 
 

@@ -36,9 +36,12 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
             write_result(attempt.directory, "completed", value)
         return value
     except BaseException as error:
-        if not isinstance(error, (ConfigRefused, KeyboardInterrupt)):
+        ended_well = isinstance(error, SystemExit) and error.code in (None, 0)
+        if not ended_well and not isinstance(error, (ConfigRefused, KeyboardInterrupt)):
             _log.exception("rank %d failed", ranks.rank)
-        if ranks.main:
+        if ranks.main and ended_well:
+            write_result(attempt.directory, "completed", None)
+        elif ranks.main:
             status = "refused" if isinstance(error, ConfigRefused) else "failed"
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
             write_result(attempt.directory, status, None, f"{type(error).__name__}: {error}")

@@ -14,11 +14,13 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException
+from hydra.utils import get_class
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.launch.command import App, check, compose_or_refuse
 from danling_conf.launch.execute import open_attempt, run_attempt, show_failure
+from danling_conf.launch.local_launcher import JobsLauncher
 from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted
 from danling_conf.launch.run_rank import score_of
 from danling_conf.resolution.hydra_adapter import Composer
@@ -47,8 +49,7 @@ class Sweep:
 def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     """Run Hydra's sweep over this machine. Exits with 1 when a job failed; raises ConfigRefused when one is refused."""
     arguments = list(overrides)
-    if not any(item.startswith("hydra/launcher=") for item in arguments):
-        arguments.append("hydra/launcher=danling_local")
+    arguments += _launcher(composing, arguments)
     if not any(item.startswith("hydra.sweep.dir=") for item in arguments):
         arguments.append(_DIRECTORY)
     sweep = Sweep(app=app, composing=composing)
@@ -58,6 +59,27 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
         raise ConfigRefused(_sweep_faults(composing, overrides, error)) from error
     except (WorkersFailed, JobFailed):
         sys.exit(1)
+
+
+def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
+    """The override that chooses our launcher in place of Hydra's default one; none where the user chose one of ours.
+
+    Raises ConfigRefused for any other launcher, which would run jobs that nobody has checked.
+    """
+    ours = "hydra/launcher=danling_local"
+    try:
+        composed = composing.compose(arguments, multirun=True)
+        kind = get_class(composed.hydra.launcher._target_)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        # Whatever is wrong is told of all jobs, by the sweep.
+        return [] if any(item.startswith("hydra/launcher=") for item in arguments) else [ours]
+    chosen = composed.hydra.runtime.choices.get("hydra/launcher")
+    if issubclass(kind, JobsLauncher):
+        return []
+    if chosen != "basic" or any(item.startswith("hydra/launcher=") for item in arguments):
+        rule = "it would run jobs without checking all of them first, and cannot start a layout's processes"
+        raise ConfigRefused([Violation("hydra/launcher", chosen, rule, f"leave it out, or write {ours}")])
+    return [ours]
 
 
 class JobFailed(RuntimeError):
@@ -118,7 +140,7 @@ def _run_job(
     }  # fmt: skip
     lock, interruption = None, None
     try:
-        attempt, lock = open_attempt(sweep.app, config, overrides)
+        attempt, lock = open_attempt(sweep.app, composed, config, overrides)
         record["run"] = str(attempt.run_directory)
         outcome.return_value = run_attempt(sweep.app, sweep.composing, composed, config, attempt)
         outcome.status = JobStatus.COMPLETED

@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from danling_conf.launch.local_workers import RAISED_AT
 from danling_conf.launch.run_rank import run_rank
 from danling_conf.resolution.current import Current
-from danling_conf.resolution.frozen import thaw
+from danling_conf.resolution.frozen import take_part_in, thaw
 from danling_conf.resolution.logs import configure_job_logging, rank_log, redirect_output
 from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.violation import ConfigRefused
@@ -32,11 +30,13 @@ def run_local_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEn
     handler = get_error_handler()
     handler.initialize()
     try:
-        config, attempt = thaw(frozen.read_text())
+        content = frozen.read_text()
+        config, attempt = thaw(content)
         if not ranks.main:
             redirect_output(rank_log(attempt.directory, ranks.rank))
-        hydra = OmegaConf.load(attempt.directory / ".hydra" / "hydra.yaml").hydra
-        _restore_hydra(hydra, console=ranks.main)
+        hydra = take_part_in(content)
+        if ranks.main and hydra is not None:
+            configure_job_logging(hydra)
         ranks = replace(ranks, launcher="local workers")
         return run_rank(function, config, Current(attempt=attempt, ranks=ranks), job_name)
     except KeyboardInterrupt:
@@ -50,14 +50,6 @@ def run_local_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEn
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if isinstance(error, ConfigRefused) else 1)
-
-
-def _restore_hydra(hydra: Any, *, console: bool) -> None:
-    from danling_conf.resolution.hydra_adapter import set_hydra_config
-
-    set_hydra_config(hydra)
-    if console:
-        configure_job_logging(hydra)
 
 
 def _end_with_parent() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from danling_conf.resolution.code_identity import code_identity
 from danling_conf.resolution.files import save
+from danling_conf.resolution.hydra_adapter import take_part
 from danling_conf.resolution.identity import canonical, difference_from_defaults, job_id, plain
 from danling_conf.resolution.readonly import freeze
 from danling_conf.resolution.resolve import inspect
@@ -23,8 +25,14 @@ from danling_conf.topology.rules import Context
 FROZEN = "frozen.json"
 
 
-def freeze_attempt(config: RunnerConfig, attempt: Attempt, script: Path) -> None:
-    """Write what an attempt consists of: its configuration in three forms, its code, its command line."""
+def freeze_attempt(
+    config: RunnerConfig, attempt: Attempt, script: Path, hydra: Mapping[str, Any] | None = None
+) -> None:
+    """Write what an attempt consists of: its configuration in three forms, its code, its command line.
+
+    Args:
+        hydra: Hydra's own settings (`hydra_adapter.hydra_settings`), for ranks that compose nothing themselves.
+    """
     folder = attempt.directory
     code = code_identity(script.parent)
     save(config, folder / "config.yaml")
@@ -32,10 +40,10 @@ def freeze_attempt(config: RunnerConfig, attempt: Attempt, script: Path) -> None
     write_whole(folder / "difference.yaml", OmegaConf.to_yaml(OmegaConf.create(difference_from_defaults(config))))
     if code.diff:
         write_whole(folder / "git.diff", code.diff)
-    write_whole(folder / FROZEN, frozen_content(config, attempt, code.code_id))
+    write_whole(folder / FROZEN, frozen_content(config, attempt, code.code_id, hydra))
 
 
-def frozen_content(config: RunnerConfig, attempt: Attempt, code_id: str) -> str:
+def frozen_content(config: RunnerConfig, attempt: Attempt, code_id: str, hydra: Mapping[str, Any] | None = None) -> str:
     """The frozen configuration as JSON: all that a rank needs to join."""
     kind = declared_class(config)
     content = {
@@ -44,6 +52,7 @@ def frozen_content(config: RunnerConfig, attempt: Attempt, code_id: str) -> str:
         "class": [kind.__module__, kind.__qualname__],
         "attempt": attempt.to_json(),
         "config": plain(config),
+        "hydra": hydra,
     }
     return json.dumps(content, indent=1) + "\n"
 
@@ -64,6 +73,12 @@ def thaw(content: str, kind: type[RunnerConfig] | None = None) -> tuple[Any, Att
             f"its {kind.__name__} differs from that of the process that wrote it"
         )
     return config, Attempt.from_json(frozen["attempt"])
+
+
+def take_part_in(content: str) -> DictConfig | None:
+    """Be in the Hydra job of `frozen_content`; gives Hydra's own node, None where no job of Hydra's was frozen."""
+    frozen = json.loads(content)
+    return None if frozen["hydra"] is None else take_part(frozen["hydra"], frozen["config"])
 
 
 def earlier_code(attempt: Attempt) -> str | None:

@@ -7,7 +7,9 @@ of the command line, and `hydra.core.utils.run_job`, which launcher plugins use 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -164,15 +166,48 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return get_args_parser().parse_args(list(arguments))
 
 
-def set_hydra_config(config: DictConfig) -> None:
-    """Let `hydra.core.hydra_config.HydraConfig.get()` answer in a process that composed nothing itself."""
+def hydra_settings(composed: DictConfig, directory: Path) -> dict[str, Any]:
+    """Hydra's own node of what was composed, as it is while a job runs in `directory`; interpolations are kept."""
+    settings: Any = OmegaConf.to_container(composed.hydra, enum_to_str=True)
+    settings["mode"] = RunMode.RUN.name
+    settings["run"]["dir"] = settings["runtime"]["output_dir"] = str(directory)
+    return settings
+
+
+def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
+    """Be in Hydra's job, in a process that composed nothing itself; gives Hydra's own node.
+
+    `HydraConfig.get()` answers, and `hydra.job.chdir` and `hydra.job.env_set` hold, as where Hydra started the job.
+
+    Args:
+        settings: of `hydra_settings`.
+        config: the rest of the configuration, which they may refer to.
+    """
     from hydra.conf import HydraConf
     from hydra.core.hydra_config import HydraConfig
 
     setup_globals()  # its resolvers: `now`, `hydra`
-    typed = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
-    typed.merge_with({"hydra": config})
+    typed = OmegaConf.create({**config, "hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
+    typed.merge_with({"hydra": settings})
     HydraConfig.instance().set_config(typed)
+    os.environ.update({name: str(value) for name, value in typed.hydra.job.env_set.items()})
+    if typed.hydra.job.chdir:
+        os.chdir(typed.hydra.runtime.output_dir)
+    return typed.hydra
+
+
+@contextmanager
+def hydra_of(composed: DictConfig) -> Iterator[None]:
+    """`HydraConfig.get()`, and so `${hydra:...}`, answer from what was composed; afterwards as before."""
+    from hydra.core.hydra_config import HydraConfig
+
+    instance = HydraConfig.instance()
+    previous = instance.cfg
+    instance.set_config(copy.deepcopy(composed))
+    try:
+        yield
+    finally:
+        instance.cfg = previous
 
 
 def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Violation]:

@@ -14,7 +14,7 @@ def freeze(config: Any) -> Any:
 
     Keys of open sections that their class does not declare become fields, so that `dataclasses.fields`, `asdict` and
     `hydra.utils.instantiate` see them. The object stays an instance of its class; copies by `dataclasses.replace` can
-    be written to.
+    be written to. Mappings and lists of the user's own (`model`, `data`) are plain ones, which pass wherever those do.
     """
     for value in vars(config).values():
         if is_dataclass(value) and not isinstance(value, type):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, FloatNode, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from danling_conf.resolution.hydra_adapter import hydra_of
 from danling_conf.resolution.readonly import freeze
 from danling_conf.resolution.typed import check_declarations, unknown_key, wrong_type
 from danling_conf.schema import RunnerConfig
@@ -71,7 +73,10 @@ def _typed_copy(config: Any, kind: type[RunnerConfig]) -> tuple[DictConfig, list
         node = copy.deepcopy(config)
         OmegaConf.set_readonly(node, None)
         with read_write(node), open_dict(node):
-            node.pop("hydra", None)
+            if "hydra" in node:
+                with hydra_of(node):
+                    _resolve_hydra(node)
+                node.pop("hydra")
         declared = OmegaConf.get_type(node)
         if isinstance(declared, type) and issubclass(declared, RunnerConfig):
             return node, violations
@@ -88,6 +93,20 @@ def _typed_copy(config: Any, kind: type[RunnerConfig]) -> tuple[DictConfig, list
     open_sections(node)
     violations += list(merge_leaves(node, given, kind))
     return node, violations
+
+
+def _resolve_hydra(node: DictConfig | ListConfig) -> None:
+    """Give the values of Hydra's own settings to what refers to them; what cannot be resolved is left to checking."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        child = None if key == "hydra" else node._get_node(key)
+        if not isinstance(child, Node) or child._is_none() or child._is_missing():
+            continue
+        if child._is_interpolation():
+            if "hydra" in str(child._value()):
+                with suppress(OmegaConfBaseException):
+                    node[key] = node[key]
+        elif isinstance(child, (DictConfig, ListConfig)):
+            _resolve_hydra(child)
 
 
 def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: str = "") -> list[Violation]:

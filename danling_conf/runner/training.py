@@ -16,12 +16,14 @@ from danling_conf.build import compile as compilation
 from danling_conf.build import dataloader as loaders
 from danling_conf.build import gradients, optimizer, precision, process_group
 from danling_conf.build.model import assemble
+from danling_conf.build.samplers import ShardedSampler
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.resolution.current import current
 from danling_conf.resolution.identity import plain
 from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.resolve import resolve
 from danling_conf.runner import garbage_collection, seeds
+from danling_conf.runner.alignment import agreed_length, aligned
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
 from danling_conf.runner.cadence import cadence_of, next_multiple
 from danling_conf.runner.conclusion import conclusion
@@ -37,6 +39,7 @@ from danling_conf.runner.world import join
 from danling_conf.schema import RunnerConfig
 
 Loss = Callable[[Any, Any], Tensor]
+_CPU = torch.device("cpu")
 
 
 class Runner:
@@ -127,6 +130,7 @@ class Runner:
             model: a factory without arguments, called on the meta device, or a module, taken over with its weights.
             datasets: data set by split; `train` is what is trained on.
             loss: maps the model's output and the batch to the mean loss, a scalar. None: the output's own `.loss`.
+                Means are averaged over micro-batches and data ranks, so batches should weigh the same.
             metrics: torchmetrics objects, or functions that make them, by name; updated with output and targets.
             forward: runs the model on a batch. None: the first of a pair, or a mapping's items as keywords.
             collate_fn: makes a batch of samples, for every loader.
@@ -287,7 +291,9 @@ class Runner:
         }
         train = self.loaders["train"]
         sized = hasattr(train.dataset, "__len__")
-        self.cadence = cadence_of(self.config, len(train) if sized else None)
+        # Shares of an iterable data set may differ; a map-style one is dealt out evenly by its sampler.
+        self._uneven = not isinstance(train.sampler, ShardedSampler)
+        self.cadence = cadence_of(self.config, agreed_length(len(train) if sized else None, _CPU))
 
     def _go_on(self) -> None:
         attempt, config = self.world.attempt, self.config
@@ -336,6 +342,8 @@ class Runner:
         if own is not None and own["loader"] is not None:
             loader.load_state_dict(own["loader"])
         iterator = iter(loader)
+        if self._uneven:
+            iterator = aligned(iterator, _CPU)
         if own is not None and own["same_world"]:
             seeds.restore_generators(own["generators"], self.device)  # making the iterator may draw from them
         # What is left of an epoch and makes no whole optimizer step is not used.

@@ -18,10 +18,11 @@ from danling_conf.resolution.current import Current, current
 from danling_conf.resolution.frozen import freeze_attempt
 from danling_conf.resolution.identity import differences, job_id, plain
 from danling_conf.resolution.run_directory import Attempt, RunLock, claim
+from danling_conf.resolution.warn import warn
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import data_rank, layout_of
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ def join(config: RunnerConfig) -> World:
     started = current()
     ranks = started.ranks if started is not None else started_rank() or SINGLE
     layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+    if layout.world_size != ranks.world_size:
+        raise ConfigRefused([_wrong_size(layout, ranks)])
     kind = device_type(config.parallel.mesh_device_type)
     device = local_device(kind, ranks.local_rank)
     if device.type != "cpu":
@@ -68,6 +71,16 @@ def join(config: RunnerConfig) -> World:
     return World(ranks=ranks, layout=layout, device=device, mesh=mesh, attempt=attempt, lock=lock)
 
 
+def _wrong_size(layout: Layout, ranks: RankEnvironment) -> Violation:
+    there = "this process is alone" if ranks.world_size == 1 else f"{ranks.launcher} started {ranks.world_size}"
+    return Violation(
+        "parallel",
+        ABSENT,
+        f"its degrees multiply to {layout.world_size} processes, and {there}",
+        f"start {layout.world_size} with torchrun or danling_conf.main, or choose a layout of {ranks.world_size}",
+    )
+
+
 def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | None) -> tuple[Attempt, RunLock | None]:
     """The attempt: given by whoever launched this process, else claimed by rank 0 for all."""
     if started is not None:
@@ -78,6 +91,7 @@ def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | No
         try:
             attempt, lock = claim(config)
             freeze_attempt(config, attempt, Path(sys.argv[0]).absolute())
+            warn(attempt, config)
             outcome = [attempt.to_json()]
         except ConfigRefused as refusal:
             outcome = [refusal]

@@ -37,6 +37,8 @@ class Machine:
 def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
     """The facts of the machine and process that this runs in."""
     rank = started_rank(environment)
+    if rank is not None and rank.world_size == 1 and rank.launcher != "torchrun":
+        rank = None  # a shell inside an allocation, or what another program left behind: nobody meant one rank by it
     return Machine(
         devices=count_devices(environment.get("CUDA_VISIBLE_DEVICES")),
         started_world_size=rank.world_size if rank else None,

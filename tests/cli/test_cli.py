@@ -362,3 +362,15 @@ def test_a_command_line_that_is_not_complete(arguments: list[str], capsys: pytes
         main(arguments)
     assert exited.value.code == 2
     assert "usage: danling-conf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["check"], ["explain", "steps"]])
+def test_flags_of_hydra_pass_through(command: list[str], own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(own).parent / "conf" / "other.yaml").write_text("defaults:\n  - own_config\n  - _self_\nsteps: 77\n")
+    assert main([*command, own, "-cn", "other", "optim.lr=0.5"]) == 0
+    assert "77" in capsys.readouterr().out
+
+
+def test_what_writes_checkpoints_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "checkpoint.backend"]) == 0
+    assert "one file is written" in " ".join(capsys.readouterr().out.split())

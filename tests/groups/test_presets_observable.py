@@ -139,6 +139,7 @@ def limits_of_collectives(config: RunnerConfig) -> dict[str, Any]:
         mock.patch("torch.distributed.init_process_group") as start,
         mock.patch("torch.distributed.is_initialized", return_value=True),
         mock.patch("torch.distributed.barrier"),
+        mock.patch("torch.distributed.new_group"),
         mock.patch.object(process_group, "process_groups", return_value=["world", "shard"]),
         mock.patch.object(process_group, "set_timeout", lambda group, limit: limits.append(limit)),
     ):

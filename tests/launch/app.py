@@ -41,6 +41,7 @@ def write_facts(config: Any, **more: Any) -> None:
         "lr": config.optim.lr,
         "attempt": str(start.attempt.directory),
         "job": hydra_job(),
+        "cwd": os.getcwd(),
         **more,
     }
     written = folder / f".{start.ranks.rank}"
@@ -62,11 +63,17 @@ def train_small(config: Any) -> float:
     from tests.runner.small import Net, Pairs, loss
 
     torch.set_num_threads(1)
+    known: list[Any] = []
     limits = []
 
     def look() -> None:
-        limits.append(sorted({group._get_backend(torch.device("cpu")).options._timeout.seconds
-                              for group in process_groups()}))  # fmt: skip
+        """The time limits of the groups that there were at first, and of those made since."""
+        known.extend(process_groups() if not known else [])
+        of_group = {
+            group: group._get_backend(torch.device("cpu")).options._timeout.seconds for group in process_groups()
+        }
+        made = [seconds for group, seconds in of_group.items() if group not in known]
+        limits.append([sorted({of_group[group] for group in known}), made])
 
     runner = danling_conf.Runner(config)
     runner.prepare(Net, {"train": Pairs(), "val": Pairs(7, seed=1)}, loss=loss)
@@ -115,6 +122,8 @@ def app(config: Any) -> Any:
         time.sleep(600)
     if do == "fail":
         raise RuntimeError("this job is broken")
+    if do == "exit well":
+        sys.exit(0)
     if do == "exit":
         sys.exit(7)
     if do == "return a mapping":

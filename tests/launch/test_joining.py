@@ -135,3 +135,12 @@ def test_ranks_of_plain_hydra_main_that_disagree_stop_with_the_keys(tmp_path: Pa
     assert "optim.lr=0.5" in done.err
     assert "rank 1 has this, and rank 0 has 0.001" in done.err
     assert runs(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_hydra_answers_on_every_rank(tmp_path: Path) -> None:
+    given = settings(tmp_path, "nothing", "parallel=ddp2", "hydra.job.name=mine", "hydra.job.chdir=true")
+    done = run([*torchrun(str(APP)), *given], cwd=tmp_path)
+    assert done.code == 0, done.text
+    facts = Ranks(tmp_path).facts()
+    assert [(fact["job"], fact["cwd"]) for fact in facts.values()] == [("mine", facts[0]["attempt"])] * 2

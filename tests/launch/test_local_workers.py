@@ -31,7 +31,8 @@ def test_ranks_train_and_tighten_their_time_limits(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     facts = Ranks(tmp_path).facts()
     for rank in (0, 1):
-        assert facts[rank]["limits"] == [[77], [33], [33]]  # tighter once the first step is done
+        # Tighter once the first step is done; what waits for one rank that writes files keeps the limit of the start.
+        assert facts[rank]["limits"] == [[[77], []], [[33], [77]], [[33], [77]]]
         assert facts[rank]["world_size"] == 2
         assert facts[rank]["stack"] == "ddp"
         assert facts[rank]["job"] == "app"  # Hydra's own configuration is there on every rank
@@ -125,3 +126,27 @@ def test_ranks_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
     assert again.code == 2
     assert "optim.lr=0.5" in again.err  # refused for that alone
     assert "live" not in again.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["hydra.output_subdir=null", "hydra.job.chdir=true"])
+def test_workers_know_hydra_settings_wherever_it_writes(tmp_path: Path, setting: str) -> None:
+    given = ["steps=3", "workspace_root=ws", f"data.ranks={tmp_path}", "parallel=ddp2", "hydra.job.name=mine", setting]
+    done = run([APP, *given], cwd=tmp_path)
+    assert done.code == 0, done.text
+    facts = Ranks(tmp_path).facts()
+    assert [fact["job"] for fact in facts.values()] == ["mine", "mine"]
+    attempt = facts[0]["attempt"]
+    cwd = attempt if "chdir" in setting else str(tmp_path)
+    assert [fact["cwd"] for fact in facts.values()] == [cwd, cwd]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "left", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}]
+)
+def test_a_shell_inside_an_allocation_can_start_workers(tmp_path: Path, left: dict[str, str]) -> None:
+    done = run([APP, "steps=3", f"workspace_root={tmp_path}", f"data.ranks={tmp_path}", "data.do=sum", "parallel=ddp2"],
+               cwd=tmp_path, env=left)  # fmt: skip
+    assert done.code == 0, done.text
+    assert [fact["total"] for fact in Ranks(tmp_path).facts().values()] == [3.0, 3.0]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.launch.command import APP, Ranks, attempts, run, runs, started, wait_for
+from tests.launch.command import APP, PLAIN_APP, Ranks, attempts, run, runs, started, wait_for
 
 
 def settings(root: Path, do: str = "nothing", *more: str) -> list[str | Path]:
@@ -206,3 +206,42 @@ def test_attempts_at_the_same_second_do_not_meet(tmp_path: Path) -> None:
         codes = [process.wait(60) for process in (one, two)]
     assert codes == [0, 0]
     wait_for(lambda: len(runs(tmp_path)) == 2, "both runs")
+
+
+def test_an_app_that_exits_well_has_completed(tmp_path: Path) -> None:
+    done = run([APP, "steps=3", f"workspace_root={tmp_path}", "data.do=exit well"], cwd=tmp_path)
+    assert (done.code, "failed" in done.text) == (0, False)
+    (attempt,) = attempts(runs(tmp_path)[0])
+    assert json.loads((attempt / "result.json").read_text()) == {"status": "completed", "score": None, "error": None}
+
+
+def test_a_name_can_be_that_of_hydra_s_job(tmp_path: Path) -> None:
+    given = ["experiment=${hydra:job.name}", "lineage=${hydra.job.name}-${steps}", "data.a.b=[1,${hydra:job.name}]"]
+    done = run([APP, "steps=3", f"workspace_root={tmp_path}", *given], cwd=tmp_path)
+    assert done.code == 0, done.text
+    (directory,) = runs(tmp_path)
+    assert directory.parent == tmp_path / "app-3" / "app"
+    (attempt,) = attempts(directory)
+    assert json.loads((attempt / "frozen.json").read_text())["config"]["data"]["a"]["b"] == [1, "app"]
+
+
+def test_composing_leaves_hydra_as_it_was() -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    import danling_conf
+
+    before = HydraConfig.instance().cfg
+    assert danling_conf.compose(["steps=3", "experiment=${hydra:job.name}"]).experiment == "app"
+    assert HydraConfig.instance().cfg is before
+
+
+def test_a_runner_alone_says_what_a_command_says_and_needs_its_world(tmp_path: Path) -> None:
+    given = [f"workspace_root={tmp_path}", "steps=1", "log=false"]
+    done = run([PLAIN_APP, *given, "gc.generation=0"], cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert "warning: gc.generation has no effect: collection is not paced" in done.err
+    before = runs(tmp_path)
+    done = run([PLAIN_APP, *given, "parallel=ddp4"], cwd=tmp_path)
+    assert done.code == 1
+    assert "its degrees multiply to 4 processes, and this process is alone" in done.err
+    assert runs(tmp_path) == before

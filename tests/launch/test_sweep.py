@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.launch.command import APP, Ranks, attempts, run, runs, started, wait_for
 
 
@@ -109,3 +111,27 @@ def test_an_interrupted_sweep_starts_no_further_job(tmp_path: Path) -> None:
     assert "Traceback" not in out + err
     assert [job["status"] for job in ledger(tmp_path)] == ["completed", "interrupted"]
     assert len(runs(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("given", [["hydra/launcher=basic"], ["+recipe=theirs", "--config-dir", "conf"]])
+def test_a_launcher_that_is_not_ours_is_refused(tmp_path: Path, given: list[str]) -> None:
+    (tmp_path / "conf" / "hydra" / "launcher").mkdir(parents=True)
+    (tmp_path / "conf" / "recipe").mkdir()
+    (tmp_path / "conf" / "hydra" / "launcher" / "other.yaml").write_text(
+        "_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher\n"
+    )
+    (tmp_path / "conf" / "recipe" / "theirs.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /hydra/launcher: other\n"
+    )
+    done = run([*sweep(tmp_path, "optim.lr=1e-3,3e-4"), *given], cwd=tmp_path)
+    assert done.code == 2, done.text
+    assert "hydra/launcher=" in done.err
+    assert "fix: leave it out, or write hydra/launcher=danling_local" in done.err
+    assert "Traceback" not in done.err
+    assert list(tmp_path.rglob("multirun.yaml")) == []
+
+
+def test_our_launcher_can_be_given_by_name(tmp_path: Path) -> None:
+    done = run(sweep(tmp_path, "optim.lr=1e-3,3e-4", "hydra/launcher=danling_local"), cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert len(ledger(tmp_path)) == 2

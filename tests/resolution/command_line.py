@@ -36,7 +36,10 @@ if __name__ == "__main__":
     train()
 """
 
-_MARKERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "COMP_LINE", "COMP_POINT")
+_MARKERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES", "COMP_LINE",
+    "COMP_POINT",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

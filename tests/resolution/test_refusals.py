@@ -149,7 +149,8 @@ def test_the_mend_keeps_what_the_command_line_set(tmp_path, name, files, argumen
 
 
 def test_layout_against_the_started_world(tmp_path):
-    said = refused("layout_against_the_started_world", tmp_path, "steps=3", "parallel=ddp2", RANK="0", WORLD_SIZE="1")
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}
+    said = refused("layout_against_the_started_world", tmp_path, "steps=3", "parallel=ddp2", **torchrun)
     assert "replicate 2 needs 2 processes" in said
 
 

@@ -219,3 +219,10 @@ def test_a_saved_configuration_loads_as_it_was(config, tmp_path):
     assert plain(danling_conf.load(tmp_path / "config.yaml", OwnConfig)) == plain(config)
     with pytest.raises(ConfigRefused, match="width"):
         danling_conf.load(tmp_path / "config.yaml")
+
+
+def test_mappings_and_lists_of_ones_own_are_plain():
+    """What a model is made of must pass wherever a dict does: OmegaConf, JSON, keyword arguments."""
+    made = danling_conf.compose(["steps=3", "model.width=3", "+model.blocks.names=[a,b]"])
+    assert (type(made.model), type(made.model["blocks"]["names"])) == (dict, list)
+    assert OmegaConf.create(made.model) == made.model == json.loads(json.dumps(made.model))

@@ -46,10 +46,14 @@ def claimed(root: Path, *overrides: str) -> Attempt:
     return attempt
 
 
-def checkpoint_in(run: Path) -> Path:
-    """What stands for a checkpoint: its content is not looked at here."""
-    saved = run / "checkpoints" / "ckpt-1"
+def checkpoint_in(run: Path, name: str = "ckpt-1") -> Path:
+    """What stands for a run's newest checkpoint: its content is not looked at here."""
+    saved = run / "checkpoints" / name
     saved.mkdir(parents=True)
+    (saved / "checkpoint.json").touch()
+    latest = saved.with_name("latest")
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(saved.name)
     return saved
 
 
@@ -232,11 +236,22 @@ def test_a_run_of_other_settings_is_refused_with_all_of_them(root):
     assert f"the run {run.name} was made with 0.001" in caught.value.report()
 
 
-def test_a_checkpoint_of_the_same_run_goes_on_in_it(root):
+def test_the_newest_checkpoint_of_the_same_run_goes_on_in_it(root):
     run = claimed(root).run_directory
     saved = checkpoint_in(run)
-    attempt = claimed(root, f"resume={saved}")
-    assert (attempt.run_directory, attempt.restore) == (run, saved)
+    for source in (saved, saved.with_name("latest")):
+        attempt = claimed(root, f"resume={source}")
+        assert (attempt.run_directory, attempt.restore) == (run, source)
+
+
+def test_an_older_checkpoint_starts_a_new_run_so_that_nothing_is_overwritten(root):
+    first = claimed(root)
+    older, _ = checkpoint_in(first.run_directory), checkpoint_in(first.run_directory, "ckpt-2")
+    attempt = claimed(root, f"resume={older}")
+    assert attempt.run_directory.name == f"{first.run_directory.name}.2"
+    assert attempt.restore == older
+    assert read_run(attempt.run_directory)["parent"] == str(first.run_directory)
+    assert attempt.seed == first.seed
 
 
 def test_a_checkpoint_of_a_foreign_run_starts_a_new_one_that_names_its_parent(root):

@@ -6,7 +6,9 @@ import copy
 import gc
 import json
 import logging
+import multiprocessing
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,20 @@ def test_a_run_is_live_while_its_runner_is(tmp_path: Path) -> None:
     ours.close()
     runner(tmp_path, {"resume": str(run)}).close()
     assert json.loads((run / "run.json").read_text())["seed"] == 3
+
+
+def test_a_forked_child_does_not_keep_a_run_alive(tmp_path: Path) -> None:
+    """As loader workers are, which outlive a killed process for some seconds."""
+    ours = runner(tmp_path)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+    child.start()
+    try:
+        ours.close()
+        runner(tmp_path, {"resume": str(ours.world.attempt.run_directory)}).close()
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_report_lines_are_shown_with_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

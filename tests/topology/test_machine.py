@@ -81,3 +81,16 @@ def test_a_compiler_and_the_headers_are_looked_for(tmp_path, monkeypatch, tool, 
     assert this_machine(environment).compiler
     (tmp_path / "Python.h").unlink()
     assert not this_machine(environment).compiler
+
+
+@pytest.mark.parametrize(
+    ("environment", "started"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 2),
+    ],
+)
+def test_a_world_of_one_was_not_started_unless_by_torchrun(environment, started):
+    assert this_machine({"CUDA_VISIBLE_DEVICES": "", **environment}).started_world_size == started

@@ -208,6 +208,7 @@ PASSED = [
     (paths.writable_root, {"workspace_root": "/tmp/a/b/c/d"}, CPU),
     (paths.writable_root, {"workspace_root": "~/runs"}, CPU),
     (paths.plain_names, {"lineage": "a.b-c d", "experiment": "sweeps2"}, CPU),
+    (paths.existing_sources, {}, CPU),
 ]  # fmt: skip
 """Rule, settings and surroundings that it has nothing to say of."""
 
