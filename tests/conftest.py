@@ -8,10 +8,7 @@ import pytest
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m composition`, modules without such tests are not even imported: torch may not be installed.
-
-    The tests of `danling_conf/build` are in a folder whose name pytest passes over of itself.
-    """
+    """With `-m composition`, modules without such tests are not even imported: torch may not be installed."""
     if config.option.markexpr == "composition" and collection_path.match("test_*.py"):
         return "mark.composition" not in collection_path.read_text() or None
-    return False if collection_path == Path(__file__).with_name("build") else None
+    return None

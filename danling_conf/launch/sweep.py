@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 # Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
-_DIRECTORY = "hydra.sweep.dir='${workspace_root}/${lineage}/${experiment}/sweeps/${now:%Y%m%d-%H%M%S-%f}'"
+_DIRECTORY = "hydra.sweep.dir='${{workspace_root}}/${{lineage}}/${{experiment}}/sweeps/{stamp}'"
 LEDGER = "jobs.jsonl"
 
 
@@ -51,12 +52,16 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     arguments = list(overrides)
     arguments += _launcher(composing, arguments)
     if not any(item.startswith("hydra.sweep.dir=") for item in arguments):
-        arguments.append(_DIRECTORY)
+        arguments.append(_DIRECTORY.format(stamp=datetime.now().strftime("%Y%m%d-%H%M%S-%f")))
     sweep = Sweep(app=app, composing=composing)
     try:
         composing.multirun(arguments, sweep)
     except (HydraException, OmegaConfBaseException) as error:
+        _remove_unused(composing, arguments)
         raise ConfigRefused(_sweep_faults(composing, overrides, error)) from error
+    except ConfigRefused:
+        _remove_unused(composing, arguments)
+        raise
     except (WorkersFailed, JobFailed):
         sys.exit(1)
 
@@ -92,12 +97,7 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
     Raises ConfigRefused, before any job starts, with the faults of all jobs.
     """
     directory = Path(master.hydra.sweep.dir)
-    try:
-        prepared = _check_all(sweep.composing, master, jobs, first)
-    except ConfigRefused:
-        if [item.name for item in directory.iterdir()] == ["multirun.yaml"]:  # all that Hydra has written so far
-            shutil.rmtree(directory)
-        raise
+    prepared = _check_all(sweep.composing, master, jobs, first)
     print(f"sweep of {len(jobs)} jobs: {directory}")
     results = []
     for number, (overrides, composed, config) in enumerate(prepared, first):
@@ -114,7 +114,8 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
 def _check_all(
     composing: Composer, master: DictConfig, jobs: list[list[str]], first: int
 ) -> list[tuple[list[str], DictConfig, RunnerConfig]]:
-    prepared, violations = [], []
+    prepared: list[tuple[list[str], DictConfig, RunnerConfig]] = []
+    refusals: list[tuple[int, list[str], ConfigRefused]] = []
     own = [str(item) for item in master.hydra.overrides.hydra]
     for number, overrides in enumerate(jobs, first):
         try:
@@ -124,11 +125,30 @@ def _check_all(
                 composed.hydra.job.id = str(number)
             prepared.append((overrides, composed, check(composing, composed, overrides)))
         except ConfigRefused as refusal:
-            where = f"job #{number} ({' '.join(filter_overrides(overrides))}): "
-            violations += [replace(item, rule=where + item.rule) for item in refusal.violations]
-    if violations:
-        raise ConfigRefused(violations)
+            refusals.append((number, overrides, refusal))
+    if refusals:
+        raise ConfigRefused(_of_jobs(refusals))
     return prepared
+
+
+def _of_jobs(refusals: Sequence[tuple[int, list[str], ConfigRefused]]) -> list[Violation]:
+    """The faults of all jobs, each told once, with the first job that has it."""
+    found: dict[tuple[str, str, str], Violation] = {}
+    for number, overrides, refusal in refusals:
+        for item in refusal.violations:
+            shown = f"job #{number} ({' '.join(filter_overrides(overrides))}): {item.rule}"
+            found.setdefault((item.path, str(item.value), item.rule), replace(item, rule=shown))
+    return list(found.values())
+
+
+def _remove_unused(composing: Composer, arguments: list[str]) -> None:
+    """Remove the directory that Hydra has made for a sweep of which no job was started."""
+    try:
+        directory = Path(composing.compose(arguments, multirun=True).hydra.sweep.dir)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return  # the sweep itself could not be composed, so nothing was made
+    if directory.is_dir() and [item.name for item in directory.iterdir()] == ["multirun.yaml"]:
+        shutil.rmtree(directory)
 
 
 def _run_job(
@@ -187,13 +207,11 @@ def _sweep_faults(composing: Composer, overrides: Sequence[str], error: Exceptio
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException:
         jobs = [list(overrides)]
-    found: dict[tuple[str, str, str], Violation] = {}
+    refusals: list[tuple[int, list[str], ConfigRefused]] = []
     for number, job in enumerate(jobs):
         try:
             check(composing, compose_or_refuse(composing, job), job)
         except ConfigRefused as refusal:
-            for item in refusal.violations:
-                shown = f"job #{number} ({' '.join(filter_overrides(job))}): {item.rule}"
-                found.setdefault((item.path, str(item.value), item.rule), replace(item, rule=shown))
+            refusals.append((number, job, refusal))
     fallback = Violation("sweep", " ".join(overrides), str(error).strip().splitlines()[0], "mend the sweep's overrides")
-    return list(found.values()) or [fallback]
+    return _of_jobs(refusals) or [fallback]
