@@ -269,7 +269,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return "remove it"
     by_lowered = {item.lower(): item for item in known}
     close = difflib.get_close_matches(str(name).lower(), by_lowered, n=1, cutoff=0.6)
-    return f"did you mean `{by_lowered[close[0]]}`?" if close else f"use one of: {', '.join(known)}"
+    return f"did you mean {by_lowered[close[0]]}?" if close else f"use one of: {', '.join(known)}"
 
 
 def optimizer_options(section: Any) -> dict[str, Any]:
