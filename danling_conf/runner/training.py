@@ -16,17 +16,16 @@ from danling_conf.build import compile as compilation
 from danling_conf.build import dataloader as loaders
 from danling_conf.build import gradients, optimizer, precision, process_group
 from danling_conf.build.model import assemble
-from danling_conf.build.samplers import ShardedSampler
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.resolution.current import current
 from danling_conf.resolution.identity import plain
 from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.resolve import resolve
 from danling_conf.runner import garbage_collection, seeds
-from danling_conf.runner.alignment import agreed_length, aligned
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
 from danling_conf.runner.cadence import cadence_of, next_multiple
 from danling_conf.runner.conclusion import conclusion
+from danling_conf.runner.data import batches_per_epoch, evaluated_splits, in_step, make_loaders
 from danling_conf.runner.environment import record_environment
 from danling_conf.runner.evaluation import evaluate
 from danling_conf.runner.meters import LossMeter
@@ -39,7 +38,6 @@ from danling_conf.runner.world import join
 from danling_conf.schema import RunnerConfig
 
 Loss = Callable[[Any, Any], Tensor]
-_CPU = torch.device("cpu")
 
 
 class Runner:
@@ -141,7 +139,15 @@ class Runner:
         config, world = self.config, self.world
         self._forward, self._loss, self._report = forward or default_forward, loss or loss_of_output, report
         with refused():
-            self._build_data(datasets, collate_fn)
+            self.loaders = make_loaders(
+                datasets,
+                config.dataloader,
+                data_rank=world.data_rank,
+                data_degree=world.data_degree,
+                seed=world.attempt.seed,
+                collate_fn=collate_fn,
+            )
+            self.cadence = cadence_of(config, batches_per_epoch(self.loaders["train"]))
             self.model = assemble(
                 model,
                 layout=world.layout,
@@ -163,7 +169,7 @@ class Runner:
                 splits=datasets,
                 metrics=self.metrics,
             )
-            measured = [split for split in datasets if not loaders.is_training(split) and not split.startswith("test")]
+            measured = evaluated_splits(datasets, self.score.split, final=False)
             self.schedule = Schedule(
                 config.scheduler,
                 self.optimizer,
@@ -270,31 +276,6 @@ class Runner:
         """Give back what the runner took: workers, logs, locks, settings of the process."""
         self._stack.close()
 
-    def _build_data(self, datasets: Mapping[str, Any], collate_fn: Callable[[list[Any]], Any] | None) -> None:
-        if "train" not in datasets:
-            raise ValueError(f"datasets: there is no split train among {', '.join(datasets) or 'none'}: name it so")
-        for split, dataset in datasets.items():
-            if hasattr(dataset, "__len__") and not len(dataset):
-                raise ValueError(f"datasets: the split {split} has no samples: leave it out, or give it some")
-        world = self.world
-        self.loaders = {
-            split: loaders.make(
-                dataset,
-                self.config.dataloader,
-                split,
-                data_rank=world.data_rank,
-                data_degree=world.data_degree,
-                seed=world.attempt.seed,
-                collate_fn=collate_fn,
-            )
-            for split, dataset in datasets.items()
-        }
-        train = self.loaders["train"]
-        sized = hasattr(train.dataset, "__len__")
-        # Shares of an iterable data set may differ; a map-style one is dealt out evenly by its sampler.
-        self._uneven = not isinstance(train.sampler, ShardedSampler)
-        self.cadence = cadence_of(self.config, agreed_length(len(train) if sized else None, _CPU))
-
     def _go_on(self) -> None:
         attempt, config = self.world.attempt, self.config
         if attempt.restore is not None:
@@ -341,9 +322,7 @@ class Runner:
         own, self._resumed = self._resumed, None
         if own is not None and own["loader"] is not None:
             loader.load_state_dict(own["loader"])
-        iterator = iter(loader)
-        if self._uneven:
-            iterator = aligned(iterator, _CPU)
+        iterator = in_step(loader, iter(loader))
         if own is not None and own["same_world"]:
             seeds.restore_generators(own["generators"], self.device)  # making the iterator may draw from them
         # What is left of an epoch and makes no whole optimizer step is not used.
@@ -434,14 +413,8 @@ class Runner:
     def _evaluate(self, *, final: bool) -> bool:
         """Evaluate what was not evaluated at this step, and take the score from it; says whether it is the best."""
         began, step = time.perf_counter(), self.global_step
-        # A test split is for the end, unless it is what the score comes from.
-        splits = [
-            split
-            for split in self.loaders
-            if not loaders.is_training(split)
-            and self._evaluated_at.get(split) != step
-            and (final or not split.startswith("test") or split == self.score.split)
-        ]
+        due = evaluated_splits(self.loaders, self.score.split, final=final)
+        splits = [split for split in due if self._evaluated_at.get(split) != step]
         mean = self._meter.mean()
         if mean is not None:  # None where a log line has just taken it
             self.results["train.loss"] = mean

@@ -77,7 +77,14 @@ def started(
     if words[0].endswith(".py"):
         words = [sys.executable, *words]
     process = subprocess.Popen(
-        words, cwd=cwd, env=environment(env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        words,
+        cwd=cwd,
+        env=environment(env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process

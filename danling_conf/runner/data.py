@@ -1,0 +1,69 @@
+"""The loaders of a run's splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from danling_conf.build import dataloader
+from danling_conf.build.samplers import ShardedSampler
+from danling_conf.runner.alignment import agreed_length, aligned
+from danling_conf.schema.dataloader import DataloaderConfig
+
+# Ranks agree on how much data there is without waiting for an accelerator.
+_CPU = torch.device("cpu")
+
+
+def make_loaders(
+    datasets: Mapping[str, Any],
+    section: DataloaderConfig,
+    *,
+    data_rank: int,
+    data_degree: int,
+    seed: int,
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> dict[str, Any]:
+    """One loader a split.
+
+    Raises:
+        ValueError: there is no split `train`, or one without samples.
+    """
+    if "train" not in datasets:
+        raise ValueError(f"datasets: there is no split train among {', '.join(datasets) or 'none'}: name it so")
+    for split, dataset in datasets.items():
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise ValueError(f"datasets: the split {split} has no samples: leave it out, or give it some")
+    return {
+        split: dataloader.make(
+            dataset,
+            section,
+            split,
+            data_rank=data_rank,
+            data_degree=data_degree,
+            seed=seed,
+            collate_fn=collate_fn,
+        )
+        for split, dataset in datasets.items()
+    }
+
+
+def batches_per_epoch(loader: Any) -> int | None:
+    """Batches of a training epoch on the rank that has fewest; None for data without a length. Collective."""
+    return agreed_length(len(loader) if hasattr(loader.dataset, "__len__") else None, _CPU)
+
+
+def in_step(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+    """An epoch's batches, as many on every rank. A map-style data set is dealt out evenly by its sampler; the shares of
+    an iterable one may differ."""
+    return iterator if isinstance(loader.sampler, ShardedSampler) else aligned(iterator, _CPU)
+
+
+def evaluated_splits(splits: Mapping[str, Any], score_split: str, *, final: bool) -> list[str]:
+    """The splits that an evaluation looks at: a test split only at the end, unless the score comes from it."""
+    return [
+        split
+        for split in splits
+        if not dataloader.is_training(split) and (final or not split.startswith("test") or split == score_split)
+    ]
