@@ -96,7 +96,7 @@ def test_options_arrive_at_the_loader():
         ({"persistent_workers": True}, r"dataloader.persistent_workers=True"),
         ({"val": {"prefetch_factor": 2}}, r"dataloader.val.prefetch_factor=2: .* set dataloader.val.num_workers=2"),
         ({"num_workers": 2, "val": {"num_workers": 0, "prefetch_factor": 2}}, r"dataloader.val.prefetch_factor=2"),
-        ({"val": {"batchsize": 2}}, r"dataloader.val.batchsize=2: .*`batch_size`"),
+        ({"val": {"batchsize": 2}}, r"dataloader.val.batchsize=2: .*mean batch_size"),
         ({"val": 3}, r"dataloader.val=3: it must be a mapping"),
     ],
 )

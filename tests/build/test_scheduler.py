@@ -186,7 +186,7 @@ def test_an_own_class_gets_its_options():
 @pytest.mark.parametrize(
     ("type_", "settings", "said"),
     [
-        ("cosin", {}, "scheduler.type=cosin: .*`cosine`"),
+        ("cosin", {}, "scheduler.type=cosin: .*mean cosine"),
         ("linear", {"warmup_steps": 11}, "scheduler.warmup_steps=11: .*10 times"),
         ("constant", {"warmup_steps": 11}, "scheduler.warmup_steps=11"),
         ("wsd", {"warmup_steps": 6, "decay_steps": 5}, "scheduler.decay_steps=5: with 6 steps of warm-up"),
