@@ -24,7 +24,7 @@ RULES: tuple[Rule, ...] = (
     options.compile_options,
     options.precision_fits,
     options.loader_workers,
-    options.resume_sources,
+    options.saving_with_interval,
     options.selection_by_ops,
     optimizers.known_optimizer,
     optimizers.known_scheduler,

@@ -61,8 +61,8 @@ def loader_workers(config: RunnerConfig, context: Context) -> Iterator[Violation
         )
 
 
-def resume_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """`load_only` runs of a checkpoint interval contradict themselves."""
+def saving_with_interval(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """An interval of saving contradicts `load_only`, which never saves."""
     if config.checkpoint.load_only and config.checkpoint.interval is not None:
         yield Violation(
             "checkpoint.interval",
