@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import lr_scheduler
 
@@ -32,6 +35,62 @@ def scheduled_rates(scheduler: Any) -> list[float]:
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """The axes of `mesh` as one axis called `name`; its process group is made once and kept by the root mesh."""
     return mesh._flatten(name)
+
+
+def split_mesh(mesh: DeviceMesh, axes: dict[str, int]) -> DeviceMesh:
+    """A mesh of one axis as several, outermost first; tensors on it and on other meshes of the same root combine."""
+    return mesh._unflatten(0, tuple(axes.values()), tuple(axes))
+
+
+def keep_quiet_about_order() -> None:
+    """Switch off a warning that every rank gives when it gathers a tensor that both FSDP2 and another axis shard: their
+    order is FSDP2's own, and nobody who reads the warning can change it."""
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def replicate(module: nn.Module, **options: Any) -> nn.Module:
+    """Data parallelism with FSDP2's machinery and whole weights, for parameters that other axes shard (`DTensor`s),
+    which DDP does not take."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    return cast(nn.Module, replicate(module, **options))
+
+
+def all_gather(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
+    """The group's tensors joined along `dim`; differentiable: gradients are summed and dealt back. (The all-gather of
+    `torch.distributed.nn` gives wrong gradients on gloo where they are not contiguous.)"""
+    return functional.all_gather_tensor_autograd(tensor.contiguous(), dim, group)
+
+
+def all_to_all(tensor: torch.Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> torch.Tensor:
+    """Rows of (sum of `sent`, ...) to their ranks, rows from all ranks back: (sum of `received`, ...). Differentiable.
+
+    (torch's own differentiable one gives a tensor that the collective is still filling; a compiled function that takes
+    it gives it a gradient of 0.)
+    """
+    return _AllToAll.apply(tensor, received, sent, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Any:
+        ctx.sizes, ctx.group = (received, sent), group
+        return functional.wait_tensor(functional.all_to_all_single(tensor.contiguous(), received, sent, group))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        received, sent = ctx.sizes
+        back = functional.all_to_all_single(gradient.contiguous(), sent, received, ctx.group)
+        return functional.wait_tensor(back), None, None, None
+
+
+def enable_ring(balance: bool) -> None:
+    """Let attention on tensors that are sharded along the sequence go around the ranks (torch 2.13, CUDA only).
+    `balance` says whether each rank has an early and a late piece."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    _attention._cp_options.enable_load_balance = balance
+    _attention._enable_context_parallel_dispatcher()
 
 
 def storage_identity(tensor: torch.Tensor) -> int:

@@ -31,6 +31,9 @@ _EXPENSIVE = (
     "higher_order.flex_attention",
 )
 
+COMPILED = "_compiled_forward"
+"""Attribute of a block with its forward as compiled inside of the recomputation, where that is how it is compiled."""
+
 
 def apply(model: nn.Module, section: ActivationCheckpointingConfig) -> nn.Module:
     """Recompute activations of the model's repeated blocks in the backward pass, as `section.mode` says. In place.
@@ -67,6 +70,11 @@ def apply(model: nn.Module, section: ActivationCheckpointingConfig) -> nn.Module
     return model
 
 
+def is_recomputed(block: nn.Module) -> bool:
+    """Whether `apply` has made this block recompute its activations."""
+    return hasattr(block, "_recompute_options")
+
+
 def from_keywords(**keywords: Any) -> partial[nn.Module]:
     """`activation_checkpointing` as `hydra.utils.instantiate` reads it: a partial that waits for the model."""
     section = section_from(ActivationCheckpointingConfig, keywords, path="activation_checkpointing")
@@ -74,7 +82,8 @@ def from_keywords(**keywords: Any) -> partial[nn.Module]:
 
 
 def _recomputed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(partial(type(self).forward, self), *args, **self._recompute_options, **kwargs)  # type: ignore
+    compute: Any = getattr(self, COMPILED, None) or type(self).forward
+    return checkpoint(partial(compute, self), *args, **self._recompute_options, **kwargs)  # type: ignore
 
 
 def _keep(kept: frozenset[Any], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

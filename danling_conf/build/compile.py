@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from danling_conf.build.activation_checkpointing import COMPILED, is_recomputed
 from danling_conf.build.blocks import repeated_blocks
 from danling_conf.build.keywords import section_from
 from danling_conf.schema.compile import CompileConfig
@@ -17,8 +18,11 @@ from danling_conf.schema.compile import CompileConfig
 _OPTIONS = ("backend", "fullgraph", "dynamic", "mode", "options")
 
 
-def apply(model: nn.Module, section: CompileConfig) -> nn.Module:
+def apply(model: nn.Module, section: CompileConfig, *, inside_recomputation: bool = False) -> nn.Module:
     """Compile `model` in place: each repeated block, or the whole model with `scope: model`. Names do not change.
+
+    A block that recomputes its activations is compiled with its recomputation, or else `inside_recomputation` (torch
+    2.13 cannot compile the recomputation of tensor-parallel layers).
 
     A model without repeated blocks is compiled whole. Only the options that are set are passed to torch, so that the
     others keep its defaults. A whole model is compiled after it is wrapped by DDP or FSDP2, blocks before.
@@ -39,7 +43,10 @@ def apply(model: nn.Module, section: CompileConfig) -> nn.Module:
     modules = [block for _, block in repeated_blocks(model)] if is_per_block(model, section) else [model]
     for module in modules:
         try:
-            module.compile(**options)
+            if inside_recomputation and is_recomputed(module):
+                setattr(module, COMPILED, torch.compile(type(module).forward, **options))
+            else:
+                module.compile(**options)
         except RuntimeError as error:
             # torch checks mode and options here, before anything is compiled.
             given = ", ".join(f"compile.{name}={value}" for name, value in options.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from danling_conf.build.blocks import repeated_blocks
+from danling_conf.build.blocks import repeated_blocks, shares_parameters
 from danling_conf.build.keywords import section_from
-from danling_conf.build.mesh import axes_of
+from danling_conf.build.mesh import axes_of, axis, weights_mesh
 from danling_conf.build.precision import dtype
 from danling_conf.schema.fsdp import FsdpConfig
 
@@ -24,9 +24,22 @@ _log = logging.getLogger(__name__)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, precision: str | None = None) -> nn.Module:
-    """Shard each repeated block of `model`, then the rest of it, over the shard axis of `mesh`; with a replicate axis,
-    over both (hybrid sharding). In place; parameters become `DTensor`s, also those on the meta device.
+def shard(
+    model: nn.Module,
+    section: FsdpConfig,
+    mesh: DeviceMesh | None,
+    *,
+    precision: str | None = None,
+    experts: Sequence[str] = (),
+    expert_mesh: DeviceMesh | None = None,
+    pipelined: bool = False,
+) -> nn.Module:
+    """Shard each repeated block of `model`, then the rest of it, over the shard axis of `mesh` and its context axis, if
+    there is one; with a replicate axis, over both (hybrid sharding). In place; parameters become `DTensor`s, also those
+    on the meta device.
+
+    The modules named `experts`, which expert axes have dealt out, are sharded over what these leave of
+    `expert_mesh`. In a pipeline, blocks stay gathered between microbatches unless the section says otherwise.
 
     `precision` (bf16, fp16) is the dtype of the computation where `section.mp_policy` says nothing; gradients are then
     reduced in fp32. Batch normalisation computes in fp32 all the same. A block that shares a parameter with the rest of
@@ -41,29 +54,48 @@ def shard(model: nn.Module, section: FsdpConfig, mesh: DeviceMesh | None, *, pre
             f"fsdp.enabled=true: the mesh has no shard axis (its axes: {', '.join(axes_of(mesh)) or 'none'}); choose a "
             f"layout with FSDP, such as parallel=fsdp, and start the process group before the mesh is made"
         )
+    over = weights_mesh(mesh)
+    assert over is not None  # there is a shard axis
     options: dict[str, Any] = {
-        "mesh": mesh["replicate", "shard"] if "replicate" in axes_of(mesh) else mesh["shard"],
+        "mesh": over,
         "mp_policy": mixed_precision_policy(section, precision),
         "offload_policy": offload_policy(section),
     }
     if section.reshard_after_forward is not None:
-        degree = mesh["shard"].size()
+        context = axis(mesh, "context")
+        degree = mesh["shard"].size() * (1 if context is None else context.size())
         size = section.reshard_after_forward
         if not isinstance(size, bool) and (size < 1 or degree % size):
             raise ValueError(
-                f"fsdp.reshard_after_forward={size}: must divide the shard degree {degree}, or be a boolean"
+                f"fsdp.reshard_after_forward={size}: must divide the {degree} ranks that weights are sharded over, or "
+                f"be a boolean"
             )
         options["reshard_after_forward"] = size
+    elif pipelined:
+        options["reshard_after_forward"] = False
+    _shard_experts(model, experts, expert_mesh, options)
     _shard_batch_norms(model, options)
     # Inner modules first: a module that is wrapped takes the parameters that are not taken yet.
     for name, block in reversed(repeated_blocks(model, section.module_classes)):
-        if _shares_parameters(model, block):
+        if shares_parameters(model, block):
             _log.warning("fsdp: %s shares a parameter with the rest of the model and is sharded with it", name)
             continue
         # Cast between blocks, outputs would meet parts of the root (norm, head) that compute in another dtype.
         fully_shard(block, **{**options, "mp_policy": replace(options["mp_policy"], output_dtype=None)})
     fully_shard(model, **options)
     return model
+
+
+def _shard_experts(model: nn.Module, names: Sequence[str], mesh: DeviceMesh | None, options: dict[str, Any]) -> None:
+    if mesh is None or not names:
+        return
+    several = mesh["replicate"].size() > 1
+    own = {**options, "mesh": mesh["replicate", "expert_shard"] if several else mesh["expert_shard"]}
+    own["mp_policy"] = replace(options["mp_policy"], output_dtype=None)
+    if not isinstance(own.get("reshard_after_forward", True), bool):
+        own["reshard_after_forward"] = True  # the size of a group of the dense ranks
+    for name in names:
+        fully_shard(model.get_submodule(name), **own)
 
 
 def _shard_batch_norms(model: nn.Module, options: dict[str, Any]) -> None:
@@ -74,7 +106,7 @@ def _shard_batch_norms(model: nn.Module, options: dict[str, Any]) -> None:
         return
     own = MixedPrecisionPolicy(torch.float32, policy.reduce_dtype or policy.param_dtype, policy.param_dtype)
     for module in model.modules():
-        if isinstance(module, _BATCH_NORMS) and module is not model and not _shares_parameters(model, module):
+        if isinstance(module, _BATCH_NORMS) and module is not model and not shares_parameters(model, module):
             fully_shard(module, **{**options, "mp_policy": own})
 
 
@@ -109,10 +141,3 @@ def offloads(section: FsdpConfig) -> bool:
 def from_keywords(**keywords: Any) -> partial[nn.Module]:
     """`fsdp` as `hydra.utils.instantiate` reads it: a partial that waits for the model and `mesh=`."""
     return partial(shard, section=section_from(FsdpConfig, keywords, path="fsdp"))
-
-
-def _shares_parameters(model: nn.Module, block: nn.Module) -> bool:
-    # FSDP2 refuses a parameter that two of its groups would hold.
-    inside = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
-    everywhere = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return any(everywhere[parameter] != count for parameter, count in inside.items())

@@ -1,4 +1,4 @@
-"""Gradients of a data-parallel model: when they are communicated, and their norm."""
+"""Gradients of a distributed model: when they are communicated, and their norm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -27,11 +28,14 @@ def accumulate(model: nn.Module, *, last: bool) -> AbstractContextManager[object
     return nullcontext()
 
 
-def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+def clip(
+    parameters: Iterable[torch.Tensor], max_norm: float, *, pipeline: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """Scale gradients in place so that the 2-norm of all of them together is at most `max_norm` (infinity: only
     measure), and return the norm before. Collective where gradients are sharded.
 
     Parameters may be plain or `DTensor`s on one or several meshes; torch's own `clip_grad_norm_` takes one mesh only.
+    `pipeline` is the group whose ranks hold the other stages' parameters.
     """
     groups: dict[Any, list[torch.Tensor]] = {}
     for parameter in parameters:
@@ -39,10 +43,17 @@ def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
         if gradient is not None:
             where = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
             groups.setdefault(where, []).append(parameter)
-    if not groups:
+    if not groups and pipeline is None:
         return torch.tensor(0.0)
     norms = [_norm_of([parameter.grad for parameter in group]) for group in groups.values()]  # type: ignore[misc]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    device = norms[0].device if norms else torch.accelerator.current_accelerator() or torch.device("cpu")
+    total = torch.linalg.vector_norm(
+        torch.stack([norm.to(device) for norm in norms or [torch.zeros((), device=device)]])
+    )
+    if pipeline is not None:
+        squared = total.square()
+        dist.all_reduce(squared, group=pipeline)
+        total = squared.sqrt()
     for group in groups.values():
         clip_grads_with_norm_(group, max_norm, total)
     return total

@@ -28,9 +28,10 @@ def materialize(
 ) -> nn.Module:
     """Give every meta-device parameter and buffer of `model` its value, in place; no communication.
 
-    `model` is the model of the `blueprint`, sharded or not. Each module's own initialiser (`reset_parameters`) runs on
-    a full copy of that module alone, on the CPU, with a random generator seeded by `seed` and the module's name; each
-    rank keeps the part that is its own. So the values depend on neither layout nor device. Tied parameters stay tied.
+    `model` is the model of the `blueprint` or a stage of it, sharded or not. Each module's own initialiser
+    (`reset_parameters`) runs on a full copy of that module alone, on the CPU, with a random generator seeded by `seed`
+    and the module's name; each rank keeps the part that is its own. So the values depend on neither layout nor device.
+    Tied parameters stay tied.
 
     `parameter_device` is where parameters live if not on `device` (FSDP's CPU offload).
 
@@ -45,8 +46,11 @@ def materialize(
     _allocate(model, device, parameter_device or device)
     targets = {_unwrapped(name): tensor for name, tensor in named_tensors(model)}
     for unit in blueprint.units:
+        if not any(name in targets for name in unit.tensors):
+            continue  # of another pipeline stage
         for name, value in _values(unit, blueprint.model, seed):
-            _store(value, targets[name])
+            if name in targets:
+                _store(value, targets[name])
     return model
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,19 +14,55 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from danling_conf.build import activation_checkpointing as recomputation
 from danling_conf.build import compile as compilation
-from danling_conf.build import ddp
+from danling_conf.build import context as context_axis
+from danling_conf.build import ddp, hugging_face
+from danling_conf.build import expert as expert_axis
 from danling_conf.build import fsdp as sharding
+from danling_conf.build import stages as stages_of
+from danling_conf.build import tensor as tensor_axis
 from danling_conf.build.blueprint import Blueprint, blueprint_of, draw, made_by, named_tensors, shortened
+from danling_conf.build.context import ContextParallel
 from danling_conf.build.initialize import materialize, seeded
-from danling_conf.build.mesh import axes_of
+from danling_conf.build.mesh import axes_of, axis
+from danling_conf.build.pipeline import Pipeline
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
-from danling_conf.schema.layout import Layout
+from danling_conf.schema.layout import WORLD_AXES, Layout
+from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.layout import coordinates
 
 _log = logging.getLogger(__name__)
 
-_PLANNED_AXES = ("pipeline", "context", "tensor", "expert", "expert_tensor")
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """A model made ready for training, and what a pass through it needs to know (see `build.passes`)."""
+
+    parts: tuple[nn.Module, ...]
+    """The model; in a pipeline, the models of this rank's stages, each with the names of the whole."""
+    whole: nn.Module
+    """The whole model, not for computing: in a pipeline it may be on the meta device."""
+    pipeline: Pipeline | None = None
+    context: ContextParallel | None = None
+    sharded_logits: bool = False
+    """Whether logits stay sharded over the tensor axis for a loss that takes them so."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model. Raises ValueError in a pipeline, where no rank has it whole."""
+        if self.pipeline is not None:
+            raise ValueError("parallel.axes.pipeline: no rank has the whole model: use parts, or set the degree to 1")
+        return self.parts[0]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of this rank, each once."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def train(self, mode: bool = True) -> None:
+        for part in self.parts:
+            part.train(mode)
 
 
 def assemble(
@@ -37,21 +75,24 @@ def assemble(
     fsdp: FsdpConfig,
     compile: CompileConfig,
     activation_checkpointing: ActivationCheckpointingConfig,
+    parallel: ParallelConfig | None = None,
+    expert_mesh: DeviceMesh | None = None,
     precision: str | None = None,
-) -> nn.Module:
-    """The model on its device, wrapped, compiled and with values, as the layout and the sections say.
+) -> Assembled:
+    """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
     `model` is a factory without arguments, which is called on the meta device so that no rank holds the whole model, or
     a module, which is taken over with rank 0's weights. A factory's weights depend on `seed` alone: where the modules'
     own initialisers cannot repeat what the constructor did, the model is built in full on the CPU of every rank, under
     one seed and with rank 0's weights, and the log says which modules are to blame.
 
-    The order: plan of the other axes, activation checkpointing, compile per block, FSDP2 or DDP, values, compile of a
-    whole model. (DDP takes values before it wraps.) `precision` reaches FSDP's policy; under DDP and in a single
-    process it is the caller's autocast.
+    The order: cut into pipeline stages, plans of the tensor, expert and context axes, activation checkpointing, compile
+    per block, FSDP2 or data parallelism, values, compile of a whole model. (DDP takes values before it wraps.)
+    `precision` reaches FSDP's policy; elsewhere it is the caller's autocast.
 
     Raises ValueError where the layout asks for what nothing implements, or shards without FSDP.
     """
+    parallel = parallel or ParallelConfig()
     _check(layout, mesh, fsdp)
     blueprint: Blueprint | None = None
     if not isinstance(model, nn.Module):
@@ -60,37 +101,114 @@ def assemble(
         built = model
         if any(tensor.device.type == "meta" for _, tensor in named_tensors(model)):
             blueprint = blueprint_of(model)
-    if blueprint is None and fsdp.enabled:
+    hugging_face.prepare(built)
+    plain = ddp.is_plain(mesh) and not fsdp.enabled
+    if blueprint is None and not plain:
         _share_weights(built, device)
-    apply_plan(built, mesh, layout)
-    recomputation.apply(built, activation_checkpointing)
-    per_block = compilation.is_per_block(built, compile)
-    compilation.configure(compile)
-    if per_block:
-        compilation.apply(built, compile)
-    sharding.shard(built, fsdp, mesh, precision=precision)
-    if blueprint is not None:
-        offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
-        materialize(built, device=device, seed=seed, blueprint=blueprint, parameter_device=offloaded)
-    elif not fsdp.enabled:
-        built.to(device)
-    wrapped = built if fsdp.enabled else ddp.replicate(built, mesh)
-    return wrapped if per_block else compilation.apply(wrapped, compile)
-
-
-def apply_plan(model: nn.Module, mesh: DeviceMesh | None, layout: Layout) -> nn.Module:
-    """Lay the model out over the axes other than replicate and shard. Nothing does so yet.
-
-    Raises ValueError for a degree above 1: an axis that is silently ignored would train something else.
-    """
-    for axis in _PLANNED_AXES:
-        degree = getattr(layout, axis)
-        if degree > 1:
-            raise ValueError(
-                f"parallel.axes.{axis}={degree}: nothing lays {type(model).__name__} out over the {axis} axis; set the "
-                f"degree to 1"
+    context = context_axis.make(parallel, mesh)
+    plan = tensor_axis.plan_for(built, parallel, layout.tensor) if _planned(built, layout, "tensor") else None
+    stages, placement = _cut(built, layout, parallel)
+    parts = stages or {0: built}
+    offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
+    sharded_logits = False
+    for index, part in parts.items():
+        experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context)
+        sharded_logits = sharded_logits or sharded
+        if context is not None and not stages:
+            context_axis.give_positions(part, context)
+        recomputation.apply(part, activation_checkpointing)
+        per_block = compilation.is_per_block(part, compile)
+        compilation.configure(compile)
+        if per_block:
+            compilation.apply(part, compile, inside_recomputation=layout.tensor > 1)
+        if fsdp.enabled:
+            sharding.shard(
+                part, fsdp, mesh, precision=precision, experts=experts, expert_mesh=expert_mesh, pipelined=bool(stages)
             )
-    return model
+        elif not plain:
+            ddp.replicate_blocks(part, mesh, experts=experts, expert_mesh=expert_mesh)
+        if blueprint is not None:
+            materialize(part, device=device, seed=seed, blueprint=blueprint, parameter_device=offloaded)
+        elif not fsdp.enabled:
+            part.to(device)
+        wrapped = ddp.replicate(part, mesh) if plain else part
+        parts[index] = wrapped if per_block else compilation.apply(wrapped, compile)
+    pipeline = None
+    if stages:
+        pipeline = Pipeline(
+            parts,
+            placement,
+            parallel,
+            mesh["pipeline"],  # type: ignore[index]
+            device,
+            positions=_positions if context is None else context.positions,
+            policy=sharding.mixed_precision_policy(fsdp, precision) if fsdp.enabled else None,
+        )
+    return Assembled(
+        parts=tuple(part for _, part in sorted(parts.items())),
+        whole=blueprint.model if blueprint is not None else built,
+        pipeline=pipeline,
+        context=context,
+        sharded_logits=sharded_logits,
+    )
+
+
+def _planned(model: nn.Module, layout: Layout, axis: str) -> bool:
+    """Whether an axis needs a plan: its degree is above 1, and the model does not lay itself out."""
+    return getattr(layout, axis) > 1 and _own_method(model) is None
+
+
+def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
+    """A model's own `parallelize(mesh)`. (Older models of transformers have a method of this name that takes a map of
+    devices.)"""
+    method = getattr(model, "parallelize", None)
+    return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
+
+
+def _cut(model: nn.Module, layout: Layout, parallel: ParallelConfig) -> tuple[dict[int, nn.Module] | None, list[int]]:
+    """The stages of this rank, by index, and the rank of every stage; None for no pipeline."""
+    degree = layout.pipeline
+    if degree == 1:
+        return None, []
+    names = parallel.module_fqns_per_model_part
+    if names is None:
+        names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule))
+    stages_of.check(model, names)
+    placement = stages_of.placement(parallel.pipeline_schedule, degree, len(names))
+    own = coordinates(layout, dist.get_rank())["pipeline"]
+    mine = [index for index, rank in enumerate(placement) if rank == own]
+    return {index: stages_of.stage_model(model, names, index) for index in mine}, placement
+
+
+def _lay_out(
+    part: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    expert_mesh: DeviceMesh | None,
+    parallel: ParallelConfig,
+    plan: dict[str, str] | None,
+    context: ContextParallel | None,
+) -> tuple[list[str], bool]:
+    """Apply the plans of the tensor, expert and context axes: gives the names of the modules that hold experts, and
+    whether logits may stay sharded."""
+    own = _own_method(part)
+    if own is not None and mesh is not None:
+        own(mesh)
+        return [], False
+    sharded = False
+    if plan is not None:
+        tensor = mesh["tensor"]  # type: ignore[index]
+        sharded = tensor_axis.parallelize(part, plan, tensor, loss_parallel=parallel.loss_parallel)
+    experts: list[str] = []
+    if expert_mesh is not None:
+        experts = expert_axis.parallelize(part, layout, expert_mesh, axis(mesh, "tensor"))
+    if context is not None:
+        context_axis.parallelize(part, context)
+    return experts, sharded
+
+
+def _positions(length: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(length, device=device)
 
 
 def _check(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
@@ -99,7 +217,9 @@ def _check(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
             f"fsdp.enabled=false: a layout with parallel.axes.shard={layout.shard} shards by FSDP; choose it by name "
             f"(parallel=fsdp{layout.shard}), or use the replicate axis for DDP"
         )
-    absent = [axis for axis in ("replicate", "shard") if getattr(layout, axis) > 1 and axis not in axes_of(mesh)]
+    absent = [name for name in WORLD_AXES if getattr(layout, name) > 1 and name not in axes_of(mesh)]
+    if absent == ["replicate"] and mesh is None and dist.is_initialized():
+        return  # parallel.use_device_mesh=false
     if absent:
         raise ValueError(
             f"parallel.axes.{absent[0]}={getattr(layout, absent[0])}: the mesh has no {absent[0]} axis; make it from "

@@ -3,34 +3,26 @@
 What is averaged how: the loss here is the mean over samples, each batch's mean loss counting by its number of samples.
 In training it is the plain mean over micro-batches and data ranks. The two agree where batches are of one size, and are
 exact where a batch's loss is a mean over its samples; a mean over something that samples hold unequally much of, such
-as tokens that are not masked, counts each sample alike, and not each token.
+as tokens that are not masked, counts each sample alike, and not each token. A loss that gives a sum and its count is
+the mean over what it counts, here and in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as distributed
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf.runner.batch import Forward, count_samples, metric_inputs, to_device
+from danling_conf.build.passes import Passes
+from danling_conf.runner.batch import count_samples, metric_inputs, to_device
 from danling_conf.runner.meters import reduce_sum
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: Any,
-    *,
-    forward: Forward,
-    loss: Callable[[Any, Any], Tensor],
-    metrics: Mapping[str, Any],
-    device: torch.device,
-) -> dict[str, float]:
+def evaluate(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:
     """Mean loss over all samples of a split, and its metrics. Collective.
 
     A rank may have a batch less than another. Forward passes communicate, so it takes part with a batch that it has
@@ -41,28 +33,28 @@ def evaluate(
     that of rank 0's share of the samples.
 
     Args:
-        model: left in the mode (train or eval) that it came in.
+        passes: of the model, which is left in the mode (train or eval) that it came in.
         loader: yields this rank's batches.
         metrics: torchmetrics objects by name (anything with `update`, `compute` and `reset`).
     """
-    training = model.training
-    model.eval()
-    # DDP's forward would synchronise buffers, which evaluation does not change.
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    _share_buffers(inner)
+    model = passes.model
+    training = model.parts[0].training
+    model.train(False)
+    for part in model.parts:
+        _share_buffers(part, passes.model.pipeline is not None)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for metric in metrics.values():
         metric.reset()
+
+    def update(output: Any, batch: Any) -> None:
+        for metric in metrics.values():
+            metric.update(*metric_inputs(output, batch))
+
     try:
-        for batch, counts in _aligned(loader, device):
+        for batch, largest, counts in _aligned(loader, device):
             batch = batch if device.type == "cpu" else to_device(batch, device)
-            output = forward(inner, batch)
-            value = loss(output, batch)
-            if counts:
-                samples = count_samples(batch)
-                sums += torch.stack([value.double() * samples, value.new_tensor(samples, dtype=torch.float64)])
-                for metric in metrics.values():
-                    metric.update(*metric_inputs(output, batch))
+            measured = passes.evaluate(batch, largest=largest, counts=counts, use=update if metrics else None)
+            sums += torch.stack([measured.total.double(), sums.new_tensor(0.0) + measured.weight])
         results = {name: float(metric.compute()) for name, metric in metrics.items()}
     finally:
         model.train(training)
@@ -70,9 +62,10 @@ def evaluate(
     return _rank_zeros(results if mean is None else {"loss": mean, **results}, device)
 
 
-def _share_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's saved buffers of floating point: running statistics follow each rank's own samples."""
-    if not _several_ranks():
+def _share_buffers(model: nn.Module, pipelined: bool) -> None:
+    """Give every rank rank 0's saved buffers of floating point: running statistics follow each rank's own samples. (The
+    stages of a pipeline have different ones.)"""
+    if not _several_ranks() or pipelined:
         return
     saved = (
         buffer
@@ -100,24 +93,26 @@ def _several_ranks() -> bool:
     return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _aligned(loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """Batches with whether they count: on every rank as many as on the rank that has most."""
+def _aligned(loader: Any, device: torch.device) -> Iterator[tuple[Any, int, bool]]:
+    """Batches, with the samples of the largest one that a rank has now and whether they count: on every rank as many as
+    on the rank that has most."""
     if not _several_ranks():
-        yield from ((batch, True) for batch in loader)
+        yield from ((batch, count_samples(batch), True) for batch in loader)
         return
     last = None
     iterator = iter(loader)
     while True:
         batch = next(iterator, None)
-        more = torch.tensor(int(batch is not None), device=device)
-        distributed.all_reduce(more, op=distributed.ReduceOp.MAX)
-        if not more.item():
+        samples = torch.tensor(0 if batch is None else count_samples(batch), device=device)
+        distributed.all_reduce(samples, op=distributed.ReduceOp.MAX)
+        largest = int(samples.item())
+        if not largest:
             return
         if batch is not None:
             last = batch
         elif last is None:
             last = _any_batch(loader)
-        yield last, batch is not None
+        yield last, largest, batch is not None
 
 
 def _any_batch(loader: Any) -> Any:

@@ -6,30 +6,33 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from danling_conf.build.passes import Measured
+
 
 class LossMeter:
-    """Mean of scalar tensors. Appending does not wait for the device; reading reduces over ranks and waits once."""
+    """Mean of losses. Appending does not wait for the device; reading reduces over ranks and waits once."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
-        self._count = 0
+        self._count: Tensor | float = 0.0
 
-    def append(self, loss: Tensor) -> None:
-        """Take a scalar into the mean. It is not kept: the output of a CUDA graph is overwritten by the next step."""
+    def append(self, loss: Measured) -> None:
+        """Take a loss into the mean. It is not kept: the output of a CUDA graph is overwritten by the next step."""
         if self._total is None:
-            self._total = loss.to(torch.float64, copy=True)
+            self._total = loss.total.to(torch.float64, copy=True)
         else:
-            self._total += loss
-        self._count += 1
+            self._total += loss.total
+        self._count = self._count + loss.weight
 
     def mean(self) -> float | None:
         """Mean over everything since the last reset, of all ranks; None when there was nothing. Collective."""
         if self._total is None:
             return None
-        return reduce_sum(torch.stack([self._total, self._total.new_tensor(self._count)])).ratio()
+        count = torch.as_tensor(self._count, dtype=self._total.dtype, device=self._total.device)
+        return reduce_sum(torch.stack([self._total, count])).ratio()
 
     def reset(self) -> None:
-        self._total, self._count = None, 0
+        self._total, self._count = None, 0.0
 
 
 class Sums:
@@ -47,7 +50,8 @@ class Sums:
 def reduce_sum(values: Tensor) -> Sums:
     """A (2,) tensor of a sum and its weight, summed over all ranks. Collective; waits for the device.
 
-    Ranks that share samples (context, tensor, pipeline) hold the same two numbers, which cancel in the ratio.
+    Ranks that share samples (tensor) hold the same two numbers, which cancel in the ratio; those of other pipeline
+    stages hold zeros.
     """
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(values)

@@ -89,9 +89,11 @@ class Progress:
         """Leave out of the speed what was spent on something else (evaluation)."""
         self._since += seconds
 
-    def step(self, loss: float | None, learning_rate: float) -> None:
-        """A log line about the steps since the last one."""
+    def step(self, loss: float | None, learning_rate: float, expert_load: float | None = None) -> None:
+        """A log line about the steps since the last one. `expert_load` is that of the busiest expert over the mean."""
         facts = [f"loss {loss:.4f}" if loss is not None else "", f"lr {learning_rate:.2e}"]
+        if expert_load is not None:
+            facts.append(f"busiest expert {expert_load:.2f}x")
         speed = self._speed()
         if speed is not None:
             if self.per_step is not None:

@@ -14,9 +14,9 @@ import torch
 from danling_conf.build.samplers import seed_of
 
 
-def seed_rank(seed: int, data_rank: int) -> None:
-    """Seed every generator, differently on each data rank: dropout must differ where samples do."""
-    own = seed_of(seed, data_rank, 0)
+def seed_rank(seed: int, stream: int) -> None:
+    """Seed every generator, differently for each stream (`topology.layout.random_stream`)."""
+    own = seed_of(seed, stream, 0)
     random.seed(own)
     torch.manual_seed(own)
     if "numpy" in sys.modules:

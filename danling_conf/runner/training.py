@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.build import compile as compilation
 from danling_conf.build import dataloader as loaders
-from danling_conf.build import gradients, optimizer, precision, process_group
+from danling_conf.build import expert, gradients, optimizer, precision, process_group
+from danling_conf.build.mesh import batch_mesh
 from danling_conf.build.model import assemble
+from danling_conf.build.passes import Loss, Passes
+from danling_conf.build.target import model_factory
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.resolution.current import current
 from danling_conf.resolution.identity import plain
@@ -37,8 +41,6 @@ from danling_conf.runner.score import make_score
 from danling_conf.runner.world import join
 from danling_conf.schema import RunnerConfig
 
-Loss = Callable[[Any, Any], Tensor]
-
 
 class Runner:
     """Trains a model as a configuration says.
@@ -55,7 +57,8 @@ class Runner:
         config: resolved, or composed by Hydra, which resolves it.
 
     Attributes:
-        model, optimizer, scheduler, loaders: what was built; the scheduler is None for a constant learning rate.
+        model, optimizer, scheduler, loaders: what was built; the scheduler is None for a constant learning rate, the
+            model a list of this rank's stages in a pipeline.
         global_step: optimizer steps done.
         epoch: epochs done.
         results: the newest value of every metric, by `split.name`.
@@ -93,7 +96,9 @@ class Runner:
         self._resumed: dict[str, Any] | None = None
         self._notes: list[str] = []
 
-    def fit(self, model: nn.Module | Callable[[], nn.Module], datasets: Mapping[str, Any], **options: Any) -> float:
+    def fit(
+        self, model: nn.Module | Callable[[], nn.Module] | None, datasets: Mapping[str, Any], **options: Any
+    ) -> float:
         """Train to the end of the budget; gives the best score.
 
         Args:
@@ -112,7 +117,7 @@ class Runner:
 
     def prepare(
         self,
-        model: nn.Module | Callable[[], nn.Module],
+        model: nn.Module | Callable[[], nn.Module] | None,
         datasets: Mapping[str, Any],
         *,
         loss: Loss | None = None,
@@ -120,24 +125,26 @@ class Runner:
         forward: Forward | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         tokens_per_sample: int | None = None,
-        report: Callable[[nn.Module, Mapping[str, float]], list[str]] | None = None,
+        report: Callable[[nn.Module | None, Mapping[str, float]], list[str]] | None = None,
     ) -> None:
         """Build everything, and go on from a checkpoint where the configuration says so. Collective.
 
         Args:
             model: a factory without arguments, called on the meta device, or a module, taken over with its weights.
+                None: what `model._target_` of the configuration names.
             datasets: data set by split; `train` is what is trained on.
             loss: maps the model's output and the batch to the mean loss, a scalar. None: the output's own `.loss`.
-                Means are averaged over micro-batches and data ranks, so batches should weigh the same.
+                Means are averaged over micro-batches and ranks, so batches should weigh the same. Where they do not
+                (masked tokens), give a pair: the sum, and how many it is of; the count of all is divided by.
             metrics: torchmetrics objects, or functions that make them, by name; updated with output and targets.
             forward: runs the model on a batch. None: the first of a pair, or a mapping's items as keywords.
             collate_fn: makes a batch of samples, for every loader.
             tokens_per_sample: shows tokens per second instead of samples per second.
             report: gives lines to print at the end, from the model and the results. Called on every rank, since a
-                sharded model needs them all.
+                sharded model needs them all; in a pipeline, where no rank has the model, with None.
         """
         config, world = self.config, self.world
-        self._forward, self._loss, self._report = forward or default_forward, loss or loss_of_output, report
+        self._report = report
         with refused():
             self.loaders = make_loaders(
                 datasets,
@@ -148,8 +155,8 @@ class Runner:
                 collate_fn=collate_fn,
             )
             self.cadence = cadence_of(config, batches_per_epoch(self.loaders["train"]))
-            self.model = assemble(
-                model,
+            self.assembled = assemble(
+                model_factory(config.model) if model is None else model,
                 layout=world.layout,
                 mesh=world.mesh,
                 device=world.device,
@@ -157,9 +164,17 @@ class Runner:
                 fsdp=config.fsdp,
                 compile=config.compile,
                 activation_checkpointing=config.activation_checkpointing,
+                parallel=config.parallel,
+                expert_mesh=world.expert_mesh,
                 precision=config.precision,
             )
-            self.optimizer = optimizer.make(self.model, config.optim)
+            pipelined = self.assembled.pipeline is not None
+            self.model = nn.ModuleList(self.assembled.parts) if pipelined else self.assembled.module
+            self.optimizer = optimizer.make(
+                self.assembled.named_parameters() if pipelined else self.model,
+                config.optim,
+                whole=self.assembled.whole if pipelined else None,
+            )
             self.metrics = {name: _metric(made, world.device) for name, made in (metrics or {}).items()}
             self.score = make_score(
                 split=config.score_split,
@@ -183,15 +198,24 @@ class Runner:
                 f"score_split={config.score_split}: there is no such split; the score is {self.score.key}"
             )
         self.scheduler, self._by_step = self.schedule.scheduler, self.schedule.by_step
-        self.model.train()
+        self.assembled.train()
         autocast = None if config.fsdp.enabled else config.precision
-        self._autocast = precision.autocast(autocast, world.device.type) if autocast not in (None, "fp32") else None
+        self._autocast = partial(precision.autocast, autocast, world.device.type)
         self._scaler = precision.scaler(autocast, world.device.type)
-        self._parameters = [item for item in self.model.parameters() if item.requires_grad]
+        self._passes = Passes(
+            self.assembled,
+            forward or default_forward,
+            loss or loss_of_output,
+            world.layout,
+            world.device,
+            autocast=self._autocast,
+            scaler=self._scaler,
+        )
+        self._parameters = [item for _, item in self.assembled.named_parameters() if item.requires_grad]
         self.checkpoints = CheckpointManager(
             config.checkpoint, world.attempt.run_directory, rank=world.ranks.rank, world_size=world.ranks.world_size
         )
-        seeds.seed_rank(world.attempt.seed, world.data_rank)
+        seeds.seed_rank(world.attempt.seed, world.stream)
         with refused():
             self._go_on()
         samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
@@ -230,36 +254,25 @@ class Runner:
 
     def step(self, batch: Any) -> Tensor:
         """Forward and backward of one micro-batch and, at the last of `accum_steps`, an optimizer step with all that is
-        due after it. Gives the micro-batch's loss, detached and not waited for.
+        due after it. Gives the micro-batch's mean loss, detached and not waited for; in a pipeline, not a number on the
+        ranks that do not hold the last stage.
         """
         accumulated = self.config.accum_steps
         self._micro += 1
         last = self._micro == accumulated
-        if accumulated == 1:
-            loss = self._forward_backward(batch, 1)
-        else:
-            with gradients.accumulate(self.model, last=last):
-                loss = self._forward_backward(batch, accumulated)
+        loss = self._passes.train(batch, micro_batches=accumulated, last=last)
         self._meter.append(loss)
         if last:
             self._micro = 0
             self._update()
             if self.global_step >= self._next_event:
                 self._events()
-        return loss
+        return loss.mean
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of a split, by `split.name`. Collective."""
         self.progress.activity(f"evaluating {split}")
-        with self._autocast or nullcontext():
-            found = evaluate(
-                self.model,
-                self.loaders[split],
-                forward=self._forward,
-                loss=self._loss,
-                metrics=self.metrics,
-                device=self.device,
-            )
+        found = evaluate(self._passes, self.loaders[split], metrics=self.metrics, device=self.device)
         self.progress.activity(None)
         return {f"{split}.{name}": value for name, value in found.items()}
 
@@ -343,21 +356,14 @@ class Runner:
         self._between_epochs = True
         self._end_of_epoch()
 
-    def _forward_backward(self, batch: Any, divisor: int) -> Tensor:
-        if self._autocast is None:
-            loss = self._loss(self._forward(self.model, batch), batch)
-        else:
-            with self._autocast:
-                loss = self._loss(self._forward(self.model, batch), batch)
-        scaled = loss if divisor == 1 else loss / divisor
-        (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
-        return loss.detach()
-
     def _update(self) -> None:
+        self._passes.finish(self._parameters)
         if self.config.max_grad_norm is not None:
             if self._scaler is not None:
                 self._scaler.unscale_(self.optimizer)
-            gradients.clip(self._parameters, self.config.max_grad_norm)
+            pipeline = self.assembled.pipeline
+            group = None if pipeline is None else pipeline.group
+            gradients.clip(self._parameters, self.config.max_grad_norm, pipeline=group)
         if self._scaler is None:
             self.optimizer.step()
         else:
@@ -388,7 +394,10 @@ class Runner:
             self._meter.reset()
             if mean is not None:
                 self.results["train.loss"] = mean
-            self.progress.step(mean, self.optimizer.param_groups[0]["lr"])
+            load = expert.busiest(self.assembled.parts, batch_mesh(self.world.mesh))
+            if load is not None:
+                self.results["train.expert_load"] = load
+            self.progress.step(mean, self.optimizer.param_groups[0]["lr"], load)
         saving = cadence.save_every is not None and step % cadence.save_every == 0
         better = False
         if cadence.evaluate_every is not None and step % cadence.evaluate_every == 0:
@@ -471,10 +480,11 @@ class Runner:
         lines = []
         if self._report is not None:
             # Text of growing length would be compiled again and again.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast or nullcontext():
-                self.model.eval()
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast():
+                self.assembled.train(False)
                 self.progress.activity("reporting")
-                lines = self._report(_unwrapped(self.model), self.results)
+                whole = None if self.assembled.pipeline is not None else _unwrapped(self.model)
+                lines = self._report(whole, self.results)
         self.progress.stop()
         lines += conclusion(
             attempt=self.world.attempt,

@@ -20,7 +20,7 @@ from danling_conf.resolution.identity import differences, job_id, plain
 from danling_conf.resolution.run_directory import Attempt, RunLock, claim
 from danling_conf.resolution.warn import warn
 from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.topology.layout import data_rank, layout_of
+from danling_conf.topology.layout import data_rank, layout_of, random_stream
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
@@ -33,6 +33,10 @@ class World:
     layout: Layout
     device: torch.device
     mesh: DeviceMesh | None
+    expert_mesh: DeviceMesh | None
+    """The same ranks on the axes of the experts; None for a layout without."""
+    stream: int
+    """Of random numbers, see `topology.layout.random_stream`."""
     attempt: Attempt
     lock: RunLock | None
     """Held where nobody but the runner claimed the run."""
@@ -67,8 +71,17 @@ def join(config: RunnerConfig) -> World:
             process_group.start(config.comm, kind, store=store, rank=rank, world_size=size)
         _compare(config, ranks)
     attempt, lock = _claimed(config, ranks, started)
-    mesh = meshes.make(layout, kind)
-    return World(ranks=ranks, layout=layout, device=device, mesh=mesh, attempt=attempt, lock=lock)
+    mesh = meshes.make(layout, kind, use_device_mesh=config.parallel.use_device_mesh)
+    return World(
+        ranks=ranks,
+        layout=layout,
+        device=device,
+        mesh=mesh,
+        expert_mesh=meshes.make_expert(layout, mesh),
+        stream=random_stream(layout, ranks.rank, sequence_parallel=config.parallel.sequence_parallel),
+        attempt=attempt,
+        lock=lock,
+    )
 
 
 def _wrong_size(layout: Layout, ranks: RankEnvironment) -> Violation:

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, List, Optional
+from typing import ClassVar, Dict, List, Optional
 
 from danling_conf.schema.setting import setting
+
+SINGLE_STAGE_SCHEDULES = ("1F1B", "GPipe")
+"""Schedules of one stage a rank."""
+
+MULTI_STAGE_SCHEDULES = (
+    "Interleaved1F1B", "InterleavedZeroBubble", "LoopedBFS", "ZBVZeroBubble", "DualPipeV",
+)  # fmt: skip
+"""Schedules of several stages a rank."""
+
+V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules whose stages go there and back over the ranks, exactly two a rank."""
+
+SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
+"""Schedules that compute the gradients of inputs and of weights apart."""
+
+PIPELINE_SCHEDULES = (*SINGLE_STAGE_SCHEDULES, *MULTI_STAGE_SCHEDULES)
 
 
 @dataclass(kw_only=True)
@@ -39,17 +55,41 @@ class ParallelConfig:
     read_by: ClassVar[str] = "danling_conf.build.mesh"
 
     axes: AxesConfig = field(default_factory=AxesConfig)
-    pipeline_schedule: str = setting("1F1B", pending="pipeline parallelism")
+    tensor_plan: Optional[Dict[str, str]] = setting(None, semantic=False, read_by="danling_conf.build.tensor")
+    """How the tensor axis shards each module: names (`layers.*.attention.wq`) to styles (`colwise`, `rowwise`, ...).
+    Unset: the model's own `tp_plan`."""
+    sequence_parallel: bool = setting(False, semantic=False, read_by="danling_conf.build.tensor")
+    """Between the tensor-parallel layers, share activations along the sequence (the model's `sequence_plan`): less
+    memory for activations, the same traffic."""
+    loss_parallel: bool = setting(True, semantic=False, read_by="danling_conf.build.tensor")
+    """Under tensor parallelism, compute the cross-entropy on logits that stay sharded over the vocabulary, instead of
+    gathering them. The loss must be torch's cross-entropy."""
+    context_method: str = setting(
+        "gather", choices=("gather", "ulysses", "ring"), semantic=False, read_by="danling_conf.build.context"
+    )
+    """How ranks that share a sequence attend to all of it: `gather` collects keys and values (any number of heads),
+    `ulysses` exchanges heads for positions (the degree divides the query heads), `ring` passes keys and values around
+    (torch's own, experimental; needs CUDA)."""
+    context_balance: bool = setting(True, semantic=False, read_by="danling_conf.build.context")
+    """Give each context rank one early and one late piece of the sequence, since causal attention costs more the later
+    it is. Not for `ulysses`, which is even as it is."""
+    pipeline_schedule: str = setting(
+        "1F1B",
+        choices=PIPELINE_SCHEDULES,
+        aliases={name.lower(): name for name in PIPELINE_SCHEDULES if name != name.lower()},
+        read_by="danling_conf.build.pipeline",
+    )
     """Pipeline schedule, a name that `torch.distributed.pipelining.schedules.get_schedule_class` knows."""
-    pipeline_microbatch_size: int = setting(1, at_least=1, pending="pipeline parallelism")
+    pipeline_microbatch_size: int = setting(1, at_least=1, read_by="danling_conf.build.pipeline")
     """Samples in one pipeline microbatch; the number of microbatches is the local batch size divided by this."""
-    pipeline_n_microbatches: Optional[int] = setting(None, at_least=1, pending="pipeline parallelism")
+    pipeline_n_microbatches: Optional[int] = setting(None, at_least=1, read_by="danling_conf.build.pipeline")
     """Number of pipeline microbatches. Unset: derived from the microbatch size; set, it overrides the size."""
-    module_fqns_per_model_part: Optional[List[List[str]]] = setting(None, pending="pipeline parallelism")
+    module_fqns_per_model_part: Optional[List[List[str]]] = setting(None, read_by="danling_conf.build.stages")
     """Module names of each pipeline stage; the outer length is the number of stages, divisible by
-    `parallel.axes.pipeline`. Unset: the model is split by layer count."""
-    use_device_mesh: bool = setting(True, pending="running without a device mesh")
-    """Describe the ranks by a `DeviceMesh`."""
+    `parallel.axes.pipeline`. Unset: the repeated blocks are dealt out evenly, two stages a rank where the schedule
+    wants several."""
+    use_device_mesh: bool = setting(True, semantic=False)
+    """Describe the ranks by a `DeviceMesh`. Without one, they are the default process group: enough for DDP only."""
     mesh_device_type: Optional[str] = setting(None, semantic=False, choices=("cpu", "cuda", "xpu", "mps", "hpu", "npu"))
     """Device type of the mesh and of the run. Unset: this machine's accelerator, else `cpu`."""
     allow_degree_change: bool = setting(False, semantic=False, read_by="danling_conf.resolution.run_directory")

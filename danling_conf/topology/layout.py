@@ -38,6 +38,19 @@ def mesh_axes(layout: Layout) -> dict[str, int]:
     return {axis: degree for axis, degree in degrees.items() if degree > 1 or (axis == "shard" and layout.fsdp)}
 
 
+def expert_axes(layout: Layout) -> dict[str, int]:
+    """Axes of the mesh of the experts, outermost first: the ranks of shard x context x tensor in another order, so that
+    expert_tensor, where it is not 1, is the tensor axis."""
+    wanted = layout.expert * layout.expert_tensor
+    return {
+        "pipeline": layout.pipeline,
+        "replicate": layout.replicate,
+        "expert_shard": layout.shard * layout.context * layout.tensor // wanted,
+        "expert": layout.expert,
+        "expert_tensor": layout.expert_tensor,
+    }
+
+
 def coordinates(layout: Layout, rank: int) -> dict[str, int]:
     """Where a rank stands on each axis of the world (row-major: the last axis varies fastest)."""
     if not 0 <= rank < layout.world_size:
@@ -63,3 +76,14 @@ def data_rank(layout: Layout, rank: int) -> int:
     for axis in DATA_AXES:
         index = index * getattr(layout, axis) + position[axis]
     return index
+
+
+def random_stream(layout: Layout, rank: int, *, sequence_parallel: bool = False) -> int:
+    """Number of the stream of random numbers that a rank draws: dropout must differ where activations do, between data,
+    context and pipeline ranks, and must not between tensor ranks, which hold the same activations unless they share
+    sequences."""
+    position = coordinates(layout, rank)
+    index = position["pipeline"]
+    for axis in ("context", *(("tensor",) if sequence_parallel else ())):
+        index = index * getattr(layout, axis) + position[axis]
+    return index * layout.data_degree + data_rank(layout, rank)

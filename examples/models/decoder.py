@@ -1,8 +1,9 @@
 """A byte-level decoder: pre-norm blocks of rotary grouped-query attention and SwiGLU, or a mixture of experts.
 
-Its seams are where a parallel axis joins it. Tensor: `tp_plan` names the projections to shard. Context: tokens of a
-sequence meet in `inner_attention` only, and `positions` says where they stand. Pipeline: a stage drops entries of
-`layers` and sets `embedding`, `norm` or `head` to None. Expert: `experts` takes rows already sorted by expert.
+Parallel axes join it by its plans. Tensor: `tp_plan` names the projections to shard, `sequence_plan` what changes when
+the layers between them share the sequence. Context: tokens of a sequence meet in `inner_attention` only (`cp_plan`),
+and `positions` says where they stand. Expert: `experts` takes rows already sorted by expert (`ep_plan`). A pipeline
+needs no plan: it cuts between `layers`.
 """
 
 from __future__ import annotations
@@ -220,36 +221,58 @@ class Decoder(nn.Module):
     """How the tensor axis shards each module, in the names and styles of Hugging Face's plans. A mixture of experts is
     left whole: its expert axes shard it."""
 
+    cp_plan: ClassVar[dict[str, str]] = {"layers.*.attention.inner_attention": "causal_attention"}
+    """What reaches over the context axis."""
+
+    ep_plan: ClassVar[dict[str, str]] = {
+        "layers.*.feed_forward.router": "router",
+        "layers.*.feed_forward.experts": "grouped_experts",
+        "layers.*.feed_forward.experts.w1": "colwise",
+        "layers.*.feed_forward.experts.w2": "rowwise",
+        "layers.*.feed_forward.experts.w3": "colwise",
+    }
+    """What the expert axes deal out, and how expert-tensor ranks share an expert."""
+
+    @property
+    def sequence_plan(self) -> dict[str, str]:
+        """What changes in `tp_plan` when activations between the sharded layers are shared out along the sequence."""
+        plan = {
+            "embedding": "embedding_rowwise_sequence",
+            "layers.*.attention_norm": "sequence_parallel",
+            "layers.*.attention": "gather_sequence",
+            "layers.*.attention.wo": "rowwise_sequence",
+            "layers.*.feed_forward_norm": "sequence_parallel",
+            "norm": "sequence_parallel",
+            "head": "colwise_gather_output_sequence",
+        }
+        if self.config.experts:
+            return {**plan, "layers.*.feed_forward": "whole_sequence"}
+        return {**plan, "layers.*.feed_forward": "gather_sequence", "layers.*.feed_forward.w2": "rowwise_sequence"}
+
+    @property
+    def tensor_divisors(self) -> dict[str, int]:
+        """What the tensor degree must divide, by the names of the settings."""
+        return {"model.heads": self.config.heads, "model.kv_heads": self.config.num_kv_heads}
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding: nn.Module | None = Embedding(config.vocab_size, config.width)
-        # By name, not by index: a pipeline stage that drops some keeps the others' names.
-        self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.depth)})
-        self.norm: nn.Module | None = nn.RMSNorm(config.width, eps=1e-5)
-        self.head: nn.Module | None = Linear(config.width, config.vocab_size)
+        self.embedding = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.head = Linear(config.width, config.vocab_size)
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head use the embedding's weight again, if so configured; `to_empty` and sharding part them.
-
-        Raises:
-            ValueError: on a pipeline stage, which holds only one of the two.
-        """
-        if not self.config.tie_embeddings:
-            return
-        if self.embedding is None or self.head is None:
-            raise ValueError(
-                "model.tie_embeddings=true: the embedding and the head are on different pipeline stages and cannot"
-                " share a weight; set model.tie_embeddings=false"
-            )
-        self.head.weight = self.embedding.weight
+        """Let the head use the embedding's weight again, if so configured; `to_empty` parts them."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits (batch, sequence, vocab_size) of the token after each.
 
         Args:
-            tokens: (batch, sequence) int64; on a later pipeline stage (batch, sequence, width) from the stage before.
+            tokens: (batch, sequence) int64.
             positions: (sequence,) or (batch, sequence), where `tokens` are not the start of their sequences.
 
         Raises:
@@ -262,11 +285,10 @@ class Decoder(nn.Module):
             )
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = tokens if self.embedding is None else self.embedding(tokens)
-        for block in self.layers.values():
+        x = self.embedding(tokens)
+        for block in self.layers:
             x = block(x, positions)
-        x = x if self.norm is None else self.norm(x)
-        return x if self.head is None else self.head(x)
+        return self.head(self.norm(x))
 
     @torch.no_grad()
     def generate(

@@ -30,11 +30,12 @@ class Task:
     """Everything that a training loop needs; batches are (inputs, targets)."""
 
     name: str
-    model: Callable[[], nn.Module]
-    """Builds the model, on the device of the context it is called in (`torch.device("meta")`)."""
+    model: Callable[[], nn.Module] | None
+    """Builds the model, on the device of the context it is called in (`torch.device("meta")`). None: the configuration
+    names it by `model._target_`."""
     datasets: Mapping[str, Dataset[Batch]]
     """By split: `train` and `val`."""
-    loss: Callable[[Tensor, Batch], Tensor]
+    loss: Callable[[Any, Batch], Tensor]
     """Mean loss of the model's output on a batch: a scalar."""
     metrics: Mapping[str, Callable[[], Metric]] = field(default_factory=dict)
     """Builders of further metrics, which are updated with the model's output and the targets."""
@@ -50,18 +51,23 @@ class Task:
 
 @dataclass(kw_only=True)
 class LmData:
-    """`data` of the task `lm`. Windows are as long as the model's context."""
+    """`data` of the task `lm`."""
 
     val_fraction: float = 0.1
     """Share of the corpus, at its end, that is for validation."""
     stride: int | None = None
     """Bytes between the starts of two training windows. None: a quarter of the context. Validation windows never
     overlap."""
+    context: int | None = None
+    """Bytes in a window. None: as many as the model takes, by `model.context` or
+    `model.config.max_position_embeddings`."""
 
     def __post_init__(self) -> None:
         _check_val_fraction(self.val_fraction)
         if self.stride is not None and self.stride < 1:
             raise ValueError(f"data.stride={self.stride}: must be at least 1")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"data.context={self.context}: must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -92,23 +98,42 @@ def build_task(name: str, model: Mapping[str, Any], data: Mapping[str, Any]) -> 
 
 
 def _lm(model: Mapping[str, Any], data: Mapping[str, Any]) -> Task:
-    config = _section(DecoderConfig, "model", model)
     settings = _section(LmData, "data", data)
-    if config.vocab_size < VOCAB_SIZE:
-        raise ValueError(f"model.vocab_size={config.vocab_size}: bytes need at least {VOCAB_SIZE}")
+    factory, longest, vocab_size = _named_model(model) if "_target_" in model else _decoder(model)
+    if vocab_size is not None and vocab_size < VOCAB_SIZE:
+        raise ValueError(f"model.vocab_size={vocab_size}: bytes need at least {VOCAB_SIZE}")
+    context = settings.context or longest
+    if context is None:
+        raise ValueError("data.context: the model does not say how long its sequences are; set it")
+    if longest is not None and context > longest:
+        raise ValueError(f"data.context={context}: longer than the model takes, {longest}")
     train, val = split(corpus(), settings.val_fraction)
-    stride = max(1, config.context // 4) if settings.stride is None else settings.stride
+    stride = max(1, context // 4) if settings.stride is None else settings.stride
     return Task(
         name="lm",
-        model=partial(Decoder, config),
-        datasets={"train": Windows(train, config.context, stride), "val": Windows(val, config.context, config.context)},
+        model=factory,
+        datasets={"train": Windows(train, context, stride), "val": Windows(val, context, context)},
         loss=_lm_loss,
-        tokens_per_sample=config.context,
+        tokens_per_sample=context,
         report=partial(_lm_report, train, val),
     )
 
 
-def _lm_loss(logits: Tensor, batch: Batch) -> Tensor:
+def _decoder(model: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], int, int]:
+    """The decoder of the examples, the longest sequence it takes, and its vocabulary."""
+    config = _section(DecoderConfig, "model", model)
+    return partial(Decoder, config), config.context, config.vocab_size
+
+
+def _named_model(model: Mapping[str, Any]) -> tuple[None, int | None, int | None]:
+    """The same of a model that the configuration names, as far as its own configuration tells."""
+    config = model.get("config")
+    config = config if isinstance(config, Mapping) else {}
+    return None, config.get("max_position_embeddings"), config.get("vocab_size")
+
+
+def _lm_loss(output: Any, batch: Batch) -> Tensor:
+    logits = getattr(output, "logits", output)  # models of libraries give more
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[1].flatten())
 
 
@@ -116,7 +141,7 @@ def _lm_report(train: Tensor, val: Tensor, model: nn.Module | None, results: Map
     lines = [f"val.loss in nats a byte: unigram {unigram_loss(train, val):.3f}, bigram {bigram_loss(train, val):.3f}"]
     if "val.loss" in results:
         lines[0] += f", this model {results['val.loss']:.3f}"
-    if model is not None:
+    if isinstance(model, Decoder):
         prompt = 'The "with" statement'
         device = next(model.parameters()).device
         tokens = torch.tensor([list(prompt.encode())], device=device)

@@ -41,7 +41,7 @@ def assembled(model: Any, **changes: Any) -> nn.Module:
         "compile": CompileConfig(),
         "activation_checkpointing": ActivationCheckpointingConfig(),
     }
-    return assemble(model, **{**arguments, **changes})
+    return assemble(model, **{**arguments, **changes}).module
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
@@ -262,17 +262,14 @@ def test_batch_norm_statistics_and_recurrent_weights_are_set() -> None:
     assert model["cells"](torch.zeros(1, 2, 3))[0].shape == (1, 2, 4)
 
 
-@pytest.mark.parametrize("axis", ["context", "tensor", "pipeline", "expert", "expert_tensor"])
-def test_an_axis_that_nothing_implements_is_refused(axis: str) -> None:
-    with pytest.raises(ValueError, match=rf"parallel\.axes\.{axis}=2: nothing lays Decoder out"):
-        assembled(Decoder, layout=Layout(**{axis: 2}))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"layout": Layout(shard=2)}, r"fsdp\.enabled=false: .*shard=2"),
-        ({"layout": Layout(replicate=2)}, r"parallel\.axes\.replicate=2: the mesh has no replicate axis"),
+        *(
+            ({"layout": Layout(**{axis: 2})}, rf"parallel\.axes\.{axis}=2: the mesh has no {axis} axis")
+            for axis in ("replicate", "context", "tensor", "pipeline")
+        ),
         ({"fsdp": FsdpConfig(enabled=True)}, r"fsdp\.enabled=true: the mesh has no shard axis"),
     ],
 )

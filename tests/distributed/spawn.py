@@ -17,17 +17,28 @@ import torch.distributed as dist
 from danling_conf.build import process_group
 from danling_conf.schema.process import CommConfig
 
-_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", __name__]
+_PRELOADED = [
+    "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint",
+    "torch.distributed.pipelining", "torch._dynamo", "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama", __name__,
+]  # fmt: skip
+
+
+_GRACE = 3.0
+"""Seconds in which ranks notice that another has failed."""
 
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not finish."""
 
 
-def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
+def run(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120, collectives: float = 60
+) -> list[Any]:
     """Call `function(*arguments)` on `world_size` gloo ranks of one process group; returns their results by rank.
 
-    `function` and what it returns must pickle. Raises RankFailed with the traceback of the rank that failed first.
+    `function` and what it returns must pickle. Raises RankFailed with the traceback of the rank that failed first;
+    where that waited `collectives` seconds for a rank that has stopped, with its name.
     """
     # A fork of this process could inherit locked threads (autograd, OpenMP); the server has none.
     context = multiprocessing.get_context("forkserver")
@@ -39,7 +50,9 @@ def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank, args=(theirs, store.port, rank, world_size, function, arguments), daemon=True
+                target=_rank,
+                args=(theirs, store.port, rank, world_size, collectives, function, arguments),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -56,21 +69,35 @@ def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout:
 
 def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: list[tuple[float, int, str]] = []
     pending = {connection: rank for rank, (_, connection) in enumerate(ranks)}
     while pending:
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankFailed(f"ranks {sorted(pending.values())} did not finish in time")
+            break
         for connection in ready:
             rank = pending.pop(connection)  # type: ignore[index]
             try:
-                error, result = connection.recv()  # type: ignore[union-attr]
+                failure, result = connection.recv()  # type: ignore[union-attr]
             except EOFError:
                 ranks[rank][0].join(timeout=5)
-                raise RankFailed(f"rank {rank} died with exit code {ranks[rank][0].exitcode}") from None
-            if error is not None:
-                raise RankFailed(f"rank {rank} failed:\n{error}")
-            results[rank] = torch.load(io.BytesIO(result), weights_only=False)
+                failures.append((time.monotonic(), rank, f"it died with exit code {ranks[rank][0].exitcode}"))
+                continue
+            if failure is not None:
+                failures.append((failure[0], rank, failure[1]))
+            else:
+                results[rank] = torch.load(io.BytesIO(result), weights_only=False)
+        if failures:
+            # Ranks that wait for a failed one fail as well, at once; one that has stopped says nothing.
+            deadline = min(deadline, time.monotonic() + _GRACE)
+    stopped = sorted(pending.values())
+    if failures:
+        _, rank, error = min(failures)
+        if stopped and ("timed out" in error.lower() or "timeout" in error.lower()):
+            raise RankFailed(f"ranks {stopped} have stopped; rank {rank}, which waited for them, says:\n{error}")
+        raise RankFailed(f"rank {rank} failed:\n{error}")
+    if stopped:
+        raise RankFailed(f"ranks {stopped} did not finish in time")
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -79,6 +106,7 @@ def _rank(
     port: int,
     rank: int,
     world_size: int,
+    collectives: float,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -86,14 +114,15 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        process_group.start(CommConfig(init_timeout_seconds=60), "cpu", store=store, rank=rank, world_size=world_size)
+        limit = CommConfig(init_timeout_seconds=int(collectives))
+        process_group.start(limit, "cpu", store=store, rank=rank, world_size=world_size)
         result = io.BytesIO()
         # Plain pickling would send handles of shared memory, which ends with this process.
         torch.save(function(*arguments), result)
         process_group.stop()
         connection.send((None, result.getvalue()))
     except BaseException:
-        connection.send((traceback.format_exc(), None))
+        connection.send(((time.monotonic(), traceback.format_exc()), None))
         # No orderly end: the other ranks may be waiting for this one.
         connection.close()
         os._exit(1)

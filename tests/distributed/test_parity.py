@@ -1,7 +1,8 @@
-"""Every data-parallel layout trains what a single process trains on the same global batch."""
+"""Data-parallel layouts of sizes that no degree divides train what a single process trains on the same global batch."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +114,7 @@ def train(cell: Cell) -> dict[str, Any]:
         compile=CompileConfig(**cell.compile),
         activation_checkpointing=ActivationCheckpointingConfig(**cell.recompute),
         precision=cell.precision,
-    )
+    ).module
     result: dict[str, Any] = {"initial": weights(model), "losses": [], "norms": []}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     rank, degree = data_rank_and_degree(mesh)
@@ -172,7 +173,7 @@ def overflow_on_one_rank() -> bool:
         fsdp=FsdpConfig(enabled=True),
         compile=CompileConfig(),
         activation_checkpointing=ActivationCheckpointingConfig(),
-    )
+    ).module
     before = weights(model)
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), precision.scaler("fp16", "cpu")
     loss = model(torch.zeros(1, LENGTH, dtype=torch.long)).square().mean()
@@ -250,3 +251,14 @@ def fail_on_rank_1() -> None:
 def test_a_failing_rank_is_named_with_its_error() -> None:
     with pytest.raises(RankFailed, match=r"(?s)rank 1 failed:.*this rank is broken"):
         run(fail_on_rank_1, 2)
+
+
+def stop_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    dist.barrier()
+
+
+def test_a_rank_that_has_stopped_is_named() -> None:
+    with pytest.raises(RankFailed, match=r"(?s)ranks \[1\] have stopped; rank 0, which waited"):
+        run(stop_on_rank_1, 2, collectives=2)

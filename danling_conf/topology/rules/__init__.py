@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.rules import budget, effect, optimizers, options, paths, support, world
+from danling_conf.topology.rules import axes, budget, effect, optimizers, options, paths, pipeline, support, world
 from danling_conf.topology.rules.rule import Context, EffectRule, Ineffective, Rule
 from danling_conf.topology.violation import Violation, unique
 
 RULES: tuple[Rule, ...] = (
     support.built_stack,
-    support.built_axes,
     support.built_fault_tolerance,
     world.whole_degrees,
     world.sharding_is_fsdp,
     world.stack_fits_layout,
     world.world_size,
     world.reshard_divides,
-    world.experts_borrow,
+    axes.experts_borrow,
+    axes.known_styles,
+    axes.ring_on_cuda,
+    axes.mesh_for_axes,
+    axes.whole_graphs,
     budget.one_budget,
     budget.monitored_metric,
-    budget.microbatches,
-    budget.stage_parts,
+    pipeline.microbatches,
+    pipeline.whole_batches,
+    pipeline.stage_parts,
+    pipeline.enough_microbatches,
+    pipeline.split_backward,
     options.compile_options,
     options.precision_fits,
     options.loader_workers,
@@ -36,6 +42,7 @@ RULES: tuple[Rule, ...] = (
 EFFECT_RULES: tuple[EffectRule, ...] = (
     effect.not_built_yet,
     effect.policy_without_fsdp,
+    effect.settings_without_axis,
     effect.options_without_compile,
     effect.pacing_without_interval,
     effect.limits_without_processes,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rules.rule import Context
-from danling_conf.topology.violation import ABSENT, Violation
+from danling_conf.topology.violation import Violation
 
 
 def one_budget(config: RunnerConfig, context: Context) -> Iterator[Violation]:
@@ -31,34 +31,4 @@ def monitored_metric(config: RunnerConfig, context: Context) -> Iterator[Violati
     if monitor is not None and "." not in monitor:
         yield Violation(
             "scheduler.monitor", monitor, "a metric is named split.metric", f"write val.{monitor} or train.{monitor}"
-        )
-
-
-def microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """A pipeline cuts the local batch into whole microbatches."""
-    if config.parallel.axes.pipeline <= 1:
-        return
-    batch = config.dataloader.batch_size or 1
-    count, size = config.parallel.pipeline_n_microbatches, config.parallel.pipeline_microbatch_size
-    path, divisor = (
-        ("parallel.pipeline_microbatch_size", size) if count is None else ("parallel.pipeline_n_microbatches", count)
-    )
-    if batch % divisor:
-        yield Violation(
-            path,
-            divisor,
-            f"it must divide the local batch, dataloader.batch_size={batch}",
-            f"choose a divisor of {batch}, or dataloader.batch_size={(batch // divisor + 1) * divisor}",
-        )
-
-
-def stage_parts(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """The number of pipeline stages is a multiple of the pipeline degree."""
-    parts, degree = config.parallel.module_fqns_per_model_part, config.parallel.axes.pipeline
-    if parts is not None and degree >= 1 and len(parts) % degree:
-        yield Violation(
-            "parallel.module_fqns_per_model_part",
-            ABSENT,
-            f"its {len(parts)} parts are the stages, and parallel.axes.pipeline={degree} must divide their number",
-            f"give a multiple of {degree} parts",
         )

@@ -9,6 +9,14 @@ from typing import Any
 from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of
 from danling_conf.topology.rules.rule import Context, Ineffective
 
+_OF_AXIS = {
+    "tensor": ("tensor_plan", "sequence_parallel", "loss_parallel"),
+    "context": ("context_method", "context_balance"),
+    "pipeline": (
+        "pipeline_schedule", "pipeline_microbatch_size", "pipeline_n_microbatches", "module_fqns_per_model_part"
+    ),
+}  # fmt: skip
+
 
 def not_built_yet(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """Settings whose machinery is not there yet, given a value of their own."""
@@ -21,6 +29,18 @@ def policy_without_fsdp(config: RunnerConfig, context: Context) -> Iterator[Inef
     """An FSDP policy under a layout that does not shard."""
     if not config.fsdp.enabled:
         yield from _changed(config.fsdp, "fsdp", "the layout does not use FSDP (fsdp.enabled=false)")
+
+
+def settings_without_axis(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Settings of an axis whose degree is 1."""
+    section, default = config.parallel, defaults_of(declared_class(config.parallel))
+    for axis, names in _OF_AXIS.items():
+        if getattr(section.axes, axis) in (0, 1):
+            for name in names:
+                if getattr(section, name) != getattr(default, name):
+                    yield Ineffective(f"parallel.{name}", f"the {axis} degree is 1")
+    if section.axes.context > 1 and section.context_method == "ulysses" and not section.context_balance:
+        yield Ineffective("parallel.context_balance", "ulysses is even as it is")
 
 
 def options_without_compile(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:

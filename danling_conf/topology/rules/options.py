@@ -38,16 +38,21 @@ def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violatio
 
 
 def precision_fits(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """fp16 needs loss scaling, which FSDP's reduced gradients do not go with."""
+    """fp16 needs loss scaling, and ranks that hold different gradients would scale differently."""
     policy = config.fsdp.mp_policy
     path, dtype = ("precision", config.precision) if policy is None else (
         "fsdp.mp_policy.param_dtype", policy.param_dtype
     )  # fmt: skip
-    if dtype == "fp16" and config.fsdp.enabled:
+    if dtype != "fp16":
+        return
+    axes = config.parallel.axes
+    sharing = [axis for axis in ("context", "pipeline", "tensor") if getattr(axes, axis) not in (0, 1)]
+    if config.fsdp.enabled or sharing:
+        what = "FSDP" if config.fsdp.enabled else f"the {sharing[0]} axis"
         yield Violation(
             path,
             "fp16",
-            "fp16 needs loss scaling, which is not combined with FSDP here",
+            f"fp16 needs loss scaling, which is not combined with {what} here",
             f"{path}=bf16, or a ddp layout",
         )
 

@@ -8,26 +8,11 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
-_UNBUILT_AXES = ("context", "pipeline", "tensor", "expert", "expert_tensor")
-
 
 def built_stack(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """The graph and deepspeed stacks are names without an implementation."""
     if config.stack in ("graph", "deepspeed"):
         yield Violation("stack", config.stack, "this stack is not implemented yet", "leave stack=auto")
-
-
-def built_axes(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """Axes that nothing implements must not be silently ignored."""
-    for axis in _UNBUILT_AXES:
-        degree = getattr(config.parallel.axes, axis)
-        if degree not in (0, 1):
-            yield Violation(
-                f"parallel.axes.{axis}",
-                degree,
-                f"{axis.replace('_', '-')} parallelism is not implemented yet",
-                "use the data axes: ddpN, fsdpN, hsdpRxS",
-            )
 
 
 def built_fault_tolerance(config: RunnerConfig, context: Context) -> Iterator[Violation]:

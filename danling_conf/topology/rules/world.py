@@ -60,7 +60,7 @@ def stack_fits_layout(config: RunnerConfig, context: Context) -> Iterator[Violat
 
 def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """The product of the degrees is the number of processes."""
-    layout = _known_layout(config)
+    layout = known_layout(config)
     if layout is None:
         return
     machine = context.machine
@@ -93,50 +93,27 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 
 def reshard_divides(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """Resharding to a smaller group cuts the shard axis into whole groups."""
-    size, layout = config.fsdp.reshard_after_forward, _known_layout(config)
+    """Resharding to a smaller group cuts the ranks that share weights (shard x context) into whole groups."""
+    size, layout = config.fsdp.reshard_after_forward, known_layout(config)
     if size is None or isinstance(size, bool) or layout is None or not layout.fsdp:
-        return
-    try:
-        degree = fill(layout, context.machine.fill_world_size).shard
-    except ValueError:
-        return  # `world_size` says so
-    if size < 1 or degree % size:
-        yield Violation(
-            "fsdp.reshard_after_forward",
-            size,
-            f"it is true, false, or a divisor of the shard degree, {degree}",
-            "choose one of these",
-        )
-
-
-def experts_borrow(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """Expert degrees borrow ranks from shard x context x tensor (as torchtitan and Megatron have it)."""
-    layout = _known_layout(config)
-    if layout is None or layout.expert * layout.expert_tensor == 1:
         return
     try:
         layout = fill(layout, context.machine.fill_world_size)
     except ValueError:
         return  # `world_size` says so
-    borrowed, wanted = layout.shard * layout.context * layout.tensor, layout.expert * layout.expert_tensor
-    if borrowed % wanted:
+    degree = layout.shard * layout.context
+    if size < 1 or degree % size:
+        what = "the shard degree" if layout.context == 1 else "shard x context"
         yield Violation(
-            "parallel.axes.expert",
-            layout.expert,
-            f"expert x expert_tensor = {wanted} must divide shard x context x tensor = {borrowed}",
-            f"choose a divisor of {borrowed}",
-        )
-    if layout.expert_tensor not in (1, layout.tensor):
-        yield Violation(
-            "parallel.axes.expert_tensor",
-            layout.expert_tensor,
-            f"it is 1 or the tensor degree, {layout.tensor}",
-            f"parallel.axes.expert_tensor={layout.tensor}",
+            "fsdp.reshard_after_forward",
+            size,
+            f"it is true, false, or a divisor of {what}, {degree}",
+            "choose one of these",
         )
 
 
-def _known_layout(config: RunnerConfig) -> Layout | None:
+def known_layout(config: RunnerConfig) -> Layout | None:
+    """The layout of a configuration; None where its degrees cannot be made sense of (`whole_degrees` says so)."""
     layout = layout_of(config.parallel.axes, config.fsdp.enabled)
     degrees = [getattr(layout, axis) for axis in WORLD_AXES]
     return None if 0 in degrees or degrees.count(FILL) > 1 else layout

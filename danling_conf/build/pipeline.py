@@ -1,0 +1,311 @@
+"""Pipeline parallelism: the stages of a model that this rank holds, trained by one of torch's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.utils._pytree import tree_leaves, tree_map
+
+from danling_conf.build import hugging_face
+from danling_conf.build.context import positions_argument, positions_for
+from danling_conf.schema.parallel import ParallelConfig
+
+Forward = Callable[[Any, Any], Any]
+"""Runs a model on a (micro)batch: `forward(model, batch)`."""
+
+Objective = Callable[[Any, Any], Tensor]
+"""What the last stage makes of an output and its (micro)batch: a scalar."""
+
+Positions = Callable[[int, torch.device], Tensor]
+
+
+@dataclass
+class _Work:
+    """What the stages of this rank work on; set before each pass."""
+
+    microbatches: list[Any] = field(default_factory=list)
+    current: int = 0
+    forward: Forward | None = None
+    objective: Objective | None = None
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class Pipeline:
+    """The stages on this rank.
+
+    A batch is whole on every rank of the pipeline, so that a stage has all of its microbatch beside what the stage
+    before sends: masks, positions, labels. The user's `forward` is called in every stage, with a stand-in for the model
+    that puts what was sent in the place of the model's first input; the loss is computed inside the last stage.
+
+    Args:
+        parts: the models of this rank's stages (`build.stages.stage_model`), wrapped and with values, by stage.
+        placement: the pipeline rank of each stage.
+        mesh: the pipeline axis.
+        positions: where the tokens of a sequence of some length stand, for a model that takes positions.
+        policy: FSDP's, which itself sees what is sent between stages only: inputs and the last output are cast here.
+    """
+
+    def __init__(
+        self,
+        parts: dict[int, nn.Module],
+        placement: Sequence[int],
+        section: ParallelConfig,
+        mesh: DeviceMesh,
+        device: torch.device,
+        *,
+        positions: Positions | None = None,
+        policy: MixedPrecisionPolicy | None = None,
+    ) -> None:
+        self.parts, self.placement, self.section = parts, list(placement), section
+        self.group, self.rank, self.device = mesh.get_group(), mesh.get_local_rank(), device
+        self.last = len(self.placement) - 1
+        self.has_last = self.last in parts
+        self._work = _Work()
+        self._schedules: dict[Any, Any] = {}
+        self._metadata: dict[Any, list[tuple[torch.Size, torch.dtype]]] = {}
+        for index, part in parts.items():
+            part._stage = _Stage(part.forward, index, index == self.last, self._work, positions, policy)  # type: ignore
+            part.forward = MethodType(_stage_forward, part)
+
+    def microbatches(self, batch: Any) -> list[Any]:
+        """A batch cut along its first dim into microbatches, as many as the section says.
+
+        Raises ValueError where that does not divide the batch.
+        """
+        size = batch_size(batch)
+        path, divisor = _cut_by(self.section)
+        if size % divisor:
+            raise ValueError(
+                f"{path}={divisor}: a batch of {size} samples cannot be cut evenly: choose a divisor, or set "
+                f"dataloader.train.drop_last=true, which leaves out an incomplete batch"
+            )
+        count = self.section.pipeline_n_microbatches or size // divisor
+        return [_rows(batch, slice(start, start + size // count), size) for start in range(0, size, size // count)]
+
+    def train(
+        self,
+        batch: Any,
+        forward: Forward,
+        objective: Objective,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Forward and backward of a batch. `objective` is called on the rank of the last stage, once a microbatch;
+        what it gives is what gradients are of. Collective over the pipeline."""
+        microbatches = self.microbatches(batch)
+        self._work.microbatches, self._work.current = microbatches, 0
+        self._work.forward, self._work.objective, self._work.autocast = forward, objective, autocast
+        schedule = self._schedule(batch, len(microbatches))
+        # Stages take their microbatch by its number; torch wants tensors to deal out all the same.
+        numbers = torch.zeros(len(microbatches), device=self.device)
+        inputs = (numbers,) if 0 in self.parts else ()
+        schedule.step(*inputs, target=numbers if self.has_last else None, return_outputs=False)
+        self._work.current = 0
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        batch: Any,
+        count: int,
+        forward: Forward,
+        use: Callable[[Any, Any], None],
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Forward passes over the stages, under any schedule and of any number of samples; `use(output, microbatch)` is
+        called on the rank of the last stage. Collective.
+
+        Some of torch's schedules cannot evaluate, and none takes another number of samples than in training. So each
+        microbatch goes through the stages in their order, ranks working on different ones at a time.
+
+        Args:
+            count: passes, at least as many as the batch has microbatches: as many on all ranks that share stages'
+                weights. Surplus ones repeat the last microbatch and are not used.
+        """
+        size = self.section.pipeline_microbatch_size
+        if self.section.pipeline_n_microbatches is not None:
+            size = -(-batch_size(batch) // self.section.pipeline_n_microbatches)
+        samples = batch_size(batch)
+        cut = [_rows(batch, slice(start, start + size), samples) for start in range(0, samples, size)]
+        self._work.forward, self._work.objective, self._work.autocast = forward, None, autocast
+        sent: list[tuple[dist.Work | None, Tensor]] = []
+        for number in range(count):
+            microbatch = cut[min(number, len(cut) - 1)]
+            self._work.microbatches, self._work.current = [microbatch], 0
+            output: Any = None
+            for index in sorted(self.parts):
+                if index and self.placement[index - 1] != self.rank:
+                    output = self._receive(index, microbatch)
+                output = self.parts[index](output)
+                if index == self.last:
+                    if number < len(cut):
+                        use(output, microbatch)
+                elif self.placement[index + 1] != self.rank:
+                    sent.append(self._send(index, output, microbatch))
+        for work, _ in sent:
+            if work is not None:  # this rank is part of the group
+                work.wait()
+
+    def _schedule(self, batch: Any, count: int) -> Any:
+        """The schedule for batches of these shapes: buffers between stages are made for them."""
+        key = (count, _signature(batch))
+        if key not in self._schedules:
+            kind = get_schedule_class(self.section.pipeline_schedule)
+            stages = [
+                _NumberedStage(part, index, len(self.placement), self.device, group=self.group)
+                for index, part in sorted(self.parts.items())
+            ]
+            single = issubclass(kind, PipelineScheduleSingle)
+            self._schedules[key] = kind(
+                stages[0] if single else stages, count, loss_fn=lambda output, _: output, scale_grads=False
+            )
+        return self._schedules[key]
+
+    def _send(self, index: int, output: Tensor, microbatch: Any) -> tuple[dist.Work | None, Tensor]:
+        target = self.placement[index + 1]
+        key = (index, _signature(microbatch))
+        if key not in self._metadata:
+            self._metadata[key] = [(output.shape, output.dtype)]
+            dist.send_object_list(list(self._metadata[key]), group_dst=target, group=self.group, device=self.device)
+        output = output.contiguous()
+        return dist.isend(output, group=self.group, group_dst=target), output
+
+    def _receive(self, index: int, microbatch: Any) -> Tensor:
+        source = self.placement[index - 1]
+        key = (index - 1, _signature(microbatch))
+        if key not in self._metadata:
+            found: list[Any] = [None]
+            dist.recv_object_list(found, group_src=source, group=self.group, device=self.device)
+            self._metadata[key] = found
+        ((shape, dtype),) = self._metadata[key]
+        received = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.recv(received, group=self.group, group_src=source)
+        return received
+
+
+class _NumberedStage(PipelineStage):
+    """A stage that tells which microbatch it works on."""
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.submod._stage.work.current = fwd_chunk_id  # type: ignore[union-attr]
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage's forward needs beside its model."""
+
+    compute: Callable[..., Any]
+    """The model's own forward."""
+    index: int
+    last: bool
+    work: _Work
+    positions: Positions | None
+    policy: MixedPrecisionPolicy | None
+
+
+def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
+    stage: _Stage = self._stage  # type: ignore[assignment]
+    work = stage.work
+    microbatch = work.microbatches[work.current]
+    assert work.forward is not None  # set before each pass
+    with work.autocast():
+        output = work.forward(_StandIn(self, stage, sent), microbatch)
+        if not stage.last:
+            return _hidden(output)
+        if stage.policy is not None:
+            output = _cast(output, stage.policy.output_dtype)
+        return output if work.objective is None else work.objective(output, microbatch)
+
+
+class _StandIn:
+    """The model of a stage, as `forward(model, batch)` calls it: with the inputs of the whole model."""
+
+    def __init__(self, part: nn.Module, stage: _Stage, sent: Tensor | None) -> None:
+        self._part, self._stage, self._sent = part, stage, sent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        part, stage = self._part, self._stage
+        if not stage.last:
+            kwargs.pop("labels", None)  # the loss is the last stage's
+        name = positions_argument(part)
+        first = args[0] if args else next(iter(kwargs.values()))
+        if name is not None and stage.positions is not None and kwargs.get(name) is None and len(args) < 2:
+            # Told by the inputs of the whole model; what was sent may be a part of the sequence.
+            kwargs[name] = positions_for(name, stage.positions(first.shape[1], first.device))
+        if stage.index:
+            embedded = hugging_face.input_name(part)
+            if embedded is not None:
+                args = args[1:]
+                kwargs.pop("input_ids", None)
+                kwargs[embedded] = self._sent
+            elif args:
+                args = (self._sent, *args[1:])
+            else:
+                kwargs[next(iter(kwargs))] = self._sent
+        elif stage.policy is not None and stage.policy.cast_forward_inputs:
+            args, kwargs = _cast((args, kwargs), stage.policy.param_dtype)
+        return stage.compute(*args, **kwargs)
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor. Raises ValueError where it has none."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise ValueError("parallel.axes.pipeline: a batch without tensors cannot be cut into microbatches: give it some")
+
+
+def passes(section: ParallelConfig, samples: int, largest: int) -> int:
+    """Microbatches that `Pipeline.evaluate` makes of the largest batch among ranks, this rank having `samples`."""
+    if section.pipeline_n_microbatches is not None:
+        return section.pipeline_n_microbatches
+    return -(-max(samples, largest) // section.pipeline_microbatch_size)
+
+
+def _hidden(output: Any) -> Tensor:
+    """The tensor to send on, of what a stage's model gives."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    found = logits if logits is not None else output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"a pipeline stage gave a {type(output).__name__}: it must give a tensor, or one as its first")
+    return found
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return value
+    return tree_map(
+        lambda item: item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item, value
+    )
+
+
+def _rows(batch: Any, rows: slice, size: int) -> Any:
+    def cut(item: Any) -> Any:
+        return item[rows] if isinstance(item, Tensor) and item.ndim and item.shape[0] == size else item
+
+    return tree_map(cut, batch)
+
+
+def _signature(batch: Any) -> tuple[Any, ...]:
+    return tuple((item.shape, item.dtype) for item in tree_leaves(batch) if isinstance(item, Tensor))
+
+
+def _cut_by(section: ParallelConfig) -> tuple[str, int]:
+    if section.pipeline_n_microbatches is not None:
+        return "parallel.pipeline_n_microbatches", section.pipeline_n_microbatches
+    return "parallel.pipeline_microbatch_size", section.pipeline_microbatch_size

@@ -1,0 +1,105 @@
+"""What the tensor, context and expert axes ask of each other and of other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.schema.tensor_styles import TENSOR_STYLES
+from danling_conf.schema.torch_options import nearest
+from danling_conf.topology.layout import fill, layout_of, mesh_axes
+from danling_conf.topology.rules.rule import Context
+from danling_conf.topology.rules.world import known_layout
+from danling_conf.topology.violation import Violation
+
+
+def experts_borrow(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Expert degrees borrow ranks from shard x context x tensor (as torchtitan and Megatron have it): whole groups of
+    ranks that share sequences, so that each token has one way to its expert."""
+    layout = _filled(config, context)
+    if layout is None or layout.expert * layout.expert_tensor == 1:
+        return
+    borrowed, wanted = layout.shard * layout.context * layout.tensor, layout.expert * layout.expert_tensor
+    if borrowed % wanted:
+        yield Violation(
+            "parallel.axes.expert",
+            layout.expert,
+            f"expert x expert_tensor = {wanted} must divide shard x context x tensor = {borrowed}",
+            f"choose a divisor of {borrowed}",
+        )
+    if layout.expert_tensor not in (1, layout.tensor):
+        yield Violation(
+            "parallel.axes.expert_tensor",
+            layout.expert_tensor,
+            f"it is 1 or the tensor degree, {layout.tensor}",
+            f"parallel.axes.expert_tensor={layout.tensor}",
+        )
+        return
+    shared = layout.context if layout.expert_tensor > 1 else layout.context * layout.tensor
+    if layout.expert % shared:
+        what = "context" if layout.expert_tensor > 1 or layout.tensor == 1 else "context x tensor"
+        yield Violation(
+            "parallel.axes.expert",
+            layout.expert,
+            f"with expert_tensor={layout.expert_tensor} it is a multiple of {what}, {shared}",
+            f"parallel.axes.expert={shared}",
+        )
+
+
+def known_styles(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A plan of the configuration is in the words that we know."""
+    for name, style in (config.parallel.tensor_plan or {}).items():
+        if style not in TENSOR_STYLES:
+            yield Violation(
+                f"parallel.tensor_plan.{name}", style, "there is no such style", nearest(str(style), TENSOR_STYLES)
+            )
+
+
+def ring_on_cuda(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """torch's ring attention has no CPU version."""
+    on_cpu = not context.machine.devices or config.parallel.mesh_device_type == "cpu"
+    if config.parallel.axes.context > 1 and config.parallel.context_method == "ring" and on_cpu:
+        yield Violation(
+            "parallel.context_method",
+            "ring",
+            "torch's ring attention needs CUDA, and ranks run on the CPU here",
+            "parallel.context_method=gather, or ulysses",
+        )
+
+
+def mesh_for_axes(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Without a device mesh there is only the default process group, which is enough to replicate."""
+    axes = [axis for axis in mesh_axes(_degrees(config)) if axis != "replicate"]
+    if not config.parallel.use_device_mesh and axes:
+        yield Violation(
+            "parallel.use_device_mesh",
+            False,
+            f"{' and '.join(axes)} need a device mesh; the default process group is enough for DDP only",
+            "parallel.use_device_mesh=true, or parallel=ddpN",
+        )
+
+
+def whole_graphs(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """How many rows go to which expert is known in the middle of a block, outside of compiled code."""
+    axes = config.parallel.axes
+    if config.compile.enable and config.compile.fullgraph and axes.expert * axes.expert_tensor > 1:
+        yield Violation(
+            "compile.fullgraph",
+            True,
+            "the exchange of tokens between experts breaks the graph of each block",
+            "compile.fullgraph=null",
+        )
+
+
+def _degrees(config: RunnerConfig) -> Layout:
+    return layout_of(config.parallel.axes, config.fsdp.enabled)
+
+
+def _filled(config: RunnerConfig, context: Context) -> Layout | None:
+    layout = known_layout(config)
+    if layout is None:
+        return None
+    try:
+        return fill(layout, context.machine.fill_world_size)
+    except ValueError:
+        return None  # `world_size` says so

@@ -1,0 +1,123 @@
+"""Whether a pipeline can be cut as the settings say, and run by the schedule that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from danling_conf.schema import RunnerConfig, open_keys
+from danling_conf.schema.parallel import SINGLE_STAGE_SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES
+from danling_conf.topology.rules.rule import Context
+from danling_conf.topology.violation import ABSENT, Violation
+
+_SCHEDULE = "parallel.pipeline_schedule"
+
+
+def microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A pipeline cuts the local batch into whole microbatches."""
+    if config.parallel.axes.pipeline <= 1:
+        return
+    batch = config.dataloader.batch_size or 1
+    path, divisor = _cut_by(config)
+    if batch % divisor:
+        yield Violation(
+            path,
+            divisor,
+            f"it must divide the local batch, dataloader.batch_size={batch}",
+            f"choose a divisor of {batch}, or dataloader.batch_size={(batch // divisor + 1) * divisor}",
+        )
+
+
+def whole_batches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """An incomplete last batch could not be cut into the same microbatches as the others."""
+    if config.parallel.axes.pipeline <= 1:
+        return
+    own = open_keys(config.dataloader).get("train") or {}
+    given = own.get("drop_last") if isinstance(own, dict) else getattr(own, "drop_last", None)
+    path = "dataloader.drop_last" if given is None else "dataloader.train.drop_last"
+    if (config.dataloader.drop_last if given is None else given) is False:
+        yield Violation(
+            path,
+            False,
+            "a pipeline trains on whole batches, which it cuts into microbatches of one size",
+            f"{path}=null drops the incomplete batch of training only",
+        )
+
+
+def stage_parts(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """The number of pipeline stages is a multiple of the pipeline degree, and what the schedule takes."""
+    parts, degree = config.parallel.module_fqns_per_model_part, config.parallel.axes.pipeline
+    schedule = config.parallel.pipeline_schedule
+    if parts is None or degree < 1:
+        return
+    path, count = "parallel.module_fqns_per_model_part", len(parts)
+    if count % degree:
+        yield Violation(
+            path,
+            ABSENT,
+            f"its {count} parts are the stages, and parallel.axes.pipeline={degree} must divide their number",
+            f"give a multiple of {degree} parts",
+        )
+    elif schedule in SINGLE_STAGE_SCHEDULES and count != degree > 1:
+        yield Violation(
+            path,
+            ABSENT,
+            f"its {count} parts are the stages, and the schedule {schedule} has one for each of {degree} ranks",
+            f"give {degree} parts, or {_SCHEDULE}=Interleaved1F1B",
+        )
+    elif schedule in V_SCHEDULES and count != 2 * degree and degree > 1:
+        yield Violation(
+            path,
+            ABSENT,
+            f"its {count} parts are the stages, and the schedule {schedule} has two for each of {degree} ranks",
+            f"give {2 * degree} parts, or {_SCHEDULE}=Interleaved1F1B",
+        )
+
+
+def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Schedules need some number of microbatches to be in flight."""
+    degree, schedule = config.parallel.axes.pipeline, config.parallel.pipeline_schedule
+    batch = config.dataloader.batch_size or 1
+    path, divisor = _cut_by(config)
+    if degree <= 1 or batch % divisor:
+        return
+    count = config.parallel.pipeline_n_microbatches or batch // divisor
+    parts = config.parallel.module_fqns_per_model_part
+    stages = len(parts) if parts is not None else degree * (1 if schedule in SINGLE_STAGE_SCHEDULES else 2)
+    more = f"choose a smaller {path.rpartition('.')[2]}, or a larger dataloader.batch_size"
+    if path == "parallel.pipeline_n_microbatches":
+        more = f"{path}={stages}"
+    if schedule in ("1F1B", "DualPipeV") and count < stages:
+        yield Violation(
+            path,
+            divisor,
+            f"the schedule {schedule} needs a microbatch for each of {stages} stages, and has {count}",
+            more,
+        )
+    rounds = max(1, count // degree)
+    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and count % rounds:
+        yield Violation(
+            path,
+            divisor,
+            f"the schedule {schedule} takes {count} microbatches in {rounds} rounds, which does not divide them",
+            f"have a multiple of {degree} microbatches",
+        )
+
+
+def split_backward(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Gradients of inputs and of weights cannot be computed apart in compiled code."""
+    schedule = config.parallel.pipeline_schedule
+    if config.parallel.axes.pipeline <= 1 or schedule not in SPLIT_BACKWARD_SCHEDULES:
+        return
+    if config.compile.enable:
+        yield Violation(
+            _SCHEDULE,
+            schedule,
+            "it computes the gradients of inputs and of weights apart, which torch cannot do in compiled code",
+            f"compile=none, or {_SCHEDULE}=Interleaved1F1B",
+        )
+
+
+def _cut_by(config: RunnerConfig) -> tuple[str, int]:
+    if config.parallel.pipeline_n_microbatches is not None:
+        return "parallel.pipeline_n_microbatches", config.parallel.pipeline_n_microbatches
+    return "parallel.pipeline_microbatch_size", config.parallel.pipeline_microbatch_size

@@ -1,0 +1,42 @@
+"""Every layout trains what a single process trains on the same global batch: the parity matrix, cell by cell."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from danling_conf.groups.layout_names import parse_layout
+from tests.distributed.cells import Cell
+from tests.distributed.matrix import CELLS, CONTROLS, LAYOUTS, accepted, drawn, error_of, tolerance_of
+
+pytestmark = pytest.mark.slow
+
+DRAWN = 4
+SEED = random.SystemRandom().randrange(2**32)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_a_cell_is_what_one_process_makes(cell: Cell) -> None:
+    assert error_of(cell) <= tolerance_of(cell)
+
+
+@pytest.mark.parametrize("cell", CONTROLS, ids=str)
+def test_a_mistake_is_noticed(cell: Cell) -> None:
+    assert error_of(cell) > tolerance_of(cell)
+
+
+@pytest.mark.parametrize("number", range(DRAWN))
+def test_layouts_drawn_at_random_are_what_one_process_makes(number: int) -> None:
+    cell = drawn(DRAWN, SEED)[number]
+    print(f"layout {cell.layout}, drawn with seed {SEED}: python -m tests.distributed.matrix none --random {DRAWN} "
+          f"--seed {SEED}")  # fmt: skip
+    assert error_of(cell) <= tolerance_of(cell)
+
+
+def test_the_matrix_has_every_axis_and_only_layouts_that_the_rules_accept() -> None:
+    layouts = [parse_layout(name) for name in LAYOUTS]
+    assert all(accepted(layout) for layout in layouts)
+    assert len(CELLS) >= 40
+    for axis in layouts[0].degrees():
+        assert any(getattr(layout, axis) > 1 for layout in layouts)
