@@ -45,6 +45,7 @@ class CheckpointManager:
 
     Attributes:
         enabled: whether checkpoints are written.
+        mode: how: `disabled` (training waits), `async` or `async_with_pinned_mem`.
         unfinished: names of checkpoints that a killed attempt did not finish; removed.
     """
 
@@ -64,9 +65,9 @@ class CheckpointManager:
         several = layout.world_size > 1
         self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
         self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None
-        self._mode = async_mode(section)
+        self.mode = async_mode(section)
         if several and not section.dedicated_async_process_group:
-            self._mode = DISABLED
+            self.mode = DISABLED
         self._background = Background()
         self._stager: DefaultStager | None = None
         self._writer: Writer | None = None
@@ -131,7 +132,7 @@ class CheckpointManager:
         saved = _bytes({**shared, "optimizer": options}) if self.rank == 0 else b""
         job = Job(name=name, tensors=self._staged(everything), shared=saved, own=_bytes(own), facts=facts, best=best)
         replica = None if self.replica is None else _bytes(own["loader"])
-        if self._mode == DISABLED:
+        if self.mode == DISABLED:
             self._write(writer, job, replica)
         else:
             self._background.start(f"the checkpoint {name}", lambda: self._write(writer, job, replica))
@@ -229,7 +230,7 @@ class CheckpointManager:
 
     def _staged(self, everything: dict[str, Tensor]) -> dict[str, Tensor]:
         """What this rank writes, as it is now: copies where the writing goes on after training does."""
-        copy = self._mode != DISABLED
+        copy = self.mode != DISABLED
         if self.backend == "dcp":
             if not leads(self.layout, self.rank):
                 everything = {name: item for name, item in everything.items() if not state.is_whole(item)}
@@ -243,7 +244,7 @@ class CheckpointManager:
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._stager is None:
-            pinned = self._mode == PINNED and torch.accelerator.is_available()
+            pinned = self.mode == PINNED and torch.accelerator.is_available()
             options = StagingOptions(
                 use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
             )

@@ -23,7 +23,7 @@ class CheckpointConfig:
 
     dir_name: str = setting("checkpoints", semantic=False)
     """Subdirectory of the run that holds its checkpoints."""
-    async_enabled: bool = setting(True, semantic=False)
+    async_enabled: bool = setting(True, semantic=False, read_by="danling_conf.schema.checkpoint")
     """Write checkpoints in the background: training waits for a copy in memory, not for the disk."""
     async_mode: Optional[str] = setting(None, choices=(DISABLED, ASYNC, PINNED), semantic=False)
     """`disabled`: training waits until the checkpoint is on the disk. `async`: it waits for a copy in memory.
@@ -63,7 +63,7 @@ class CheckpointConfig:
     """Keys that loading skips: `model`, `optimizer`, `scheduler`, `scaler`, `dataloaders`, `generators`, `runner`, or
     dotted keys below them, such as `model.head` or `optimizer.head.weight`. Aliases: `data_loader` and `dataloader` for
     `dataloaders`, `lr_scheduler` for `scheduler`. One string or a list. Unset: all is loaded."""
-    last_save_model_only: bool = setting(False, semantic=False)
+    last_save_model_only: bool = setting(False, semantic=False, read_by="danling_conf.runner.saving")
     """The last checkpoint of the run is an export of the model alone (safetensors, in `export`), from which a run
     cannot be resumed."""
     export_dtype: Optional[str] = setting(None, choices=DTYPES, aliases=DTYPE_ALIASES, semantic=False)
