@@ -56,12 +56,11 @@ class ShardedSampler(Sampler[int]):
         self.seed = seed
         self.remainder = remainder
         self.generator = generator
-        self._begins_at = 0
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; call it before each epoch."""
-        self.epoch = epoch
+        self.epoch, self._begins_at = epoch, 0
         if self.generator is not None:
             self.generator.manual_seed(seed_of(self.seed, self.rank, epoch))
 
@@ -73,12 +72,11 @@ class ShardedSampler(Sampler[int]):
         return len(range(self.rank, self.size, self.degree))
 
     def begin_at(self, taken_by_all: int) -> None:
-        """Let the next iteration begin after so many samples of all ranks together."""
+        """Let iterations begin after so many samples of all ranks together, until the next epoch is chosen."""
         self._begins_at = taken_by_all
 
     def __iter__(self) -> Iterator[int]:
-        taken, self._begins_at = self._begins_at, 0
-        return _Position(self, taken)
+        return _Position(self, self._begins_at)
 
     def order(self, epoch: int, taken: int = 0) -> list[int]:
         """The samples of this rank in an epoch, after the first `taken` of all ranks together."""

@@ -18,8 +18,9 @@ from danling_conf.checkpoint.folder import EXPORT, Folder, find, reading
 from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
 from danling_conf.checkpoint.sources import Source
-from danling_conf.checkpoint.state import MODEL, Known
+from danling_conf.checkpoint.state import MODEL, Known, is_whole
 from danling_conf.checkpoint.untrusted import load_plain
+from danling_conf.checkpoint.whole import address
 from danling_conf.checkpoint.writing import SHARED, rank_file
 from danling_conf.schema.checkpoint import LOADED_PARTS, CheckpointConfig, excluded
 from danling_conf.schema.layout import Layout
@@ -89,8 +90,9 @@ class Loader:
         """See `CheckpointManager.load_weights`."""
         with ExitStack() as stack:
             opened = self._agreed(lambda: self._open_weights(source, stack))
-            targets = self._kept(state.model_tensors(parts))
-            self._agreed(lambda: self._check_model(source, targets, opened.known, parts))
+            targets = _without_twins(self._kept(state.model_tensors(parts)), opened.known)
+            self._agreed(lambda: self._check_model(source, targets, opened.known))
+            self._agreed(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
             opened.load(targets)
 
     def _candidates(self, source: Path, choose: bool) -> list[Path]:
@@ -110,8 +112,8 @@ class Loader:
             self._verify(path, facts)
             shared, own, notes = self._agreed(lambda: self._small_parts(path, facts, optimizer))
             opened = self._agreed(lambda: _open(path, facts))
-            targets = self._kept(state.model_tensors(parts))
-            self._agreed(lambda: self._check_model(path, targets, opened.known, parts))
+            targets = _without_twins(self._kept(state.model_tensors(parts)), opened.known)
+            self._agreed(lambda: self._check_model(path, targets, opened.known))
             options = shared.pop("optimizer")
             self._agreed(lambda: self._check_excluded(opened.known))
             wanted = {name: item for name, item in opened.known.items() if not self._skips(name)}
@@ -194,9 +196,7 @@ class Loader:
         manifest.verify(found, facts)
         return _open(found, facts)
 
-    def _check_model(
-        self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known], parts: Sequence[nn.Module]
-    ) -> None:
+    def _check_model(self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
         theirs = {name: item.shape for name, item in known.items() if name.startswith(MODEL) and not self._skips(name)}
         mine = {name: tuple(item.shape) for name, item in targets.items()}
         everywhere = set(mine)
@@ -266,6 +266,16 @@ def gathered_objects(item: Any, world_size: int) -> list[Any]:
 
 def _open(path: Path, facts: Manifest) -> Source:
     return sources.shards(path) if facts.backend == "dcp" else sources.one_file(path / sources.STATE)
+
+
+def _without_twins(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
+    """Leave out what a checkpoint lacks and has under another name: tied weights, which others save once."""
+    held = {_identity(item) for name, item in tensors.items() if name in known}
+    return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return address(tensor), tensor.storage_offset() if is_whole(tensor) else 0, tensor.shape
 
 
 def _misfit(

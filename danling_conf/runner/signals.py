@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as distributed
 
 from danling_conf.resolution.stopped import STOPPING
 
+_listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
 _NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name))
 
 
@@ -38,6 +40,7 @@ class StopRequest:
             self._group = distributed.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return
+        _listening.add(self)
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, end == self._pipe[0])
@@ -75,6 +78,7 @@ class StopRequest:
         if self._asked is not None and not failing:
             self._asked[1].wait()
         self._asked = None
+        _listening.discard(self)
         if self._pipe is None:
             return
         signal.set_wakeup_fd(self._wakeup)
@@ -95,6 +99,17 @@ class StopRequest:
                 os._exit(128 + number)
             self.number = number
         os.close(pipe)
+
+
+def _stand_apart() -> None:
+    """In a forked child, a loader's worker: leave the process group, to which launchers and terminals send signals,
+    since the run needs it to the end of the step; and do not write signals into the parent's pipe."""
+    if _listening:
+        signal.set_wakeup_fd(-1)
+        os.setpgid(0, 0)
+
+
+os.register_at_fork(after_in_child=_stand_apart)
 
 
 def _note(number: int, frame: Any) -> None:
