@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -93,7 +94,9 @@ def make(
     with warnings.catch_warnings():
         # torchdata 0.11 calls what torch has deprecated; nobody here can do anything about it.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(dataset, collate_fn=collate_fn, generator=generator, **options)
+        return StatefulDataLoader(
+            dataset, collate_fn=collate_fn, generator=generator, worker_init_fn=_own_process_group, **options
+        )
 
 
 def from_keywords(**keywords: Any) -> functools.partial[StatefulDataLoader[Any]]:
@@ -109,6 +112,46 @@ def set_epoch(loader: StatefulDataLoader[Any], epoch: int) -> None:
             part.set_epoch(epoch)
 
 
+def go_on(loader: StatefulDataLoader[Any], state: Mapping[str, Any], *, data_degree: int) -> None:
+    """Let the next iteration go on where a saved one was, also under another data degree or number of workers.
+
+    The same degree and workers go on exactly, with the data set's own state where it has one. Otherwise the samples
+    that are left of the epoch are dealt out to the ranks that there are now: none is seen twice or never, but for what
+    `drop_last` leaves or repeats at the end of every epoch.
+
+    Args:
+        state: of a loader of the same split with the same batch size.
+        data_degree: that it was made under.
+
+    Raises:
+        ValueError: the data is iterable and deals itself out: its place is known for the same degree and workers only.
+    """
+    sampler, workers = loader.sampler, _snapshot(state).get("_num_workers", 0)
+    now = sampler.degree if isinstance(sampler, ShardedSampler) else data_degree
+    if (data_degree, workers) == (now, loader.num_workers):
+        loader.load_state_dict(dict(state))
+        return
+    if not isinstance(sampler, ShardedSampler):
+        raise ValueError(
+            f"dataloader.num_workers={loader.num_workers}: the place in an iterable data set was saved with {workers} "
+            "workers; use as many, or checkpoint.exclude_from_loading=dataloaders, which begins the epoch anew"
+        )
+    sampler.begin_at(taken_by_all(state, batch_size=loader.batch_size or 1, data_degree=data_degree))
+
+
+def taken_by_all(state: Mapping[str, Any], *, batch_size: int, data_degree: int) -> int:
+    """Samples of the epoch that all ranks together had taken when the state of a loader was saved."""
+    inner = _snapshot(state)["_sampler_iter_state"]
+    inner = inner.get("sampler_iter_state", inner)  # wrapped where samples are put into batches
+    since = state.get("_steps_since_snapshot", 0)
+    return int(inner["taken_by_all"]) + since * batch_size * data_degree
+
+
+def _snapshot(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a loader's state that tells of its sampler; with worker processes it lies deeper."""
+    return state["_snapshot"]["_main_snapshot"] if "_snapshot" in state else state
+
+
 def stop_workers(loader: StatefulDataLoader[Any]) -> None:
     """End a loader's worker processes; the next iteration starts new ones.
 
@@ -119,6 +162,12 @@ def stop_workers(loader: StatefulDataLoader[Any]) -> None:
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down is not None:
         shut_down()
+
+
+def _own_process_group(worker: int) -> None:
+    """Keep signals to the training process, which launchers and terminals send to its whole process group, from its
+    workers: it still needs them to come to the end of a step. They end when it does."""
+    os.setpgid(0, 0)
 
 
 def _overrides(section: DataloaderConfig, split: str) -> dict[str, Any]:

@@ -78,11 +78,11 @@ def make(
     refuse(option_problems(entry, options), "optim")
     specifications = list(section.param_groups or [])
     _check_specifications(entry, specifications)
-    pairs = _clean(parameters)
+    pairs = cleaned(parameters)
     named = _trainable(pairs)
     if not named:
         raise ValueError("optim: there is no parameter that requires a gradient: unfreeze a part of the model")
-    everywhere = pairs if whole is None else _clean(whole)
+    everywhere = pairs if whole is None else cleaned(whole)
     groups = _split(named, specifications, everywhere)
     if entry.name == "Muon":
         model = whole if whole is not None else parameters if isinstance(parameters, nn.Module) else None
@@ -164,15 +164,15 @@ def _check_specifications(entry: Entry, specifications: Sequence[Any]) -> None:
         refuse(group_problems(entry, settings), where)
 
 
-def _clean(parameters: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+def cleaned(parameters: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     """Pairs of name and parameter, each parameter once, the names without what wrappers put into them."""
     pairs = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
     once = list({id(parameter): (name, parameter) for name, parameter in reversed(list(pairs))}.values())[::-1]
-    cleaned = [(name.replace(_COMPILED, "").replace(_CHECKPOINTED, ""), parameter) for name, parameter in once]
+    shortened = [(name.replace(_COMPILED, "").replace(_CHECKPOINTED, ""), parameter) for name, parameter in once]
     # DDP puts the whole model under one attribute; a submodule that is called so has siblings.
-    if all(name.startswith(_DDP) for name, _ in cleaned):
-        cleaned = [(name.removeprefix(_DDP), parameter) for name, parameter in cleaned]
-    return cleaned
+    if all(name.startswith(_DDP) for name, _ in shortened):
+        shortened = [(name.removeprefix(_DDP), parameter) for name, parameter in shortened]
+    return shortened
 
 
 def _trainable(pairs: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:

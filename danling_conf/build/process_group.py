@@ -15,6 +15,11 @@ _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
 """The group for slow work, and the default group that it was made beside."""
 
 
+_separate: list[dist.ProcessGroup] = []
+"""Groups whose time limit stays: they wait for disks, not for training."""
+_FOR_DISKS = timedelta(days=1)
+
+
 def start(
     section: CommConfig,
     device_type: str,
@@ -67,7 +72,7 @@ def tighten(section: CommConfig) -> None:
         timeout = None if seconds is None else timedelta(seconds=seconds)
         _waiting = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout))
     for group in groups:
-        if group is not kept:
+        if group is not kept and not any(group is other for other in _separate):
             set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
 
 
@@ -76,6 +81,21 @@ def wait_for_all() -> None:
     files, while others have nothing to do. Collective; nothing where there is one process."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier(_waiting_group())
+
+
+def separate(backend: str) -> dist.ProcessGroup | None:
+    """A group of all ranks for what goes on beside training, whose collectives it neither delays nor is timed by. A
+    lost rank is noticed by its connection. Collective; None where there is one process."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    group = dist.new_group(backend=backend, timeout=_FOR_DISKS)
+    _separate.append(group)
+    return group
+
+
+def waiting() -> dist.ProcessGroup | None:
+    """The group that `wait_for_all` waits on; None is the default group."""
+    return _waiting_group() if dist.is_initialized() else None
 
 
 def _waiting_group() -> dist.ProcessGroup | None:
@@ -89,5 +109,6 @@ def stop() -> None:
     """Destroy every process group, if there are any."""
     global _waiting
     _waiting = None
+    _separate.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,8 +19,9 @@ class ShardedSampler(Sampler[int]):
     So the batches of all ranks at a step are, together, the batch that one process with a batch of `degree` times the
     size would take. The order is that of `torch.utils.data.DistributedSampler`.
 
-    The position is saved as the number of samples that all ranks together have taken, with the epoch, so that a state
-    of any rank restores any other and fits another degree with the same global batch. (The samplers of torchdata 0.11
+    The position is saved as the number of samples that all ranks together have taken, with the epoch; what is left of
+    the epoch is dealt out from there. So a state of any rank restores any other, and fits another degree: no sample is
+    seen twice or never, but for what `remainder` does at the end of every epoch. (The samplers of torchdata 0.11
     save a position of one rank; after a state saved at the end of an epoch, StatefulDistributedSampler skips the whole
     next one.)
 
@@ -59,7 +60,7 @@ class ShardedSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; call it before each epoch."""
-        self.epoch = epoch
+        self.epoch, self._begins_at = epoch, 0
         if self.generator is not None:
             self.generator.manual_seed(seed_of(self.seed, self.rank, epoch))
 
@@ -70,28 +71,41 @@ class ShardedSampler(Sampler[int]):
             return -(-self.size // self.degree)
         return len(range(self.rank, self.size, self.degree))
 
-    def __iter__(self) -> Iterator[int]:
-        return _Position(self)
+    def begin_at(self, taken_by_all: int) -> None:
+        """Let iterations begin after so many samples of all ranks together, until the next epoch is chosen."""
+        self._begins_at = taken_by_all
 
-    def order(self, epoch: int) -> list[int]:
-        """The samples of this rank in an epoch."""
+    def __iter__(self) -> Iterator[int]:
+        return _Position(self, self._begins_at)
+
+    def order(self, epoch: int, taken: int = 0) -> list[int]:
+        """The samples of this rank in an epoch, after the first `taken` of all ranks together."""
         if self.shuffle:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
         else:
             order = torch.arange(self.size)
-        if self.remainder == REPEAT and self.size:
-            even = len(self) * self.degree
-            order = order.repeat(-(-even // self.size))[:even]
-        return order[self.rank :: self.degree][: len(self)].tolist()
+        rest = order[taken:]
+        if self.remainder == REPEAT and len(rest) % self.degree:
+            even = -(-len(rest) // self.degree) * self.degree
+            rest = torch.cat([rest, order.repeat(-(-even // self.size))[: even - len(rest)]])
+        own = rest[self.rank :: self.degree]
+        return (own[: len(rest) // self.degree] if self.remainder == DROP else own).tolist()
+
+    def left(self, taken: int) -> int:
+        """Samples of this rank in an epoch, after the first `taken` of all ranks together."""
+        return len(self.order(0, taken))
 
 
 class _Position(Iterator[int]):
     """A place in one epoch of a sampler; it keeps its own epoch, whatever the sampler is set to meanwhile."""
 
-    def __init__(self, sampler: ShardedSampler) -> None:
+    def __init__(self, sampler: ShardedSampler, taken_by_all: int) -> None:
         self._sampler = sampler
-        self._epoch = sampler.epoch
-        self._order = sampler.order(self._epoch)
+        self._start(sampler.epoch, taken_by_all)
+
+    def _start(self, epoch: int, taken_by_all: int) -> None:
+        self._epoch, self._began = epoch, min(taken_by_all, self._sampler.size)
+        self._order = self._sampler.order(epoch, self._began)
         self._taken = 0
 
     def __iter__(self) -> _Position:
@@ -105,13 +119,11 @@ class _Position(Iterator[int]):
 
     def state_dict(self) -> dict[str, Any]:
         # A rank that ran out one sample before the others is at the end of the data, as they are.
-        return {"epoch": self._epoch, "taken_by_all": self._taken * self._sampler.degree}
+        return {"epoch": self._epoch, "taken_by_all": self._began + self._taken * self._sampler.degree}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch = state["epoch"]
-        self._order = self._sampler.order(self._epoch)
-        # Under a degree that does not divide the position, a few samples are seen twice rather than never.
-        self._taken = min(state["taken_by_all"] // self._sampler.degree, len(self._order))
+        # The rest is dealt out anew: under the same degree as before, under another without a gap or a repetition.
+        self._start(state["epoch"], state["taken_by_all"])
 
 
 def seed_of(seed: int, rank: int, epoch: int) -> int:

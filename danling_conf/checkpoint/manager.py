@@ -1,240 +1,273 @@
-"""The checkpoints of a run: written aside, made visible when whole, named `latest`, `best`, and by step."""
+"""The checkpoints of a run: saved in the foreground or the background, and given back."""
 
 from __future__ import annotations
 
-import json
+import io
 import logging
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as distributed
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from danling_conf.build import process_group
-from danling_conf.checkpoint import file_backend
-from danling_conf.checkpoint.state import gather, misfit_of, misfit_of_groups, scatter_model, scatter_optimizer
-from danling_conf.schema.checkpoint import CheckpointConfig
+from danling_conf.checkpoint import durable, export, state
+from danling_conf.checkpoint.background import Background, SaveFailed
+from danling_conf.checkpoint.folder import EXPORT, Folder, name_of
+from danling_conf.checkpoint.loading import Loaded, Loader, agreed, gathered_objects
+from danling_conf.checkpoint.manifest import Manifest
+from danling_conf.checkpoint.replicas import ReplicaFolder
+from danling_conf.checkpoint.whole import address, gathered, leads
+from danling_conf.checkpoint.writing import Job, Writer
+from danling_conf.schema.checkpoint import DISABLED, PINNED, CheckpointConfig, async_mode
+from danling_conf.schema.layout import Layout
 
 _log = logging.getLogger(__name__)
-
-LATEST, BEST, FACTS = "latest", "best", "checkpoint.json"
-_PARTS = ("model", "optimizer", "scheduler", "scaler", "runner", "settings")
-_OWN_PARTS = ("loader", "generators")
-
-Read = TypeVar("Read")
-
-
-class NothingSaved(ValueError):
-    """There is no checkpoint at all where one was looked for; not that one is broken."""
 
 
 class CheckpointManager:
     """Saves and restores one run.
 
-    Everything is collective: all ranks call it at the same step. Rank 0 gathers and writes the model and the optimizer;
-    each rank writes its loaders and generators.
+    Everything is collective: all ranks call it at the same step. A model may be several parts on a rank, the stages of
+    a pipeline; names are those in the whole model.
 
     Args:
         section: `checkpoint` of the configuration.
         run: the run's directory.
-        rank, world_size: of this process.
+        rank: of this process.
+        layout, layout_name: what the ranks are laid out as.
+        allow_degree_change: whether what was written under another layout may be loaded.
+
+    Attributes:
+        enabled: whether checkpoints are written.
+        mode: how: `disabled` (training waits), `async` or `async_with_pinned_mem`.
+        unfinished: names of checkpoints that a killed attempt did not finish; removed.
     """
 
-    def __init__(self, section: CheckpointConfig, run: Path, *, rank: int, world_size: int) -> None:
-        self.enabled = not section.load_only
-        self.folder = run / section.dir_name
-        self.rank, self.world_size = rank, world_size
+    def __init__(
+        self,
+        section: CheckpointConfig,
+        run: Path,
+        *,
+        rank: int,
+        layout: Layout,
+        layout_name: str,
+        allow_degree_change: bool = False,
+    ) -> None:
+        self.section, self.enabled = section, not section.load_only
+        self.rank, self.layout, self.layout_name = rank, layout, layout_name
+        self.folder = Folder(run / section.dir_name)
+        several = layout.world_size > 1
+        self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
+        self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None
+        self.mode = async_mode(section)
+        if several and not section.dedicated_async_process_group:
+            self.mode = DISABLED
+        self._background = Background()
+        self._stager: DefaultStager | None = None
+        self._writer: Writer | None = None
+        self._loader = Loader(
+            section,
+            rank=rank,
+            layout=layout,
+            layout_name=layout_name,
+            allow_degree_change=allow_degree_change,
+            replica=self.replica,
+        )
+        self.unfinished: list[str] = []
+        if self.enabled and rank == 0 and self.folder.path.is_dir():
+            self.unfinished = self.folder.mend()
+
+    @property
+    def _keeps_replicas(self) -> bool:
+        return self.section.enable_ft_dataloader_checkpoints
 
     def save(
         self,
         *,
-        model: nn.Module,
+        parts: Sequence[nn.Module],
         optimizer: Optimizer,
         shared: dict[str, Any],
         own: dict[str, Any],
         step: int,
+        epoch: int,
+        between_epochs: bool = False,
         history: bool,
         best: bool = False,
     ) -> Path | None:
-        """Write a checkpoint; `latest`, and `best` where it is, point to it afterwards.
+        """Save the state as it is now; `latest`, and `best` where it is, point to it once it is whole.
+
+        In the background, unless the section says otherwise: what changes after this returns is not saved. One save is
+        under way at a time; another one is waited for.
 
         Args:
             shared: further state that is the same on all ranks; plain values and tensors.
             own: this rank's own state.
-            step: optimizer steps done.
+            step, epoch: optimizer steps and epochs done.
+            between_epochs: whether the checkpoint is called by its epoch.
             history: whether it is kept when a later one takes its names.
 
         Returns:
-            The checkpoint's folder; None when checkpoints are not written.
+            The checkpoint's folder, which may not be there yet; None when checkpoints are not written.
+
+        Raises:
+            SaveFailed: it could not be written, or the one before it could not.
         """
         if not self.enabled:
             return None
-        name = f"ckpt-s{step:08d}"
-        final, aside = self.folder / name, self.folder / f".{name}.tmp"
-        if self.rank == 0:
+        name = name_of(step, epoch if between_epochs else None)
+        self._await_the_one_before(name)
+        durable.enter(durable.STAGING)
+        writer = self._writer_of_all()
+        everything = state.model_tensors(parts) | state.optimizer_tensors(parts, optimizer)
+        options = state.options_of(parts, optimizer)
+        if self.layout.pipeline > 1:
+            options = state.merged_options(gathered_objects(options, self.layout.world_size))
+        facts = self._facts(step, epoch, history, optimizer)
+        saved = _bytes({**shared, "optimizer": options}) if self.rank == 0 else b""
+        job = Job(name=name, tensors=self._staged(everything), shared=saved, own=_bytes(own), facts=facts, best=best)
+        replica = None if self.replica is None else _bytes(own["loader"])
+        if self.mode == DISABLED:
+            self._write(writer, job, replica)
+        else:
+            self._background.start(f"the checkpoint {name}", lambda: self._write(writer, job, replica))
+            durable.enter(durable.IDLE)
+        return self.folder.path / name
+
+    def export(self, *, parts: Sequence[nn.Module], optimizer: Optimizer, step: int, epoch: int) -> Path:
+        """Write the model alone, as `checkpoint.export_dtype` says, to `export`. Raises SaveFailed, on every rank."""
+        self._await_the_one_before(EXPORT)
+        tensors = gathered(state.model_tensors(parts), self.layout, self.rank)
+        aside, final = self.folder.aside(EXPORT), self.folder.path / EXPORT
+
+        def do() -> None:
+            if self.rank != 0:
+                return export.drain(tensors)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        self._barrier()
-        state = gather(model, optimizer)
-        file_backend.write(file_backend.rank_file(aside, self.rank), own)
-        if self.rank == 0:
-            file_backend.write(aside / file_backend.STATE, {**state, **shared})
-        self._barrier()
-        if self.rank == 0:
-            history = history or self._in_history(final)
-            facts = {
-                "step": step,
-                "world_size": self.world_size,
-                "history": history,
-                "optimizer": type(optimizer).__name__,
-            }
-            (aside / FACTS).write_text(json.dumps(facts) + "\n")
-            file_backend.sync_folder(aside)
-            self._publish(aside, final)
-            self._point(LATEST, final)
-            if best:
-                self._point(BEST, final)
-            self._prune()
-        self._barrier()
+            facts = self._facts(step, epoch, False, optimizer, backend="safetensors")
+            try:
+                export.write(aside, parts, tensors, facts, self.section.export_dtype)
+            finally:
+                export.drain(tensors)  # the other ranks are in the middle of it where this one fails
+            self.folder.publish(aside, EXPORT)
+
+        try:
+            agreed(do, self.layout.world_size, (OSError, RuntimeError, ValueError, ImportError))
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            raise SaveFailed(f"{final}: the model could not be exported: {error}") from error
         return final
 
-    def restore(self, source: Path, *, model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Load a checkpoint, or a run's latest one, into model and optimizer.
+    def restore(self, source: Path, *, parts: Sequence[nn.Module], optimizer: Optimizer, choose: bool) -> Loaded:
+        """Load a checkpoint into model and optimizer. Collective.
 
-        Returns:
-            What was saved as `shared` and as `own`; `own` is that of another rank where the world size was another.
+        Args:
+            source: a checkpoint, or a run, which means its latest one.
+            choose: whether the newest whole checkpoint of the run is wanted, and a broken one passed over.
 
         Raises:
             NothingSaved: there is no checkpoint at `source`.
-            ValueError: the checkpoint is broken, or does not fit the model or the optimizer. On every rank, also where
-                one alone cannot read it.
+            Broken: the checkpoint is broken, or where we choose, all are.
+            LayoutDiffers: it was written under another layout, which is not allowed.
+            ValueError: it does not fit the model or the optimizer.
         """
-        state, own = self._agreed(lambda: self._read(self.find(source), model, optimizer))
-        scatter_model(model, state["model"])
-        scatter_optimizer(model, optimizer, state["optimizer"])
-        shared = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
-        if self.world_size > 1:
-            received = [shared]
-            distributed.broadcast_object_list(received, src=0)
-            shared = received[0]
-        return shared, own
+        return self._loader.restore(source, parts=parts, optimizer=optimizer, choose=choose)
 
-    def load_weights(self, source: Path, model: nn.Module) -> None:
-        """Load only the model's weights. Raises ValueError as `restore` does."""
-        scatter_model(model, self._agreed(lambda: self._read_state(self.find(source), model))["model"])
+    def load_weights(self, source: Path, parts: Sequence[nn.Module]) -> None:
+        """Load only the model's weights: from a checkpoint, a run, an export, or safetensors. Raises as `restore`."""
+        self._loader.load_weights(source, parts)
 
-    def find(self, source: Path) -> Path:
-        """The checkpoint folder that `source` names: itself, or the latest of a run.
+    def check(self) -> None:
+        """Raise SaveFailed when a save in the background has failed. Costs nothing; not collective."""
+        if not self._background.busy:
+            self._background.check()
 
-        Raises NothingSaved when there is none.
-        """
-        folder = source / self.folder.name
-        # A crash between two renames can leave `latest` pointing nowhere: then the newest whole one is it.
-        for found in (source, folder / LATEST, *sorted(folder.glob("ckpt-*"), reverse=True)):
-            if (found / FACTS).is_file():
-                return found.resolve()
-        raise NothingSaved(f"{source}: there is no whole checkpoint in it, nor as its {self.folder.name}/{LATEST}")
+    def drain(self, limit: float | None = None) -> None:
+        """Wait for the save under way, at most `limit` or `checkpoint.wait_timeout` seconds. Raises SaveFailed."""
+        self._background.wait(self.section.wait_timeout if limit is None else limit)
 
-    def history(self, source: Path) -> list[Path]:
-        """The checkpoints beside the one that `source` names, newest first."""
-        folder = source / self.folder.name if (source / self.folder.name).is_dir() else source.resolve().parent
-        named = source.resolve() if folder == source.resolve().parent else (folder / LATEST).resolve()
-        return [found for found in sorted(folder.glob("ckpt-*"), reverse=True) if found != named]
+    def close(self) -> None:
+        """Give back what the manager holds. Call `drain` first: what is under way may be lost."""
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
 
-    def _agreed(self, read: Callable[[], Read]) -> Read:
-        """What `read` gives. It fails on all ranks where it fails on one, which the others would wait for for ever."""
-        result, fault = None, None
-        try:
-            result = read()
-        except ValueError as error:
-            fault = error
-        if self.world_size > 1:
-            faults: list[Any] = [None] * self.world_size
-            distributed.all_gather_object(faults, fault)
-            fault = next((item for item in faults if item is not None), None)
-        if fault is not None:
-            raise fault
-        return result  # type: ignore[return-value]
+    def _await_the_one_before(self, name: str) -> None:
+        if self._background.busy:
+            _log.info("%s waits for %s, which is still being written", name, self._background.what)
+        seconds = self._background.wait()
+        if seconds > 1:
+            _log.info("%s waited %.1f s: saves take longer than what lies between them", name, seconds)
 
-    def _read(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-        facts = self._facts(folder)
-        made, mine = facts["optimizer"], type(optimizer).__name__
-        if made != mine:
-            raise ValueError(f"{folder}: it was made with the optimizer {made}, and this run's is {mine}")
-        path = file_backend.rank_file(folder, self.rank % facts["world_size"])
-        own = file_backend.read(path)
-        if not (isinstance(own, dict) and own.keys() >= set(_OWN_PARTS)):
-            raise ValueError(f"{path}: it is not a rank's part of a checkpoint, which holds {', '.join(_OWN_PARTS)}")
-        own["same_world"] = facts["world_size"] == self.world_size
-        state = self._read_state(folder, model)
-        misfit = misfit_of_groups(optimizer, state["optimizer"]) if self.rank == 0 else None
-        if misfit is not None:
-            raise ValueError(f"{folder}: its optimizer does not fit: {misfit}")
-        return state, own
+    def _writer_of_all(self) -> Writer:
+        """The writer, made at the first save: it may need a process group, which all ranks make together."""
+        if self._writer is None:
+            dedicated = self.section.dedicated_async_process_group
+            group = process_group.separate(self.section.async_process_group_backend) if dedicated else None
+            self._writer = Writer(
+                self.folder,
+                rank=self.rank,
+                world_size=self.layout.world_size,
+                group=group if dedicated else process_group.waiting(),
+                keep=self.section.keep_latest_k,
+            )
+        return self._writer
 
-    def _read_state(self, folder: Path, model: nn.Module) -> dict[str, Any]:
-        """The state on rank 0, which holds it for all; empty parts elsewhere."""
-        if self.rank != 0:
-            return {part: {} for part in _PARTS}
-        path = folder / file_backend.STATE
-        state = file_backend.read(path)
-        if not (isinstance(state, dict) and state.keys() >= set(_PARTS)):
-            raise ValueError(f"{path}: it is not a checkpoint of a run, which holds {', '.join(_PARTS)}")
-        misfit = misfit_of(model, state["model"])
-        if misfit is not None:
-            raise ValueError(f"{folder}: its weights do not fit the model: {misfit}")
-        return state
+    def _write(self, writer: Writer, job: Job, replica: bytes | None) -> None:
+        if self.replica is not None and replica is not None:
+            try:
+                self.replica.write(job.name, replica)
+            except OSError as error:
+                raise SaveFailed(f"{self.replica.path}: the loader's state could not be written: {error}") from error
+        writer.write(job)
+        if self.replica is not None:
+            self.replica.prune({path.name for path in self.folder.path.glob("ckpt-*")})
 
-    def _facts(self, folder: Path) -> dict[str, Any]:
-        path = folder / FACTS
-        if not path.is_file():
-            return {}
-        try:
-            facts = json.loads(path.read_text())
-            return {name: facts[name] for name in ("step", "world_size", "history", "optimizer")}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: it cannot be read: {type(error).__name__}: {error}") from error
+    def _staged(self, everything: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank writes, as it is now: copies where the writing goes on after training does."""
+        copy = self.mode != DISABLED
+        if self.backend == "dcp":
+            if not leads(self.layout, self.rank):
+                everything = {name: item for name, item in everything.items() if not state.is_whole(item)}
+            return self._copied(everything) if copy else everything
+        whole = dict(gathered(everything, self.layout, self.rank))
+        if not copy:
+            return whole
+        # What was sharded, or on an accelerator, has just been copied.
+        live = {address(item) for item in everything.values()}
+        return whole | self._copied({name: item for name, item in whole.items() if address(item) in live})
 
-    def _in_history(self, folder: Path) -> bool:
-        """Whether a checkpoint is to be kept; a broken one is, for somebody to look at."""
-        try:
-            return bool(self._facts(folder).get("history", False))
-        except ValueError:
-            return True
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._stager is None:
+            pinned = self.mode == PINNED and torch.accelerator.is_available()
+            options = StagingOptions(
+                use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
+            )
+            self._stager = DefaultStager(options)
+        return self._stager.stage(tensors)  # type: ignore[return-value]
 
-    def _publish(self, aside: Path, final: Path) -> None:
-        if final.exists():
-            # The same step saved again, with another name beside it: the old one goes once the new one can replace it.
-            old = final.with_name(f".{final.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(final, old)
-            os.replace(aside, final)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, final)
-        file_backend.sync_folder(self.folder)
+    def _facts(
+        self, step: int, epoch: int, history: bool, optimizer: Optimizer, backend: str | None = None
+    ) -> Manifest:
+        return Manifest(
+            step=step,
+            epoch=epoch,
+            saved=datetime.now().astimezone().isoformat(timespec="seconds"),
+            backend=backend or self.backend,
+            layout=self.layout_name,
+            degrees=self.layout.degrees(),
+            fsdp=self.layout.fsdp,
+            history=history,
+            optimizer=type(optimizer).__name__,
+        )
 
-    def _point(self, name: str, target: Path) -> None:
-        temporary = self.folder / f".{name}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name)
-        os.replace(temporary, self.folder / name)
-        file_backend.sync_folder(self.folder)
 
-    def _prune(self) -> None:
-        named = {(self.folder / name).resolve() for name in (LATEST, BEST)}
-        for folder in self.folder.glob("ckpt-*"):
-            if folder.resolve() not in named and not self._in_history(folder):
-                # Renamed first: what is half removed must not look like a checkpoint.
-                gone = folder.with_name(f".{folder.name}.old")
-                os.replace(folder, gone)
-                shutil.rmtree(gone)
-
-    def _barrier(self) -> None:
-        if self.world_size > 1:
-            # Not on the group whose limit training tightens: rank 0 may write for long.
-            process_group.wait_for_all()
+def _bytes(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

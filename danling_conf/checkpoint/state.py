@@ -1,87 +1,157 @@
-"""The full state of a model and its optimizer, whatever wraps or shards them, and back."""
+"""The state of a model and its optimizer as one flat mapping from names to tensors, whatever shards or splits them.
+
+`model.<name>` is a parameter or buffer; `optimizer.<parameter>.<key>` is a tensor of a parameter's optimizer state. The
+names are those in the whole model: without what wrappers put into them, and the same in every part of a pipeline. So a
+state fits any layout. What is no tensor, the options of the optimizer's groups for instance, is in `options`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as distributed
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-_SHOWN = 3
+from danling_conf.build.optimizer import cleaned
+
+MODEL, OPTIMIZER = "model.", "optimizer."
 
 
-def gather(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Unsharded state on the CPU of rank 0, by fully qualified names; other ranks get empty states. Collective."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+@dataclass(frozen=True)
+class Known:
+    """What a checkpoint says of one of its tensors before it is read."""
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def model_tensors(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The parameters and saved buffers that this rank holds, by name; the very tensors, not copies."""
+    return {name: value for name, value in _model_state(parts).items() if isinstance(value, Tensor)}
+
+
+def optimizer_tensors(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, Tensor]:
+    """The tensors of the optimizer's state that this rank holds, by name."""
     return {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        f"{OPTIMIZER}{name}.{key}": value
+        for name, parameter in named_parameters(parts)
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
     }
 
 
-def misfit_of(model: nn.Module, state: Mapping[str, Any]) -> str | None:
-    """How an unsharded model state differs from what the model has, in names and shapes; None where it fits."""
+def options_of(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, Any]:
+    """What else there is of model and optimizer: options of the groups, state that is no tensor, extra state."""
+    names = {id(parameter): name for name, parameter in named_parameters(parts)}
+    values: dict[str, Any] = {}
+    for name, parameter in named_parameters(parts):
+        plain = {key: item for key, item in optimizer.state.get(parameter, {}).items() if not isinstance(item, Tensor)}
+        if plain:
+            values[name] = plain
+    groups = [
+        {
+            "names": [names[id(parameter)] for parameter in group["params"]],
+            "options": {key: value for key, value in group.items() if key != "params"},
+        }
+        for group in optimizer.param_groups
+    ]
+    extra = {name: value for name, value in _model_state(parts).items() if not isinstance(value, Tensor)}
+    return {"groups": groups, "values": values, "extra": extra}
+
+
+def merged_options(all_of: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options of all ranks as one; ranks of one stage have the same."""
+    merged: dict[str, Any] = {"groups": [], "values": {}, "extra": {}}
+    for options in all_of:
+        merged["groups"] += [group for group in options["groups"] if group not in merged["groups"]]
+        merged["values"] |= options["values"]
+        merged["extra"] |= options["extra"]
+    return merged
+
+
+def named_parameters(parts: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of all parts, each once, by name."""
+    return [pair for part in parts for pair in cleaned(part)]
+
+
+def optimizer_targets(
+    parts: Sequence[nn.Module], optimizer: Optimizer, known: Mapping[str, Known]
+) -> dict[str, Tensor]:
+    """Empty tensors for the optimizer state that a checkpoint holds of this rank's parameters, laid out as they are."""
+    keys = _keys_by_parameter(known)
+    steppable = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        f"{OPTIMIZER}{name}.{key}": _empty(parameter, known[f"{OPTIMIZER}{name}.{key}"])
+        for name, parameter in named_parameters(parts)
+        if id(parameter) in steppable
+        for key in keys.get(name, ())
+    }
+
+
+def load_optimizer(
+    parts: Sequence[nn.Module], optimizer: Optimizer, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> None:
+    """Give the optimizer the state that was read. Parameters of which nothing was saved start without one."""
+    saved = {name: group["options"] for group in options["groups"] for name in group["names"]}
+    names = {id(parameter): name for name, parameter in named_parameters(parts)}
+    keys = _keys_by_parameter(tensors)
+    state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        theirs: Mapping[str, Any] = {}
+        indices: list[int] = []
+        for parameter in group["params"]:
+            name, index = names[id(parameter)], len(indices) + sum(len(other["params"]) for other in groups)
+            indices.append(index)
+            theirs = theirs or saved.get(name, {})
+            own = {key: tensors[f"{OPTIMIZER}{name}.{key}"] for key in keys.get(name, ())}
+            own |= options["values"].get(name, {})
+            if own:
+                state[index] = own
+        # Options that this optimizer's groups do not have were added by another's scheduler (`initial_lr`).
+        mine = {key: theirs.get(key, value) for key, value in group.items() if key != "params"}
+        groups.append({**mine, "params": indices})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_extra(parts: Sequence[nn.Module], extra: Mapping[str, Any]) -> None:
+    """Give modules the extra state (`set_extra_state`) that was saved of them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    for part in parts:
+        own = {name: value for name, value in extra.items() if name in _model_state([part])}
+        if own:
+            bare = {name.removeprefix(MODEL): value for name, value in own.items()}
+            set_model_state_dict(part, bare, options=StateDictOptions(strict=False))
+
+
+def _keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
+    """The keys of optimizer state by parameter, of names such as `optimizer.first.weight.exp_avg`."""
+    keys: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith(OPTIMIZER):
+            parameter, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+            keys.setdefault(parameter, []).append(key)
+    return keys
+
+
+def _empty(parameter: Tensor, known: Known) -> Tensor:
+    """Something to read into. A state of the parameter's shape is laid out like it; any other (a count) is whole."""
+    if known.shape == tuple(parameter.shape) and known.shape:
+        return torch.empty_like(parameter, dtype=known.dtype, requires_grad=False)
+    return torch.empty(known.shape, dtype=known.dtype)
+
+
+def _model_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    mine, theirs = _shapes(get_model_state_dict(model)), _shapes(state)
-    facts = {
-        "it lacks": [name for name in mine if name not in theirs],
-        "the model lacks": [name for name in theirs if name not in mine],
-        "of another shape": [
-            f"{name} {theirs[name]} for {shape}" for name, shape in mine.items() if theirs.get(name, shape) != shape
-        ],
-    }
-    shown = [f"{what} {', '.join(names[:_SHOWN])}" + _more(names) for what, names in facts.items() if names]
-    return "; ".join(shown) or None
+    return {f"{MODEL}{name}": value for part in parts for name, value in get_model_state_dict(part).items()}
 
 
-def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-
-
-def scatter_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load an unsharded model state that rank 0 holds, and that fits (see `misfit_of`). Collective."""
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
-    set_model_state_dict(model, dict(state), options=_options())
-
-
-def scatter_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an unsharded optimizer state that rank 0 holds. Collective."""
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
-
-    groups = [
-        _with_options_of(mine, saved) for mine, saved in zip(optimizer.param_groups, _groups(state), strict=False)
-    ]
-    aligned = {**state, "param_groups": groups} if state else {}
-    set_optimizer_state_dict(model, optimizer, aligned, options=_options())
-
-
-def misfit_of_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> str | None:
-    """How the groups of a saved optimizer differ from this one's; None where they fit."""
-    mine, theirs = len(optimizer.param_groups), len(_groups(state))
-    return None if mine == theirs else f"it has {theirs} parameter groups, and this run's optimizer has {mine}"
-
-
-def _groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return list(state.get("param_groups", ()))
-
-
-def _with_options_of(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved group with the options that this optimizer's group has: a scheduler adds some (`initial_lr`)."""
-    return {"params": saved["params"], **{key: saved.get(key, mine[key]) for key in mine if key != "params"}}
-
-
-def _options() -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    several = distributed.is_initialized() and distributed.get_world_size() > 1
-    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is held whole by every rank that has it."""
+    return not isinstance(tensor, DTensor)

@@ -10,16 +10,23 @@ from collections.abc import Sequence
 from danling_conf.topology.violation import ConfigRefused
 
 REFUSED = 2
+BROKEN = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; gives its exit code: 2 for what is refused."""
+    """Run the command; gives its exit code: 2 for what is refused, 1 where a checkpoint is broken."""
     parsed = _parser().parse_args(arguments)
+    code = 0
     try:
         if parsed.command == "explain":
             from danling_conf.cli.explain import explain
 
             lines = explain(parsed.key, parsed.script, parsed.overrides)
+        elif parsed.command == "checkpoints":
+            from danling_conf.cli.checkpoints import list_checkpoints
+
+            lines, whole = list_checkpoints(parsed.directory, check=parsed.verify)
+            code = 0 if whole else BROKEN
         else:
             from danling_conf.cli.check import check_app
 
@@ -31,11 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="danling-conf", description="Explain and check training configurations.")
+    parser = argparse.ArgumentParser(
+        prog="danling-conf", description="Explain and check training configurations; list what runs have saved."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser(
         "explain",
@@ -50,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("script", help="a training script")
     check.add_argument("overrides", nargs=argparse.REMAINDER, help="its overrides, as on its own command line")
+    checkpoints = commands.add_parser(
+        "checkpoints", help="list what a run has saved: step, when, size, layout, whole or broken, latest and best"
+    )
+    checkpoints.add_argument("directory", metavar="RUN", help="a run's directory, a sweep's, or one above them")
+    checkpoints.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     return parser
 
 

@@ -71,12 +71,19 @@ GROUPS: dict[str, dict[str, Preset]] = {
         ),
     },
     "checkpoint": {
-        "default": Preset("A checkpoint when an evaluation improves the score, and at the end."),
+        "default": Preset(
+            "A checkpoint about ten times a run, when an evaluation improves the score, and at the end; written in the "
+            "background, as shards where there are several ranks."
+        ),
         "none": Preset("Write no checkpoints: for sweeps of short runs and for benchmarks.", {"load_only": True}),
-        "file": Preset("One file from the main process, whatever the world size: simple to copy and to read.",
-                       {"backend": "file"}),
-        "dcp": Preset("Every rank writes its shards (torch.distributed.checkpoint): for models too large to gather.",
-                      {"backend": "dcp"}),
+        "file": Preset(
+            "One file from the main process, whatever the world size, while training waits: simple to copy and read.",
+            {"backend": "file", "async_mode": "disabled"},
+        ),
+        "dcp": Preset(
+            "Every rank writes its shards (torch.distributed.checkpoint) while training waits: no memory for a copy.",
+            {"backend": "dcp", "async_mode": "disabled"},
+        ),
         "async": Preset("Shards written in the background while training goes on.",
                         {"backend": "dcp", "async_mode": "async"}),
         "pinned": Preset(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from danling_conf.resolution.logs import rank_log
+from danling_conf.resolution.stopped import STOPPING, is_stop
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
@@ -19,6 +20,7 @@ FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 RAISED_AT = "raised_at"
 """Key of a rank's error file: when the error was raised, in seconds."""
 _NOTICED_SECONDS = 2.0
+_SAVING_SECONDS = 24 * 3600
 
 
 class WorkersFailed(RuntimeError):
@@ -77,6 +79,9 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=RankLogs(),
+        signals_to_handle=",".join([*STOPPING, "SIGHUP", "SIGQUIT"]),
+        # What a signal stops has to be saved first; a second signal ends it at once.
+        shutdown_timeout=_SAVING_SECONDS,
     )
     before = {name: os.environ.get(name) for name in environment}
     # Elastic puts its own handlers in place and leaves them there.
@@ -92,6 +97,8 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
+        if is_stop(failure.exitcode):  # a rank got the signal, and all left together
+            raise WorkersInterrupted(failure.exitcode - 128) from None
         raise WorkersFailed(rank, failure.exitcode, _message(failure), rank_log(attempt, rank)) from None
     except SignalException as error:
         raise WorkersInterrupted(error.sigval) from None

@@ -15,6 +15,7 @@ from danling_conf.resolution import current
 from danling_conf.resolution.current import Current
 from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.run_directory import write_whole
+from danling_conf.resolution.stopped import Stopped
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ConfigRefused
 
@@ -37,19 +38,19 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
         return value
     except BaseException as error:
         ended_well = isinstance(error, SystemExit) and error.code in (None, 0)
-        if not ended_well and not isinstance(error, (ConfigRefused, KeyboardInterrupt)):
+        if not ended_well and not isinstance(error, (ConfigRefused, KeyboardInterrupt, Stopped)):
             _log.exception("rank %d failed", ranks.rank)
         if ranks.main and ended_well:
             write_result(attempt.directory, "completed", None)
         elif ranks.main:
             status = "refused" if isinstance(error, ConfigRefused) else "failed"
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
+            status = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else status
             write_result(attempt.directory, status, None, f"{type(error).__name__}: {error}")
         raise
     finally:
         current.enter(None)
         close_logs(handlers)
-        if sys.exc_info()[0] is None:
+        if sys.exc_info()[0] in (None, Stopped):
             _leave_process_group()
 
 

@@ -26,6 +26,7 @@ from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted
 from danling_conf.launch.run_rank import score_of
 from danling_conf.resolution.hydra_adapter import Composer
 from danling_conf.resolution.identity import config_id, job_id
+from danling_conf.resolution.stopped import Stopped
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -166,6 +167,8 @@ def _run_job(
         outcome.status = JobStatus.COMPLETED
     except KeyboardInterrupt:
         interruption = 128 + signal.SIGINT
+    except Stopped as stopped:
+        interruption = 128 + stopped.number
     except WorkersInterrupted as error:
         interruption = error.exit_code
     except WorkersFailed as error:

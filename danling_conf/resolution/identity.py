@@ -8,7 +8,8 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of, open_keys
+from danling_conf.groups.layout_names import name_of
+from danling_conf.schema import Layout, RunnerConfig, declared_class, defaults_of, facts_of, open_keys
 
 _DIGITS = 12
 
@@ -36,6 +37,11 @@ def config_id(config: RunnerConfig) -> str:
 def canonical(config: Any) -> str:
     """The plain form as JSON with sorted keys."""
     return json.dumps(plain(config), sort_keys=True, indent=1)
+
+
+def layout_name(layout: Layout) -> str:
+    """A layout as one writes it: `fsdp8_tp2`."""
+    return name_of(layout)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

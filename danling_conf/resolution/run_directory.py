@@ -19,12 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from danling_conf.resolution.identity import config_id, differences, semantic
-from danling_conf.schema import RunnerConfig
-from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+from danling_conf.resolution.identity import config_id, differences, flatten, layout_name, semantic
+from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.topology.layout import layout_of
+from danling_conf.topology.violation import ConfigRefused, Violation, show
 
 RUN_FILE = "run.json"
 _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
+_OF_A_START = ("pretrained", "checkpoint.exclude_from_loading")
+"""Settings that say what a run starts from; they change nothing when it goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +151,7 @@ def _claim(config: RunnerConfig) -> tuple[Attempt, RunLock]:
         if owner is None:
             parent = restore
         elif restore == owner:
-            _refuse_other_semantics(config, owner)
+            notes = _refuse_other_semantics(config, owner)
             run = owner
         elif read_run(owner)["config_id"] == identity and is_latest(restore):
             run = owner
@@ -250,17 +253,21 @@ def _make_attempt(run: Path) -> Path:
             number += 1
 
 
-def _refuse_other_semantics(config: RunnerConfig, run: Path) -> None:
-    changed = differences(semantic(config), read_run(run)["settings"])
+def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
+    """Refuse a run that was made under other settings, all of them named; insisted on, they are notes for the user."""
+    made = read_run(run)["settings"]
+    changed = {
+        path: values for path, values in differences(semantic(config), made).items() if not path.startswith(_OF_A_START)
+    }
     layout = {path for path in changed if path.startswith(_LAYOUT_PATHS)}
     violations = []
     if layout and not config.parallel.allow_degree_change:
-        shown = ", ".join(f"{path}: {changed[path][1]} -> {changed[path][0]}" for path in sorted(layout))
+        theirs, mine = _layout_in(made), layout_name(layout_of(config.parallel.axes, config.fsdp.enabled))
         violations.append(
             Violation(
                 "parallel",
-                ABSENT,
-                f"the run was made under another layout ({shown})",
+                mine,
+                f"the run was made under the layout {theirs}",
                 "choose its layout, or parallel.allow_degree_change=true",
             )
         )
@@ -271,11 +278,26 @@ def _refuse_other_semantics(config: RunnerConfig, run: Path) -> None:
                 path,
                 mine,
                 f"the run {run.name} was made with {theirs}",
-                "resume with the run's own setting, or start a new run from one of its checkpoints",
+                "resume with the run's own setting, start a new run from one of its checkpoints, or insist by "
+                "force_resume=true",
             )
         )
+    if config.force_resume:
+        insisted = [item for item in violations if item.path != "parallel"]
+        violations = [item for item in violations if item.path == "parallel"]
+        notes = tuple(f"{item.path}={show(item.value)}: {item.rule}; force_resume=true insists" for item in insisted)
+    else:
+        notes = ()
     if violations:
         raise ConfigRefused(violations)
+    return notes
+
+
+def _layout_in(settings: dict[str, Any]) -> str:
+    """The name of the layout that a run's settings describe."""
+    axes = flatten(settings.get("parallel", {}).get("axes", {}))
+    known = {axis: degree for axis, degree in axes.items() if axis in Layout().degrees()}
+    return layout_name(Layout(**known, fsdp=bool(settings.get("fsdp", {}).get("enabled", False))))
 
 
 def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:

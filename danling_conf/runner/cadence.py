@@ -8,6 +8,7 @@ from danling_conf.schema import RunnerConfig
 
 _EVALUATIONS = 10
 _LOG_LINES = 50
+_SAVES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,11 @@ class Cadence:
     evaluate_epochs: int
     """Epochs between evaluations; of use in epoch mode."""
     save_every: int | None
-    """Steps between checkpoints kept in the history; None in epoch mode, or when unset."""
+    """Steps between checkpoints; None in epoch mode, and for a run that is too short for any but the last."""
     save_epochs: int | None
     """Epochs between them, in epoch mode."""
+    keeps_history: bool
+    """Whether these checkpoints are kept: where an interval was asked for."""
     log_every: int
     """Steps between log lines."""
 
@@ -68,10 +71,23 @@ def cadence_of(config: RunnerConfig, batches_per_epoch: int | None) -> Cadence:
         steps_per_epoch=per_epoch,
         evaluate_every=None if by_epoch else config.eval_interval or max(1, (config.steps or 1) // _EVALUATIONS),
         evaluate_epochs=config.eval_interval or 1,
-        save_every=None if by_epoch else interval,
-        save_epochs=interval if by_epoch else None,
+        save_every=None if by_epoch else interval or _unasked(config.steps or 1),
+        save_epochs=(interval or _unasked_epochs(config.epochs or 1, per_epoch)) if by_epoch else None,
+        keeps_history=interval is not None,
         log_every=config.log_interval or max(1, (steps or per_epoch or _LOG_LINES) // _LOG_LINES),
     )
+
+
+def _unasked(steps: int) -> int | None:
+    """Steps between checkpoints that nobody asked for: ten a run, and never one at each step."""
+    every = steps // _SAVES
+    return every if every > 1 else None
+
+
+def _unasked_epochs(epochs: int, steps_per_epoch: int | None) -> int | None:
+    """Epochs between checkpoints that nobody asked for: at most ten a run, and never one at each step."""
+    every = max(1, epochs // _SAVES)
+    return every if steps_per_epoch is None or every * steps_per_epoch > 1 else None
 
 
 def next_multiple(step: int, *intervals: int | None) -> int | None:

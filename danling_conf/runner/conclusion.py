@@ -46,6 +46,13 @@ def resume_command(attempt: Attempt, ranks: RankEnvironment, cadence: Cadence) -
     return shlex.join([*_program(ranks), shown(Path(script)), *words, f"{key}={2 * length}", resume])
 
 
+def go_on_command(attempt: Attempt, ranks: RankEnvironment) -> str:
+    """The command that goes on with a run that was stopped."""
+    script, *overrides = attempt.command
+    words = [word for word in overrides if not word.startswith(_OWN_WORDS)]
+    return shlex.join([*_program(ranks), shown(Path(script)), *words, f"resume={shown(attempt.run_directory)}"])
+
+
 def _program(ranks: RankEnvironment) -> list[str]:
     """What runs a script as it was run, with as many ranks."""
     if ranks.launcher == "srun":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from danling_conf.checkpoint.manager import CheckpointManager, NothingSaved
+from danling_conf.checkpoint.folder import others
+from danling_conf.checkpoint.loading import LayoutDiffers, NothingSaved
+from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.resolution.frozen import code_of, earlier_code
 from danling_conf.resolution.identity import differences
 from danling_conf.resolution.run_directory import Attempt
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +24,13 @@ class Restored:
     """What a checkpoint gave."""
 
     shared: dict[str, Any]
-    """State that is the same on all ranks; the model's and the optimizer's are loaded already."""
+    """State that is the same on all ranks, without what was excluded; the model's and the optimizer's are loaded."""
     own: dict[str, Any]
-    """This rank's loader and generators."""
+    """This rank's loader and generators, without what was excluded."""
     same_schedule: bool
     """Whether the scheduler's state belongs to this run's schedule."""
+    data_degree: int
+    """How many data ranks there were."""
     notes: list[str]
 
 
@@ -35,14 +39,15 @@ def restore(
     attempt: Attempt,
     *,
     settings: Mapping[str, Any],
-    model: nn.Module,
+    parts: Sequence[nn.Module],
     optimizer: Optimizer,
     by_user: bool,
 ) -> Restored | str:
     """Load what the attempt goes on from.
 
-    A checkpoint of another run gives weights and the optimizer's state; the options of the optimizer's groups are this
-    configuration's, and a schedule that differs starts anew.
+    Where the settings of optimizer or schedule are others than those that the checkpoint was made with, it gives
+    weights and the optimizer's state; the options of the optimizer's groups are this configuration's, and the schedule
+    starts anew.
 
     Args:
         settings: the plain configuration.
@@ -57,49 +62,64 @@ def restore(
     source = attempt.restore
     if source is None:
         raise ValueError("this attempt starts afresh: there is nothing to restore")
-    foreign = not source.is_relative_to(attempt.run_directory)
     mine = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     key = "resume" if by_user else "auto_resume"
     try:
-        shared, own = checkpoints.restore(source, model=model, optimizer=optimizer)
+        loaded = checkpoints.restore(source, parts=parts, optimizer=optimizer, choose=not by_user)
     except NothingSaved as error:
         if by_user:
             raise unusable(checkpoints, key, source, error) from error
         return f"nothing to resume yet: {error}"
-    except ValueError as error:
+    except LayoutDiffers as error:
+        fix = "choose its layout, or parallel.allow_degree_change=true"
+        raise ConfigRefused([Violation("parallel", ABSENT, str(error), fix)]) from error
+    except (ValueError, RuntimeError, ImportError) as error:
         # Starting anew would overwrite what an older checkpoint may still save.
         raise unusable(checkpoints, key, source, error) from error
-    notes = [f"resumed at step {shared['runner']['global_step']} from {source}"]
-    same_schedule = True
-    if foreign:
+    notes = [*loaded.notes, f"resumed at step {loaded.facts.step} from {loaded.path}"]
+    changed = differences(dict(settings), loaded.shared["settings"])
+    same_schedule = not any(path.startswith(("scheduler.", "optim.")) for path in changed)
+    if not same_schedule:
         for group, options in zip(optimizer.param_groups, mine, strict=True):
             group.update(options)
-        changed = differences(dict(settings), shared["settings"])
-        same_schedule = not any(path.startswith(("scheduler.", "optim.")) for path in changed)
-        if not same_schedule:
-            notes.append("the learning-rate schedule starts anew: its settings or the optimizer's differ")
-    else:
+        notes.append("the learning-rate schedule starts anew: its settings or the optimizer's differ")
+    if loaded.facts.made_under != checkpoints.layout:
+        notes.append(f"written under {loaded.facts.layout}, and going on under {checkpoints.layout_name}")
+    if source.is_relative_to(attempt.run_directory):
         before, now = earlier_code(attempt), code_of(attempt)
         if before not in (None, now):
             notes.append(f"the attempt before this one ran other code: {before}, and this one runs {now}")
-    return Restored(shared=shared, own=own, same_schedule=same_schedule, notes=notes)
+    return Restored(
+        shared=loaded.shared,
+        own=loaded.own,
+        same_schedule=same_schedule,
+        data_degree=loaded.facts.made_under.data_degree,
+        notes=notes,
+    )
 
 
-def load_pretrained(checkpoints: CheckpointManager, source: Path, model: nn.Module) -> str:
-    """Load a checkpoint's weights, and nothing else; gives a note for the user. Raises ConfigRefused."""
+def load_pretrained(checkpoints: CheckpointManager, source: Path, parts: Sequence[nn.Module]) -> str:
+    """Load weights, and nothing else, from a checkpoint, an export or safetensors; gives a note for the user.
+
+    Raises ConfigRefused.
+    """
     try:
-        checkpoints.load_weights(source, model)
-    except ValueError as error:
+        checkpoints.load_weights(source, parts)
+    except (ValueError, RuntimeError, ImportError) as error:
         raise unusable(checkpoints, "pretrained", source, error) from error
     return f"weights from {source}"
 
 
-def unusable(checkpoints: CheckpointManager, key: str, source: Path, error: ValueError) -> ConfigRefused:
+def unusable(checkpoints: CheckpointManager, key: str, source: Path, error: Exception) -> ConfigRefused:
     """The refusal of a checkpoint that cannot be loaded."""
-    others = checkpoints.history(source)
-    fix = f"choose another checkpoint, such as {others[0]}" if others else "choose another run or checkpoint"
+    found = others(source, checkpoints.section.dir_name) if source.is_dir() else []
+    fix = f"choose another checkpoint, such as {found[0]}" if found else "choose another run or checkpoint"
     value: Any = str(source)
-    if key == "auto_resume":
+    if isinstance(error, ImportError):
+        fix = "pip install safetensors"
+    elif key == "auto_resume":
         value = True
-        fix = f"resume={others[0]}, or auto_resume=false" if others else "auto_resume=false starts another run"
+        fix = f"resume={found[0]}, or auto_resume=false" if found else "auto_resume=false starts another run"
+    elif "do not fit the model" in str(error):
+        fix += ", or checkpoint.exclude_from_loading=[model.NAME] leaves a part of it as it is"
     return ConfigRefused([Violation(key, value, str(error), fix)])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from danling_conf.build.passes import Loss, Passes
 from danling_conf.build.target import model_factory
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.resolution.current import current
-from danling_conf.resolution.identity import plain
+from danling_conf.resolution.identity import layout_name
 from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.resolve import resolve
-from danling_conf.runner import garbage_collection, seeds
+from danling_conf.runner import garbage_collection, saving, seeds
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
 from danling_conf.runner.cadence import cadence_of, next_multiple
 from danling_conf.runner.conclusion import conclusion
@@ -35,9 +34,9 @@ from danling_conf.runner.evaluation import evaluate
 from danling_conf.runner.meters import LossMeter
 from danling_conf.runner.progress import Progress
 from danling_conf.runner.refusal import refused
-from danling_conf.runner.restoring import Restored, load_pretrained, restore
 from danling_conf.runner.schedule import Schedule
 from danling_conf.runner.score import make_score
+from danling_conf.runner.signals import StopRequest
 from danling_conf.runner.world import join
 from danling_conf.schema import RunnerConfig
 
@@ -94,6 +93,7 @@ class Runner:
         self._between_epochs = True
         self._epoch_step = 0
         self._resumed: dict[str, Any] | None = None
+        self.stop_request = StopRequest()
         self._notes: list[str] = []
 
     def fit(
@@ -213,11 +213,18 @@ class Runner:
         )
         self._parameters = [item for _, item in self.assembled.named_parameters() if item.requires_grad]
         self.checkpoints = CheckpointManager(
-            config.checkpoint, world.attempt.run_directory, rank=world.ranks.rank, world_size=world.ranks.world_size
+            config.checkpoint,
+            world.attempt.run_directory,
+            rank=world.ranks.rank,
+            layout=world.layout,
+            layout_name=layout_name(world.layout),
+            allow_degree_change=config.parallel.allow_degree_change,
         )
+        self.stop_request.install()
+        self._stack.callback(saving.leave, self)
         seeds.seed_rank(world.attempt.seed, world.stream)
         with refused():
-            self._go_on()
+            saving.go_on(self)
         samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
         self.progress = Progress(
             show=world.ranks.main,
@@ -234,6 +241,11 @@ class Runner:
         self._schedule_events()
         for note in self._notes:
             self.progress.line(note)
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The model; in a pipeline, the models of this rank's stages, each with the names of the whole."""
+        return self.assembled.parts
 
     def batches(self, split: str = "train") -> Iterator[Any]:
         """Batches of this rank, on its device. Of the training split: epoch after epoch, until the budget is used up or
@@ -267,6 +279,7 @@ class Runner:
             self._update()
             if self.global_step >= self._next_event:
                 self._events()
+            saving.watch(self)
         return loss.mean
 
     def evaluate(self, split: str) -> dict[str, float]:
@@ -279,8 +292,7 @@ class Runner:
     def finish(self) -> float:
         """Evaluate and save what is still due, tell the user how the run ended, and leave; gives the best score."""
         better = self._evaluate(final=True)
-        if better or self._saved_at != self.global_step:
-            self._save(history=False, best=better)
+        saving.save_at_the_end(self, better=better)
         self._conclude()
         self.close()
         return self.score.best if self.score.best is not None else float("nan")
@@ -288,40 +300,6 @@ class Runner:
     def close(self) -> None:
         """Give back what the runner took: workers, logs, locks, settings of the process."""
         self._stack.close()
-
-    def _go_on(self) -> None:
-        attempt, config = self.world.attempt, self.config
-        if attempt.restore is not None:
-            outcome = restore(
-                self.checkpoints,
-                attempt,
-                settings=plain(config),
-                model=self.model,
-                optimizer=self.optimizer,
-                by_user=config.resume is not None,
-            )
-            if isinstance(outcome, Restored):
-                self._load_state(outcome)
-                return
-            self._notes.append(outcome)
-        if config.pretrained is not None:
-            source = Path(config.pretrained).expanduser()
-            self._notes.append(load_pretrained(self.checkpoints, source, self.model))
-
-    def _load_state(self, restored: Restored) -> None:
-        shared = restored.shared
-        state = shared["runner"]
-        self.global_step, self.epoch = state["global_step"], state["epoch"]
-        self.results = dict(state["results"])
-        self._evaluated_at, self._saved_at = dict(state["evaluated_at"]), self.global_step
-        self._epoch_step = state["epoch_step"]
-        self.score.load_state_dict(state["score"])
-        if restored.same_schedule:
-            self.schedule.load_state_dict(shared["scheduler"])
-        if self._scaler is not None and shared["scaler"] is not None:
-            self._scaler.load_state_dict(shared["scaler"])
-        self._resumed = restored.own
-        self._notes += restored.notes
 
     def _done(self) -> bool:
         if self._stopped:
@@ -332,12 +310,10 @@ class Runner:
 
     def _epoch_of(self, loader: Any) -> Iterator[Any]:
         loaders.set_epoch(loader, self.epoch)
-        own, self._resumed = self._resumed, None
-        if own is not None and own["loader"] is not None:
-            loader.load_state_dict(own["loader"])
+        own = saving.start_epoch(self, loader)
         iterator = in_step(loader, iter(loader))
-        if own is not None and own["same_world"]:
-            seeds.restore_generators(own["generators"], self.device)  # making the iterator may draw from them
+        if own is not None:
+            saving.restore_generators(self, own)  # making the iterator may draw from them
         # What is left of an epoch and makes no whole optimizer step is not used.
         limit = self.cadence.steps_per_epoch if self.config.accum_steps > 1 else None
         fresh, move = self._between_epochs and own is None, self.device.type != "cpu"
@@ -398,14 +374,14 @@ class Runner:
             if load is not None:
                 self.results["train.expert_load"] = load
             self.progress.step(mean, self.optimizer.param_groups[0]["lr"], load)
-        saving = cadence.save_every is not None and step % cadence.save_every == 0
+        due = cadence.save_every is not None and step % cadence.save_every == 0
         better = False
         if cadence.evaluate_every is not None and step % cadence.evaluate_every == 0:
             better = self._evaluate(final=False)
             self.schedule.after_epoch(self.results)
         # Last, so that who goes on from it finds everything that this step did.
-        if saving or better:
-            self._save(history=saving, best=better)
+        if due or better:
+            saving.save(self, history=due and cadence.keeps_history, best=better)
         self._schedule_events()
 
     def _end_of_epoch(self) -> None:
@@ -415,9 +391,9 @@ class Runner:
         evaluated = self.epoch % cadence.evaluate_epochs == 0
         better = evaluated and self._evaluate(final=False)
         self.schedule.after_epoch(self.results, evaluated=evaluated)
-        saving = cadence.save_epochs is not None and self.epoch % cadence.save_epochs == 0
-        if saving or better:
-            self._save(history=saving, best=better)
+        due = cadence.save_epochs is not None and self.epoch % cadence.save_epochs == 0
+        if due or better:
+            saving.save(self, history=due and cadence.keeps_history, best=better)
 
     def _evaluate(self, *, final: bool) -> bool:
         """Evaluate what was not evaluated at this step, and take the score from it; says whether it is the best."""
@@ -449,32 +425,6 @@ class Runner:
             return False
         self._evaluated_at["train"] = self.global_step
         return "train.loss" in self.results
-
-    def _save(self, *, history: bool, best: bool = False) -> None:
-        shared = {
-            "settings": plain(self.config),
-            "scheduler": self.schedule.state_dict(),
-            "scaler": None if self._scaler is None else self._scaler.state_dict(),
-            "runner": {
-                "global_step": self.global_step,
-                "epoch": self.epoch,
-                "results": self.results,
-                "epoch_step": self._epoch_step,
-                "evaluated_at": self._evaluated_at,
-                "score": self.score.state_dict(),
-            },
-        }
-        own = {
-            "loader": None if self._between_epochs else self.loaders["train"].state_dict(),
-            "generators": seeds.generator_state(self.device),
-        }
-        self.progress.activity("saving")
-        self.checkpoints.save(
-            model=self.model, optimizer=self.optimizer, shared=shared, own=own, step=self.global_step,
-            history=history, best=best,
-        )  # fmt: skip
-        self.progress.activity(None)
-        self._saved_at = self.global_step
 
     def _conclude(self) -> None:
         lines = []

@@ -8,8 +8,11 @@ from typing import Any, ClassVar, Optional
 from danling_conf.schema.fsdp import DTYPE_ALIASES, DTYPES
 from danling_conf.schema.setting import setting
 
-_ASYNC = "asynchronous saving"
-_FT = "fault tolerance"
+LOADED_PARTS = ("model", "optimizer", "scheduler", "scaler", "dataloaders", "generators", "runner")
+"""What a checkpoint gives back, as `checkpoint.exclude_from_loading` calls it."""
+_ALIASES = {"data_loader": "dataloaders", "dataloader": "dataloaders", "lr_scheduler": "scheduler"}
+
+DISABLED, ASYNC, PINNED = "disabled", "async", "async_with_pinned_mem"
 
 
 @dataclass(kw_only=True)
@@ -20,44 +23,61 @@ class CheckpointConfig:
 
     dir_name: str = setting("checkpoints", semantic=False)
     """Subdirectory of the run that holds its checkpoints."""
-    async_enabled: bool = setting(True, semantic=False, pending=_ASYNC)
-    """Persist checkpoints asynchronously, where the backend can."""
-    async_mode: Optional[str] = setting(
-        None, choices=("disabled", "async", "async_with_pinned_mem"), semantic=False, pending=_ASYNC
-    )
-    """`disabled`, `async`, `async_with_pinned_mem`. Unset: derived from `checkpoint.async_enabled`."""
-    dedicated_async_process_group: bool = setting(True, semantic=False, pending=_ASYNC)
-    """Give asynchronous saving a process group of its own, so that it cannot delay training's collectives."""
-    async_process_group_backend: str = setting("gloo", semantic=False, pending=_ASYNC)
-    """Backend of that process group."""
-    backend: str = setting(
-        "auto", choices=("auto", "file", "dcp"), semantic=False, read_by="danling_conf.topology.rules.effect"
-    )
-    """`file` gathers everything into one file; `dcp` writes shards from every rank
-    (`torch.distributed.checkpoint`) and is not implemented yet: one file is written, and the run says so; `auto` is
-    `file`."""
-    wait_timeout: Optional[float] = setting(None, at_least=0, semantic=False, pending=_ASYNC)
-    """Seconds to wait for asynchronous writes at shutdown. Unset: wait for ever."""
+    async_enabled: bool = setting(True, semantic=False, read_by="danling_conf.schema.checkpoint")
+    """Write checkpoints in the background: training waits for a copy in memory, not for the disk."""
+    async_mode: Optional[str] = setting(None, choices=(DISABLED, ASYNC, PINNED), semantic=False)
+    """`disabled`: training waits until the checkpoint is on the disk. `async`: it waits for a copy in memory.
+    `async_with_pinned_mem`: with the backend `dcp` and an accelerator that memory is page-locked, which makes the copy
+    faster. Unset: `async` or `disabled`, as `checkpoint.async_enabled` says; set, it wins."""
+    dedicated_async_process_group: bool = setting(True, semantic=False)
+    """Give saving a process group of its own, so that it can go on beside training. False: several ranks have nothing
+    to agree over in the background, and training waits for the disk as with `disabled`."""
+    async_process_group_backend: str = setting("gloo", semantic=False)
+    """Backend of that process group. `gloo` goes over the CPU and leaves the accelerator to training."""
+    backend: str = setting("auto", choices=("auto", "file", "dcp"), semantic=False)
+    """`file`: rank 0 gathers everything and writes one file. `dcp`: every rank writes its shards
+    (`torch.distributed.checkpoint`). `auto`: `dcp` with several ranks, else `file`. Either is loaded, whatever this
+    says."""
+    wait_timeout: Optional[float] = setting(None, at_least=0, semantic=False)
+    """Seconds to wait at the end for a checkpoint that is still being written; the run fails when that is not enough.
+    Unset: wait for ever."""
     interval: Optional[int] = setting(None, at_least=1, semantic=False, read_by="danling_conf.runner.cadence")
-    """Save every so many epochs (epoch mode) or optimizer steps (step mode), each kept in the history. Unset: after an
-    evaluation that improves the score, and at the end."""
-    keep_latest_k: int = setting(0, at_least=0, semantic=False, pending="checkpoint retention")
-    """History checkpoints to retain; 0 keeps all."""
+    """Save every so many epochs (epoch mode) or optimizer steps (step mode), each kept in the history. Unset: about ten
+    times a run and never at every step, of which only the newest is kept. An evaluation that improves the score, and
+    the end, are saved in any case."""
+    keep_latest_k: int = setting(0, at_least=0, semantic=False)
+    """History checkpoints to retain, the newest ones; 0 keeps all. What `latest` or `best` points to, and what is being
+    read, is not removed."""
     load_only: bool = setting(False, semantic=False)
     """Never write checkpoints; still load them."""
-    enable_ft_dataloader_checkpoints: bool = setting(False, semantic=False, pending=_FT)
-    """Write a data-loader checkpoint per replica, for fault-tolerance recovery."""
-    ft_replica_id: Optional[str] = setting(None, semantic=False, pending=_FT)
-    """Replica id in that checkpoint's directory name. Unset: `FT_REPLICA_ID`, then the rank."""
-    ft_dataloader_checkpoint_prefix: str = setting("ft-replica", semantic=False, pending=_FT)
-    """Prefix of that directory's name."""
-    exclude_from_loading: Any = setting(None, kinds=(str, list), pending="partial loading")
-    """Keys that loading skips: `optimizer`, `scheduler`, `dataloaders`, or dotted keys. Aliases: `data_loader` and
-    `dataloader` for `dataloaders`, `lr_scheduler` for `scheduler`. One string or a list. Unset: all
-    is loaded."""
-    last_save_model_only: bool = setting(False, semantic=False, pending="model-only exports")
-    """The last checkpoint holds the model alone."""
-    export_dtype: Optional[str] = setting(
-        None, choices=DTYPES, aliases=DTYPE_ALIASES, semantic=False, pending="model-only exports"
+    enable_ft_dataloader_checkpoints: bool = setting(False, semantic=False)
+    """Write the loader's state of each replica beside every checkpoint as well, and go on from it: a replica that comes
+    back finds its own place in the data whoever wrote the checkpoint."""
+    ft_replica_id: Optional[str] = setting(None, semantic=False, read_by="danling_conf.checkpoint.replicas")
+    """Replica id in that folder's name. Unset: `FT_REPLICA_ID`, then the rank."""
+    ft_dataloader_checkpoint_prefix: str = setting(
+        "ft-replica", semantic=False, read_by="danling_conf.checkpoint.replicas"
     )
-    """dtype to which the final model-only export is cast: fp32, fp16, bf16, fp64. Unset: as trained."""
+    """Prefix of that folder's name."""
+    exclude_from_loading: Any = setting(None, kinds=(str, list))
+    """Keys that loading skips: `model`, `optimizer`, `scheduler`, `scaler`, `dataloaders`, `generators`, `runner`, or
+    dotted keys below them, such as `model.head` or `optimizer.head.weight`. Aliases: `data_loader` and `dataloader` for
+    `dataloaders`, `lr_scheduler` for `scheduler`. One string or a list. Unset: all is loaded."""
+    last_save_model_only: bool = setting(False, semantic=False, read_by="danling_conf.runner.saving")
+    """The last checkpoint of the run is an export of the model alone (safetensors, in `export`), from which a run
+    cannot be resumed."""
+    export_dtype: Optional[str] = setting(None, choices=DTYPES, aliases=DTYPE_ALIASES, semantic=False)
+    """dtype to which the final export of the model is cast: fp32, fp16, bf16, fp64. Set without
+    `checkpoint.last_save_model_only`, the export is written beside the last checkpoint. Unset: as trained."""
+
+
+def excluded(section: CheckpointConfig) -> list[str]:
+    """The keys of `exclude_from_loading`, aliases replaced."""
+    given = section.exclude_from_loading
+    keys = [] if given is None else [given] if isinstance(given, str) else list(given)
+    return [".".join([_ALIASES.get(first, first), *rest]) for first, *rest in (str(key).split(".") for key in keys)]
+
+
+def async_mode(section: CheckpointConfig) -> str:
+    """How checkpoints are written: `async_mode` where it is set, else what `async_enabled` says."""
+    return section.async_mode or (ASYNC if section.async_enabled else DISABLED)

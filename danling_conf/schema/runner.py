@@ -71,8 +71,12 @@ class RunnerConfig:
     `auto_resume`, then `pretrained`."""
     resume: Optional[str] = setting(None, semantic=False, read_by=_RUN_DIRECTORY)
     """Run directory, or full-state checkpoint, to resume from. Unset: see `auto_resume`."""
+    force_resume: bool = setting(False, semantic=False, read_by=_RUN_DIRECTORY)
+    """Go on with the run that `resume` names although settings that change its result differ; they are told of, and the
+    optimizer's options and the schedule are then those of this configuration."""
     pretrained: Optional[str] = None
-    """Checkpoint whose model weights are the start of a new run. Unset: weights are initialised."""
+    """Weights that are the start of a new run: of a checkpoint, a run, an export, or a folder of safetensors. Unset:
+    weights are initialised."""
 
     log: bool = setting(True, semantic=False)
     """Write the main process's log to a file, beside the log of each rank."""

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from danling_conf.topology.rank_environment import started_rank
@@ -27,6 +28,8 @@ class Machine:
     """Name of that launcher, for messages."""
     compiler: bool = True
     """Whether a C++ compiler and Python's headers are present; torch.compile generates C++ for the CPU."""
+    safetensors: bool = True
+    """Whether the package safetensors is installed; exports are written by it."""
 
     @property
     def fill_world_size(self) -> int:
@@ -44,6 +47,7 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         started_world_size=rank.world_size if rank else None,
         launcher=rank.launcher if rank else None,
         compiler=_can_compile(environment),
+        safetensors=find_spec("safetensors") is not None,
     )
 
 

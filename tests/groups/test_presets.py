@@ -23,9 +23,6 @@ REFUSED = {("ft", "torchft"): {"ft.enabled"}}
 """Presets of what is not built and would change how a run trains."""
 
 WITHOUT_EFFECT_YET = {
-    ("checkpoint", "dcp"): {"checkpoint.backend"},
-    ("checkpoint", "async"): {"checkpoint.backend", "checkpoint.async_mode"},
-    ("checkpoint", "pinned"): {"checkpoint.backend", "checkpoint.async_mode"},
     ("profiling", "trace"): {"profiling.enabled", "profiling.repeat", "profiling.record_shapes"},
     ("profiling", "memory"): {
         "profiling.enabled", "profiling.repeat", "profiling.profile_memory", "profiling.with_stack",

@@ -86,14 +86,14 @@ def given_to_compile(config: RunnerConfig) -> list[tuple[str, dict[str, Any]]]:
     return calls
 
 
-def written_checkpoints(config: RunnerConfig) -> tuple[list[str], list[str]]:
-    """What a short run leaves in its folder of checkpoints, and the settings that it warns of."""
+def written_checkpoints(config: RunnerConfig) -> tuple[list[str], str]:
+    """What a short run leaves in its folder of checkpoints, and whether training waits for it."""
     with mock.patch.object(Progress, "line"):
         runner = danling_conf.Runner(config)
         runner.fit(Model(), {"train": data(), "val": data()}, loss=cross_entropy)
     folder = runner.world.attempt.run_directory / "checkpoints"
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-    return files, warned_paths(config)
+    return files, runner.checkpoints.mode
 
 
 def loader_of_train(config: RunnerConfig) -> dict[str, Any]:
@@ -191,8 +191,12 @@ class Group:
     """Further settings, under all of them."""
 
 
-WHOLE = ["best", "ckpt-s00000004", *(f"ckpt-s00000004/{name}" for name in ("checkpoint.json", "rank-0.pt", "state.pt")),
-         "latest"]  # fmt: skip
+def saved_as(mode: str, *files: str) -> tuple[list[str], str]:
+    inside = (f"ckpt-s00000004/{name}" for name in ("checkpoint.json", "rank-0.pt", "shared.pt", *files))
+    return sorted(["best", "ckpt-s00000004", *inside, "latest"]), mode
+
+
+SHARDS = ("__0_0.distcp", ".metadata")
 IN_PROCESS = {
     "num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "pin_memory": False, "ordered": False,
 }  # fmt: skip
@@ -237,12 +241,12 @@ OBSERVED: dict[str, Group] = {
     "checkpoint": Group(
         written_checkpoints,
         {
-            "default": (WHOLE, []),
-            "none": ([], []),
-            "file": (WHOLE, []),
-            "dcp": (WHOLE, ["checkpoint.backend"]),
-            "async": (WHOLE, ["checkpoint.async_mode", "checkpoint.backend"]),
-            "pinned": (WHOLE, ["checkpoint.async_mode", "checkpoint.backend"]),
+            "default": saved_as("async", "state.pt"),
+            "none": ([], "async"),
+            "file": saved_as("disabled", "state.pt"),
+            "dcp": saved_as("disabled", *SHARDS),
+            "async": saved_as("async", *SHARDS),
+            "pinned": saved_as("async_with_pinned_mem", *SHARDS),
         },
         ("steps=4", "eval_interval=4", "dataloader.batch_size=4"),
     ),
@@ -340,11 +344,6 @@ OBSERVED: dict[str, Group] = {
 
 CASES = [(group, name) for group, observed in OBSERVED.items() for name in observed.expected]
 
-AS_THE_DEFAULT = {
-    ("checkpoint", "file"): "the default writes one file as well, until sharded checkpoints exist",
-}
-"""Presets other than the default choice under which the same is observed, and why."""
-
 
 @pytest.fixture(autouse=True)
 def _process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -375,27 +374,17 @@ def test_a_preset_is_observed(group: str, name: str, tmp_path: Path) -> None:
         assert tuple(item.path for item in refusal.value.violations) == expected.paths
         return
     found = observed.observe(danling_conf.compose(overrides))
-    if observed.observe in (warned_paths, written_checkpoints):
-        found, expected = _in_any_order(found), _in_any_order(expected)
+    if observed.observe is warned_paths:
+        found, expected = sorted(found), sorted(expected)
     assert found == expected
 
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    [case for case in CASES if DEFAULT_CHOICES[case[0]] != case[1] and case not in AS_THE_DEFAULT],
+    [case for case in CASES if DEFAULT_CHOICES[case[0]] != case[1]],
     ids=lambda value: value,
 )
 def test_what_is_observed_is_not_what_the_default_choice_gives(group: str, name: str) -> None:
     """The table itself: a preset whose case repeats the default's would prove nothing."""
     expected = OBSERVED[group].expected
     assert expected[name] != expected[DEFAULT_CHOICES[group]]
-
-
-@pytest.mark.parametrize(("group", "name"), AS_THE_DEFAULT, ids=lambda value: value)
-def test_an_exception_is_still_one(group: str, name: str) -> None:
-    expected = OBSERVED[group].expected
-    assert expected[name] == expected[DEFAULT_CHOICES[group]]
-
-
-def _in_any_order(found: Any) -> Any:
-    return sorted(found) if isinstance(found, list) else tuple(map(sorted, found))

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.rules import axes, budget, effect, optimizers, options, paths, pipeline, support, world
+from danling_conf.topology.rules import (
+    axes,
+    budget,
+    checkpoints,
+    effect,
+    optimizers,
+    options,
+    paths,
+    pipeline,
+    support,
+    world,
+)
 from danling_conf.topology.rules.rule import Context, EffectRule, Ineffective, Rule
 from danling_conf.topology.violation import Violation, unique
 
@@ -32,6 +43,10 @@ RULES: tuple[Rule, ...] = (
     options.loader_workers,
     options.saving_with_interval,
     options.selection_by_ops,
+    checkpoints.excluded_parts,
+    checkpoints.background_group,
+    checkpoints.replica_names,
+    checkpoints.exports_by_safetensors,
     optimizers.known_optimizer,
     optimizers.known_scheduler,
     paths.writable_root,
@@ -49,6 +64,8 @@ EFFECT_RULES: tuple[EffectRule, ...] = (
     effect.overruled_precision,
     effect.unread_mode_settings,
     effect.sources_by_priority,
+    checkpoints.writing_settings,
+    checkpoints.sources_to_exclude_from,
 )
 
 

@@ -21,8 +21,6 @@ _OF_AXIS = {
 def not_built_yet(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """Settings whose machinery is not there yet, given a value of their own."""
     yield from _pending(config, defaults_of(declared_class(config)), "")
-    if config.checkpoint.backend == "dcp":
-        yield Ineffective("checkpoint.backend", "sharded checkpoints are not implemented yet; one file is written")
 
 
 def policy_without_fsdp(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:

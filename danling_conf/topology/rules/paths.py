@@ -11,7 +11,8 @@ from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
 RUN_FILE, FACTS = "run.json", "checkpoint.json"
-"""What a run's directory and a checkpoint are known by: of `resolution.run_directory` and `checkpoint.manager`."""
+"""What a run's directory and a checkpoint are known by: of `resolution.run_directory` and `checkpoint.manifest`."""
+_WEIGHTS = "*.safetensors"
 
 
 def writable_root(config: RunnerConfig, context: Context) -> Iterator[Violation]:
@@ -53,9 +54,15 @@ def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violati
             continue
         folder = Path(source).expanduser()
         checkpoints = folder / config.checkpoint.dir_name
-        marks = (folder / is_run, folder / FACTS, *checkpoints.glob(f"[!.]*/{FACTS}"))
+        # Within a run also what lacks its facts: it is told below what is wrong with it.
+        inside = [folder] if folder.name.startswith("ckpt-") else []
+        marks = [folder / is_run, folder / FACTS, *checkpoints.glob(f"[!.]*/{FACTS}")]
+        if key == "pretrained":
+            marks += [*folder.glob(_WEIGHTS), *(checkpoints / "export").glob(_WEIGHTS)]
+            marks += [folder] if folder.suffix == ".safetensors" else []
         if not folder.exists():
             yield Violation(key, source, "there is no such file or directory", "give a run's directory or a checkpoint")
-        elif not any(mark.is_file() for mark in marks):
+        elif not inside and not any(mark.is_file() for mark in marks):
             rule = f"there is no checkpoint in it, nor in its {config.checkpoint.dir_name}/"
-            yield Violation(key, source, rule, "give a run's directory or a checkpoint")
+            more = ", or a folder of safetensors" if key == "pretrained" else ""
+            yield Violation(key, source, rule, f"give a run's directory or a checkpoint{more}")

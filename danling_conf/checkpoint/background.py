@@ -1,0 +1,66 @@
+"""One save at a time, in the background: waited for, its failure told, never lost silently."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint was not written. The message says where, why, and what is there instead."""
+
+
+class Background:
+    """A thread for one job at a time. What the job raises is raised by whoever asks next."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self.what = ""
+        """The job under way, or the one before."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, what: str, job: Callable[[], None]) -> None:
+        """Start a job. Raises RuntimeError while another one is under way: call `wait` first."""
+        if self.busy:
+            raise RuntimeError(f"{self.what} is still being written")
+        self.check()
+        self.what = what
+        # A daemon, since the process may have to leave a disk that does not answer; `wait` is called before it ends.
+        self._thread = threading.Thread(target=self._run, args=(job,), name="danling-conf-checkpoint", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what a job has raised, once."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def wait(self, timeout: float | None = None) -> float:
+        """Wait until no job is under way; gives the seconds that took.
+
+        Raises:
+            SaveFailed: the job failed, or did not end within `timeout` seconds.
+        """
+        began = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise SaveFailed(
+                    f"{self.what} was not written within checkpoint.wait_timeout={timeout:g} seconds and is not "
+                    "usable; latest is the checkpoint before it: raise the limit, or unset it to wait for ever"
+                )
+            self._thread = None
+        self.check()
+        return time.perf_counter() - began
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._failure = error

@@ -1,0 +1,129 @@
+"""Files that are on the disk when we say so, and whose content is known by a checksum taken while it was written."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 22
+_phases = logging.getLogger("danling_conf.checkpoint.phase")
+
+STAGING, WRITING, MAKING_DURABLE, RENAMING, PRUNING, IDLE = (
+    "staging", "writing", "making durable", "renaming", "pruning", "idle",
+)  # fmt: skip
+"""What a save goes through, in this order."""
+
+
+def enter(phase: str) -> None:
+    """Log, at debug level, that a save has come to a phase."""
+    _phases.debug(phase)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Size in bytes and CRC-32 of a file."""
+
+    size: int
+    crc32: int
+
+
+class SummedFile(io.RawIOBase):
+    """A file to write from its beginning to its end; knows size and checksum of what was written.
+
+    Taken from what is in memory, and not from the file, the checksum also finds what the way to the disk changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by close
+        self._size, self._crc = 0, 0
+        self._path = path
+        self.failed: OSError | None = None
+        """Why a write failed: torch's writer tells of it as an unexpected position."""
+
+    @property
+    def sum(self) -> Sum:
+        return Sum(self._size, self._crc)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        done = 0
+        try:
+            while done < len(view):  # the system may take less than it is given
+                done += self._file.write(view[done:]) or 0
+        except OSError as error:
+            error.filename = str(self._path)
+            self.failed = error
+            raise
+        self._crc = zlib.crc32(view, self._crc)
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def create(path: Path) -> Iterator[SummedFile]:
+    """A file to write; durable after `sync`. Raises OSError with the path where it cannot be written."""
+    file = SummedFile(path)
+    try:
+        with file:
+            yield file
+    except Exception as error:
+        if file.failed is not None and error is not file.failed:
+            raise file.failed from error
+        raise
+
+
+def write(path: Path, content: bytes) -> Sum:
+    """Write a file; durable after `sync`. Raises OSError with the path."""
+    with create(path) as file:
+        file.write(content)
+    return file.sum
+
+
+def sum_of(path: Path) -> Sum:
+    """Size and checksum of a file as it is read. Raises OSError."""
+    size, crc = 0, 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_CHUNK):
+            crc = zlib.crc32(block, crc)
+            size += len(block)
+    return Sum(size, crc)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's entries: a rename is lost in a crash otherwise."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A phase of a save."""
+    enter(name)
+    try:
+        yield
+    finally:
+        enter(IDLE)

@@ -1,0 +1,112 @@
+"""The final model-only export: safetensors, as transformers writes and reads them where the model is one of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from danling_conf.build.precision import dtype
+from danling_conf.checkpoint import durable, manifest
+from danling_conf.checkpoint.manifest import EXPORTED, Manifest
+from danling_conf.checkpoint.sources import INDEX, SINGLE
+from danling_conf.checkpoint.state import MODEL
+
+_FILE_BYTES = 5_000_000_000
+"""Largest file of an export: what the main rank holds of the model at once."""
+
+
+def write(
+    aside: Path, parts: Sequence[nn.Module], tensors: Iterator[tuple[str, Tensor]], facts: Manifest, cast: str | None
+) -> None:
+    """Write an export into an empty folder, durable when this returns. On the main rank.
+
+    Args:
+        tensors: the whole model, name by name; see `whole.gathered`.
+        cast: dtype for tensors of floating point; None leaves them as trained.
+
+    Raises OSError.
+    """
+    model = _bare(parts[0])
+    named = ((name.removeprefix(MODEL), _cast(tensor, cast)) for name, tensor in tensors)
+    if len(parts) == 1 and _is_of_transformers(model) and facts.degrees["pipeline"] == 1:
+        _by_transformers(aside, model, dict(named))
+    else:
+        _plainly(aside, named)
+        if _is_of_transformers(model):
+            model.config.save_pretrained(aside)  # type: ignore[union-attr, operator]
+    files = {path.name: durable.sum_of(path) for path in sorted(aside.iterdir())}
+    for name in files:
+        durable.sync(aside / name)
+    manifest.write(aside, replace(facts, files=files), EXPORTED)
+    durable.sync(aside)
+
+
+def _by_transformers(aside: Path, model: Any, state: dict[str, Tensor]) -> None:
+    """Its own way: it knows of tied weights, of names that differ on the disk, and of its configuration."""
+    held = {item.dtype for item in state.values() if item.is_floating_point()}
+    model.save_pretrained(aside, state_dict=state, is_main_process=True)
+    config = aside / "config.json"
+    content = json.loads(config.read_text())
+    # It notes the dtype of the live model; what was written decides how it is loaded.
+    if len(held) == 1:
+        name = str(held.pop()).removeprefix("torch.")
+        content |= {key: name for key in ("dtype", "torch_dtype") if key in content}
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _plainly(aside: Path, named: Iterator[tuple[str, Tensor]]) -> None:
+    """Files of at most `_FILE_BYTES`, called and indexed as transformers and others do it."""
+    from safetensors.torch import save_file
+
+    places: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+    size = total = number = 0
+    for name, tensor in named:
+        if held and size + tensor.nbytes > _FILE_BYTES:
+            number += 1
+            save_file(held, aside / f"{number}.part", metadata={"format": "pt"})
+            held, size = {}, 0
+        # safetensors refuses tensors that share memory; each is written on its own.
+        held[name] = tensor.contiguous().clone() if _shared(tensor, held.values()) else tensor.contiguous()
+        places[name] = number + 1
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    save_file(held, aside / f"{number + 1}.part", metadata={"format": "pt"})
+    if number == 0:
+        (aside / "1.part").rename(aside / SINGLE)
+        return
+    names = {part: f"model-{part:05d}-of-{number + 1:05d}.safetensors" for part in range(1, number + 2)}
+    for part, name in names.items():
+        (aside / f"{part}.part").rename(aside / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in places.items()}}
+    (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shared(tensor: Tensor, others: Any) -> bool:
+    address = tensor.untyped_storage().data_ptr()
+    return any(other.untyped_storage().data_ptr() == address for other in others)
+
+
+def _cast(tensor: Tensor, name: str | None) -> Tensor:
+    kind = dtype(name)
+    return tensor if kind is None or not tensor.is_floating_point() else tensor.to(kind)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(inner, "_orig_mod", inner)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return callable(getattr(model, "save_pretrained", None)) and hasattr(getattr(model, "config", None), "to_json_file")
+
+
+def drain(tensors: Iterator[Any]) -> None:
+    """Take part in gathering on a rank that keeps nothing."""
+    for _ in tensors:
+        pass

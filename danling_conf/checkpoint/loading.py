@@ -1,0 +1,315 @@
+"""Loading a checkpoint: found, verified by all ranks together, compared with the model, read, each rank its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from danling_conf.checkpoint import manifest, sources, state
+from danling_conf.checkpoint.folder import EXPORT, Folder, find, reading
+from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
+from danling_conf.checkpoint.replicas import ReplicaFolder
+from danling_conf.checkpoint.sources import Source
+from danling_conf.checkpoint.state import MODEL, Known, is_whole
+from danling_conf.checkpoint.untrusted import load_plain
+from danling_conf.checkpoint.whole import address
+from danling_conf.checkpoint.writing import SHARED, rank_file
+from danling_conf.schema.checkpoint import LOADED_PARTS, CheckpointConfig, excluded
+from danling_conf.schema.layout import Layout
+from danling_conf.topology.layout import data_rank
+
+_SHOWN = 20
+_SHARED_PARTS = ("optimizer", "scheduler", "scaler", "runner", "settings")
+_OWN_PARTS = ("loader", "generators")
+
+Given = TypeVar("Given")
+
+
+class NothingSaved(ValueError):
+    """There is no checkpoint at all where one was looked for; not that one is broken."""
+
+
+class LayoutDiffers(ValueError):
+    """A checkpoint was written under another layout, and nobody allowed that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a checkpoint gave, beside what went into model and optimizer."""
+
+    path: Path
+    facts: Manifest
+    shared: dict[str, Any]
+    """State that is the same on all ranks; a part that was excluded is missing."""
+    own: dict[str, Any]
+    """State of this rank, or of one that reads the same data; a part that was excluded is missing."""
+    notes: list[str] = field(default_factory=list)
+
+
+class Loader:
+    """Loads checkpoints into the model of this run. Everything is collective, and fails on all ranks alike."""
+
+    def __init__(
+        self,
+        section: CheckpointConfig,
+        *,
+        rank: int,
+        layout: Layout,
+        layout_name: str,
+        allow_degree_change: bool,
+        replica: ReplicaFolder | None,
+    ) -> None:
+        self.dir_name, self.excluded = section.dir_name, excluded(section)
+        self.rank, self.layout, self.layout_name = rank, layout, layout_name
+        self.allow_degree_change, self.replica = allow_degree_change, replica
+
+    def restore(self, source: Path, *, parts: Sequence[nn.Module], optimizer: Optimizer, choose: bool) -> Loaded:
+        """See `CheckpointManager.restore`."""
+        passed_over: list[str] = []
+        for path in self._first(lambda: self._candidates(source, choose)):
+            try:
+                loaded = self._load(path, parts, optimizer)
+            except Broken as error:
+                if not choose:
+                    raise
+                passed_over.append(str(error))
+            else:
+                loaded.notes[:0] = [f"passed over a broken checkpoint: {fault}" for fault in passed_over]
+                return loaded
+        raise Broken("; ".join(passed_over))
+
+    def load_weights(self, source: Path, parts: Sequence[nn.Module]) -> None:
+        """See `CheckpointManager.load_weights`."""
+        with ExitStack() as stack:
+            opened = self._agreed(lambda: self._open_weights(source, stack))
+            targets = _without_twins(self._kept(state.model_tensors(parts)), opened.known)
+            self._agreed(lambda: self._check_model(source, targets, opened.known))
+            self._agreed(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
+            opened.load(targets)
+
+    def _candidates(self, source: Path, choose: bool) -> list[Path]:
+        if choose:
+            found = [entry.path for entry in Folder(source / self.dir_name).entries()]
+        else:
+            named = find(source, self.dir_name)
+            found = [] if named is None else [named]
+        if not found:
+            raise NothingSaved(f"{source}: there is no whole checkpoint in it, nor as its {self.dir_name}/latest")
+        return found
+
+    def _load(self, path: Path, parts: Sequence[nn.Module], optimizer: Optimizer) -> Loaded:
+        with ExitStack() as stack:
+            self._agreed(lambda: stack.enter_context(reading(path)))
+            facts = self._agreed(lambda: manifest.read(path))
+            self._verify(path, facts)
+            shared, own, notes = self._agreed(lambda: self._small_parts(path, facts, optimizer))
+            opened = self._agreed(lambda: _open(path, facts))
+            targets = _without_twins(self._kept(state.model_tensors(parts)), opened.known)
+            self._agreed(lambda: self._check_model(path, targets, opened.known))
+            options = shared.pop("optimizer")
+            self._agreed(lambda: self._check_excluded(opened.known))
+            wanted = {name: item for name, item in opened.known.items() if not self._skips(name)}
+            if not self._skips("optimizer"):
+                targets |= state.optimizer_targets(parts, optimizer, wanted)
+            opened.load(targets)
+        if not self._skips("optimizer"):
+            kept = {name: value for name, value in options["values"].items() if not self._skips(f"optimizer.{name}")}
+            state.load_optimizer(parts, optimizer, targets, {**options, "values": kept})
+        state.load_extra(parts, {name: item for name, item in options["extra"].items() if not self._skips(name)})
+        return Loaded(path=path, facts=facts, shared=shared, own=own, notes=notes)
+
+    def _small_parts(
+        self, path: Path, facts: Manifest, optimizer: Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """What is in files of its own: state that all ranks share, and that of this rank."""
+        if facts.made_under != self.layout and not self.allow_degree_change:
+            raise LayoutDiffers(f"{path} was written under the layout {facts.layout}, and this run's is "
+                                f"{self.layout_name}")  # fmt: skip
+        made, mine = facts.optimizer, type(optimizer).__name__
+        if made != mine and not self._skips("optimizer"):
+            raise ValueError(f"{path}: it was made with the optimizer {made}, and this run's is {mine}")
+        shared = load_plain(path / SHARED)
+        if not (isinstance(shared, dict) and shared.keys() >= set(_SHARED_PARTS)):
+            raise Broken(f"{path / SHARED}: it is not what was saved of a run, which holds {', '.join(_SHARED_PARTS)}")
+        file = path / rank_file(self._rank_to_read(facts.made_under))
+        own = load_plain(file)
+        if not (isinstance(own, dict) and own.keys() >= set(_OWN_PARTS)):
+            raise Broken(f"{file}: it is not a rank's part of a checkpoint, which holds {', '.join(_OWN_PARTS)}")
+        notes = self._take_replica(path, facts, own)
+        if self._skips("dataloaders"):
+            own.pop("loader")
+        if self._skips("generators"):
+            own.pop("generators")
+        shared = {key: value for key, value in shared.items() if key == "optimizer" or not self._skips(key)}
+        shared = {
+            key: _without(value, [name.removeprefix(f"{key}.") for name in self.excluded if name.startswith(f"{key}.")])
+            if isinstance(value, dict) and key != "optimizer" else value
+            for key, value in shared.items()
+        }  # fmt: skip
+        return shared, own, notes
+
+    def _take_replica(self, path: Path, facts: Manifest, own: dict[str, Any]) -> list[str]:
+        if self.replica is None or facts.made_under != self.layout:
+            return []
+        try:
+            own["loader"] = load_plain(self.replica.read(path.name))
+        except Broken as error:
+            return [f"the loader goes on from the checkpoint, since the replica has no state of its own: {error}"]
+        return []
+
+    def _rank_to_read(self, made_under: Layout) -> int:
+        """The rank whose own state this one goes on with: itself, or one that read the same share of the data."""
+        if made_under == self.layout:
+            return self.rank
+        wanted = data_rank(self.layout, self.rank) % made_under.data_degree
+        return next(rank for rank in range(made_under.world_size) if data_rank(made_under, rank) == wanted)
+
+    def _verify(self, path: Path, facts: Manifest) -> None:
+        """Checksums of all files, each by one rank."""
+        mine = sorted(facts.files)[self.rank :: self.layout.world_size]
+        self._agreed(lambda: manifest.verify(path, facts, mine))
+
+    def _open_weights(self, source: Path, stack: ExitStack) -> Source:
+        found = find(source, self.dir_name) if source.is_dir() else None
+        exported = source / self.dir_name / EXPORT
+        if found is None and exported.is_dir():
+            source = exported
+        if found is None:
+            if (source / EXPORTED).is_file():
+                manifest.verify(source, manifest.read(source, EXPORTED))
+            plain = sources.safetensors(source)
+            if plain is not None:
+                return plain
+            raise NothingSaved(
+                f"{source}: there is no whole checkpoint in it, nor as its {self.dir_name}/latest, and no safetensors"
+            )
+        stack.enter_context(reading(found))
+        facts = manifest.read(found)
+        manifest.verify(found, facts)
+        return _open(found, facts)
+
+    def _check_model(self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
+        theirs = {name: item.shape for name, item in known.items() if name.startswith(MODEL) and not self._skips(name)}
+        mine = {name: tuple(item.shape) for name, item in targets.items()}
+        everywhere = set(mine)
+        if self.layout.pipeline > 1:
+            everywhere = set().union(*gathered_objects(set(mine), self.layout.world_size))
+        misfit = _misfit(mine, theirs, everywhere)
+        if misfit is not None:
+            raise ValueError(f"{path}: its weights do not fit the model: {misfit}")
+
+    def _check_excluded(self, known: Iterable[str]) -> None:
+        names = [*known, *LOADED_PARTS]
+        for key in self.excluded:
+            found = any(name == key or name.startswith(f"{key}.") for name in names)
+            if found or key.split(".")[0] not in ("model", "optimizer"):
+                continue
+            near = get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "name a part of the model as its state calls it"
+            raise ValueError(
+                f"checkpoint.exclude_from_loading={key}: the checkpoint holds nothing of that name: {hint}"
+            )
+
+    def _kept(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: item for name, item in tensors.items() if not self._skips(name)}
+
+    def _skips(self, name: str) -> bool:
+        return any(name == key or name.startswith(f"{key}.") for key in self.excluded)
+
+    def _first(self, give: Callable[[], Given]) -> Given:
+        """What rank 0 finds, for all: a folder may change between two looks at it."""
+        if self.layout.world_size == 1:
+            return give()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome = [give(), None]
+            except ValueError as error:
+                outcome = [None, error]
+        distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def _agreed(self, do: Callable[[], Given]) -> Given:
+        return agreed(do, self.layout.world_size, (ValueError, ImportError))
+
+
+def agreed(do: Callable[[], Given], world_size: int, errors: tuple[type[Exception], ...]) -> Given:
+    """What `do` gives. It fails on all ranks where it fails on one, which the others would wait for for ever."""
+    result, fault = None, None
+    try:
+        result = do()
+    except errors as error:
+        fault = error
+    if world_size > 1:
+        fault = next((item for item in gathered_objects(fault, world_size) if item is not None), None)
+    if fault is not None:
+        raise fault
+    return result  # type: ignore[return-value]
+
+
+def gathered_objects(item: Any, world_size: int) -> list[Any]:
+    """One object of every rank."""
+    everywhere: list[Any] = [None] * world_size
+    distributed.all_gather_object(everywhere, item)
+    return everywhere
+
+
+def _open(path: Path, facts: Manifest) -> Source:
+    return sources.shards(path) if facts.backend == "dcp" else sources.one_file(path / sources.STATE)
+
+
+def _without_twins(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
+    """Leave out what a checkpoint lacks and has under another name: tied weights, which others save once."""
+    held = {_identity(item) for name, item in tensors.items() if name in known}
+    return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return address(tensor), tensor.storage_offset() if is_whole(tensor) else 0, tensor.shape
+
+
+def _misfit(
+    mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], everywhere: set[str]
+) -> str | None:
+    """How a saved model differs from what this rank has, in names and shapes; None where it fits."""
+    facts = {
+        "it lacks": [_short(name) for name in mine if name not in theirs],
+        "the model lacks": [_short(name) for name in theirs if name not in everywhere],
+        "of another shape": [
+            f"{_short(name)} {theirs[name]} for {shape}"
+            for name, shape in mine.items()
+            if theirs.get(name, shape) != shape
+        ],
+    }
+    shown = [f"{what} {', '.join(names[:_SHOWN])}" + _more(names) for what, names in facts.items() if names]
+    return "; ".join(shown) or None
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(MODEL)
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+
+
+def _without(tree: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested dictionaries without dotted paths."""
+    copy = dict(tree)
+    for key in keys:
+        first, _, rest = key.partition(".")
+        if not rest:
+            copy.pop(first, None)
+        elif isinstance(copy.get(first), dict):
+            copy[first] = _without(copy[first], [rest])
+    return copy

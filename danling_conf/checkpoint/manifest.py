@@ -1,0 +1,129 @@
+"""What a checkpoint says of itself: `checkpoint.json`, written last, with the checksum of every file beside it.
+
+Needs no torch, so that checkpoints are listed where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from danling_conf.checkpoint import durable
+from danling_conf.checkpoint.durable import Sum
+from danling_conf.schema.layout import Layout
+
+FACTS, EXPORTED = "checkpoint.json", "export.json"
+FORMAT = 2
+
+
+class Broken(ValueError):
+    """A checkpoint is not what was saved: a file is missing, damaged, or not ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The facts of one checkpoint."""
+
+    step: int
+    """Optimizer steps done."""
+    epoch: int
+    """Epochs done."""
+    saved: str
+    """When, as ISO 8601 with the offset from UTC."""
+    backend: str
+    """`file` or `dcp`; of an export, `safetensors`."""
+    layout: str
+    """Name of the layout it was written under."""
+    degrees: Mapping[str, int]
+    """Degrees of that layout."""
+    fsdp: bool
+    """Whether it sharded."""
+    history: bool
+    """Whether it is kept when a later one takes its names."""
+    optimizer: str
+    """Class of the optimizer."""
+    files: Mapping[str, Sum] = field(default_factory=dict)
+    """Every other file of the checkpoint."""
+
+    @property
+    def made_under(self) -> Layout:
+        """The layout it was written under."""
+        return Layout(**self.degrees, fsdp=self.fsdp)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(item.size for item in self.files.values())
+
+
+def write(folder: Path, manifest: Manifest, name: str = FACTS) -> None:
+    """Write the facts, which makes the folder a whole checkpoint; durable when this returns.
+
+    Args:
+        name: of the file; `EXPORTED` for an export, which is no checkpoint to resume from.
+    """
+    content = {"format": FORMAT, **asdict(manifest)}
+    text = json.dumps({**content, "checksum": _checksum(content)}, indent=1)
+    durable.write(folder / name, text.encode() + b"\n")
+    durable.sync(folder / name)
+
+
+def read(folder: Path, name: str = FACTS) -> Manifest:
+    """The facts of a checkpoint. Raises Broken, with the path, when they are missing or not what was written."""
+    path = folder / name
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop("checksum")
+        made_by = content.pop("format")
+    except FileNotFoundError:
+        raise Broken(f"{path}: there is no such file, so the checkpoint is not whole") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Broken(f"{path}: it cannot be read: {_reason(path, error)}") from error
+    if checksum != _checksum({"format": made_by, **content}):
+        raise Broken(f"{path}: it cannot be read: its checksum differs: it was changed or damaged after it was written")
+    if made_by != FORMAT:
+        raise Broken(f"{path}: it cannot be read: its format is {made_by}, and this version reads {FORMAT}")
+    try:
+        content["files"] = {name: Sum(**item) for name, item in content["files"].items()}
+        found = Manifest(**{item.name: content[item.name] for item in fields(Manifest)})
+        found.made_under  # noqa: B018  raises for degrees that are none
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Broken(f"{path}: it cannot be read: {type(error).__name__}: {error}") from error
+    for file in found.files:
+        if "/" in file or file in ("", ".", "..", name):
+            raise Broken(f"{path}: it cannot be read: it names a file outside of its folder, {file!r}")
+    return found
+
+
+def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare files with their checksums: all, or those named. Raises Broken with the first that differs."""
+    for name in manifest.files if names is None else names:
+        path, expected = folder / name, manifest.files[name]
+        try:
+            found = durable.sum_of(path)
+        except FileNotFoundError:
+            raise Broken(f"{path}: there is no such file, so the checkpoint is not whole") from None
+        except OSError as error:
+            raise Broken(f"{path}: it cannot be read: {error.strerror}") from error
+        if found.size != expected.size:
+            rule = (
+                "it is empty" if not found.size else f"it has {found.size} bytes and was written with {expected.size}"
+            )
+            raise Broken(f"{path}: it cannot be read: {rule}")
+        if found != expected:
+            raise Broken(f"{path}: it cannot be read: its checksum differs: it was changed or damaged after it was "
+                         "written")  # fmt: skip
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "it is empty"
+    return str(error) if isinstance(error, OSError) else f"it is not what was written ({type(error).__name__}: {error})"

@@ -1,0 +1,65 @@
+"""Loader states beside the checkpoints, one folder a replica: where a replica that comes back finds its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from danling_conf.checkpoint import durable
+from danling_conf.checkpoint.durable import Sum
+from danling_conf.checkpoint.manifest import Broken
+from danling_conf.schema.checkpoint import CheckpointConfig
+
+VARIABLE = "FT_REPLICA_ID"
+
+
+class ReplicaFolder:
+    """The loader states of the replica that this rank belongs to.
+
+    A replica is what `checkpoint.ft_replica_id` names, else the environment variable FT_REPLICA_ID, else this rank.
+    """
+
+    def __init__(self, section: CheckpointConfig, folder: Path, rank: int) -> None:
+        self.replica = section.ft_replica_id or os.environ.get(VARIABLE) or str(rank)
+        self.path = folder / f"{section.ft_dataloader_checkpoint_prefix}-{self.replica}"
+        self._suffix = f".rank-{rank}"
+
+    def write(self, checkpoint: str, content: bytes) -> None:
+        """Write the state that belongs to a checkpoint, whole or not at all. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        data, facts = self._files(checkpoint)
+        facts.unlink(missing_ok=True)
+        aside = data.with_name(f".{data.name}")
+        found = durable.write(aside, content)
+        durable.sync(aside)
+        os.replace(aside, data)
+        aside = facts.with_name(f".{facts.name}")
+        durable.write(aside, json.dumps(asdict(found)).encode())
+        durable.sync(aside)
+        os.replace(aside, facts)
+        durable.sync(self.path)
+
+    def read(self, checkpoint: str) -> Path:
+        """The file with the state that belongs to a checkpoint. Raises Broken when it is missing or damaged."""
+        data, facts = self._files(checkpoint)
+        try:
+            expected = Sum(**json.loads(facts.read_text()))
+            found = durable.sum_of(data)
+        except (OSError, ValueError, TypeError) as error:
+            raise Broken(f"{data}: it cannot be read: {error}") from error
+        if found != expected:
+            raise Broken(f"{data}: it cannot be read: its checksum differs")
+        return data
+
+    def prune(self, checkpoints: set[str]) -> None:
+        """Remove the states of checkpoints that are gone. Raises OSError."""
+        for facts in self.path.glob(f"*{self._suffix}.json"):
+            name = facts.name.removesuffix(f"{self._suffix}.json")
+            if name not in checkpoints:
+                facts.unlink()
+                self._files(name)[0].unlink(missing_ok=True)
+
+    def _files(self, checkpoint: str) -> tuple[Path, Path]:
+        return self.path / f"{checkpoint}{self._suffix}.pt", self.path / f"{checkpoint}{self._suffix}.json"

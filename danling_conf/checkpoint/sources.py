@@ -1,0 +1,165 @@
+"""Where tensors come from: shards, one file, or safetensors; all read by the same planner, each rank its own part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.futures import Future
+
+from danling_conf.checkpoint.manifest import Broken
+from danling_conf.checkpoint.state import MODEL, Known
+from danling_conf.checkpoint.untrusted import SafeReader, TensorPlanner, load_plain, ordinary_errors
+
+STATE = "state.pt"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Source:
+    """The tensors of a checkpoint: what there is, and reading it into tensors of this rank.
+
+    Attributes:
+        known: shape and dtype of each, by name.
+    """
+
+    def __init__(self, reader: StorageReader, described: Mapping[str, TensorStorageMetadata]) -> None:
+        self._reader = reader
+        self.known = {name: Known(tuple(item.size), item.properties.dtype) for name, item in described.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Read into tensors, whole or sharded. Collective. Raises Broken or RuntimeError."""
+        alone = not (distributed.is_initialized() and distributed.get_world_size() > 1)
+        with ordinary_errors("the checkpoint cannot be loaded"):
+            dcp.load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=alone)
+
+
+def shards(folder: Path) -> Source:
+    """The shards that `torch.distributed.checkpoint` wrote. Raises Broken."""
+    reader = SafeReader(folder)
+    return Source(reader, reader.tensors())
+
+
+def one_file(path: Path) -> Source:
+    """The tensors of a file of `torch.save`. Raises Broken."""
+    content = load_plain(path, mapped=True)
+    if not (isinstance(content, dict) and all(isinstance(item, Tensor) for item in content.values())):
+        raise Broken(f"{path}: it cannot be read as a checkpoint: it is not a mapping from names to tensors")
+    reader = _WholeReader(content)
+    return Source(reader, reader.described)
+
+
+def safetensors(path: Path) -> Source | None:
+    """The tensors of a safetensors file, or of a folder of them, as a model's; None where there are none.
+
+    Raises:
+        Broken: a file is missing or damaged.
+        ImportError: the package safetensors is not installed.
+    """
+    files = safetensors_files(path)
+    if not files:
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    content: dict[str, Any] = {}
+    for file in files:
+        try:
+            opened = safe_open(file, framework="pt", device="cpu")
+            content |= {f"{MODEL}{name}": opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise Broken(f"{file}: there is no such file, and {INDEX} names it") from None
+        except (OSError, SafetensorError) as error:
+            raise Broken(f"{file}: it cannot be read as safetensors: {error}") from error
+    reader = _WholeReader(content)
+    return Source(reader, reader.described)
+
+
+def safetensors_files(path: Path) -> list[Path]:
+    """The files that hold a model's safetensors: a file, those that a folder's index names, or all in the folder."""
+    if path.is_file():
+        return [path] if path.suffix == ".safetensors" else []
+    index = path / INDEX
+    if not index.is_file():
+        return [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Broken(f"{index}: it cannot be read: {type(error).__name__}: {error}") from error
+    outside = [name for name in names if not isinstance(name, str) or "/" in name]
+    if outside:
+        raise Broken(f"{index}: it cannot be read: it names a file outside of its folder, {outside[0]}")
+    return [path / name for name in names]
+
+
+class _WholeReader(StorageReader):
+    """Gives parts of tensors that are whole, in memory or mapped; each rank reads what it needs."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._content = content
+        self.described = {name: _describe(item) for name, item in content.items()}
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """There is nothing to forget."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata(state_dict_metadata=dict(self.described), storage_meta=StorageMeta())
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """The content is open already."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            whole = self._content[item.storage_index.fqn]
+            where = tuple(
+                slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True)
+            )
+            found = whole if isinstance(whole, Tensor) and not where else whole[where if where else ...]
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(found)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _describe(item: Any) -> TensorStorageMetadata:
+    if isinstance(item, Tensor):
+        size, dtype = item.size(), item.dtype
+    else:
+        size, dtype = torch.Size(item.get_shape()), _dtype_of(item)
+    chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
+    return TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=[chunk])
+
+
+def _dtype_of(item: Any) -> torch.dtype:
+    """The dtype of a slice of safetensors."""
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8",
+             "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn",
+             "F8_E5M2": "float8_e5m2"}  # fmt: skip
+    found = names.get(item.get_dtype())
+    if found is None:
+        raise Broken(f"a tensor of dtype {item.get_dtype()} is not read from safetensors")
+    return getattr(torch, found)

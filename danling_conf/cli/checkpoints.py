@@ -1,0 +1,147 @@
+"""`danling-conf checkpoints`: what a run has saved, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from danling_conf.checkpoint import manifest
+from danling_conf.checkpoint.folder import BEST, EXPORT, LATEST, Entry, Folder, reading
+from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
+from danling_conf.topology.rules.paths import RUN_FILE
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+_HEAD = ("checkpoint", "step", "epoch", "saved", "size", "layout", "backend", "state", "")
+_LEDGER = "jobs.jsonl"
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def list_checkpoints(directory: str, *, check: bool) -> tuple[list[str], bool]:
+    """Lines about the checkpoints of a run, of a sweep's runs, or of all runs below a directory; and whether all of
+    them are whole.
+
+    Args:
+        check: compare every file with its checksum, not only sizes with what is there.
+
+    Raises ConfigRefused where there is no run.
+    """
+    path = Path(directory).expanduser()
+    lines: list[str] = []
+    whole = True
+    for run in _runs_in(path):
+        shown, fine = _of_run(run, check)
+        lines += ([""] if lines else []) + shown
+        whole = whole and fine
+    if not lines:
+        rule = "there is no run in it" if path.is_dir() else "there is no such directory"
+        raise ConfigRefused([Violation("RUN", directory, rule, "give a run's directory, a sweep's, or one above them")])
+    return lines, whole
+
+
+def _runs_in(path: Path) -> Iterator[Path]:
+    if (path / RUN_FILE).is_file():
+        yield path
+    elif (path / _LEDGER).is_file():
+        jobs = [json.loads(line) for line in (path / _LEDGER).read_text().splitlines()]
+        yield from dict.fromkeys(Path(job["run"]) for job in jobs if "run" in job)
+    else:
+        yield from sorted(found.parent for found in path.rglob(RUN_FILE))
+
+
+def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
+    folder = Folder(_folder_of(run))
+    entries = sorted(folder.entries(), key=lambda entry: (entry.step, entry.path.name))
+    named = {name: folder.pointed(name) for name in (LATEST, BEST)}
+    rows, faults = [], []
+    for entry in entries:
+        fault = _fault(entry, check)
+        names = [name for name, target in named.items() if target == entry.path.resolve()]
+        rows.append(_row(entry.path.name, entry.manifest, fault, names, check))
+        if fault:
+            faults.append(fault)
+    export = folder.path / EXPORT
+    if export.is_dir():
+        facts, fault = _export(export, check)
+        rows.append(_row(EXPORT, facts, fault, ["the model alone"], check))
+        faults += [fault] if fault else []
+    lines = [f"{run}: {len(entries)} checkpoint{'' if len(entries) == 1 else 's'} in {folder.path.name}/"]
+    if rows:
+        lines += _table([_HEAD, *rows])
+    lines += [f"unfinished: {path}" for path in folder.unfinished()]
+    lines += [f"{name} points to nothing" for name, target in named.items()
+              if target is None and (folder.path / name).is_symlink()]  # fmt: skip
+    return lines + [f"broken: {fault}" for fault in faults], not faults
+
+
+def _folder_of(run: Path) -> Path:
+    """The run's folder of checkpoints: the one that its attempts are configured with."""
+    for attempt in sorted((run / "attempts").glob("*/frozen.json"), reverse=True):
+        configured = json.loads(attempt.read_text())["config"]["checkpoint"]["dir_name"]
+        return run / str(configured)
+    found = sorted(path.parent.parent for path in run.glob(f"*/ckpt-*/{FACTS}"))
+    return found[0] if found else run / "checkpoints"
+
+
+def _fault(entry: Entry, check: bool) -> str:
+    if entry.manifest is None:
+        return entry.fault
+    try:
+        with reading(entry.path):
+            _compare(entry.path, entry.manifest, check)
+    except Broken as error:
+        return str(error)
+    return ""
+
+
+def _export(path: Path, check: bool) -> tuple[Manifest | None, str]:
+    try:
+        facts = manifest.read(path, EXPORTED)
+        _compare(path, facts, check)
+    except Broken as error:
+        return None, str(error)
+    return facts, ""
+
+
+def _compare(path: Path, facts: Manifest, check: bool) -> None:
+    """Raises Broken where a file is missing, has another size or, when asked for, another checksum."""
+    if check:
+        manifest.verify(path, facts)
+        return
+    for name, expected in facts.files.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found is None:
+            raise Broken(f"{path / name}: there is no such file, so the checkpoint is not whole")
+        if found != expected.size:
+            raise Broken(f"{path / name}: it has {found} bytes and was written with {expected.size}")
+
+
+def _row(name: str, facts: Manifest | None, fault: str, names: list[str], check: bool) -> tuple[str, ...]:
+    state = "broken" if fault else "verified" if check else "whole"
+    if facts is None:
+        return (name, "?", "?", "?", "?", "?", "?", state, " ".join(names))
+    saved = datetime.fromisoformat(facts.saved).strftime("%Y-%m-%d %H:%M:%S")
+    return (name, str(facts.step), str(facts.epoch), saved, _size(facts.size), facts.layout, facts.backend, state,
+            " ".join(names))  # fmt: skip
+
+
+def _size(count: float) -> str:
+    for unit in _UNITS[:-1]:
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} {_UNITS[-1]}"
+
+
+def _table(rows: list[Any]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    right = {1, 2, 4}
+    return [
+        "  " + "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]  # fmt: skip

@@ -1,0 +1,116 @@
+"""Signals that ask a run to stop: noted when they come, agreed upon by all ranks between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+
+from danling_conf.resolution.stopped import STOPPING
+
+_listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
+_NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name))
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 while installed. A second one ends the process at once.
+
+    The signals are read from a pipe by a thread, since Python calls a handler only between two of its own instructions:
+    a process that waits in a collective would not hear the second one.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The signal that came; 0 where none did."""
+        self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup = -1
+        self._group: distributed.ProcessGroup | None = None
+        self._asked: tuple[torch.Tensor, Any] | None = None
+
+    def install(self) -> None:
+        """Begin to listen; in the main thread only, where Python can. Collective where there are several ranks."""
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            self._group = distributed.new_group(backend="gloo")
+        if threading.current_thread() is not threading.main_thread():
+            return
+        _listening.add(self)
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, end == self._pipe[0])
+        for number in _NUMBERS:
+            self._before[number] = signal.signal(number, _note)
+        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(self._pipe[0],), name="danling-conf-signals", daemon=True).start()
+
+    def agreed(self) -> int:
+        """The signal that any rank has got, the same answer on every rank; 0 for none. Collective.
+
+        With several ranks the answer is that to the question put at the call before, so that nobody waits for it: a run
+        stops one step after the signal.
+        """
+        if self._group is None:
+            return self.number
+        answer = 0
+        if self._asked is not None:
+            number, work = self._asked
+            work.wait()
+            answer = int(number.item())
+        number = torch.tensor(self.number)
+        self._asked = (
+            number,
+            distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._group, async_op=True),
+        )
+        return answer
+
+    def remove(self, *, failing: bool) -> None:
+        """Stop listening, and put back what listened before.
+
+        Args:
+            failing: whether this rank leaves out of order, so that others may not answer any more.
+        """
+        if self._asked is not None and not failing:
+            self._asked[1].wait()
+        self._asked = None
+        _listening.discard(self)
+        if self._pipe is None:
+            return
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        os.close(self._pipe[1])  # ends the thread, which closes the other end
+        self._pipe = None
+
+    def _listen(self, pipe: int) -> None:
+        while received := os.read(pipe, 1):
+            number = received[0]
+            if number not in _NUMBERS:
+                continue
+            if self.number:
+                name = signal.Signals(number).name
+                sys.stderr.write(f"second signal ({name}): leaving at once, what was not saved is lost\n")
+                sys.stderr.flush()
+                os._exit(128 + number)
+            self.number = number
+        os.close(pipe)
+
+
+def _stand_apart() -> None:
+    """In a forked child, a loader's worker: leave the process group, to which launchers and terminals send signals,
+    since the run needs it to the end of the step; and do not write signals into the parent's pipe."""
+    if _listening:
+        signal.set_wakeup_fd(-1)
+        os.setpgid(0, 0)
+
+
+os.register_at_fork(after_in_child=_stand_apart)
+
+
+def _note(number: int, frame: Any) -> None:
+    """Keeps a signal from ending the process; the thread hears of it by the pipe."""

@@ -1,0 +1,105 @@
+"""What is saved and loaded: settings that contradict each other, and those that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from danling_conf.schema import RunnerConfig, declared_class, defaults_of
+from danling_conf.schema.checkpoint import DISABLED, LOADED_PARTS, PINNED, async_mode, excluded
+from danling_conf.topology.rules.rule import Context, Ineffective
+from danling_conf.topology.violation import Violation
+
+_ON_DEVICES = ("nccl", "xccl", "hccl")
+_BACKENDS = ("gloo", "mpi", "ucc", *_ON_DEVICES)
+_WRITING = (
+    "async_enabled", "async_mode", "dedicated_async_process_group", "async_process_group_backend", "backend",
+    "wait_timeout", "keep_latest_k", "enable_ft_dataloader_checkpoints", "last_save_model_only", "export_dtype",
+)  # fmt: skip
+
+
+def excluded_parts(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """What is not loaded is a part of a checkpoint, or below one."""
+    for key in excluded(config.checkpoint):
+        first = key.partition(".")[0]
+        if first not in LOADED_PARTS:
+            near = get_close_matches(first, LOADED_PARTS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"write model.{key} for a part of the model"
+            rule = f"a checkpoint has no part {first}; it has {', '.join(LOADED_PARTS)}"
+            given = config.checkpoint.exclude_from_loading
+            yield Violation("checkpoint.exclude_from_loading", given, rule, hint)
+
+
+def background_group(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """The group for saving has a backend that can work here."""
+    backend = config.checkpoint.async_process_group_backend
+    path = "checkpoint.async_process_group_backend"
+    if backend not in _BACKENDS:
+        yield Violation(path, backend, f"torch's backends are {', '.join(_BACKENDS)}", "leave it at gloo")
+    elif backend in _ON_DEVICES and (not context.machine.devices or config.parallel.mesh_device_type == "cpu"):
+        yield Violation(path, backend, "it communicates between accelerators, and the run is on the CPU",
+                        "leave it at gloo")  # fmt: skip
+
+
+def replica_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A replica's folder has the name of one folder, and not one that a checkpoint has."""
+    section = config.checkpoint
+    names = {
+        "checkpoint.ft_dataloader_checkpoint_prefix": section.ft_dataloader_checkpoint_prefix,
+        "checkpoint.ft_replica_id": section.ft_replica_id,
+    }
+    for path, name in names.items():
+        if name is not None and (name == "" or "/" in name or "\0" in name or name.startswith((".", "ckpt-"))):
+            yield Violation(path, name, "it is part of a folder's name", "use a name with no slashes, such as replica")
+
+
+def exports_by_safetensors(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """An export needs the package that writes it."""
+    section = config.checkpoint
+    wanted = {"last_save_model_only": section.last_save_model_only, "export_dtype": section.export_dtype}
+    for name, value in wanted.items():
+        if value and not section.load_only and not context.machine.safetensors:
+            yield Violation(f"checkpoint.{name}", value, "exports are written by the package safetensors, which is not "
+                            "installed", "pip install danling-conf[safetensors], or unset it")  # fmt: skip
+
+
+def writing_settings(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Settings of saving that nothing reads as things stand."""
+    section = config.checkpoint
+    default = defaults_of(declared_class(section))
+
+    def given(name: str) -> bool:
+        return getattr(section, name) != getattr(default, name)
+
+    if section.load_only:
+        for name in filter(given, _WRITING):
+            yield Ineffective(f"checkpoint.{name}", "no checkpoints are written (checkpoint.load_only=true)")
+        return
+    axes = config.parallel.axes
+    single = all(getattr(axes, axis) == 1 for axis in ("replicate", "shard", "context", "pipeline", "tensor"))
+    if section.async_mode is not None and given("async_enabled"):
+        yield Ineffective("checkpoint.async_enabled", f"checkpoint.async_mode={section.async_mode} is given and wins")
+    if given("keep_latest_k") and section.interval is None:
+        yield Ineffective("checkpoint.keep_latest_k", "there is no history without checkpoint.interval")
+    if async_mode(section) == DISABLED and given("wait_timeout"):
+        yield Ineffective("checkpoint.wait_timeout", "nothing is written in the background")
+    if section.async_mode == PINNED and (section.backend == "file" or (section.backend == "auto" and single)):
+        yield Ineffective("checkpoint.async_mode", "memory is page-locked for the backend dcp only; it is as async")
+    if single:
+        for name in filter(given, ("dedicated_async_process_group", "async_process_group_backend")):
+            yield Ineffective(f"checkpoint.{name}", "the layout has one process and no process groups")
+    elif given("async_process_group_backend") and not section.dedicated_async_process_group:
+        yield Ineffective("checkpoint.async_process_group_backend", "saving has no process group of its own")
+    if not section.enable_ft_dataloader_checkpoints:
+        for name in filter(given, ("ft_replica_id", "ft_dataloader_checkpoint_prefix")):
+            yield Ineffective(f"checkpoint.{name}", "no replica writes a state of its own "
+                              "(checkpoint.enable_ft_dataloader_checkpoints=false)")  # fmt: skip
+
+
+def sources_to_exclude_from(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Nothing is excluded where nothing is loaded, and nothing insisted on where nothing is resumed."""
+    loads = config.resume is not None or config.auto_resume or config.pretrained is not None
+    if config.checkpoint.exclude_from_loading and not loads:
+        yield Ineffective("checkpoint.exclude_from_loading", "nothing is loaded")
+    if config.force_resume and config.resume is None:
+        yield Ineffective("force_resume", "no run is named by resume")
