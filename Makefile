@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_HYDRA_14 ?= $(VENV)-hydra-1.4
 PYTEST_ARGUMENTS ?=
 
-.PHONY: train test quick composition benchmark lint clean
+.PHONY: train test quick composition parity benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
@@ -22,6 +22,10 @@ quick: $(VENV)/installed
 # What composing, checking and explaining need, on the newer Hydra, where no torch is installed.
 composition: $(VENV_HYDRA_14)/installed
 	$(VENV_HYDRA_14)/bin/python -m pytest -m composition $(PYTEST_ARGUMENTS)
+
+# Layouts against one process, cell by cell, and layouts drawn at random.
+parity: $(VENV)/installed
+	$(VENV)/bin/python -m tests.distributed.matrix --random 6
 
 benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/step_overhead.py

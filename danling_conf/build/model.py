@@ -34,6 +34,9 @@ from danling_conf.topology.layout import coordinates
 
 _log = logging.getLogger(__name__)
 
+_OWN_AXES = ("tensor", "context", "expert", "expert_tensor")
+"""Axes that a model with a `parallelize(mesh)` of its own lays itself out over."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assembled:
@@ -192,8 +195,9 @@ def _lay_out(
     """Apply the plans of the tensor, expert and context axes: gives the names of the modules that hold experts, and
     whether logits may stay sharded."""
     own = _own_method(part)
-    if own is not None and mesh is not None:
-        own(mesh)
+    if own is not None:
+        if mesh is not None and any(getattr(layout, name) > 1 for name in _OWN_AXES):
+            own(mesh)
         return [], False
     sharded = False
     if plan is not None:

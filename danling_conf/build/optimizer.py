@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from danling_conf.build import muon
 from danling_conf.build.keywords import section_from
@@ -74,7 +75,7 @@ def make(
         TypeError: the dotted path in `optim.type` does not name an optimizer class.
     """
     entry = _entry(section)
-    options = optimizer_options(section)
+    options = dict(optimizer_options(section))
     refuse(option_problems(entry, options), "optim")
     specifications = list(section.param_groups or [])
     _check_specifications(entry, specifications)
@@ -83,6 +84,7 @@ def make(
     if not named:
         raise ValueError("optim: there is no parameter that requires a gradient: unfreeze a part of the model")
     everywhere = pairs if whole is None else cleaned(whole)
+    _one_by_one(entry, options, named)
     groups = _split(named, specifications, everywhere)
     if entry.name == "Muon":
         model = whole if whole is not None else parameters if isinstance(parameters, nn.Module) else None
@@ -216,6 +218,19 @@ def _no_match(path: str, expression: re.Pattern[str], everywhere: Sequence[tuple
         return f"{where}: it matches frozen parameters only ({matching[0]}): unfreeze them or remove the group"
     near = difflib.get_close_matches(expression.pattern, names, n=5, cutoff=0.3) or names[:5]
     return f"{where}: it matches no parameter: mend it; there are, for instance: {', '.join(near)}"
+
+
+def _one_by_one(entry: Entry, options: dict[str, Any], named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Let the optimizer step parameters one by one where some are sharded and some are not (tensor parallelism alone):
+    torch's foreach and fused versions take lists of one kind. On an accelerator they would be its default."""
+    if len({isinstance(parameter, DTensor) for _, parameter in named}) < 2:
+        return
+    for name in ("foreach", "fused"):
+        if options.get(name):
+            why = "some parameters are sharded and some are not, which torch does not take in one list"
+            raise ValueError(f"optim.{name}=true: {why}: leave it unset, or choose a layout with FSDP")
+    if "foreach" in entry.options:
+        options["foreach"] = False
 
 
 def _construct(entry: Entry, groups: Sequence[ParameterGroup], options: Mapping[str, Any]) -> torch.optim.Optimizer:

@@ -24,6 +24,11 @@ Forward = Callable[[Any, Any], Any]
 Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, Tensor | int]"]
 """`loss(output, batch)`: a mean; or a sum and how many it is of, such as tokens that are not masked."""
 
+_NOTE = (
+    "The logits are sharded over the vocabulary (parallel.loss_parallel=true), which torch's cross-entropy can take; "
+    "for another loss, gather them: parallel.loss_parallel=false"
+)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -113,7 +118,7 @@ class Passes:
 
         def take(output: Any, part: Any) -> None:
             if counts:
-                value = _measured(self.loss(output, part))
+                value = self._measured(output, part)
                 weight = value.weight if self._gives_count(value) else batch_size(part)
                 total = value.total if self._gives_count(value) else value.total * weight
                 found.append(Measured(total.double(), weight))
@@ -137,9 +142,17 @@ class Passes:
         """This rank's part of the sequences of a batch."""
         return batch if self.model.context is None else self.model.context.part(batch)
 
+    def _measured(self, output: Any, batch: Any) -> Measured:
+        try:
+            return _measured(self.loss(output, batch))
+        except (RuntimeError, NotImplementedError) as error:
+            if inside_step.sharded_logits() and hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(_NOTE)
+            raise
+
     def _train_whole(self, batch: Any, micro_batches: int) -> Measured:
         with self.autocast():
-            measured = _measured(self.loss(self.forward(self.model.module, batch), batch))
+            measured = self._measured(self.forward(self.model.module, batch), batch)
         self._scaled(measured, micro_batches).backward()
         return Measured(measured.total.detach(), measured.weight)
 
@@ -150,7 +163,7 @@ class Passes:
         found: list[Measured] = []
 
         def objective(output: Any, microbatch: Any) -> Tensor:
-            measured = _measured(self.loss(output, microbatch))
+            measured = self._measured(output, microbatch)
             found.append(Measured(measured.total.detach(), measured.weight))
             return self._scaled(measured, cut, count=False)
 

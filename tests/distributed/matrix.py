@@ -11,6 +11,7 @@ import argparse
 import random
 import sys
 import time
+from pathlib import Path
 
 from danling_conf.groups.layout_names import name_of, parse_layout
 from danling_conf.schema import RunnerConfig
@@ -30,6 +31,9 @@ LAYOUTS = (
     "fsdp2_tp2_ep2_etp2", "fsdp4_pp2_ep2", "fsdp2_cp2_tp2_ep2_etp2",
 )  # fmt: skip
 """Every axis alone, and combinations of up to four at up to eight ranks."""
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
 EAGER = {"enable": True, "backend": "aot_eager"}
 """What is compiled is traced and differentiated as by inductor, without the time that generating code takes."""
@@ -162,10 +166,28 @@ def accepted(layout: Layout) -> bool:
     return not violations_of(config, Context(machine=Machine()))
 
 
+def table(errors: dict[str, float]) -> str:
+    """The README's table of layouts: what each is compared in, and the largest error found in fp32."""
+    rows = ["| Layout | Ranks | Also with | Largest difference |", "|---|---|---|---|"]
+    for layout in dict.fromkeys(cell.layout for cell in CELLS):
+        variants = [cell.variant for cell in CELLS if cell.layout == layout and cell.variant != "plain"]
+        ranks = parse_layout(layout).world_size
+        rows.append(f"| `{layout}` | {ranks} | {'; '.join(dict.fromkeys(variants))} | {errors[layout]:.0e} |")
+    return "\n".join(rows)
+
+
+def write_readme(errors: dict[str, float]) -> None:
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{table(errors)}\n{END}{after}")
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.distributed.matrix", description=__doc__)
     parser.add_argument("layouts", nargs="*", help="only cells of these layouts")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="cells of N layouts drawn at random as well")
+    parser.add_argument("--readme", action="store_true", help="write the table of README.md; needs all cells")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed, and drawn when left out")
     given = parser.parse_args(arguments)
     cells = [cell for cell in (*CELLS, *CONTROLS) if not given.layouts or cell.layout in given.layouts]
@@ -173,7 +195,7 @@ def main(arguments: list[str]) -> int:
         seed = random.randrange(2**32) if given.seed is None else given.seed
         print(f"{given.random} layouts drawn with seed {seed}")
         cells += drawn(given.random, seed)
-    failed = 0
+    failed, errors = 0, dict.fromkeys((cell.layout for cell in CELLS), 0.0)
     width = max(len(str(cell)) for cell in cells)
     for cell in cells:
         began = time.monotonic()
@@ -182,6 +204,8 @@ def main(arguments: list[str]) -> int:
             error = error_of(cell)
             good = (error <= tolerance) if cell.fault is None else (error > tolerance)
             shown = f"{error:.1e}"
+            if cell in CELLS and cell.precision == "fp32":
+                errors[cell.layout] = max(errors[cell.layout], error)
         except (RankFailed, AssertionError) as failure:
             good, shown = False, str(failure).strip().splitlines()[-1]
         failed += not good
@@ -192,6 +216,8 @@ def main(arguments: list[str]) -> int:
             flush=True,
         )
     print(f"{len(cells)} cells, {failed} failed")
+    if given.readme and not failed and not given.layouts:
+        write_readme(errors)
     return 1 if failed else 0
 
 

@@ -7,8 +7,20 @@ import random
 import pytest
 
 from danling_conf.groups.layout_names import parse_layout
-from tests.distributed.cells import Cell
-from tests.distributed.matrix import CELLS, CONTROLS, LAYOUTS, accepted, drawn, error_of, tolerance_of
+from tests.distributed.cells import TOLERANCE, Cell
+from tests.distributed.matrix import (
+    BEGIN,
+    CELLS,
+    CONTROLS,
+    END,
+    LAYOUTS,
+    README,
+    accepted,
+    drawn,
+    error_of,
+    table,
+    tolerance_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -40,3 +52,12 @@ def test_the_matrix_has_every_axis_and_only_layouts_that_the_rules_accept() -> N
     assert len(CELLS) >= 40
     for axis in layouts[0].degrees():
         assert any(getattr(layout, axis) > 1 for layout in layouts)
+
+
+def test_the_readme_has_the_table_of_this_matrix() -> None:
+    text = README.read_text()
+    shown = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    wanted = table(dict.fromkeys((cell.layout for cell in CELLS), 0.0)).splitlines()
+    # All but the numbers, which are those of the machine that wrote it: python -m tests.distributed.matrix --readme
+    assert [row.split("|")[1:4] for row in shown] == [row.split("|")[1:4] for row in wanted]
+    assert all(float(row.split("|")[4]) <= TOLERANCE["fp32"] for row in shown[2:])

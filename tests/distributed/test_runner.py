@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -197,3 +200,48 @@ def test_what_a_model_does_not_implement_is_refused_by_all_ranks(
     assert text.startswith(f"configuration refused: 1 fault\n  {path}\n")
     assert rule in text
     assert fix in text
+
+
+class OwnLayout(nn.Module):
+    """Lays itself out over the tensor axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.head = nn.Linear(8, VOCABULARY, bias=False)
+
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        parallelize_module(self.head, mesh["tensor"], ColwiseParallel(output_layouts=Replicate()))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def losses_of(root: str, name: str, parallel: dict[str, Any]) -> tuple[list[float], bool, int]:
+    """Losses, whether there is a mesh, and how many parameters are sharded."""
+    layout = parse_layout(name)
+    ours = runner(root, {
+        "steps": 3, "dataloader": {"batch_size": 8 // layout.data_degree},
+        "parallel": {"axes": layout.degrees(), **parallel},
+    })  # fmt: skip
+    ours.prepare(OwnLayout, {"train": Tokens(64, 0)}, loss=loss)
+    losses = [ours.step(batch).item() for batch in ours.batches("train")]
+    sharded = sum(isinstance(parameter, DTensor) for parameter in ours.model.parameters())
+    ours.finish()
+    return losses, ours.world.mesh is not None, sharded
+
+
+def test_a_model_may_lay_itself_out(root: str) -> None:
+    expected, _, _ = losses_of(root, "single", {})
+    for losses, _, sharded in run(losses_of, 2, root, "tp2", {}):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert sharded == 1
+
+
+def test_replicas_need_no_device_mesh(root: str) -> None:
+    expected, _, _ = losses_of(root, "single", {})
+    for use in (True, False):
+        ranks = run(losses_of, 2, root, "ddp2", {"use_device_mesh": use, "mesh_device_type": "cpu"})
+        assert [mesh for _, mesh, _ in ranks] == [use, use]
+        mean = [(left + right) / 2 for left, right in zip(ranks[0][0], ranks[1][0], strict=True)]
+        assert mean == pytest.approx(expected, rel=1e-5)

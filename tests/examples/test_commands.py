@@ -30,10 +30,28 @@ COMMANDS = {
     # The mend that a refusal of steps=2 gives.
     "digits by steps": [TRAIN, "task=digits", "model.width=8", "steps=2", "epochs=null"],
     "recipe": [TRAIN, "+recipe=lm_small_fsdp", *SHORT],
+    "three axes": [TRAIN, "parallel=fsdp2_tp2_pp2", *SHORT],
+    "experts": [TRAIN, "parallel=fsdp2_ep2", "model.experts=4", "compile=aot_eager", *SHORT],
+    "library": [
+        TRAIN,
+        "model=hf",
+        "parallel=cp2_tp2",
+        "model.config.hidden_size=16",
+        "model.config.num_hidden_layers=2",
+        "model.config.num_attention_heads=2",
+        "model.config.num_key_value_heads=2",
+        "data.context=16",
+        "data.val_fraction=0.01",
+        "steps=4",
+        "eval_interval=2",
+    ],
     "sweep": [TRAIN, "-m", "parallel=ddp2,single", "optim.lr=1e-3,3e-4", *SMALL, "steps=2", "eval_interval=2"],
 }
-RANKS = {"single": 1, "own workers": 2, "torchrun": 2, "hsdp": 4, "ddp4": 4, "digits": 1, "recipe": 2}
-SHARDED = {"own workers": (1, 2), "torchrun": (1, 2), "hsdp": (2, 2), "recipe": (1, 2)}
+RANKS = {"single": 1, "own workers": 2, "torchrun": 2, "hsdp": 4, "ddp4": 4, "digits": 1, "recipe": 2,
+         "three axes": 8, "experts": 2, "library": 4}  # fmt: skip
+REPLICATED = {"ddp4": 4}
+SHARDED = {"own workers": (1, 2), "torchrun": (1, 2), "hsdp": (2, 2), "recipe": (1, 2),
+           "three axes": (1, 2), "experts": (1, 2)}  # fmt: skip
 
 Commands = Callable[[str], Result]
 
@@ -48,6 +66,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Commands:
         return run([*COMMANDS[name], f"workspace_root={folder / 'ws'}"], cwd=folder, limit=300)
 
     return done
+
+
+def test_the_busiest_expert_is_shown(command: Commands) -> None:
+    assert "busiest expert 1." in command("experts").text
+    assert float(command("experts").last["train.expert_load"]) >= 1
 
 
 def attempt_of(result: Result) -> Path:
@@ -105,7 +128,7 @@ def test_the_layout_is_what_the_name_says(command: Commands, name: str) -> None:
     config = yaml.safe_load((attempt_of(command(name)) / "config.yaml").read_text())
     axes = config["parallel"]["axes"]
     assert config["fsdp"]["enabled"] == (name in SHARDED)
-    assert (axes["replicate"], axes["shard"]) == SHARDED.get(name, (RANKS[name], 1))
+    assert (axes["replicate"], axes["shard"]) == SHARDED.get(name, (REPLICATED.get(name, 1), 1))
 
 
 def test_other_settings_are_what_the_command_says(command: Commands) -> None:

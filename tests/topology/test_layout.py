@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from danling_conf.schema import FILL, Layout
 from danling_conf.schema.layout import WORLD_AXES
 from danling_conf.schema.parallel import AxesConfig
-from danling_conf.topology.layout import coordinates, data_rank, fill, layout_of, mesh_axes, rank_at
+from danling_conf.topology.layout import (
+    coordinates,
+    data_rank,
+    expert_axes,
+    fill,
+    layout_of,
+    mesh_axes,
+    random_stream,
+    rank_at,
+)
 from danling_conf.topology.resources import Resources, resources_for
 
 pytestmark = pytest.mark.composition
@@ -136,3 +145,23 @@ def test_resources_of_what_cannot_be():
         resources_for(Layout(shard=9), 8)
     with pytest.raises(ValueError, match="at least one device"):
         resources_for(Layout(), 0)
+
+
+def test_streams_of_random_numbers_differ_where_activations_do():
+    layout = Layout(replicate=2, context=2, pipeline=2, tensor=2)
+
+    def streams(**options):
+        return [random_stream(layout, rank, **options) for rank in range(layout.world_size)]
+
+    # Tensor ranks are next to each other.
+    assert streams()[0::2] == streams()[1::2]
+    assert len(set(streams())) == 8
+    assert len(set(streams(sequence_parallel=True))) == 16
+    # Data ranks draw what they would alone.
+    assert [random_stream(Layout(replicate=4), rank) for rank in range(4)] == [0, 1, 2, 3]
+
+
+def test_experts_borrow_the_ranks_of_the_dense_axes():
+    assert expert_axes(Layout(shard=4, tensor=2, expert=2, expert_tensor=2, pipeline=2)) == {
+        "pipeline": 2, "replicate": 1, "expert_shard": 2, "expert": 2, "expert_tensor": 2
+    }  # fmt: skip

@@ -41,11 +41,15 @@ def known_optimizer(config: RunnerConfig, context: Context) -> Iterator[Violatio
             f"{entry.name} evaluates the loss several times a step, which the runner's loop does not do",
             "choose another optimizer, or step it in a loop of your own",
         )
-    if config.fsdp.enabled and not entry.sharded:
+    axes = config.parallel.axes
+    replicated_parts = axes.replicate not in (0, 1) and axes.pipeline not in (0, 1)
+    distributed = config.fsdp.enabled or {axes.tensor, axes.context} - {0, 1} or replicated_parts
+    if distributed and not entry.sharded:
+        what = "FSDP has sharded" if config.fsdp.enabled else "are tensors of a device mesh, as in this layout"
         yield Violation(
             "optim.type",
             section.type,
-            f"torch cannot step {entry.name} on parameters that FSDP has sharded",
+            f"torch cannot step {entry.name} on parameters that {what}",
             "choose another optimizer (optim=adamw), or a ddp layout (parallel=ddpN)",
         )
 
