@@ -29,6 +29,7 @@ parity: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/step_overhead.py
+	$(VENV)/bin/python benchmarks/layouts.py
 	$(VENV)/bin/python benchmarks/startup.py
 
 lint: $(VENV)/installed

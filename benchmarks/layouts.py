@@ -1,4 +1,4 @@
-"""Milliseconds of a training step under `fsdp4`, `tp4` and `fsdp2_tp2`: ours beside the same written by hand with torch.
+"""Milliseconds of a training step under `fsdp4`, `tp4` and `fsdp2_tp2`: ours beside the same by hand with torch.
 
 Run it as `python benchmarks/layouts.py`. See benchmarks/README.md for what is compared, and how.
 """

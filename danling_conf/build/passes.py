@@ -100,8 +100,8 @@ class Passes:
             dist.all_reduce(counted)
         # Gradients are means over the ranks with tokens of their own, of sums; tensor ranks counted the same tokens.
         factor = self._ranks_of_batch * self._copies / counted.clamp(min=1)
-        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in found], factor)
+        for grad in (parameter.grad for parameter in parameters if parameter.grad is not None):
+            (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
 
     def evaluate(
         self, batch: Any, *, largest: int, counts: bool, use: Callable[[Any, Any], None] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from danling_conf.build import dataloader
+from danling_conf.build.model import Assembled
 from danling_conf.build.samplers import ShardedSampler
 from danling_conf.runner.alignment import agreed_length, aligned
 from danling_conf.schema.dataloader import DataloaderConfig
@@ -67,3 +68,19 @@ def evaluated_splits(splits: Mapping[str, Any], score_split: str, *, final: bool
         for split in splits
         if not dataloader.is_training(split) and (final or not split.startswith("test") or split == score_split)
     ]
+
+
+def any_batch(loader: Any) -> Any:
+    """A batch of one sample, the data set's first: for a rank that has none, or to look at."""
+    dataset = loader.dataset
+    sample = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+    collate = loader.collate_fn or torch.utils.data.default_collate
+    return collate([sample])
+
+
+def check_sequences(loaders: Mapping[str, Any], model: Assembled) -> None:
+    """Look at a sample of each split before the first step: a sequence that the context ranks cannot share out would
+    end the run later. Data without random access is not looked at. Raises ValueError."""
+    for loader in loaders.values():
+        if model.context is not None and hasattr(loader.dataset, "__getitem__"):
+            model.context.part(any_batch(loader))

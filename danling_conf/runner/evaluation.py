@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from danling_conf.build.passes import Passes
 from danling_conf.runner.batch import count_samples, metric_inputs, to_device
+from danling_conf.runner.data import any_batch
 from danling_conf.runner.meters import reduce_sum
 
 
@@ -111,13 +112,5 @@ def _aligned(loader: Any, device: torch.device) -> Iterator[tuple[Any, int, bool
         if batch is not None:
             last = batch
         elif last is None:
-            last = _any_batch(loader)
+            last = any_batch(loader)
         yield last, largest, batch is not None
-
-
-def _any_batch(loader: Any) -> Any:
-    """A batch for a rank that has none: the data set's first sample."""
-    dataset = loader.dataset
-    sample = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
-    collate = loader.collate_fn or torch.utils.data.default_collate
-    return collate([sample])

@@ -28,7 +28,7 @@ from danling_conf.runner import garbage_collection, saving, seeds
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
 from danling_conf.runner.cadence import cadence_of, next_multiple
 from danling_conf.runner.conclusion import conclusion
-from danling_conf.runner.data import batches_per_epoch, evaluated_splits, in_step, make_loaders
+from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, in_step, make_loaders
 from danling_conf.runner.environment import record_environment
 from danling_conf.runner.evaluation import evaluate
 from danling_conf.runner.meters import LossMeter
@@ -168,6 +168,7 @@ class Runner:
                 expert_mesh=world.expert_mesh,
                 precision=config.precision,
             )
+            check_sequences(self.loaders, self.assembled)
             pipelined = self.assembled.pipeline is not None
             self.model = nn.ModuleList(self.assembled.parts) if pipelined else self.assembled.module
             self.optimizer = optimizer.make(

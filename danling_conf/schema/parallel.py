@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Dict, List, Optional
+from typing import Any, ClassVar, List, Optional
 
 from danling_conf.schema.setting import setting
 
@@ -55,9 +55,11 @@ class ParallelConfig:
     read_by: ClassVar[str] = "danling_conf.build.mesh"
 
     axes: AxesConfig = field(default_factory=AxesConfig)
-    tensor_plan: Optional[Dict[str, str]] = setting(None, semantic=False, read_by="danling_conf.build.tensor")
-    """How the tensor axis shards each module: names (`layers.*.attention.wq`) to styles (`colwise`, `rowwise`, ...).
-    Unset: the model's own `tp_plan`."""
+    tensor_plan: Any = setting(None, kinds=(dict,), semantic=False, read_by="danling_conf.build.tensor")
+    """How the tensor axis shards each module: names (`layers.*.attention.wq`) to styles, in the words of Hugging Face's
+    plans: `colwise` and `rowwise` (output and input features of a `Linear`), `colwise_gather_output`,
+    `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`, `replicated_with_grad_allreduce` (a norm of sharded
+    heads). Unset: the model's own `tp_plan`."""
     sequence_parallel: bool = setting(False, semantic=False, read_by="danling_conf.build.tensor")
     """Between the tensor-parallel layers, share activations along the sequence (the model's `sequence_plan`): less
     memory for activations, the same traffic."""

@@ -177,6 +177,7 @@ def decoder(**settings: Any) -> Any:
         ("tp2", decoder(hidden=15), {}, "parallel.axes.tensor=2", "15 output features", "divisor"),
         ("tp2", Plain, {"tensor_plan": {"head": "colwise_rep"}, "sequence_parallel": True},
          "parallel.sequence_parallel=true", "no sequence_plan", "false"),
+        ("cp3", decoder(), {}, "parallel.axes.context=3", "8 tokens cannot be cut into 6 pieces", "multiple of 6"),
         ("pp2", decoder(depth=1), {}, "parallel.axes.pipeline", "no repeated blocks", "module_fqns"),
         ("pp2", decoder(), {"pipeline_schedule": "Interleaved1F1B"}, "parallel.axes.pipeline", "2 repeated blocks",
          "deeper model"),

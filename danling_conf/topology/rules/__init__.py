@@ -29,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     axes.experts_borrow,
     axes.known_styles,
     axes.ring_on_cuda,
+    axes.selection_with_gather,
     axes.mesh_for_axes,
     axes.whole_graphs,
     budget.one_budget,

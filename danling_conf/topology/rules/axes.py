@@ -67,6 +67,19 @@ def ring_on_cuda(config: RunnerConfig, context: Context) -> Iterator[Violation]:
         )
 
 
+def selection_with_gather(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """On an accelerator, attention to gathered keys has a mask that cannot be made while operators are selected."""
+    on_cpu = not context.machine.devices or config.parallel.mesh_device_type == "cpu"
+    gathers = config.parallel.axes.context > 1 and config.parallel.context_method == "gather"
+    if gathers and config.activation_checkpointing.mode == "selective" and not on_cpu:
+        yield Violation(
+            "activation_checkpointing.mode",
+            "selective",
+            "torch's causal mask of parts of sequences (context_method=gather) does not go with selected operators",
+            "activation_checkpointing.mode=full, or parallel.context_method=ulysses",
+        )
+
+
 def mesh_for_axes(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Without a device mesh there is only the default process group, which is enough to replicate."""
     axes = [axis for axis in mesh_axes(_degrees(config)) if axis != "replicate"]
