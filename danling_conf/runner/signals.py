@@ -101,15 +101,34 @@ class StopRequest:
         os.close(pipe)
 
 
+_held: set[Any] | None = None
+"""The signal mask from before a fork that is under way."""
+
+
+def _hold() -> None:
+    """Before a fork: no signal may reach the child while it still holds the parent's pipe."""
+    global _held
+    if _listening:
+        _held = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+
+
+def _let_go() -> None:
+    global _held
+    if _held is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _held)
+        _held = None
+
+
 def _stand_apart() -> None:
     """In a forked child, a loader's worker: leave the process group, to which launchers and terminals send signals,
     since the run needs it to the end of the step; and do not write signals into the parent's pipe."""
-    if _listening:
+    if _held is not None:
         signal.set_wakeup_fd(-1)
         os.setpgid(0, 0)
+        _let_go()
 
 
-os.register_at_fork(after_in_child=_stand_apart)
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_stand_apart)
 
 
 def _note(number: int, frame: Any) -> None:
