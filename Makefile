@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_HYDRA_14 ?= $(VENV)-hydra-1.4
 PYTEST_ARGUMENTS ?=
 
-.PHONY: train test quick composition benchmark lint clean
+.PHONY: train test quick composition crash benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
@@ -23,9 +23,14 @@ quick: $(VENV)/installed
 composition: $(VENV_HYDRA_14)/installed
 	$(VENV_HYDRA_14)/bin/python -m pytest -m composition $(PYTEST_ARGUMENTS)
 
+# Kills 240 runs while they save, and says in which phase; `make test` has a short form of it.
+crash: $(VENV)/installed
+	$(VENV)/bin/python -m tests.crash.run
+
 benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/step_overhead.py
 	$(VENV)/bin/python benchmarks/startup.py
+	$(VENV)/bin/python benchmarks/checkpoints.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet ruff mypy
