@@ -35,10 +35,11 @@ class StopRequest:
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def install(self) -> None:
-        """Begin to listen; in the main thread only, where Python can. Collective where there are several ranks."""
+        """Begin to listen. In the main thread only, where Python can; not in an interactive session, whose Ctrl-C is its
+        own. Collective where there are several ranks."""
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             self._group = distributed.new_group(backend="gloo")
-        if threading.current_thread() is not threading.main_thread():
+        if _interactive() or threading.current_thread() is not threading.main_thread():
             return
         _listening.add(self)
         self._pipe = os.pipe()
@@ -99,6 +100,10 @@ class StopRequest:
                 os._exit(128 + number)
             self.number = number
         os.close(pipe)
+
+
+def _interactive() -> bool:
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
 _held: set[Any] | None = None
