@@ -35,8 +35,9 @@ class StopRequest:
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def install(self) -> None:
-        """Begin to listen. In the main thread only, where Python can; not in an interactive session, whose Ctrl-C is its
-        own. Collective where there are several ranks."""
+        """Begin to listen. In the main thread only, where Python can; not in an interactive session, whose Ctrl-C is
+        its own. Collective where there are several ranks.
+        """
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             self._group = distributed.new_group(backend="gloo")
         if _interactive() or threading.current_thread() is not threading.main_thread():
