@@ -94,9 +94,7 @@ def test_the_state_is_the_same_under_another_layout(written: Any, tmp_path: Path
     assert any(name.startswith(MODEL) for name in saved["state"])
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [("fsdp4", "fsdp2"), ("ddp2", "single"), ("fsdp4", "single"), ("single", "ddp2")]
-)
+REDEALT = [("fsdp4", "fsdp2"), ("ddp2", "single"), ("fsdp4", "single"), ("single", "ddp2")]
 GROUPED = {
     "muon": {"type": "muon", "lr": 0.01},
     "groups": {"type": "adamw", "lr": 0.01, "param_groups": [{"pattern": "norm", "weight_decay": 0.0, "lr": 0.02}]},
