@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import weakref
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,12 +35,15 @@ class StopRequest:
         self._group: distributed.ProcessGroup | None = None
         self._asked: tuple[torch.Tensor, Any] | None = None
 
-    def install(self) -> None:
+    def install(self, timeout: timedelta | None = None) -> None:
         """Begin to listen. In the main thread only, where Python can; not in an interactive session, whose Ctrl-C is
         its own. Collective where there are several ranks.
+
+        Args:
+            timeout: limit of the ranks' agreement, until `process_group.tighten`; None for torch's own.
         """
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=timeout)
         if _interactive() or threading.current_thread() is not threading.main_thread():
             return
         _listening.add(self)
