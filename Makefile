@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_HYDRA_14 ?= $(VENV)-hydra-1.4
 PYTEST_ARGUMENTS ?=
 
-.PHONY: train test quick composition parity benchmark lint clean
+.PHONY: train test quick composition parity crash benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
@@ -27,10 +27,15 @@ composition: $(VENV_HYDRA_14)/installed
 parity: $(VENV)/installed
 	$(VENV)/bin/python -m tests.distributed.matrix --random 6
 
+# Kills 240 runs while they save, and says in which phase; `make test` has a short form of it.
+crash: $(VENV)/installed
+	$(VENV)/bin/python -m tests.crash.run
+
 benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/step_overhead.py
 	$(VENV)/bin/python benchmarks/layouts.py
 	$(VENV)/bin/python benchmarks/startup.py
+	$(VENV)/bin/python benchmarks/checkpoints.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet ruff mypy

@@ -240,7 +240,7 @@ class Loader:
         return outcome[0]
 
     def _agreed(self, do: Callable[[], Given]) -> Given:
-        return agreed(do, self.layout.world_size, (ValueError, ImportError))
+        return agreed(do, self.layout.world_size, (ValueError, ImportError, OSError, RuntimeError))
 
 
 def agreed(do: Callable[[], Given], world_size: int, errors: tuple[type[Exception], ...]) -> Given:

@@ -73,7 +73,7 @@ def restore(
     except LayoutDiffers as error:
         fix = "choose its layout, or parallel.allow_degree_change=true"
         raise ConfigRefused([Violation("parallel", ABSENT, str(error), fix)]) from error
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         # Starting anew would overwrite what an older checkpoint may still save.
         raise unusable(checkpoints, key, source, error) from error
     notes = [*loaded.notes, f"resumed at step {loaded.facts.step} from {loaded.path}"]
@@ -105,7 +105,7 @@ def load_pretrained(checkpoints: CheckpointManager, source: Path, parts: Sequenc
     """
     try:
         checkpoints.load_weights(source, parts)
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise unusable(checkpoints, "pretrained", source, error) from error
     return f"weights from {source}"
 

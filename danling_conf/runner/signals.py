@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import weakref
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,11 +35,16 @@ class StopRequest:
         self._group: distributed.ProcessGroup | None = None
         self._asked: tuple[torch.Tensor, Any] | None = None
 
-    def install(self) -> None:
-        """Begin to listen; in the main thread only, where Python can. Collective where there are several ranks."""
+    def install(self, timeout: timedelta | None = None) -> None:
+        """Begin to listen. In the main thread only, where Python can; not in an interactive session, whose Ctrl-C is
+        its own. Collective where there are several ranks.
+
+        Args:
+            timeout: limit of the ranks' agreement, until `process_group.tighten`; None for torch's own.
+        """
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            self._group = distributed.new_group(backend="gloo")
-        if threading.current_thread() is not threading.main_thread():
+            self._group = distributed.new_group(backend="gloo", timeout=timeout)
+        if _interactive() or threading.current_thread() is not threading.main_thread():
             return
         _listening.add(self)
         self._pipe = os.pipe()
@@ -101,15 +107,38 @@ class StopRequest:
         os.close(pipe)
 
 
+def _interactive() -> bool:
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+
+
+_held: set[Any] | None = None
+"""The signal mask from before a fork that is under way."""
+
+
+def _hold() -> None:
+    """Before a fork: no signal may reach the child while it still holds the parent's pipe."""
+    global _held
+    if _listening:
+        _held = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+
+
+def _let_go() -> None:
+    global _held
+    if _held is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _held)
+        _held = None
+
+
 def _stand_apart() -> None:
     """In a forked child, a loader's worker: leave the process group, to which launchers and terminals send signals,
     since the run needs it to the end of the step; and do not write signals into the parent's pipe."""
-    if _listening:
+    if _held is not None:
         signal.set_wakeup_fd(-1)
         os.setpgid(0, 0)
+        _let_go()
 
 
-os.register_at_fork(after_in_child=_stand_apart)
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_stand_apart)
 
 
 def _note(number: int, frame: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -221,7 +222,8 @@ class Runner:
             layout_name=layout_name(world.layout),
             allow_degree_change=config.parallel.allow_degree_change,
         )
-        self.stop_request.install()
+        limit = config.comm.init_timeout_seconds
+        self.stop_request.install(None if limit is None else timedelta(seconds=limit))
         self._stack.callback(saving.leave, self)
         seeds.seed_rank(world.attempt.seed, world.stream)
         with refused():

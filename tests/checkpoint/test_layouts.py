@@ -36,7 +36,7 @@ def state_after_loading(root: str, layout: str, source: str, changes: dict[str, 
         runner.prepare(model, {"train": Texts()}, loss=loss)
         mine = model_tensors(runner.parts) | optimizer_tensors(runner.parts, runner.optimizer)
         whole = {name: tensor.clone() for name, tensor in gathered(mine, runner.world.layout, runner.world.ranks.rank)}
-        return {"state": whole, "step": runner.global_step, "rate": runner.optimizer.param_groups[0]["lr"]}
+        return {"state": whole, "step": runner.global_step, "rates": _rates(runner)}
     finally:
         runner.close()
 
@@ -56,9 +56,14 @@ def stopped(root: str, layout: str, changes: dict[str, Any]) -> dict[str, Any]:
                 break
         mine = model_tensors(runner.parts) | optimizer_tensors(runner.parts, runner.optimizer)
         whole = {name: tensor.clone() for name, tensor in gathered(mine, runner.world.layout, runner.world.ranks.rank)}
+        rates = _rates(runner)
     finally:
         runner.close()
-    return {"state": whole, "run": runner.world.attempt.run_directory, "samples": samples}
+    return {"state": whole, "run": runner.world.attempt.run_directory, "samples": samples, "rates": rates}
+
+
+def _rates(runner: Any) -> list[float]:
+    return [group["lr"] for group in runner.optimizer.param_groups]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +94,28 @@ def test_the_state_is_the_same_under_another_layout(written: Any, tmp_path: Path
     assert any(name.startswith(MODEL) for name in saved["state"])
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [("fsdp4", "fsdp2"), ("ddp2", "single"), ("fsdp4", "single"), ("single", "ddp2")]
-)
+REDEALT = [("fsdp4", "fsdp2"), ("ddp2", "single"), ("fsdp4", "single"), ("single", "ddp2")]
+GROUPED = {
+    "muon": {"type": "muon", "lr": 0.01},
+    "groups": {"type": "adamw", "lr": 0.01, "param_groups": [{"pattern": "norm", "weight_decay": 0.0, "lr": 0.02}]},
+    "sgd": {"type": "sgd", "lr": 0.1, "momentum": 0.9},
+}
+
+
+@pytest.mark.parametrize("optim", GROUPED)
+def test_the_state_of_other_optimizers_and_of_groups(tmp_path: Path, optim: str) -> None:
+    changes = {"optim": GROUPED[optim], "steps": 30}
+    saved = run(stopped, 2, str(tmp_path), "fsdp2", changes)[0]
+    checkpoint = str(saved["run"] / "checkpoints" / "latest")
+    found = run(state_after_loading, 1, str(tmp_path / "other"), "single", checkpoint, {**CHANGED, **changes})[0]
+    assert found["state"].keys() == saved["state"].keys()
+    assert all(torch.equal(found["state"][name], tensor) for name, tensor in saved["state"].items())
+    assert len(found["rates"]) == len(saved["rates"])
+    assert found["rates"] == saved["rates"]
+    assert optim != "groups" or len(set(found["rates"])) == 2
+
+
+@pytest.mark.parametrize(("source", "target"), REDEALT)
 def test_no_sample_is_seen_twice_or_never(written: Any, tmp_path: Path, source: str, target: str) -> None:
     """Another number of data ranks: the rest of the epoch is dealt out to those that there are now."""
     before = [index for rank in written(source) for index in rank["samples"]]

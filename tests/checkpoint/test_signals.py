@@ -88,6 +88,7 @@ def test_ranks_save_at_the_same_step(tmp_path: Path, number: signal.Signals, to:
         os.kill(process.pid if to == "command" else pids[1], number)
         code, text = ended(process)
     assert code == 128 + number, text
+    assert "saved at step" in text, text
     facts = saved(tmp_path)
     assert (facts.layout, facts.backend) == ("fsdp2", "dcp")
     assert f"saved at step {facts.step}" in text

@@ -70,7 +70,8 @@ def train_small(config: Any) -> float:
         """The time limits of the groups that there were at first, and of those made since."""
         known.extend(process_groups() if not known else [])
         of_group = {
-            group: group._get_backend(torch.device("cpu")).options._timeout.seconds for group in process_groups()
+            group: group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+            for group in process_groups()
         }
         made = [seconds for group, seconds in of_group.items() if group not in known]
         limits.append([sorted({of_group[group] for group in known}), made])

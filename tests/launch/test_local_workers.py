@@ -31,8 +31,9 @@ def test_ranks_train_and_tighten_their_time_limits(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     facts = Ranks(tmp_path).facts()
     for rank in (0, 1):
-        # Tighter once the first step is done; what waits for one rank that writes files keeps the limit of the start.
-        assert facts[rank]["limits"] == [[[77], []], [[33], [77]], [[33], [77]]]
+        # Tighter once the first step is done; what waits for one rank that writes files keeps the limit of the start,
+        # and what writes checkpoints, from the first of them on, has a day.
+        assert facts[rank]["limits"] == [[[77], []], [[33], [77, 86400]], [[33], [77, 86400]]]
         assert facts[rank]["world_size"] == 2
         assert facts[rank]["stack"] == "ddp"
         assert facts[rank]["job"] == "app"  # Hydra's own configuration is there on every rank
