@@ -14,7 +14,7 @@ from tests.checkpoint.processes import run
 
 pytestmark = pytest.mark.slow
 
-LAYOUTS = {"single": 1, "ddp2": 2, "fsdp4": 4}
+LAYOUTS = {"single": 1, "ddp2": 2, "fsdp4": 4, "fsdp2_tp2": 4, "fsdp2_pp2": 4}
 """Layouts and their ranks."""
 STEPS = 9
 CASES = [
@@ -55,7 +55,8 @@ def test_a_killed_run_goes_on_exactly(
     for mine, whole in zip(resumed, uninterrupted(layout), strict=True):
         assert mine["began"] == resumed[0]["began"]
         done = 2 * mine["began"]  # micro-batches
-        assert mine["losses"] == whole["losses"][done:]
+        # As text: bitwise, and not a number where another stage has the loss.
+        assert repr(mine["losses"]) == repr(whole["losses"][done:])
         assert mine["samples"] == whole["samples"][done:]
         assert (mine["rate"], mine["epoch"]) == (whole["rate"], whole["epoch"])
         for kind in ("weights", "moments"):

@@ -19,11 +19,15 @@ pytestmark = pytest.mark.slow
 
 SAVED_AT = 2
 CHANGED = {"parallel": {"allow_degree_change": True}}
-WRITTEN = {"fsdp4": 4, "ddp2": 2, "single": 1}
+WRITTEN = {"fsdp4": 4, "fsdp8": 8, "ddp2": 2, "single": 1, "fsdp2_pp2": 4}
 """Layouts that write, and their ranks."""
-READ = {"fsdp8": 8, "fsdp2": 2, "ddp2": 2, "hsdp2x2": 4, "single": 1}
-"""Layouts that read what each of the others wrote."""
-BACKENDS = {"fsdp4": "dcp", "ddp2": "file", "single": "file"}
+READ = {"fsdp8": 8, "fsdp2": 2, "ddp2": 2, "hsdp2x2": 4, "single": 1, "fsdp4_tp2": 8, "fsdp2_pp2": 4}
+"""Layouts that read, and their ranks."""
+PAIRS = [
+    *((source, target) for source in ("fsdp8", "single") for target in READ if source != target),
+    ("fsdp4", "ddp2"), ("ddp2", "fsdp2"), ("ddp2", "fsdp2_pp2"), ("fsdp2_pp2", "single"), ("fsdp2_pp2", "fsdp4_tp2"),
+]  # fmt: skip
+BACKENDS = {"fsdp4": "dcp", "fsdp8": "dcp", "ddp2": "file", "single": "file", "fsdp2_pp2": "file"}
 EPOCH = 48
 
 
@@ -80,7 +84,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return under
 
 
-@pytest.mark.parametrize(("source", "target"), [(a, b) for a in WRITTEN for b in READ if a != b])
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_the_state_is_the_same_under_another_layout(written: Any, tmp_path: Path, source: str, target: str) -> None:
     """From a checkpoint, into a run of its own: what was saved is left as it is."""
     saved = written(source)[0]
