@@ -146,7 +146,7 @@ def compare(rank: int, port: int, blocks: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=24, help="blocks of each of the two")
+    parser.add_argument("--blocks", type=int, default=12, help="blocks of each of the two")
     parser.add_argument("--steps", type=int, default=4, help="training steps in a block")
     arguments = parser.parse_args()
     store = dist.TCPStore("127.0.0.1", 0, RANKS, is_master=True, wait_for_workers=False)
