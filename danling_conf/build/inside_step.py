@@ -5,7 +5,7 @@ anybody may call it: for samples of text, for an export."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch.distributed.tensor.parallel import loss_parallel
@@ -27,13 +27,11 @@ def step(*, sharded_logits: bool) -> Iterator[None]:
     cross-entropy takes them so; without, they are gathered."""
     before = _flags.sequence_parts, _flags.sharded_logits
     _flags.sequence_parts, _flags.sharded_logits = True, sharded_logits
-    with ExitStack() as stack:
-        if sharded_logits:
-            stack.enter_context(loss_parallel())
-        try:
+    try:
+        with loss_parallel() if sharded_logits else nullcontext():
             yield
-        finally:
-            _flags.sequence_parts, _flags.sharded_logits = before
+    finally:
+        _flags.sequence_parts, _flags.sharded_logits = before
 
 
 def sequence_parts() -> bool:

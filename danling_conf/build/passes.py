@@ -40,7 +40,8 @@ class Measured:
     @property
     def mean(self) -> Tensor:
         """The mean; not a number on ranks that do not have the loss."""
-        return self.total / self.weight
+        is_mean = isinstance(self.weight, float) and self.weight == 1.0
+        return self.total if is_mean else self.total / self.weight
 
 
 class Passes:
@@ -79,7 +80,7 @@ class Passes:
         """Forward and backward of one micro-batch of an optimizer step; gradients are communicated at the `last`.
         Gives its loss, detached and not waited for. Collective."""
         batch = self.part(batch)
-        with inside_step.step(sharded_logits=self.model.sharded_logits):
+        with self._inside(self.model.sharded_logits):
             if self.model.pipeline is not None:
                 return self._train_pipeline(batch, micro_batches)
             if micro_batches == 1:
@@ -125,7 +126,7 @@ class Passes:
                 if use is not None:
                     use(output, part)
 
-        with inside_step.step(sharded_logits=self.model.sharded_logits and use is None), torch.no_grad():
+        with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
             if pipeline is None:
                 # DDP's forward would synchronise buffers, which evaluation does not change.
@@ -141,6 +142,12 @@ class Passes:
     def part(self, batch: Any) -> Any:
         """This rank's part of the sequences of a batch."""
         return batch if self.model.context is None else self.model.context.part(batch)
+
+    def _inside(self, sharded_logits: bool) -> AbstractContextManager[None]:
+        """The context of a step, where the model looks at whether there is one."""
+        if self.model.context is None and not sharded_logits:
+            return nullcontext()
+        return inside_step.step(sharded_logits=sharded_logits)
 
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
