@@ -35,17 +35,14 @@ COMPILED = "_compiled_forward"
 """Attribute of a block with its forward as compiled inside of the recomputation, where that is how it is compiled."""
 
 
-def apply(model: nn.Module, section: ActivationCheckpointingConfig) -> nn.Module:
-    """Recompute activations of the model's repeated blocks in the backward pass, as `section.mode` says. In place.
-
-    A block's `forward` is replaced, the block is not wrapped: names, classes and state-dict keys stay as they were.
-    `every_n` recomputes the n-th, 2n-th, ... block.
+def chosen(model: nn.Module, section: ActivationCheckpointingConfig) -> list[str]:
+    """Names of the blocks that recompute their activations, as `section.mode` says: all, or the n-th, 2n-th, ... one.
 
     Raises ValueError where the model has no repeated blocks, or fewer than `every_n`.
     """
     if section.mode == "none":
-        return model
-    blocks = [block for _, block in repeated_blocks(model)]
+        return []
+    blocks = [name for name, _ in repeated_blocks(model)]
     if section.mode == "every_n":
         found, blocks = len(blocks), blocks[section.every_n - 1 :: section.every_n]
         if found and not blocks:
@@ -58,11 +55,22 @@ def apply(model: nn.Module, section: ActivationCheckpointingConfig) -> nn.Module
             f"activation_checkpointing.mode={section.mode}: {type(model).__name__} has no repeated blocks to "
             f"recompute; keep them in a ModuleList of one class, or use activation_checkpointing=none"
         )
+    return blocks
+
+
+def apply(model: nn.Module, section: ActivationCheckpointingConfig, names: Sequence[str] | None = None) -> nn.Module:
+    """Recompute activations of the model's repeated blocks in the backward pass, as `section.mode` says. In place.
+
+    A block's `forward` is replaced, the block is not wrapped: names, classes and state-dict keys stay as they were.
+    `names` are the blocks `chosen` of the whole model, where `model` is a stage of it. Raises ValueError as `chosen`
+    does.
+    """
+    names = chosen(model, section) if names is None else names
     options: dict[str, Any] = {"use_reentrant": False}
     if section.mode == "selective":
         kept = _operators(section.keep_ops)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept))
-    for block in blocks:
+    for block in (block for name, block in repeated_blocks(model) if name in names):
         block._recompute_options = options  # type: ignore[assignment]
         # A method of the block, so that a deep copy of the model has its own; and a Python function, so that dynamo,
         # which skips torch's own frames, has one to compile.

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from danling_conf.build import _torch_private, hugging_face, inside_step
 from danling_conf.build.pass_through import PassThrough
-from danling_conf.build.plan import matches, plan_of
+from danling_conf.build.plan import matches, plan_of, unmatched
 from danling_conf.schema.parallel import ParallelConfig
 
 CAUSAL = "causal_attention"
@@ -64,7 +64,7 @@ class ContextParallel:
         A sequence is the second dim of the first tensor that has two; tensors whose second dim is of another length,
         and those with one dim, stay whole. Raises ValueError where it cannot be cut evenly.
         """
-        length = _sequence_length(batch)
+        length = sequence_length(batch)
         if length is None:
             return batch
         if length % self.pieces:
@@ -152,13 +152,31 @@ def make(section: ParallelConfig, mesh: DeviceMesh | None) -> ContextParallel | 
     return ContextParallel(mesh["context"], method=section.context_method, balance=section.context_balance)
 
 
+def check(model: nn.Module, degree: int) -> None:
+    """Refuse a whole model that does not say how it is laid out over the context axis, or where its tokens stand: each
+    rank would attend to its own part alone, or count its positions from 0. Raises ValueError."""
+    kind, where = type(model).__name__, f"parallel.axes.context={degree}"
+    plan = plan_of(model, "cp_plan")
+    if plan is None and not hugging_face.is_model(model):
+        raise ValueError(
+            f"{where}: nothing lays {kind} out over the context axis: give the model a cp_plan (names of its "
+            f"attention to {CAUSAL}) and an argument positions, or set the degree to 1"
+        )
+    for name in unmatched(model, plan or {}):
+        raise ValueError(f"{where}: cp_plan of {kind}: {name}: it has no module of this name: mend the name")
+    if positions_argument(model) is None:
+        raise ValueError(
+            f"{where}: {kind} has no argument positions, by which it would learn where its tokens stand: give its "
+            f"forward one (it may leave it unread), or set the degree to 1"
+        )
+
+
 def parallelize(model: nn.Module, context: ContextParallel) -> None:
     """Let the attention of `model`, or of a stage of it, reach over the context axis while a step runs
     (`build.inside_step`), in place.
 
     The modules are those of the model's `cp_plan` (names to `causal_attention`); models of transformers need none.
-
-    Raises ValueError where there is neither.
+    See `check`.
     """
     plan = plan_of(model, "cp_plan")
     if plan is not None:
@@ -171,17 +189,13 @@ def parallelize(model: nn.Module, context: ContextParallel) -> None:
             if not isinstance(module, PassThrough):
                 module._context_attention = context.attention  # type: ignore[assignment]
                 module.forward = MethodType(_attend, module)
-    elif not hugging_face.attend_to_parts(model, context.attention, inside_step.sequence_parts):
-        raise ValueError(
-            f"parallel.axes.context={context.degree}: nothing lays {type(model).__name__} out over the context axis: "
-            f"give the model a cp_plan (names of its attention to {CAUSAL}) and an argument positions, or set the "
-            f"degree to 1"
-        )
+    else:
+        hugging_face.attend_to_parts(model, context.attention, inside_step.sequence_parts)
 
 
 def give_positions(model: nn.Module, context: ContextParallel) -> None:
-    """Tell a whole model, while a step runs, where the tokens stand that it is given. It takes them as `positions` or
-    `position_ids`; a model without such an argument is taken not to look at positions."""
+    """Tell a whole model, while a step runs, where the tokens stand that it is given, as `positions` or
+    `position_ids`."""
     name = positions_argument(model)
     if name is not None:
         model.register_forward_pre_hook(partial(_give_positions, name=name, of=context.positions), with_kwargs=True)
@@ -220,7 +234,8 @@ def _give_positions(
     return args, {**kwargs, name: given}
 
 
-def _sequence_length(batch: Any) -> int | None:
+def sequence_length(batch: Any) -> int | None:
+    """The second dim of the first tensor of a batch that has two; None where there is none."""
     leaves = torch.utils._pytree.tree_leaves(batch)
     return next((item.shape[1] for item in leaves if isinstance(item, Tensor) and item.ndim >= 2), None)
 

@@ -36,15 +36,9 @@ def parallelize(model: nn.Module, layout: Layout, mesh: DeviceMesh, tensor: Devi
     The plan is the model's `ep_plan`: names to `grouped_experts`, `router`, and for parameters `colwise` or `rowwise`.
     `tensor` is the tensor axis: with expert_tensor 1, its ranks, which have the same tokens, take a share of them each.
 
-    Raises ValueError without a plan, and for numbers that the degrees do not divide.
+    Raises ValueError for numbers that the degrees do not divide. See `check`.
     """
     plan = plan_of(model, "ep_plan") or {}
-    if GROUPED not in plan.values():
-        axis = "expert" if layout.expert > 1 else "expert_tensor"
-        raise ValueError(
-            f"parallel.axes.{axis}={getattr(layout, axis)}: nothing lays {type(model).__name__} out over the {axis} "
-            f"axis: give the model an ep_plan (names of its experts to {GROUPED}), or set the degree to 1"
-        )
     found = list(matches(model, plan))
     names = [name for name, style, is_parameter in found if style == GROUPED and not is_parameter]
     styles = {name: style for name, style, is_parameter in found if is_parameter}
@@ -58,7 +52,18 @@ def parallelize(model: nn.Module, layout: Layout, mesh: DeviceMesh, tensor: Devi
     return names
 
 
-def busiest(parts: Sequence[nn.Module], batch: DeviceMesh | None) -> float | None:
+def check(model: nn.Module, layout: Layout) -> None:
+    """Refuse a whole model without experts that its `ep_plan` names. Raises ValueError."""
+    plan = {name: style for name, style in (plan_of(model, "ep_plan") or {}).items() if style == GROUPED}
+    if next(matches(model, plan), None) is None:
+        axis = "expert" if layout.expert > 1 else "expert_tensor"
+        raise ValueError(
+            f"parallel.axes.{axis}={getattr(layout, axis)}: nothing lays {type(model).__name__} out over the {axis} "
+            f"axis: give the model experts and an ep_plan (their names to {GROUPED}), or set the degree to 1"
+        )
+
+
+def busiest(parts: Sequence[nn.Module], batch: DeviceMesh | None, device: torch.device) -> float | None:
     """How many times the mean the busiest expert was sent in the last forward pass, as a mean over layers: 1 is even.
     None for a model without routers in its `ep_plan`. Collective over all ranks; waits for the device.
 
@@ -71,7 +76,7 @@ def busiest(parts: Sequence[nn.Module], batch: DeviceMesh | None) -> float | Non
         loads += [cast(Tensor, router.load).double() for router in found if hasattr(router, "load")]
     if not any(ROUTER in (plan_of(part, "ep_plan") or {}).values() for part in parts):
         return None
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     if loads:
         counts = torch.stack(loads)
         if batch is not None:

@@ -75,8 +75,12 @@ def shard(
         options["reshard_after_forward"] = False
     _shard_experts(model, experts, expert_mesh, options)
     _shard_batch_norms(model, options)
+    classes = section.module_classes
+    if classes is not None and pipelined:  # a stage need not have one of each
+        present = {type(module).__name__ for module in model.modules()}
+        classes = [name for name in classes if name in present]
     # Inner modules first: a module that is wrapped takes the parameters that are not taken yet.
-    for name, block in reversed(repeated_blocks(model, section.module_classes)):
+    for name, block in reversed(repeated_blocks(model, classes)):
         if shares_parameters(model, block):
             _log.warning("fsdp: %s shares a parameter with the rest of the model and is sharded with it", name)
             continue

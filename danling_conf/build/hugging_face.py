@@ -64,15 +64,12 @@ def apply_style(model: nn.Module, name: str, style: str, mesh: DeviceMesh, *, is
     return True
 
 
-def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: Callable[[], bool]) -> bool:
+def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: Callable[[], bool]) -> None:
     """Let every attention layer of the model call `attention(queries, keys, values, scale=)`, all of shape (batch,
-    heads, sequence, features), while `active()`; else it computes as before. False where the model is not one of
-    transformers, or lets no attention function be chosen.
+    heads, sequence, features), while `active()`; else it computes as before.
 
     Raises ValueError for a model whose attention is more than causal (a sliding window).
     """
-    if not is_model(model):
-        return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,6 +86,11 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if not active():
             return whole(module, query, key, value, mask, **options)
+        if options.get("is_causal", getattr(module, "is_causal", True)) is False or key.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"parallel.axes.context: {type(module).__name__} attends to what comes later, or to another sequence, "
+                f"and context parallelism to what came before: set the degree to 1"
+            )
         given = [name for name in _UNSUPPORTED if options.get(name) is not None]
         if options.get("dropout") or given:
             raise ValueError(
@@ -104,7 +106,7 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
         if padding is not None and not bool(padding.all()):
             raise ValueError(
                 "parallel.axes.context: the batch has an attention_mask with padding, and context parallelism masks "
-                "only what comes later: pack sequences instead of padding them, or set the degree to 1"
+                "only what comes later: give whole sequences of one length, or set the degree to 1"
             )
         return None
 
@@ -112,10 +114,3 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
-    return True
-
-
-def input_name(model: nn.Module) -> str | None:
-    """The keyword by which a model takes embedded tokens, as a later stage of a pipeline does; None where it takes what
-    the stage before gives in place of its first input."""
-    return "inputs_embeds" if is_model(model) else None

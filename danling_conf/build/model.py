@@ -20,10 +20,11 @@ from danling_conf.build import expert as expert_axis
 from danling_conf.build import fsdp as sharding
 from danling_conf.build import stages as stages_of
 from danling_conf.build import tensor as tensor_axis
+from danling_conf.build.blocks import repeated_blocks
 from danling_conf.build.blueprint import Blueprint, blueprint_of, draw, made_by, named_tensors, shortened
 from danling_conf.build.context import ContextParallel
 from danling_conf.build.initialize import materialize, seeded
-from danling_conf.build.mesh import axes_of, axis
+from danling_conf.build.mesh import axes_of, axis, batch_mesh
 from danling_conf.build.pipeline import Pipeline
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
@@ -34,7 +35,7 @@ from danling_conf.topology.layout import coordinates
 
 _log = logging.getLogger(__name__)
 
-_OWN_AXES = ("tensor", "context", "expert", "expert_tensor")
+_OWN_AXES = ("tensor", "context")
 """Axes that a model with a `parallelize(mesh)` of its own lays itself out over."""
 
 
@@ -50,6 +51,8 @@ class Assembled:
     context: ContextParallel | None = None
     sharded_logits: bool = False
     """Whether logits stay sharded over the tensor axis for a loss that takes them so."""
+    batch: DeviceMesh | None = None
+    """The ranks that see different tokens; None where all see the same."""
 
     @property
     def module(self) -> nn.Module:
@@ -110,16 +113,23 @@ def assemble(
         _share_weights(built, device)
     context = context_axis.make(parallel, mesh)
     plan = tensor_axis.plan_for(built, parallel, layout.tensor) if _planned(built, layout, "tensor") else None
-    stages, placement = _cut(built, layout, parallel)
+    if _planned(built, layout, "context"):
+        context_axis.check(built, layout.context)
+    if expert_mesh is not None:
+        expert_axis.check(built, layout)
+    recomputed = recomputation.chosen(built, activation_checkpointing)
+    repeated_blocks(built, fsdp.module_classes)  # names of classes are checked before stages have a part of them
+    stages, placement, names = _cut(built, layout, parallel)
+    blocks = [name for name, _ in repeated_blocks(built)]
     parts = stages or {0: built}
     offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
     sharded_logits = False
     for index, part in parts.items():
         experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context)
         sharded_logits = sharded_logits or sharded
-        if context is not None and not stages:
+        if context is not None and not stages and _own_method(part) is None:
             context_axis.give_positions(part, context)
-        recomputation.apply(part, activation_checkpointing)
+        recomputation.apply(part, activation_checkpointing, recomputed)
         per_block = compilation.is_per_block(part, compile)
         compilation.configure(compile)
         if per_block:
@@ -135,7 +145,8 @@ def assemble(
         elif not fsdp.enabled:
             part.to(device)
         wrapped = ddp.replicate(part, mesh) if plain else part
-        parts[index] = wrapped if per_block else compilation.apply(wrapped, compile)
+        # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
+        parts[index] = wrapped if per_block or stages else compilation.apply(wrapped, compile)
     pipeline = None
     if stages:
         pipeline = Pipeline(
@@ -144,6 +155,9 @@ def assemble(
             parallel,
             mesh["pipeline"],  # type: ignore[index]
             device,
+            names=names,
+            blocks=blocks if len({name.rpartition(".")[0] for name in blocks}) == 1 else [],
+            several_data_ranks=layout.data_degree > 1,
             positions=_positions if context is None else context.positions,
             policy=sharding.mixed_precision_policy(fsdp, precision) if fsdp.enabled else None,
         )
@@ -153,6 +167,7 @@ def assemble(
         pipeline=pipeline,
         context=context,
         sharded_logits=sharded_logits,
+        batch=batch_mesh(mesh),
     )
 
 
@@ -168,11 +183,13 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
 
 
-def _cut(model: nn.Module, layout: Layout, parallel: ParallelConfig) -> tuple[dict[int, nn.Module] | None, list[int]]:
-    """The stages of this rank, by index, and the rank of every stage; None for no pipeline."""
+def _cut(
+    model: nn.Module, layout: Layout, parallel: ParallelConfig
+) -> tuple[dict[int, nn.Module] | None, list[int], stages_of.Names]:
+    """The stages of this rank, by index, and the rank and the names of every stage; None for no pipeline."""
     degree = layout.pipeline
     if degree == 1:
-        return None, []
+        return None, [], []
     names = parallel.module_fqns_per_model_part
     if names is None:
         names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule))
@@ -180,7 +197,7 @@ def _cut(model: nn.Module, layout: Layout, parallel: ParallelConfig) -> tuple[di
     placement = stages_of.placement(parallel.pipeline_schedule, degree, len(names))
     own = coordinates(layout, dist.get_rank())["pipeline"]
     mine = [index for index, rank in enumerate(placement) if rank == own]
-    return {index: stages_of.stage_model(model, names, index) for index in mine}, placement
+    return {index: stages_of.stage_model(model, names, index) for index in mine}, placement, names
 
 
 def _lay_out(
@@ -195,10 +212,8 @@ def _lay_out(
     """Apply the plans of the tensor, expert and context axes: gives the names of the modules that hold experts, and
     whether logits may stay sharded."""
     own = _own_method(part)
-    if own is not None:
-        if mesh is not None and any(getattr(layout, name) > 1 for name in _OWN_AXES):
-            own(mesh)
-        return [], False
+    if own is not None and mesh is not None and any(getattr(layout, name) > 1 for name in _OWN_AXES):
+        own(mesh)
     sharded = False
     if plan is not None:
         tensor = mesh["tensor"]  # type: ignore[index]
@@ -206,7 +221,7 @@ def _lay_out(
     experts: list[str] = []
     if expert_mesh is not None:
         experts = expert_axis.parallelize(part, layout, expert_mesh, axis(mesh, "tensor"))
-    if context is not None:
+    if context is not None and own is None:
         context_axis.parallelize(part, context)
     return experts, sharded
 

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from danling_conf.build import gradients, inside_step
 from danling_conf.build.model import Assembled
 from danling_conf.build.pipeline import batch_size, passes
-from danling_conf.schema.layout import Layout
+from danling_conf.schema.layout import WORLD_AXES, Layout
+from danling_conf.topology.layout import rank_at
 
 Forward = Callable[[Any, Any], Any]
 """Runs a model on a batch: `forward(model, batch)`."""
@@ -73,6 +74,9 @@ class Passes:
         self.device, self.autocast, self.scaler = device, autocast, scaler
         self._ranks_of_batch = layout.data_degree * layout.context
         self._copies = layout.tensor
+        last = 0 if model.pipeline is None else model.pipeline.placement[-1]
+        self.rank_with_outputs = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": last})
+        """A rank that sees outputs: the first one of the last stage."""
         self._weighted: bool | None = None
         self._counted: Tensor | None = None
 
@@ -214,14 +218,15 @@ class Passes:
 
 def _measured(value: Any) -> Measured:
     """A loss as total and weight: a mean has the weight 1.0, a count is a tensor."""
-    total, weight = value if isinstance(value, tuple) else (value, 1.0)
+    is_pair = isinstance(value, tuple)
+    total, weight = value if is_pair else (value, 1.0)
     if not isinstance(total, Tensor):
         raise TypeError(
             f"loss: it gave a {type(total).__name__}: a loss gives a scalar tensor, or a pair of a sum and its count"
         )
     if isinstance(total, DTensor):
         total = total.redistribute(placements=[Replicate()] * total.device_mesh.ndim).to_local()
-    if not isinstance(weight, float):
+    if is_pair:
         weight = torch.as_tensor(weight, device=total.device)
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()

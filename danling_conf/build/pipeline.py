@@ -17,8 +17,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torch.utils._pytree import tree_leaves, tree_map
 
-from danling_conf.build import hugging_face
 from danling_conf.build.context import positions_argument, positions_for
+from danling_conf.build.pass_through import PassThrough
 from danling_conf.schema.parallel import ParallelConfig
 
 Forward = Callable[[Any, Any], Any]
@@ -45,13 +45,18 @@ class Pipeline:
     """The stages on this rank.
 
     A batch is whole on every rank of the pipeline, so that a stage has all of its microbatch beside what the stage
-    before sends: masks, positions, labels. The user's `forward` is called in every stage, with a stand-in for the model
-    that puts what was sent in the place of the model's first input; the loss is computed inside the last stage.
+    before sends: masks, positions, labels. The user's `forward` is called in every stage; what was sent takes the place
+    of the first block's input, and what is sent on is the output of the last block held. What a model computes around
+    its blocks (scaled embeddings, scaled logits) thus counts where it belongs, and nowhere else. The loss is computed
+    inside the last stage.
 
     Args:
         parts: the models of this rank's stages (`build.stages.stage_model`), wrapped and with values, by stage.
         placement: the pipeline rank of each stage.
         mesh: the pipeline axis.
+        names: names of the modules of each stage.
+        blocks: names of the model's blocks, in their order; none where it has no such: what was sent is then the first
+            input of a stage's model, and its output is sent on.
         positions: where the tokens of a sequence of some length stand, for a model that takes positions.
         policy: FSDP's, which itself sees what is sent between stages only: inputs and the last output are cast here.
     """
@@ -64,6 +69,9 @@ class Pipeline:
         mesh: DeviceMesh,
         device: torch.device,
         *,
+        names: Sequence[Sequence[str]],
+        blocks: Sequence[str],
+        several_data_ranks: bool = False,
         positions: Positions | None = None,
         policy: MixedPrecisionPolicy | None = None,
     ) -> None:
@@ -71,12 +79,15 @@ class Pipeline:
         self.group, self.rank, self.device = mesh.get_group(), mesh.get_local_rank(), device
         self.last = len(self.placement) - 1
         self.has_last = self.last in parts
+        self._several_data_ranks = several_data_ranks
         self._work = _Work()
         self._schedules: dict[Any, Any] = {}
         self._metadata: dict[Any, list[tuple[torch.Size, torch.dtype]]] = {}
         for index, part in parts.items():
-            part._stage = _Stage(part.forward, index, index == self.last, self._work, positions, policy)  # type: ignore
+            part._stage = _Stage(part.forward, index, index == self.last, self._work, positions, policy, bool(blocks))  # type: ignore
             part.forward = MethodType(_stage_forward, part)
+            earlier = [name for of_stage in names[:index] for name in of_stage if name not in blocks]
+            _connect(part, part._stage, blocks, earlier)  # type: ignore[arg-type]
 
     def microbatches(self, batch: Any) -> list[Any]:
         """A batch cut along its first dim into microbatches, as many as the section says.
@@ -125,7 +136,8 @@ class Pipeline:
         called on the rank of the last stage. Collective.
 
         Some of torch's schedules cannot evaluate, and none takes another number of samples than in training. So each
-        microbatch goes through the stages in their order, ranks working on different ones at a time.
+        microbatch goes through the stages in their order; where a rank has one stage, ranks work on different ones at a
+        time.
 
         Args:
             count: passes, at least as many as the batch has microbatches: as many on all ranks that share stages'
@@ -159,6 +171,11 @@ class Pipeline:
         """The schedule for batches of these shapes: buffers between stages are made for them."""
         key = (count, _signature(batch))
         if key not in self._schedules:
+            if self._schedules and self._several_data_ranks:
+                raise ValueError(
+                    f"parallel.axes.pipeline: a batch of other shapes than those before ({_signature(batch)}): torch "
+                    f"finds out anew what stages send, and data ranks would not do so together: pad batches to one shape"
+                )
             kind = get_schedule_class(self.section.pipeline_schedule)
             stages = [
                 _NumberedStage(part, index, len(self.placement), self.device, group=self.group)
@@ -193,14 +210,29 @@ class Pipeline:
 
 
 class _NumberedStage(PipelineStage):
-    """A stage that tells which microbatch it works on."""
+    """A stage that tells which microbatch it works on.
+
+    Before the first one, torch passes something of its shape through the stage: buffers (running statistics) are then
+    put back.
+    """
+
+    def __init__(self, submodule: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(submodule, *args, **kwargs)
+        self._before: dict[str, Tensor] | None = {
+            name: buffer.detach().clone() for name, buffer in submodule.named_buffers()
+        }
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if self._before is not None:
+            with torch.no_grad():
+                for name, buffer in self.submod.named_buffers():
+                    buffer.copy_(self._before[name])
+            self._before = None
         self.submod._stage.work.current = fwd_chunk_id  # type: ignore[union-attr]
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stage:
     """What a stage's forward needs beside its model."""
 
@@ -211,6 +243,54 @@ class _Stage:
     work: _Work
     positions: Positions | None
     policy: MixedPrecisionPolicy | None
+    through_blocks: bool
+    """Whether what is sent goes in and out at blocks."""
+    sent: Tensor | None = None
+    passed_on: Any = None
+
+
+def _connect(part: nn.Module, stage: _Stage, blocks: Sequence[str], earlier: Sequence[str]) -> None:
+    """Let what was sent enter a stage at the first block, and what is sent on be taken behind its last one.
+
+    Blocks of other stages pass their input through; hooks are on these, which are not compiled. `earlier` are modules
+    of earlier stages that are no blocks: what they give has the right shape and is not used.
+    """
+    if not blocks:
+        return
+
+    def receive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (stage.sent, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): stage.sent}
+
+    def take_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stage.passed_on = args[0] if args else next(iter(kwargs.values()))
+
+    def take_output(_: nn.Module, args: Any, output: Any) -> None:
+        stage.passed_on = output
+
+    held = [place for place, name in enumerate(blocks) if not isinstance(part.get_submodule(name), PassThrough)]
+    for place in held:
+        part.get_submodule(blocks[place]).register_forward_hook(_refuse_tuples)
+    if not stage.last:
+        behind = held[-1] + 1 if held else 0
+        if behind < len(blocks):
+            part.get_submodule(blocks[behind]).register_forward_pre_hook(take_input, with_kwargs=True)
+        else:
+            part.get_submodule(blocks[-1]).register_forward_hook(take_output)
+    if stage.index:
+        for name in earlier:
+            part.get_submodule(name).register_forward_hook(lambda _, args, output: stage.sent)
+        # First of all hooks: those of FSDP cast what enters.
+        part.get_submodule(blocks[0]).register_forward_pre_hook(receive, with_kwargs=True, prepend=True)
+
+
+def _refuse_tuples(block: nn.Module, args: Any, output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"parallel.axes.pipeline: {type(block).__name__} gives a {type(output).__name__}, and a pipeline is cut "
+            f"between blocks that give one tensor: let it give one, or set the degree to 1"
+        )
 
 
 def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
@@ -218,10 +298,13 @@ def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
     work = stage.work
     microbatch = work.microbatches[work.current]
     assert work.forward is not None  # set before each pass
+    stage.sent = sent
     with work.autocast():
-        output = work.forward(_StandIn(self, stage, sent), microbatch)
+        output = work.forward(_StandIn(self, stage), microbatch)
+        stage.sent = None
         if not stage.last:
-            return _hidden(output)
+            passed_on, stage.passed_on = stage.passed_on, None
+            return passed_on if stage.through_blocks else _hidden(output)
         if stage.policy is not None:
             output = _cast(output, stage.policy.output_dtype)
         return output if work.objective is None else work.objective(output, microbatch)
@@ -230,8 +313,8 @@ def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
 class _StandIn:
     """The model of a stage, as `forward(model, batch)` calls it: with the inputs of the whole model."""
 
-    def __init__(self, part: nn.Module, stage: _Stage, sent: Tensor | None) -> None:
-        self._part, self._stage, self._sent = part, stage, sent
+    def __init__(self, part: nn.Module, stage: _Stage) -> None:
+        self._part, self._stage = part, stage
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
@@ -245,16 +328,11 @@ class _StandIn:
         if name is not None and stage.positions is not None and kwargs.get(name) is None and len(args) < 2:
             # Told by the inputs of the whole model; what was sent may be a part of the sequence.
             kwargs[name] = positions_for(name, stage.positions(first.shape[1], first.device))
-        if stage.index:
-            embedded = hugging_face.input_name(part)
-            if embedded is not None:
-                args = args[1:]
-                kwargs.pop("input_ids", None)
-                kwargs[embedded] = self._sent
-            elif args:
-                args = (self._sent, *args[1:])
+        if stage.index and not stage.through_blocks:
+            if args:
+                args = (stage.sent, *args[1:])
             else:
-                kwargs[next(iter(kwargs))] = self._sent
+                kwargs[next(iter(kwargs))] = stage.sent
         elif stage.policy is not None and stage.policy.cast_forward_inputs:
             args, kwargs = _cast((args, kwargs), stage.policy.param_dtype)
         return stage.compute(*args, **kwargs)

@@ -94,7 +94,15 @@ def stage_model(model: nn.Module, stages: Sequence[Sequence[str]], index: int) -
     without parameters are in every stage."""
     others = [name for number, names in enumerate(stages) if number != index for name in names]
     # What is left out is not copied either: a real model is large.
-    return copy.deepcopy(model, {id(model.get_submodule(name)): PassThrough() for name in others})
+    left_out = [module for name in others for module in _callable(model.get_submodule(name))]
+    return copy.deepcopy(model, {id(module): PassThrough() for module in left_out})
+
+
+def _callable(module: nn.Module) -> list[nn.Module]:
+    """A module that its owner calls; of a list or dict of modules, those in it."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [inner for child in module.children() for inner in _callable(child)]
+    return [module]
 
 
 def _around(model: nn.Module, container: str, fix: str) -> tuple[list[str], list[str]]:

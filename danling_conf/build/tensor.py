@@ -53,6 +53,11 @@ def plan_for(model: nn.Module, section: ParallelConfig, degree: int) -> dict[str
                 f"to 1"
             )
         plan = own
+    if next(matches(model, plan), None) is None:
+        raise ValueError(
+            f"parallel.axes.tensor={degree}: no name in the tp_plan of {kind} stands for one of its modules: mend the "
+            f"names, or set the degree to 1"
+        )
     if section.sequence_parallel:
         sequence = plan_of(model, "sequence_plan")
         if sequence is None:

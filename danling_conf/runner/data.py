@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from danling_conf.build import dataloader
+from danling_conf.build.context import sequence_length
 from danling_conf.build.model import Assembled
 from danling_conf.build.samplers import ShardedSampler
 from danling_conf.runner.alignment import agreed_length, aligned
 from danling_conf.schema.dataloader import DataloaderConfig
+from danling_conf.schema.layout import Layout
+from danling_conf.schema.parallel import ParallelConfig
 
 # Ranks agree on how much data there is without waiting for an accelerator.
 _CPU = torch.device("cpu")
@@ -78,9 +81,19 @@ def any_batch(loader: Any) -> Any:
     return collate([sample])
 
 
-def check_sequences(loaders: Mapping[str, Any], model: Assembled) -> None:
-    """Look at a sample of each split before the first step: a sequence that the context ranks cannot share out would
-    end the run later. Data without random access is not looked at. Raises ValueError."""
+def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout, section: ParallelConfig) -> None:
+    """Look at a sample of each split before the first step: a sequence that the ranks cannot share out would end the
+    run later. Data without random access is not looked at. Raises ValueError."""
+    shares = layout.tensor if section.sequence_parallel else 1
+    if model.context is None and shares == 1:
+        return
     for loader in loaders.values():
-        if model.context is not None and hasattr(loader.dataset, "__getitem__"):
-            model.context.part(any_batch(loader))
+        if not hasattr(loader.dataset, "__getitem__"):
+            continue
+        batch = any_batch(loader)
+        length = sequence_length(batch if model.context is None else model.context.part(batch))
+        if length is not None and length % shares:
+            raise ValueError(
+                f"parallel.sequence_parallel=true: a sequence of {length} tokens cannot be shared out evenly over the "
+                f"tensor degree, {shares}: make its length a multiple, or set sequence_parallel to false"
+            )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from danling_conf.build.passes import Passes
@@ -30,8 +31,9 @@ def evaluate(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device:
     seen, and leaves the outcome out.
 
     What is evaluated is what a checkpoint would hold, and the outcome is the same on every rank: rank 0's buffers and
-    rank 0's results are everybody's. A metric that does not synchronise itself over ranks, as torchmetrics' do, is thus
-    that of rank 0's share of the samples.
+    rank 0's results are everybody's; in a pipeline, those of the first rank of each stage, and of the last stage. A
+    metric that does not synchronise itself over ranks, as torchmetrics' do, is thus that of one rank's share of the
+    samples.
 
     Args:
         passes: of the model, which is left in the mode (train or eval) that it came in.
@@ -42,7 +44,7 @@ def evaluate(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device:
     training = model.parts[0].training
     model.train(False)
     for part in model.parts:
-        _share_buffers(part, passes.model.pipeline is not None)
+        _share_buffers(part, model.batch if model.pipeline is not None else None)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for metric in metrics.values():
         metric.reset()
@@ -60,14 +62,15 @@ def evaluate(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device:
     finally:
         model.train(training)
     mean = reduce_sum(sums).ratio()
-    return _rank_zeros(results if mean is None else {"loss": mean, **results}, device)
+    return _of_one_rank(results if mean is None else {"loss": mean, **results}, passes.rank_with_outputs, device)
 
 
-def _share_buffers(model: nn.Module, pipelined: bool) -> None:
-    """Give every rank rank 0's saved buffers of floating point: running statistics follow each rank's own samples. (The
-    stages of a pipeline have different ones.)"""
-    if not _several_ranks() or pipelined:
+def _share_buffers(model: nn.Module, batch: DeviceMesh | None) -> None:
+    """Give every rank rank 0's saved buffers of floating point: running statistics follow each rank's own samples. In a
+    pipeline, each stage has its own, and `batch` are the ranks that share them."""
+    if not _several_ranks():
         return
+    group = None if batch is None else batch.get_group()
     saved = (
         buffer
         for module in model.modules()
@@ -77,16 +80,17 @@ def _share_buffers(model: nn.Module, pipelined: bool) -> None:
     for buffer in {id(buffer): buffer for buffer in saved}.values():
         if buffer.is_floating_point() and not isinstance(buffer, DTensor):
             shared = buffer.detach().contiguous()
-            distributed.broadcast(shared, src=0)
+            distributed.broadcast(shared, group=group, group_src=0)
             buffer.copy_(shared)
 
 
-def _rank_zeros(results: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Rank 0's results, on every rank: what follows from them (a new best, an early stop) must not differ."""
+def _of_one_rank(results: dict[str, float], source: int, device: torch.device) -> dict[str, float]:
+    """The results of the rank `source`, on every rank: what follows from them (a new best, an early stop) must not
+    differ."""
     if not results or not _several_ranks():
         return results
     values = torch.tensor(list(results.values()), dtype=torch.float64, device=device)
-    distributed.broadcast(values, src=0)
+    distributed.broadcast(values, src=source)
     return dict(zip(results, values.tolist(), strict=True))
 
 

@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from danling_conf.build import compile as compilation
 from danling_conf.build import dataloader as loaders
 from danling_conf.build import expert, gradients, optimizer, precision, process_group
-from danling_conf.build.mesh import batch_mesh
 from danling_conf.build.model import assemble
 from danling_conf.build.passes import Loss, Passes
 from danling_conf.build.target import model_factory
@@ -169,7 +168,12 @@ class Runner:
                 expert_mesh=world.expert_mesh,
                 precision=config.precision,
             )
-            check_sequences(self.loaders, self.assembled)
+            check_sequences(self.loaders, self.assembled, world.layout, config.parallel)
+            if loss is None and self.assembled.context is not None:
+                raise ValueError(
+                    f"parallel.axes.context={world.layout.context}: the model's own loss shifts labels inside of each "
+                    f"part of a sequence: pass a loss, and data whose targets are shifted already"
+                )
             pipelined = self.assembled.pipeline is not None
             self.model = nn.ModuleList(self.assembled.parts) if pipelined else self.assembled.module
             self.optimizer = optimizer.make(
@@ -373,7 +377,7 @@ class Runner:
             self._meter.reset()
             if mean is not None:
                 self.results["train.loss"] = mean
-            load = expert.busiest(self.assembled.parts, batch_mesh(self.world.mesh))
+            load = expert.busiest(self.parts, self.assembled.batch, self.device)
             if load is not None:
                 self.results["train.expert_load"] = load
             self.progress.step(mean, self.optimizer.param_groups[0]["lr"], load)

@@ -50,6 +50,16 @@ VARIANTS = (
         if schedule != "1F1B"
     ),
     Cell(layout="pp4", variant="ZBVZeroBubble", parallel={"pipeline_schedule": "ZBVZeroBubble"}, model={"depth": 8}),
+    Cell(layout="pp2", variant="compile, LoopedBFS", compile=EAGER,
+         parallel={"pipeline_schedule": "LoopedBFS"}),
+    Cell(layout="pp4", variant="every second block", recompute={"mode": "every_n"}),
+    Cell(layout="fsdp2_pp2", variant="named classes", fsdp={"module_classes": ["Embedding", "Block"]}),
+    Cell(layout="pp2", variant="stages without blocks",
+         parallel={"module_fqns_per_model_part": [["embedding"], ["layers", "norm", "head"]]}),
+    Cell(layout="pp2", variant="a head alone",
+         parallel={"module_fqns_per_model_part": [["embedding", "layers"], ["norm", "head"]]}),
+    Cell(layout="ddp2_tp2", variant="unequal tokens", accumulate=2, weighted=True),
+    Cell(layout="fsdp4_ep2", variant="unequal tokens", accumulate=2, weighted=True),
     Cell(layout="pp2", variant="4 microbatches", parallel={"pipeline_n_microbatches": 4}),
     Cell(
         layout="pp2", variant="named stages",
@@ -113,6 +123,12 @@ FAMILIES = (
          model={"num_local_experts": 4, "num_experts_per_tok": 2}),
     Cell(layout="tp2_pp2", variant="Phi3", family="Phi3Config"),
     Cell(layout="fsdp2_cp2", variant="Qwen2", family="Qwen2Config"),
+    # They compute around their blocks: scaled embeddings and logits, embeddings of positions beside those of tokens.
+    Cell(layout="fsdp2_pp2", variant="Granite", family="GraniteConfig",
+         model={"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    Cell(layout="pp2", variant="GPT-2", family="GPT2Config",
+         model={"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 16, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+                "attn_pdrop": 0.0}),
 )  # fmt: skip
 """Models of transformers: nothing here knows their families."""
 

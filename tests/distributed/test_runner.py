@@ -53,6 +53,19 @@ class Tokens(Dataset[tuple[Tensor, Tensor]]):
         return self.tokens[index, :-1], self.tokens[index, 1:]
 
 
+class Seen:
+    """How many samples there were; a metric that knows nothing of ranks."""
+
+    def reset(self) -> None:
+        self.samples = 0
+
+    def update(self, output: Tensor, targets: Tensor) -> None:
+        self.samples += len(targets)
+
+    def compute(self) -> float:
+        return float(self.samples)
+
+
 class PerToken(MulticlassAccuracy):
     """Accuracy of (batch, sequence, classes)."""
 
@@ -83,7 +96,9 @@ def outcome(root: str, name: str, batch_size: int, experts: int) -> dict[str, An
     )
     splits = {"val": Tokens(8, 1), **{f"held{size}": Tokens(size, size) for size in SIZES}}
     datasets = {"train": Tokens(64, 0), **splits}
-    metrics = {"accuracy": functools.partial(PerToken, VOCABULARY, average="micro")}
+    metrics: dict[str, Any] = {"accuracy": functools.partial(PerToken, VOCABULARY, average="micro")}
+    if layout.data_degree == 1:
+        metrics["seen"] = Seen
     told: list[bool] = []
 
     def report(model: nn.Module | None, results: Any) -> list[str]:
@@ -118,8 +133,10 @@ def test_a_run_is_that_of_a_single_process(root: str, name: str) -> None:
     assert "val.loss" in expected["results"]
     assert "held9.accuracy" in expected["results"]
     assert ("train.expert_load" in expected["results"]) == bool(experts)
+    assert expected["results"]["held9.seen"] == 9
+    results = {key: value for key, value in expected["results"].items() if layout.data_degree == 1 or "seen" not in key}
     for found in ranks:
-        assert found["results"] == pytest.approx(expected["results"], rel=1e-5)
+        assert found["results"] == pytest.approx(results, rel=1e-5)
         assert found["score"] == pytest.approx(expected["score"])
         assert found["told"] == ([] if layout.pipeline > 1 else [True])
     # Means over the data ranks; only the last stage has the loss.
@@ -169,6 +186,7 @@ def decoder(**settings: Any) -> Any:
         ("tp2", Plain, {}, "parallel.axes.tensor=2", "nothing lays Plain out", "tp_plan"),
         ("cp2", Plain, {}, "parallel.axes.context=2", "nothing lays Plain out", "cp_plan"),
         ("pp2", Plain, {}, "parallel.axes.pipeline", "no repeated blocks", "module_fqns_per_model_part"),
+        ("fsdp2_ep2", decoder(), {}, "parallel.axes.expert=2", "nothing lays Decoder", "experts"),
         ("fsdp2_ep2", Plain, {}, "parallel.axes.expert=2", "nothing lays Plain out", "ep_plan"),
         ("tp2_etp2", Plain, {"tensor_plan": {"head": "colwise_rep"}}, "parallel.axes.expert_tensor=2", "Plain",
          "ep_plan"),
@@ -246,3 +264,95 @@ def test_replicas_need_no_device_mesh(root: str) -> None:
         assert [mesh for _, mesh, _ in ranks] == [use, use]
         mean = [(left + right) / 2 for left, right in zip(ranks[0][0], ranks[1][0], strict=True)]
         assert mean == pytest.approx(expected, rel=1e-5)
+
+
+class Misnamed(Decoder):
+    """Plans that name nothing."""
+
+    tp_plan = {"blocks.*.wq": "colwise"}
+    cp_plan = {"layers.*.attention.inner": "causal_attention"}
+
+
+class WithoutPositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.cp_plan = {"inner": "causal_attention"}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(tokens)
+
+
+def misnamed() -> Misnamed:
+    return Misnamed(DecoderConfig(width=16, depth=2, heads=2, hidden=16, context=LENGTH, vocab_size=VOCABULARY))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "rule"),
+    [
+        ("tp2", misnamed, "no name in the tp_plan of Misnamed stands for one of its modules"),
+        ("cp2", misnamed, "cp_plan of Misnamed: layers.*.attention.inner: it has no module of this name"),
+        ("cp2", WithoutPositions, "WithoutPositions has no argument positions"),
+    ],
+)
+def test_a_plan_that_would_do_nothing_is_refused(root: str, name: str, model: Any, rule: str) -> None:
+    (text,) = set(run(refusal, 2, root, name, model, {}))
+    assert rule in text
+
+
+def own_loss(root: str) -> str:
+    ours = runner(root, {"steps": 1, "dataloader": {"batch_size": 4}, "parallel": {"axes": {"context": 2}}})
+    with pytest.raises(ConfigRefused) as refused:
+        ours.fit(decoder(), {"train": Tokens(16, 0)})
+    dist.barrier()
+    return refused.value.report()
+
+
+def test_a_model_s_own_loss_would_shift_labels_inside_of_a_part(root: str) -> None:
+    (text,) = set(run(own_loss, 2, root))
+    assert "the model's own loss shifts labels" in text
+
+
+class Normed(nn.Module):
+    """Running statistics, which a pass of anything but data would spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.layers = nn.ModuleList([NormedBlock() for _ in range(2)])
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class NormedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, 1)).view_as(x)
+
+
+def statistics(root: str, name: str, microbatches: int) -> dict[str, Tensor]:
+    layout = parse_layout(name)
+    ours = runner(root, {
+        "steps": 1, "dataloader": {"batch_size": 4}, "accum_steps": 1,
+        "parallel": {"axes": layout.degrees(), "pipeline_n_microbatches": microbatches},
+    })  # fmt: skip
+    ours.prepare(Normed, {"train": Tokens(16, 0)}, loss=loss)
+    for batch in ours.batches("train"):
+        ours.step(batch)
+    ours.finish()
+    return {name: value.clone() for part in ours.parts for name, value in part.named_buffers()}
+
+
+def test_running_statistics_are_those_of_the_data(root: str) -> None:
+    """Torch passes something through each stage to find out its shapes."""
+    ranks = run(statistics, 2, root, "pp2", 2)
+    assert ranks[0]["layers.0.norm.num_batches_tracked"] == 2
+    assert ranks[1]["layers.1.norm.num_batches_tracked"] == 2

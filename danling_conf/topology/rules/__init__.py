@@ -39,6 +39,7 @@ RULES: tuple[Rule, ...] = (
     pipeline.stage_parts,
     pipeline.enough_microbatches,
     pipeline.split_backward,
+    pipeline.stages_are_not_compiled,
     options.compile_options,
     options.precision_fits,
     options.loader_workers,

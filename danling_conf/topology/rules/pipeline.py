@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from danling_conf.schema import RunnerConfig, open_keys
 from danling_conf.schema.parallel import SINGLE_STAGE_SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES
@@ -16,14 +17,14 @@ def microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """A pipeline cuts the local batch into whole microbatches."""
     if config.parallel.axes.pipeline <= 1:
         return
-    batch = config.dataloader.batch_size or 1
+    where, batch = _batch_of_training(config)
     path, divisor = _cut_by(config)
     if batch % divisor:
         yield Violation(
             path,
             divisor,
-            f"it must divide the local batch, dataloader.batch_size={batch}",
-            f"choose a divisor of {batch}, or dataloader.batch_size={(batch // divisor + 1) * divisor}",
+            f"it must divide the local batch, {where}={batch}",
+            f"choose a divisor of {batch}, or {where}={(batch // divisor + 1) * divisor}",
         )
 
 
@@ -31,8 +32,7 @@ def whole_batches(config: RunnerConfig, context: Context) -> Iterator[Violation]
     """An incomplete last batch could not be cut into the same microbatches as the others."""
     if config.parallel.axes.pipeline <= 1:
         return
-    own = open_keys(config.dataloader).get("train") or {}
-    given = own.get("drop_last") if isinstance(own, dict) else getattr(own, "drop_last", None)
+    given = _of_training(config, "drop_last")
     path = "dataloader.drop_last" if given is None else "dataloader.train.drop_last"
     if (config.dataloader.drop_last if given is None else given) is False:
         yield Violation(
@@ -76,14 +76,14 @@ def stage_parts(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Schedules need some number of microbatches to be in flight."""
     degree, schedule = config.parallel.axes.pipeline, config.parallel.pipeline_schedule
-    batch = config.dataloader.batch_size or 1
+    where, batch = _batch_of_training(config)
     path, divisor = _cut_by(config)
     if degree <= 1 or batch % divisor:
         return
     count = config.parallel.pipeline_n_microbatches or batch // divisor
     parts = config.parallel.module_fqns_per_model_part
     stages = len(parts) if parts is not None else degree * (1 if schedule in SINGLE_STAGE_SCHEDULES else 2)
-    more = f"choose a smaller {path.rpartition('.')[2]}, or a larger dataloader.batch_size"
+    more = f"choose a smaller {path.rpartition('.')[2]}, or a larger {where}"
     if path == "parallel.pipeline_n_microbatches":
         more = f"{path}={stages}"
     if schedule in ("1F1B", "DualPipeV") and count < stages:
@@ -115,6 +115,28 @@ def split_backward(config: RunnerConfig, context: Context) -> Iterator[Violation
             "it computes the gradients of inputs and of weights apart, which torch cannot do in compiled code",
             f"compile=none, or {_SCHEDULE}=Interleaved1F1B",
         )
+
+
+def stages_are_not_compiled(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A schedule works inside of a stage's forward, so that blocks can be compiled and stages cannot."""
+    if config.parallel.axes.pipeline > 1 and config.compile.enable and config.compile.scope == "model":
+        yield Violation(
+            "compile.scope", "model", "a pipeline has no whole model to compile, only blocks", "compile.scope=block"
+        )
+
+
+def _of_training(config: RunnerConfig, name: str) -> Any:
+    """What the training split says of a setting of its own; None where it says nothing."""
+    own = open_keys(config.dataloader).get("train") or {}
+    return own.get(name) if isinstance(own, dict) else getattr(own, name, None)
+
+
+def _batch_of_training(config: RunnerConfig) -> tuple[str, int]:
+    """The local batch of training, and where it is set."""
+    own = _of_training(config, "batch_size")
+    if own is not None:
+        return "dataloader.train.batch_size", own
+    return "dataloader.batch_size", config.dataloader.batch_size or 1
 
 
 def _cut_by(config: RunnerConfig) -> tuple[str, int]:
