@@ -173,8 +173,8 @@ class Pipeline:
         if key not in self._schedules:
             if self._schedules and self._several_data_ranks:
                 raise ValueError(
-                    f"parallel.axes.pipeline: a batch of other shapes than those before ({_signature(batch)}): torch "
-                    f"finds out anew what stages send, and data ranks would not do so together: pad batches to one shape"
+                    f"parallel.axes.pipeline: a batch of other shapes than before, {_signature(batch)}: torch finds "
+                    f"out anew what stages send, and data ranks would not do so together: pad batches to one shape"
                 )
             kind = get_schedule_class(self.section.pipeline_schedule)
             stages = [
