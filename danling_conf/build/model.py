@@ -118,7 +118,8 @@ def assemble(
     if expert_mesh is not None:
         expert_axis.check(built, layout)
     recomputed = recomputation.chosen(built, activation_checkpointing)
-    repeated_blocks(built, fsdp.module_classes)  # names of classes are checked before stages have a part of them
+    if fsdp.enabled and fsdp.module_classes is not None:
+        repeated_blocks(built, fsdp.module_classes)  # names are checked before stages have a part of the classes each
     stages, placement, names = _cut(built, layout, parallel)
     blocks = [name for name, _ in repeated_blocks(built)]
     parts = stages or {0: built}
