@@ -17,12 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from danling_conf.groups.base import base_config, base_names
 from danling_conf.groups.layout_names import EXAMPLES, LayoutNameError, looks_like_layout, parse_layout
 from danling_conf.groups.presets import GLOBAL, GROUPS
+from danling_conf.schema.launcher import LauncherConfig, LocalLauncherConfig, SlurmLauncherConfig
 
 LAYOUTS = "parallel"
-LAUNCHERS: dict[str, dict[str, Any]] = {
-    # Hydra 1.3 wants the class to live in hydra_plugins.
-    "danling_local": {"_target_": "hydra_plugins.danling_conf_plugin.local_launcher.LocalLauncher"},
-}
+LAUNCHERS: dict[str, type[LauncherConfig]] = {"danling_local": LocalLauncherConfig, "danling_slurm": SlurmLauncherConfig}
 _LAUNCHER_GROUP = "hydra/launcher"
 SCHEME = "danling"
 
@@ -51,7 +49,7 @@ class NameSource(ConfigSource):
         if group == "" and name in base_names():
             return self._result(base_config(name), None)
         if group == _LAUNCHER_GROUP and name in LAUNCHERS:
-            return self._result(LAUNCHERS[name], "hydra.launcher")
+            return self._result(OmegaConf.structured(LAUNCHERS[name]), "hydra.launcher")
         if group in GROUPS and name in GROUPS[group]:
             preset = GROUPS[group][name]
             return self._result(preset.settings, preset.package)

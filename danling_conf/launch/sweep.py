@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.launch.command import App, check, compose_or_refuse
 from danling_conf.launch.execute import open_attempt, run_attempt, show_failure
-from danling_conf.launch.local_launcher import JobsLauncher
+from danling_conf.launch.jobs_launcher import JobsLauncher
 from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted
 from danling_conf.launch.run_rank import score_of
 from danling_conf.resolution.hydra_adapter import Composer

@@ -1,7 +1,9 @@
 """Where Hydra 1.3 wants launcher classes to live."""
 
-from danling_conf.launch.local_launcher import JobsLauncher
+from danling_conf.launch.jobs_launcher import JobsLauncher
 
 
 class LocalLauncher(JobsLauncher):
-    """Runs the jobs of a sweep on this machine, one after another."""
+    """Runs the jobs of a sweep on this machine, several at once."""
+
+    cluster = "local"

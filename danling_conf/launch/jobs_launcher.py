@@ -1,9 +1,9 @@
-"""A Hydra launcher that checks every job before it starts the first, and runs them on this machine."""
+"""The Hydra launcher that both of ours are: every job is checked before the first one starts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -12,9 +12,13 @@ from omegaconf import DictConfig
 
 
 class JobsLauncher(Launcher):
-    """Jobs one after another; a failed one does not stop the others, and fails the sweep at its end."""
+    """A failed job does not stop the others, unless `on_failure` says so, and fails the sweep at its end."""
 
-    def __init__(self) -> None:
+    cluster: ClassVar[str]
+    """Where jobs run: `local` or `slurm`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings  # read again from each job's own configuration
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.task_function: TaskFunction | None = None

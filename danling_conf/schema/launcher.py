@@ -1,0 +1,107 @@
+"""How the jobs of a sweep are started: `hydra.launcher`, for this machine and for Slurm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, List, Optional
+
+from danling_conf.schema.setting import setting
+
+# Hydra 1.3 wants launcher classes to live in hydra_plugins.
+_PLUGIN = "hydra_plugins.danling_conf_plugin"
+
+
+@dataclass(kw_only=True)
+class LauncherConfig:
+    """What both launchers know."""
+
+    read_by: ClassVar[str] = "danling_conf.launch.sweep"
+
+    on_failure: str = "continue"
+    """What a failed job means for the others: `continue` with them, `stop` the sweep, or `retry N`: start the job again
+    up to N times, from its newest checkpoint. The sweep fails where a job has failed in the end."""
+    skip_refused: bool = False
+    """Run the jobs that are accepted where others are refused. Otherwise nothing starts while one is refused."""
+
+
+@dataclass(kw_only=True)
+class LocalLauncherConfig(LauncherConfig):
+    """The jobs of a sweep on this machine, several at once."""
+
+    read_by: ClassVar[str] = "danling_conf.launch.local_jobs"
+
+    _target_: str = f"{_PLUGIN}.local_launcher.LocalLauncher"
+    parallel_jobs: Optional[int] = setting(None, at_least=1)
+    """Jobs that run at once. Unset: as many as the devices of this machine can take, one device a rank; on the CPU, as
+    the cores can, one a rank."""
+
+
+@dataclass(kw_only=True)
+class SlurmLauncherConfig(LauncherConfig):
+    """Jobs on Slurm, each with the nodes, tasks, GPUs and CPUs of its own layout.
+
+    Names are those of hydra-submitit-launcher, and so of sbatch; what it does not name goes to
+    `additional_parameters`.
+    """
+
+    read_by: ClassVar[str] = "danling_conf.launch.slurm"
+
+    _target_: str = f"{_PLUGIN}.slurm_launcher.SlurmLauncher"
+    detach: bool = False
+    """Submit and come back: `danling-conf runs DIRECTORY` shows how the jobs go on."""
+    partition: Optional[str] = None
+    """Partition. Unset: the cluster's default one."""
+    gpus_per_node: Optional[int] = setting(None, at_least=0)
+    """GPUs that a node has; a job takes as many of them as it has ranks there. 0: the jobs run on CPUs. Unset: what
+    `sinfo` says of the partition."""
+    nodes: Optional[int] = setting(None, at_least=1)
+    """Nodes of each job. Unset: as few as its layout fits on."""
+    tasks_per_node: Optional[int] = setting(None, at_least=1)
+    """Ranks on each node. Unset: the layout's ranks, spread evenly over the nodes."""
+    cpus_per_task: Optional[int] = setting(None, at_least=1)
+    """CPU cores of each rank. Unset: the share of a node's cores that goes with one GPU; 1 where there are none."""
+    mem_gb: Optional[float] = setting(None, above=0)
+    """Memory of a node, in GB. Unset: the partition's default."""
+    timeout_min: int = setting(60, at_least=1)
+    """Time limit of a job, in minutes. A run that reaches it is saved and queued again, `max_num_timeout` times."""
+    signal_delay_s: Optional[int] = setting(None, at_least=1)
+    """Seconds before the time limit at which a run is told to save. Unset: 120, and less for limits under ten minutes:
+    a fifth of them."""
+    max_num_timeout: int = setting(3, at_least=0)
+    """How many time limits a run may reach before it is given up. Preemptions do not count."""
+    name: str = "${hydra.job.name}"
+    """Name of the jobs in the queue."""
+    array_parallelism: int = setting(256, at_least=1)
+    """Jobs of one array that run at once."""
+    qos: Optional[str] = None
+    """Quality of service."""
+    account: Optional[str] = None
+    """Account that is charged."""
+    constraint: Optional[str] = None
+    """Features that nodes must have."""
+    exclude: Optional[str] = None
+    """Nodes not to use."""
+    nodelist: Optional[str] = None
+    """Nodes to use."""
+    gres: Optional[str] = None
+    """Generic resources of a node, in place of `--gpus-per-node`: `gpu:a100:8`."""
+    gpus_per_task: Optional[int] = setting(None, at_least=1)
+    """GPUs bound to each rank, in place of `--gpus-per-node`. Every rank then sees only its own."""
+    cpus_per_gpu: Optional[int] = setting(None, at_least=1)
+    """CPU cores with each GPU, in place of `cpus_per_task`."""
+    mem_per_gpu: Optional[str] = None
+    """Memory with each GPU: `80G`."""
+    mem_per_cpu: Optional[str] = None
+    """Memory with each CPU core: `4G`."""
+    comment: Optional[str] = None
+    """Comment in the queue."""
+    dependency: Optional[str] = None
+    """Jobs to wait for: `afterok:1234`."""
+    exclusive: Optional[bool] = None
+    """Whether the nodes are not shared with other jobs."""
+    setup: Optional[List[str]] = None
+    """Shell commands that run on the first node before the ranks start (`module load cuda`)."""
+    srun_args: Optional[List[str]] = None
+    """Further arguments of `srun`."""
+    additional_parameters: Dict[str, Any] = setting(factory=dict)
+    """Any other option of `sbatch`, by its long name: `{mail-type: END}`. They come last and win."""
