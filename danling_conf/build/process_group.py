@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 
@@ -111,4 +112,6 @@ def stop() -> None:
     _waiting = None
     _separate.clear()
     if dist.is_initialized():
+        # Sharded models in reference cycles that outlive their groups make torch 2.13 crash now and then.
+        gc.collect()
         dist.destroy_process_group()

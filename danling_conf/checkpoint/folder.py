@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +46,15 @@ def name_of(step: int, epoch: int | None) -> str:
 
 
 class Folder:
-    """The checkpoints of one run. Changes are made by one process, the one that holds the run."""
+    """The checkpoints of one run. Changes are made by one process, the one that holds the run.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        guard: raises where another process has taken the run over; asked before anything that is visible changes.
+    """
+
+    def __init__(self, path: Path, guard: Callable[[], None] = lambda: None) -> None:
         self.path = path
+        self._guard = guard
 
     def entries(self) -> list[Entry]:
         """All visible checkpoints, newest first; first of all those that do not say what they are."""
@@ -94,6 +99,7 @@ class Folder:
 
     def publish(self, aside: Path, name: str) -> Path:
         """Make a whole folder visible, in place of one of the same name."""
+        self._guard()
         final = self.path / name
         if final.exists():
             # The same step once more, with more to say: the old one goes when the new one is in its place.
@@ -113,6 +119,7 @@ class Folder:
 
         What does not say what it is stays, for somebody to look at; so does what is being read, until the next time.
         """
+        self._guard()
         named = {self.pointed(name) for name in (LATEST, BEST)}
         readable = [entry for entry in self.entries() if entry.manifest is not None]
         history = [entry.path for entry in readable if entry.manifest is not None and entry.manifest.history]
@@ -137,6 +144,7 @@ class Folder:
 
     def point(self, name: str, target: Path) -> None:
         """Make `latest` or `best` point to a checkpoint."""
+        self._guard()
         temporary = self.path / f".{name}{_ASIDE}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class CheckpointManager:
         rank: of this process.
         layout, layout_name: what the ranks are laid out as.
         allow_degree_change: whether what was written under another layout may be loaded.
+        guard: see `Folder`.
 
     Attributes:
         enabled: whether checkpoints are written.
@@ -58,10 +59,11 @@ class CheckpointManager:
         layout: Layout,
         layout_name: str,
         allow_degree_change: bool = False,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.section, self.enabled = section, not section.load_only
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
-        self.folder = Folder(run / section.dir_name)
+        self.folder = Folder(run / section.dir_name, guard)
         several = layout.world_size > 1
         self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
         self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None

@@ -20,7 +20,10 @@ from danling_conf.groups.presets import GLOBAL, GROUPS
 from danling_conf.schema.launcher import LauncherConfig, LocalLauncherConfig, SlurmLauncherConfig
 
 LAYOUTS = "parallel"
-LAUNCHERS: dict[str, type[LauncherConfig]] = {"danling_local": LocalLauncherConfig, "danling_slurm": SlurmLauncherConfig}
+LAUNCHERS: dict[str, type[LauncherConfig]] = {
+    "danling_local": LocalLauncherConfig,
+    "danling_slurm": SlurmLauncherConfig,
+}
 _LAUNCHER_GROUP = "hydra/launcher"
 SCHEME = "danling"
 

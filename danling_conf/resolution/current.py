@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ class Current:
     ranks: RankEnvironment = SINGLE
     store: Any = None
     """The `torch.distributed.Store` that the ranks met at, if they have met."""
+    guard: Callable[[], None] = lambda: None
+    """Raises where a later start of the same job has taken the run over, see `RunLock.check`."""
+    repeats_signals: bool = False
+    """Whether whoever started this process sends the same signal again while it is saving, and SIGKILL when it means
+    it: a second signal then ends nothing."""
 
 
 _current: Current | None = None

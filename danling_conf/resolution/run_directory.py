@@ -6,20 +6,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import secrets
 import sys
 import time
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from danling_conf.resolution.identity import config_id, differences, flatten, layout_name, semantic
+from danling_conf.resolution.run_lock import RunLock
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
@@ -71,47 +71,24 @@ class Attempt:
         )
 
 
-class RunLock:
-    """Exclusive lock on a run's directory, held until released or until this process ends."""
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """The run that a configuration goes on with, and what from; all attempts of a job share it."""
 
-    def __init__(self, run_directory: Path) -> None:
-        self._file = open(run_directory / "run.lock", "a+")  # noqa: SIM115  the lock lives as long as the file is open
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise ConfigRefused(
-                [
-                    Violation(
-                        "resume", str(run_directory), f"the run is live: {holder} holds it", "wait for it, or end it"
-                    )
-                ]
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self._file.flush()
-        _held.add(self)
+    run_directory: Path
+    restore: Path | None = None
+    """Run directory or checkpoint to go on from; None for a fresh start."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told about how the directory was chosen."""
 
-    def release(self) -> None:
-        """Let go of the run."""
-        self._file.close()
+    def to_json(self) -> dict[str, Any]:
+        restore = str(self.restore) if self.restore else None
+        return {"run_directory": str(self.run_directory), "restore": restore, "notes": list(self.notes)}
 
-    def forget(self) -> None:
-        """In a forked child: close the file, so that the lock ends with the parent."""
-        self._file.close()
-
-
-_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for lock in list(_held):
-        lock.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Binding:
+        restore = Path(content["restore"]) if content["restore"] else None
+        return cls(run_directory=Path(content["run_directory"]), restore=restore, notes=tuple(content["notes"]))
 
 
 def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[Attempt, RunLock]:
@@ -122,23 +99,56 @@ def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[A
 
     Raises ConfigRefused when the run cannot be resumed under this configuration, is live, or cannot be written.
     """
+    return begin(bind(config), config, sys.argv if command is None else command)
+
+
+def bind(config: RunnerConfig) -> Binding:
+    """Find the run that this configuration goes on with, or make a new one. Raises ConfigRefused as `claim`."""
+    with _writing(config):
+        return _bind(config)
+
+
+def begin(
+    binding: Binding,
+    config: RunnerConfig,
+    command: Sequence[str],
+    *,
+    again: bool = False,
+    fence: tuple[str, int] | None = None,
+) -> tuple[Attempt, RunLock]:
+    """Lock a bound run and open an attempt in it.
+
+    Args:
+        command: script and overrides.
+        again: whether an earlier attempt of the same binding may have got somewhere, from where this one goes on.
+        fence: see `RunLock`.
+
+    Raises ConfigRefused when the run is live or cannot be written.
+    """
+    with _writing(config):
+        run = binding.run_directory
+        lock = RunLock(run, fence)
+        restore = binding.restore
+        if again and any((run / config.checkpoint.dir_name).glob("ckpt-*")):
+            restore = run
+        return Attempt(
+            run_directory=run, directory=_make_attempt(run), seed=read_run(run)["seed"], restore=restore,
+            command=tuple(command), notes=binding.notes,
+        ), lock  # fmt: skip
+
+
+@contextmanager
+def _writing(config: RunnerConfig) -> Iterator[None]:
+    """Refuses a workspace that cannot be written."""
     try:
-        attempt, lock = _claim(config)
-        return replace(attempt, command=tuple(sys.argv if command is None else command)), lock
+        yield
     except OSError as error:
-        raise ConfigRefused(
-            [
-                Violation(
-                    "workspace_root",
-                    config.workspace_root,
-                    f"the run's directory cannot be made: {error.strerror}: {error.filename}",
-                    "choose a directory to write to",
-                )
-            ]
-        ) from error
+        rule = f"the run's directory cannot be made: {error.strerror}: {error.filename}"
+        fix = "choose a directory to write to"
+        raise ConfigRefused([Violation("workspace_root", config.workspace_root, rule, fix)]) from error
 
 
-def _claim(config: RunnerConfig) -> tuple[Attempt, RunLock]:
+def _bind(config: RunnerConfig) -> Binding:
     root = (Path(config.workspace_root).expanduser() / config.lineage / config.experiment).absolute()
     identity = config_id(config)
     run: Path | None = None
@@ -166,11 +176,7 @@ def _claim(config: RunnerConfig) -> tuple[Attempt, RunLock]:
             notes = _runs_of_other_layouts(root, config)
     if run is None:
         run = _make_run(root, identity, config, parent)
-    lock = RunLock(run)
-    attempt = Attempt(
-        run_directory=run, directory=_make_attempt(run), seed=read_run(run)["seed"], restore=restore, notes=notes
-    )
-    return attempt, lock
+    return Binding(run_directory=run, restore=restore, notes=notes)
 
 
 def owner_of(path: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 
 class Stopped(SystemExit):
@@ -19,6 +20,28 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {self.name}"
+
+
+_early = 0
+
+
+def note_early_signals() -> None:
+    """Keep stopping signals that come before a run listens for them, so that it stops at its first step.
+
+    For jobs of a cluster, which may get a warning while they still start; without it, the first one ends the process.
+    """
+
+    def note(number: int, frame: Any) -> None:
+        global _early
+        _early = _early or number
+
+    for name in STOPPING:
+        signal.signal(getattr(signal, name), note)
+
+
+def early_signal() -> int:
+    """The first signal that was kept; 0 for none."""
+    return _early
 
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")

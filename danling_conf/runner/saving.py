@@ -125,7 +125,7 @@ def go_on(runner: Runner) -> None:
             settings=plain(config),
             parts=runner.parts,
             optimizer=runner.optimizer,
-            by_user=config.resume is not None,
+            by_user=config.resume is not None and _path(config.resume) == attempt.restore,
         )
         if isinstance(outcome, Restored):
             _load_state(runner, outcome)
@@ -134,6 +134,10 @@ def go_on(runner: Runner) -> None:
     if config.pretrained is not None:
         source = Path(config.pretrained).expanduser()
         runner._notes.append(load_pretrained(runner.checkpoints, source, runner.parts))
+
+
+def _path(given: str) -> Path:
+    return Path(given).expanduser().absolute()
 
 
 def start_epoch(runner: Runner, loader: Any) -> dict[str, Any] | None:

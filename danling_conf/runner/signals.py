@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from danling_conf.resolution.stopped import STOPPING
+from danling_conf.resolution.stopped import STOPPING, early_signal
 
 _listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
 _NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name))
@@ -22,11 +22,15 @@ _NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(sign
 class StopRequest:
     """Notes SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 while installed. A second one ends the process at once.
 
+    Args:
+        second_ends: False where whoever sends signals repeats them.
+
     The signals are read from a pipe by a thread, since Python calls a handler only between two of its own instructions:
     a process that waits in a collective would not hear the second one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, second_ends: bool = True) -> None:
+        self._second_ends = second_ends
         self.number = 0
         """The signal that came; 0 where none did."""
         self._before: dict[int, Any] = {}
@@ -47,6 +51,7 @@ class StopRequest:
         if _interactive() or threading.current_thread() is not threading.main_thread():
             return
         _listening.add(self)
+        self.number = early_signal()
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, end == self._pipe[0])
@@ -97,6 +102,8 @@ class StopRequest:
         while received := os.read(pipe, 1):
             number = received[0]
             if number not in _NUMBERS:
+                continue
+            if self.number and not self._second_ends:
                 continue
             if self.number:
                 name = signal.Signals(number).name

@@ -93,7 +93,7 @@ class Runner:
         self._between_epochs = True
         self._epoch_step = 0
         self._resumed: dict[str, Any] | None = None
-        self.stop_request = StopRequest()
+        self.stop_request = StopRequest(second_ends=not self.world.repeats_signals)
         self._notes: list[str] = []
 
     def fit(
@@ -225,6 +225,7 @@ class Runner:
             layout=world.layout,
             layout_name=layout_name(world.layout),
             allow_degree_change=config.parallel.allow_degree_change,
+            guard=world.guard,
         )
         limit = config.comm.init_timeout_seconds
         self.stop_request.install(None if limit is None else timedelta(seconds=limit))

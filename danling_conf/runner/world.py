@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from danling_conf.build.device import device_type, local_device
 from danling_conf.resolution.current import Current, current
 from danling_conf.resolution.frozen import freeze_attempt
 from danling_conf.resolution.identity import differences, job_id, plain
-from danling_conf.resolution.run_directory import Attempt, RunLock, claim
+from danling_conf.resolution.run_directory import Attempt, claim
+from danling_conf.resolution.run_lock import RunLock
 from danling_conf.resolution.warn import warn
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import data_rank, layout_of, random_stream
@@ -40,6 +42,10 @@ class World:
     attempt: Attempt
     lock: RunLock | None
     """Held where nobody but the runner claimed the run."""
+    guard: Callable[[], None]
+    """Raises where the run was taken over, see `Current`."""
+    repeats_signals: bool
+    """Whether signals are sent again while a run saves, see `Current`."""
 
     @property
     def data_rank(self) -> int:
@@ -81,6 +87,8 @@ def join(config: RunnerConfig) -> World:
         stream=random_stream(layout, ranks.rank, sequence_parallel=config.parallel.sequence_parallel),
         attempt=attempt,
         lock=lock,
+        guard=(started or Current(attempt=attempt)).guard,
+        repeats_signals=started is not None and started.repeats_signals,
     )
 
 

@@ -1,0 +1,85 @@
+"""Who may write to a run's directory: one live attempt."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+
+class RunLock:
+    """Exclusive lock on a run's directory, held until released or until this process ends.
+
+    Args:
+        fence: `(job, start)` of a job that a cluster may have started before on a node that it has lost, where the old
+            processes may run on. A lock that an earlier start of the same job holds is taken over.
+    """
+
+    def __init__(self, run_directory: Path, fence: tuple[str, int] | None = None) -> None:
+        self._path = run_directory / "run.lock"
+        self._file = open(self._path, "a+")  # noqa: SIM115  the lock lives as long as the file is open
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            if fence is None or not _is_earlier_start(holder, fence):
+                raise ConfigRefused([_live(run_directory, holder)]) from None
+            self._file = self._take_over()
+        self._file.truncate(0)
+        mark = f", start {fence[1]} of job {fence[0]}" if fence is not None else ""
+        self._file.write(f"process {os.getpid()} on {os.uname().nodename}{mark}")
+        self._file.flush()
+        _held.add(self)
+
+    def _take_over(self) -> Any:
+        """Put another file in the place of the locked one, so that its holder can tell that it has lost the run."""
+        other = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        file = open(other, "w+")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.replace(other, self._path)
+        return file
+
+    def check(self) -> None:
+        """Raises LostRun where a later start of the same job has taken the run over."""
+        mine, there = os.fstat(self._file.fileno()), os.stat(self._path)
+        if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+            raise LostRun(f"{self._path.parent}: a later start of this job goes on with the run; this one ends")
+
+    def release(self) -> None:
+        """Let go of the run."""
+        self._file.close()
+
+    def forget(self) -> None:
+        """In a forked child: close the file, so that the lock ends with the parent."""
+        self._file.close()
+
+
+class LostRun(RuntimeError):
+    """This attempt no longer owns its run, and must not write to it."""
+
+
+def _is_earlier_start(holder: str, fence: tuple[str, int]) -> bool:
+    found = re.search(r", start (\d+) of job (\S+)$", holder)
+    return found is not None and found[2] == fence[0] and int(found[1]) < fence[1]
+
+
+def _live(run_directory: Path, holder: str) -> Violation:
+    return Violation("resume", str(run_directory), f"the run is live: {holder} holds it", "wait for it, or end it")
+
+
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
