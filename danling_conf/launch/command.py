@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from danling_conf.launch.job_file import CLUSTER_VARIABLE, JOB_VARIABLE
 from danling_conf.launch.local_workers import FROZEN_VARIABLE
 from danling_conf.resolution.hydra_adapter import (
     VERSION_BASE,
@@ -77,6 +78,8 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
             raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is no rank: unset it")
         # Programs that the user's function starts are no workers of this run.
         return run_local_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
+    if JOB_VARIABLE in os.environ:
+        return _run_job(app, Path(os.environ.pop(JOB_VARIABLE)))
     parsed = parse_arguments(arguments)
     if inspector is not None:
         return inspector(app, app.search(parsed), list(parsed.overrides))
@@ -102,6 +105,17 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
             return execute(app, composing, composed, config)
     except ConfigRefused as refusal:
         refuse(refusal)
+
+
+def _run_job(app: App, path: Path) -> Any:
+    """This process belongs to a job of a sweep: as a rank that Slurm started, or as the whole job on this machine."""
+    if os.environ.get(CLUSTER_VARIABLE) == "slurm":
+        from danling_conf.launch.slurm.rank import run_slurm_rank
+
+        return run_slurm_rank(app, path)
+    from danling_conf.launch.local_job import run_local_job
+
+    return run_local_job(app, path)
 
 
 def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -16,6 +18,7 @@ from danling_conf.resolution.current import Current
 from danling_conf.resolution.frozen import FROZEN, freeze_attempt
 from danling_conf.resolution.hydra_adapter import Composer, hydra_settings
 from danling_conf.resolution.run_directory import Attempt, claim
+from danling_conf.resolution.run_lock import RunLock
 from danling_conf.resolution.warn import warn
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.layout import layout_of
@@ -27,7 +30,7 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
     """Run one configuration to its end; gives its score. Exits the process where it failed."""
     attempt, lock = open_attempt(app, composed, config)
     try:
-        return run_attempt(app, composing, composed, config, attempt)
+        return run_attempt(app, partial(composing.run_job, composed), config, attempt)
     except ConfigRefused:
         raise
     except WorkersFailed as failure:
@@ -47,18 +50,19 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
         lock.release()
 
 
-def open_attempt(
-    app: App, composed: DictConfig, config: RunnerConfig, overrides: list[str] | None = None
-) -> tuple[Attempt, Any]:
+def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, RunLock]:
     """Claim the run, write what is frozen of the attempt, and tell the user what they should know."""
-    attempt, lock = claim(config, None if overrides is None else [str(app.script), *overrides])
+    attempt, lock = claim(config)
     freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
     warn(attempt, config)
     return attempt, lock
 
 
-def run_attempt(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig, attempt: Attempt) -> Any:
+def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, attempt: Attempt) -> Any:
     """Run an opened attempt as Hydra's job: in this process, or in as many workers as the layout has ranks.
+
+    Args:
+        run_job: runs a task as Hydra's job in a directory: of `Composer`, or `hydra_adapter.run_frozen`.
 
     Raises:
         WorkersFailed, WorkersInterrupted: from the workers.
@@ -83,7 +87,7 @@ def run_attempt(app: App, composing: Composer, composed: DictConfig, config: Run
         result = read_result(attempt.directory)
         return None if result is None else result["score"]
 
-    outcome = composing.run_job(composed, task, attempt.directory)
+    outcome = run_job(task=task, directory=attempt.directory)
     if isinstance(outcome._return_value, Exception):
         raise outcome._return_value
     return outcome._return_value

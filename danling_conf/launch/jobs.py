@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from danling_conf.resolution.identity import config_id, job_id
+from omegaconf import OmegaConf
+
+from danling_conf.resolution.identity import config_id, job_id, plain
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import layout_of
 
@@ -23,6 +26,16 @@ class Job:
     """Resolved and read-only."""
     hydra: Mapping[str, Any]
     """Hydra's own settings (`hydra_adapter.hydra_settings`), the launcher's among them."""
+
+    @cached_property
+    def launcher(self) -> dict[str, Any]:
+        """`hydra.launcher` as it is for this job, whose own settings it may refer to."""
+        settings = dict(self.hydra["launcher"])
+        if "${" in str(settings):
+            whole = OmegaConf.create({**plain(self.config), "hydra": dict(self.hydra)})
+            resolved: Any = OmegaConf.to_container(whole.hydra.launcher, resolve=True)
+            return resolved
+        return settings
 
     @property
     def job_id(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -59,10 +60,21 @@ def master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> di
     if ranks.local_world_size == ranks.world_size:
         address = "127.0.0.1"
     elif shutil.which("scontrol"):
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        address = shown.stdout.split()[0]
+        address = _address_of(_scontrol("show", "hostnames", nodes).split()[0])
     else:
         raise RuntimeError(f"MASTER_ADDR is not set, and scontrol, which tells the first of {nodes}, is not installed")
-    step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
-    port = 20000 + int(hashlib.sha256(step.encode()).hexdigest(), 16) % 20000
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    step = ".".join(environment.get(name, "0") for name in names)
+    # Below the ports that systems give to outgoing connections.
+    port = 15000 + int(hashlib.sha256(step.encode()).hexdigest(), 16) % 17000
     return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def _address_of(node: str) -> str:
+    """The address by which Slurm itself reaches a node; its name where that is all there is."""
+    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("-o", "show", "node", node))
+    return found[1] if found else node
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout

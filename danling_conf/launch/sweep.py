@@ -1,14 +1,11 @@
-"""A sweep on this machine: every job checked, then run one after another; true exit code, a ledger of the runs."""
+"""A sweep: every job checked, then run where its launcher says; true exit code, scores for Hydra's sweepers."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import signal
 import sys
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,19 +17,19 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.launch.command import App, check, compose_or_refuse
-from danling_conf.launch.execute import open_attempt, run_attempt, show_failure
+from danling_conf.launch.job_file import Program
+from danling_conf.launch.jobs import Job
 from danling_conf.launch.jobs_launcher import JobsLauncher
-from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted
-from danling_conf.launch.run_rank import score_of
-from danling_conf.resolution.hydra_adapter import Composer
-from danling_conf.resolution.identity import config_id, job_id
-from danling_conf.resolution.stopped import Stopped
-from danling_conf.schema import RunnerConfig
+from danling_conf.launch.ledger import COMPLETED, Record
+from danling_conf.launch.local_workers import worker_command
+from danling_conf.launch.running import backend_for, follow
+from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.resolution.code_identity import code_identity
+from danling_conf.resolution.hydra_adapter import Composer, hydra_settings
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 # Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
 _DIRECTORY = "hydra.sweep.dir='${{workspace_root}}/${{lineage}}/${{experiment}}/sweeps/{stamp}'"
-LEDGER = "jobs.jsonl"
 
 
 @dataclass
@@ -41,7 +38,8 @@ class Sweep:
 
     app: App
     composing: Composer
-    failed: list[str] = field(default_factory=list)
+    arguments: list[str]
+    """Of the command line."""
     __name__: str = "sweep"
 
     def __call__(self, config: DictConfig) -> Any:
@@ -54,7 +52,7 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     arguments += _launcher(composing, arguments)
     if not any(item.startswith("hydra.sweep.dir=") for item in arguments):
         arguments.append(_DIRECTORY.format(stamp=datetime.now().strftime("%Y%m%d-%H%M%S-%f")))
-    sweep = Sweep(app=app, composing=composing)
+    sweep = Sweep(app=app, composing=composing, arguments=["-m", *overrides])
     try:
         composing.multirun(arguments, sweep)
     except (HydraException, OmegaConfBaseException) as error:
@@ -63,7 +61,7 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     except ConfigRefused:
         _remove_unused(composing, arguments)
         raise
-    except (WorkersFailed, JobFailed):
+    except JobFailed:
         sys.exit(1)
 
 
@@ -89,33 +87,46 @@ def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
 
 
 class JobFailed(RuntimeError):
-    """A job of the sweep failed; its error has been shown."""
+    """A job of the sweep did not complete; why has been shown."""
 
 
 def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int) -> list[JobReturn]:
-    """Check all jobs, then run them in order; one line a job, and all results kept.
+    """Check all jobs, then run them where the launcher says; gives their results in order, scores as return values.
 
     Raises ConfigRefused, before any job starts, with the faults of all jobs.
     """
-    directory = Path(master.hydra.sweep.dir)
-    prepared = _check_all(sweep.composing, master, jobs, first)
-    print(f"sweep of {len(jobs)} jobs: {directory}")
-    results = []
-    for number, (overrides, composed, config) in enumerate(prepared, first):
-        print(f"#{number} {' '.join(filter_overrides(overrides))}", flush=True)
-        outcome = _run_job(sweep, composed, config, overrides, number, directory)
-        score = score_of(outcome._return_value) if outcome.status == JobStatus.COMPLETED else None
-        print(f"#{number} {outcome.status.name.lower()}" + (f" score={score:.6g}" if score is not None else ""))
-        results.append(outcome)
-    failed = sum(item.status == JobStatus.FAILED for item in results)
-    print(f"sweep done: {len(results) - failed} of {len(results)} jobs completed: {directory}", flush=True)
-    return results
+    cluster = get_class(master.hydra.launcher._target_).cluster
+    accepted = _check_all(sweep.composing, master, jobs, first)
+    directory = SweepDirectory(path=Path(master.hydra.sweep.dir))
+    records = start_jobs(sweep, directory, accepted, cluster)
+    return [_outcome(job, record) for job, record in zip(accepted, records, strict=True)]
 
 
-def _check_all(
-    composing: Composer, master: DictConfig, jobs: list[list[str]], first: int
-) -> list[tuple[list[str], DictConfig, RunnerConfig]]:
-    prepared: list[tuple[list[str], DictConfig, RunnerConfig]] = []
+def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], cluster: str) -> list[Record]:
+    """Plan accepted jobs in a sweep's directory, start them, and follow them to their end unless they are detached."""
+    launcher = jobs[0].launcher
+    words = worker_command()[2 : -len(sys.argv[1:]) or None]
+    code = code_identity(sweep.app.script.parent)
+    program = Program(words=tuple(words), directory=Path.cwd(), code_id=code.code_id)
+    files = directory.plan(jobs, program)
+    directory.ask(command=[*words, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
+    print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
+    backend = backend_for(cluster, launcher, directory.path)
+    backend.submit(list(files.values()))
+    if launcher.get("detach"):
+        return list(directory.ledger.records().values())[-len(jobs) :]
+    return follow(directory, backend, files, launcher)
+
+
+def _outcome(job: Job, record: Record) -> JobReturn:
+    completed = record.status == COMPLETED or not record.ended  # a detached one has not ended yet
+    outcome = JobReturn(overrides=list(job.overrides), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
+    outcome.return_value = record.score if completed else JobFailed(f"{record.status}: {record.facts.get('error')}")
+    return outcome
+
+
+def _check_all(composing: Composer, master: DictConfig, jobs: list[list[str]], first: int) -> list[Job]:
+    accepted: list[Job] = []
     refusals: list[tuple[int, list[str], ConfigRefused]] = []
     own = [str(item) for item in master.hydra.overrides.hydra]
     for number, overrides in enumerate(jobs, first):
@@ -124,12 +135,16 @@ def _check_all(
             with open_dict(composed):
                 composed.hydra.job.num = number
                 composed.hydra.job.id = str(number)
-            prepared.append((overrides, composed, check(composing, composed, overrides)))
+            config = check(composing, composed, overrides)
+            hydra = hydra_settings(composed, Path())
+            accepted.append(
+                Job(number=number, overrides=tuple(filter_overrides(overrides)), config=config, hydra=hydra)
+            )
         except ConfigRefused as refusal:
             refusals.append((number, overrides, refusal))
     if refusals:
         raise ConfigRefused(_of_jobs(refusals))
-    return prepared
+    return accepted
 
 
 def _of_jobs(refusals: Sequence[tuple[int, list[str], ConfigRefused]]) -> list[Violation]:
@@ -150,54 +165,6 @@ def _remove_unused(composing: Composer, arguments: list[str]) -> None:
         return  # the sweep itself could not be composed, so nothing was made
     if directory.is_dir() and [item.name for item in directory.iterdir()] == ["multirun.yaml"]:
         shutil.rmtree(directory)
-
-
-def _run_job(
-    sweep: Sweep, composed: DictConfig, config: RunnerConfig, overrides: list[str], number: int, directory: Path
-) -> JobReturn:
-    outcome = JobReturn(overrides=overrides, cfg=composed, status=JobStatus.FAILED)
-    record: dict[str, Any] = {
-        "job": number, "overrides": overrides, "job_id": job_id(config), "config_id": config_id(config),
-    }  # fmt: skip
-    lock, interruption = None, None
-    try:
-        attempt, lock = open_attempt(sweep.app, composed, config, overrides)
-        record["run"] = str(attempt.run_directory)
-        outcome.return_value = run_attempt(sweep.app, sweep.composing, composed, config, attempt)
-        outcome.status = JobStatus.COMPLETED
-    except KeyboardInterrupt:
-        interruption = 128 + signal.SIGINT
-    except Stopped as stopped:
-        interruption = 128 + stopped.number
-    except WorkersInterrupted as error:
-        interruption = error.exit_code
-    except WorkersFailed as error:
-        show_failure(error)
-        outcome.return_value = JobFailed(str(error))
-    except ConfigRefused as error:
-        print(error.report(), file=sys.stderr)
-        outcome.return_value = JobFailed(str(error))
-    except SystemExit as error:  # of the user's function: the end of that job, not of the sweep
-        if error.code in (None, 0):
-            outcome.status = JobStatus.COMPLETED
-            outcome.return_value = None
-        else:
-            outcome.return_value = JobFailed(f"exit {error.code}")
-    except Exception as error:
-        traceback.print_exc()
-        outcome.return_value = JobFailed(f"{type(error).__name__}: {error}")
-    finally:
-        if lock is not None:
-            lock.release()
-    completed = outcome.status == JobStatus.COMPLETED
-    status = "completed" if completed else "failed" if interruption is None else "interrupted"
-    record |= {"status": status, "score": score_of(outcome._return_value) if completed else None}
-    with open(directory / LEDGER, "a") as ledger:
-        ledger.write(json.dumps(record) + "\n")
-    if interruption is not None:
-        print(f"#{number} interrupted; the jobs after it were not started: {directory}", file=sys.stderr)
-        sys.exit(interruption)
-    return outcome
 
 
 def _sweep_faults(composing: Composer, overrides: Sequence[str], error: Exception) -> list[Violation]:

@@ -26,7 +26,7 @@ def run_local_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEn
     """Run as a rank that `local_workers.run_workers` started. Exits with 1 after an error, which the parent shows."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    _end_with_parent()
+    end_with_parent()
     handler = get_error_handler()
     handler.initialize()
     try:
@@ -52,7 +52,7 @@ def run_local_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEn
         os._exit(2 if isinstance(error, ConfigRefused) else 1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask Linux to end this process when its parent dies, even by SIGKILL: no rank outlives its run."""
     if sys.platform == "linux":
         set_parent_death_signal = 1

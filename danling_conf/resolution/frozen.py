@@ -45,16 +45,19 @@ def freeze_attempt(
 
 def frozen_content(config: RunnerConfig, attempt: Attempt, code_id: str, hydra: Mapping[str, Any] | None = None) -> str:
     """The frozen configuration as JSON: all that a rank needs to join."""
+    content = {**frozen_job(config, hydra), "code_id": code_id, "attempt": attempt.to_json()}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def frozen_job(config: RunnerConfig, hydra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of a frozen configuration that all attempts share."""
     kind = declared_class(config)
-    content = {
+    return {
         "job_id": job_id(config),
-        "code_id": code_id,
         "class": [kind.__module__, kind.__qualname__],
-        "attempt": attempt.to_json(),
         "config": plain(config),
         "hydra": hydra,
     }
-    return json.dumps(content, indent=1) + "\n"
 
 
 def thaw(content: str, kind: type[RunnerConfig] | None = None) -> tuple[Any, Attempt]:
@@ -63,6 +66,11 @@ def thaw(content: str, kind: type[RunnerConfig] | None = None) -> tuple[Any, Att
     Raises ValueError when the configuration that results is not the one that was frozen.
     """
     frozen = json.loads(content)
+    return thaw_job(frozen, kind), Attempt.from_json(frozen["attempt"])
+
+
+def thaw_job(frozen: Mapping[str, Any], kind: type[RunnerConfig] | None = None) -> Any:
+    """The configuration of `frozen_job`. Raises ValueError as `thaw`."""
     kind = kind or _class_of(*frozen["class"])
     # The rules were applied where the command was given; here only the same object must come out of the file.
     config, _ = inspect(frozen["config"], kind=kind, context=Context(machine=Machine()))
@@ -72,7 +80,7 @@ def thaw(content: str, kind: type[RunnerConfig] | None = None) -> tuple[Any, Att
             f"the frozen configuration has job id {frozen['job_id']}, and this process reads {job_id(config)} from it: "
             f"its {kind.__name__} differs from that of the process that wrote it"
         )
-    return config, Attempt.from_json(frozen["attempt"])
+    return config
 
 
 def take_part_in(content: str) -> DictConfig | None:

@@ -102,20 +102,38 @@ class Composer:
 
         Raises what the task raised.
         """
-        with open_dict(config):
-            config.hydra.run.dir = str(directory)
-            config.hydra.mode = RunMode.RUN
-        callbacks = Callbacks(config)
-        callbacks.on_run_start(config=config, config_name=self.search.config_name)
-        result = run_job(
-            hydra_context=HydraContext(config_loader=self.loader, callbacks=callbacks),
-            task_function=task,
-            config=config,
-            job_dir_key="hydra.run.dir",
-            job_subdir_key=None,
-        )
-        callbacks.on_run_end(config=config, config_name=self.search.config_name, job_return=result)
-        return result
+        return _run_job(config, task, directory, self.search.config_name, self.loader)
+
+
+def run_frozen(settings: Mapping[str, Any], config: Mapping[str, Any], task: Any, directory: Path) -> Any:
+    """`Composer.run_job` of a configuration that was composed elsewhere.
+
+    Args:
+        settings: of `hydra_settings`.
+        config: the rest of the configuration.
+    """
+    _set_version_base()
+    setup_globals()
+    composed = _frozen_node(settings, config)
+    os.environ.update({name: str(value) for name, value in composed.hydra.job.env_set.items()})
+    return _run_job(composed, task, directory, composed.hydra.job.config_name, None)
+
+
+def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, loader: Any) -> Any:
+    with open_dict(config):
+        config.hydra.run.dir = str(directory)
+        config.hydra.mode = RunMode.RUN
+    callbacks = Callbacks(config)
+    callbacks.on_run_start(config=config, config_name=name)
+    result = run_job(
+        hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
+        task_function=task,
+        config=config,
+        job_dir_key="hydra.run.dir",
+        job_subdir_key=None,
+    )
+    callbacks.on_run_end(config=config, config_name=name, job_return=result)
+    return result
 
 
 @contextmanager
@@ -140,11 +158,9 @@ def _named_defects() -> Iterator[None]:
 @contextmanager
 def composer(search: ConfigSearch) -> Iterator[Composer]:
     """Hydra, initialised for an app; other users of Hydra in this process find it as they left it."""
-    from hydra import version
-
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    version.setbase(*VERSION_BASE.values() or (version._UNSPECIFIED_,))
+    _set_version_base()
     path = create_config_search_path(search.config_path)
     if search.config_dir is not None:
         directory = Path(search.config_dir).absolute()
@@ -161,6 +177,12 @@ def composer(search: ConfigSearch) -> Iterator[Composer]:
             GlobalHydra.instance().initialize(previous)
 
 
+def _set_version_base() -> None:
+    from hydra import version
+
+    version.setbase(*VERSION_BASE.values() or (version._UNSPECIFIED_,))
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Hydra's command line: overrides, and flags such as --help and --multirun."""
     return get_args_parser().parse_args(list(arguments))
@@ -169,9 +191,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def hydra_settings(composed: DictConfig, directory: Path) -> dict[str, Any]:
     """Hydra's own node of what was composed, as it is while a job runs in `directory`; interpolations are kept."""
     settings: Any = OmegaConf.to_container(composed.hydra, enum_to_str=True)
-    settings["mode"] = RunMode.RUN.name
-    settings["run"]["dir"] = settings["runtime"]["output_dir"] = str(directory)
-    return settings
+    return settings_in(settings, directory)
+
+
+def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Hydra's settings as they are while a job runs in `directory`."""
+    run, runtime = {**settings["run"], "dir": str(directory)}, {**settings["runtime"], "output_dir": str(directory)}
+    return {**settings, "mode": RunMode.RUN.name, "run": run, "runtime": runtime}
 
 
 def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
@@ -183,17 +209,23 @@ def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictCon
         settings: of `hydra_settings`.
         config: the rest of the configuration, which they may refer to.
     """
-    from hydra.conf import HydraConf
     from hydra.core.hydra_config import HydraConfig
 
     setup_globals()  # its resolvers: `now`, `hydra`
-    typed = OmegaConf.create({**config, "hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
-    typed.merge_with({"hydra": settings})
+    typed = _frozen_node(settings, config)
     HydraConfig.instance().set_config(typed)
     os.environ.update({name: str(value) for name, value in typed.hydra.job.env_set.items()})
     if typed.hydra.job.chdir:
         os.chdir(typed.hydra.runtime.output_dir)
     return typed.hydra
+
+
+def _frozen_node(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
+    from hydra.conf import HydraConf
+
+    typed = OmegaConf.create({**config, "hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
+    typed.merge_with({"hydra": settings})
+    return typed
 
 
 @contextmanager

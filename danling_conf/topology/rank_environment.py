@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
             rank=_number(environment, "SLURM_PROCID"),
             world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(environment, "SLURM_LOCALID"),
-            local_world_size=_number(environment, "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"),
+            local_world_size=_tasks_of_node(environment),
         )
     else:
         return None
@@ -66,10 +67,25 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
     return found
 
 
+def _tasks_of_node(environment: Mapping[str, str]) -> int:
+    """Tasks of this node, from a list such as `4(x2),1`: four on each of two nodes, and one on a third."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_STEP_NUM_TASKS"])
+    counts: list[int] = []
+    for item in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
+        if found is None:
+            raise _contradiction(f"SLURM_STEP_TASKS_PER_NODE={text} is no list of numbers of tasks")
+        counts += [int(found[1])] * int(found[2] or 1)
+    node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
+    if node >= len(counts):
+        raise _contradiction(f"SLURM_NODEID={node}, and SLURM_STEP_TASKS_PER_NODE={text} names {len(counts)} nodes")
+    return counts[node]
+
+
 def _number(environment: Mapping[str, str], *names: str) -> int:
     for name in names:
         if name in environment:
-            text = environment[name].partition("(")[0].partition(",")[0]  # srun writes 4(x2) for two nodes of four
+            text = environment[name]
             if not text.isdigit():
                 raise _contradiction(f"{name}={environment[name]} is not a number")
             return int(text)

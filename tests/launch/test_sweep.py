@@ -19,7 +19,11 @@ def sweep(root: Path, *more: str) -> list[str | Path]:
 def ledger(root: Path) -> list[dict[str, Any]]:
     (found,) = root.rglob("jobs.jsonl")
     assert found.parent.parent == root / "lin" / "exp" / "sweeps"
-    return [json.loads(line, parse_constant=_no_constant) for line in found.read_text().splitlines()]
+    jobs: dict[str, dict[str, Any]] = {}
+    for line in found.read_text().splitlines():
+        content = json.loads(line, parse_constant=_no_constant)
+        jobs.setdefault(content["key"], {"score": None}).update(content)
+    return list(jobs.values())
 
 
 def _no_constant(name: str) -> None:

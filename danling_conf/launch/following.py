@@ -1,0 +1,86 @@
+"""Looking after a sweep: its jobs' ends are noticed and written down, failed ones are retried or stop the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from danling_conf.launch.backend import Backend, Ending
+from danling_conf.launch.job_file import JobFile
+from danling_conf.launch.ledger import COMPLETED, INTERRUPTED, Ledger, Record
+from danling_conf.launch.policy import RETRIED, OnFailure
+
+
+class Following:
+    """Looks after some jobs of a sweep until all of them have ended.
+
+    Args:
+        jobs: by key.
+        show: called with every record that has changed.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        backend: Backend,
+        jobs: Mapping[str, JobFile],
+        policy: OnFailure,
+        show: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        self._ledger, self._backend, self._jobs, self._policy, self._show = ledger, backend, dict(jobs), policy, show
+        self._seen: dict[str, int] = {}
+        self._ended_since: dict[str, float] = {}
+        self._stopped = False
+
+    def to_the_end(self) -> list[Record]:
+        """Look on until every job has ended; gives their records in the order of the sweep."""
+        while self.look():
+            time.sleep(self._backend.interval)
+        return list(self._mine().values())
+
+    def look(self) -> bool:
+        """One look; says whether a job is still to end."""
+        self._tell()
+        unfinished = [record for record in self._mine().values() if not record.ended]
+        if unfinished:
+            self._settle(unfinished, self._backend.endings(unfinished))
+            self._tell()
+        self._enact()
+        return any(not record.ended for record in self._mine().values())
+
+    def _mine(self) -> dict[str, Record]:
+        return {key: record for key, record in self._ledger.records().items() if key in self._jobs}
+
+    def _tell(self) -> None:
+        for key, record in self._mine().items():
+            if self._seen.get(key) != len(record.history):
+                self._seen[key] = len(record.history)
+                self._show(record)
+
+    def _settle(self, unfinished: Sequence[Record], endings: Mapping[str, Ending]) -> None:
+        """Write down ends of which the jobs themselves could not speak any more."""
+        now = time.monotonic()
+        for record in unfinished:
+            ending = endings.get(record.key)
+            if ending is None:
+                self._ended_since.pop(record.key, None)
+                continue
+            since = self._ended_since.setdefault(record.key, now)
+            if now - since < self._backend.patience:
+                continue  # its own word may still be on its way
+            if not self._ledger.records()[record.key].ended:
+                self._ledger.add(record.key, status=ending.status, error=ending.error)
+            del self._ended_since[record.key]
+
+    def _enact(self) -> None:
+        records = self._mine().values()
+        bad = [record for record in records if record.ended and record.status != COMPLETED]
+        again = [
+            record for record in bad if record.status in RETRIED and record.queued <= self._policy.retries
+        ]  # fmt: skip
+        if again and not self._stopped:
+            self._backend.submit([self._jobs[record.key] for record in again])
+        given_up = [record for record in bad if record not in again and record.status != INTERRUPTED]
+        if given_up and self._policy.stops and not self._stopped:
+            self._stopped = True
+            self._backend.cancel([record for record in records if not record.ended])

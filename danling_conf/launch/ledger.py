@@ -1,0 +1,129 @@
+"""A sweep's ledger: what was asked for, and what has become of each job.
+
+A file of lines of JSON, each saying something new about one job; the newest word on a fact holds. Lines are only ever
+added, under a lock, by the command that started the sweep, by its jobs and by whoever looks after them, so that neither
+two writers nor a crash lose anything.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LEDGER = "jobs.jsonl"
+
+PLANNED, QUEUED, RUNNING = "planned", "queued", "running"
+COMPLETED, FAILED, REFUSED, CANCELLED = "completed", "failed", "refused", "cancelled"
+INTERRUPTED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, LOST = (
+    "interrupted", "timed out", "out of memory", "node lost", "lost",
+)  # fmt: skip
+LIVE = (QUEUED, RUNNING)
+ENDED = (COMPLETED, FAILED, REFUSED, CANCELLED, INTERRUPTED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, LOST)
+
+
+@dataclass(kw_only=True)
+class Record:
+    """One job, as the ledger has it."""
+
+    key: str
+    """The job's `job_id`; with a number behind it where the sweep asked for the same more than once."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The newest value of everything that was said: job (its number), job_id, config_id, overrides, run, status, score,
+    error, ..."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """All lines about it, in order."""
+
+    @property
+    def number(self) -> int:
+        return int(self.facts["job"])
+
+    @property
+    def status(self) -> str:
+        return str(self.facts.get("status", PLANNED))
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def score(self) -> float | None:
+        return self.facts.get("score") if self.status == COMPLETED else None
+
+    @property
+    def run(self) -> Path | None:
+        return Path(self.facts["run"]) if self.facts.get("run") else None
+
+    @property
+    def attempts(self) -> int:
+        """How many times it was started."""
+        return sum(line.get("status") == RUNNING for line in self.history)
+
+    @property
+    def queued(self) -> int:
+        """How many times it was submitted; requeues by the cluster do not count."""
+        return sum(line.get("status") == QUEUED and "why" not in line for line in self.history)
+
+    def since_queued(self) -> list[dict[str, Any]]:
+        """The lines since it was last submitted."""
+        starts = [i for i, line in enumerate(self.history) if line.get("status") == QUEUED and "why" not in line]
+        return self.history[starts[-1] :] if starts else self.history
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self.history.append(dict(line))
+        if line.get("status") in LIVE:
+            for name in ("error", "score", "rank"):  # of an earlier attempt
+                self.facts.pop(name, None)
+        self.facts |= {name: value for name, value in line.items() if name not in ("key", "time")}
+
+
+class Ledger:
+    """The ledger in a sweep's directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / LEDGER
+        self._records: dict[str, Record] = {}
+        self._read_to = 0
+
+    def add(self, key: str, **facts: Any) -> None:
+        """Add a line about a job."""
+        self.add_all([(key, facts)])
+
+    def add_all(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
+        """Add lines about jobs, all of them or, in a crash, the first ones whole."""
+        stamp = round(time.time(), 3)
+        text = "".join(json.dumps({"key": key, "time": stamp, **facts}) + "\n" for key, facts in lines)
+        with open(self.path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                if file.read(1) != b"\n":  # a writer was killed in the middle of a line: it stays by itself
+                    text = "\n" + text
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> dict[str, Record]:
+        """All jobs by key, in the order in which they were planned. Reads what is new since the last call."""
+        if not self.path.is_file():
+            return self._records
+        with open(self.path, "rb") as file:
+            file.seek(self._read_to)
+            new = file.read()
+        whole = new.rfind(b"\n") + 1
+        self._read_to += whole
+        for line in new[:whole].splitlines():
+            try:
+                content = json.loads(line)
+                key = content["key"]
+            except (ValueError, TypeError, KeyError):
+                continue  # the torn line of a writer that was killed
+            self._records.setdefault(key, Record(key=key)).add(content)
+        return self._records

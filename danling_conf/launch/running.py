@@ -1,0 +1,84 @@
+"""Jobs of a sweep's directory, started and followed: by the command that asked for them, or by one that comes later."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from danling_conf.launch.backend import Backend
+from danling_conf.launch.following import Following
+from danling_conf.launch.job_file import JobFile
+from danling_conf.launch.ledger import COMPLETED, Record
+from danling_conf.launch.local_jobs import LocalJobs
+from danling_conf.launch.policy import parse_on_failure
+from danling_conf.launch.reporting import say
+from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.resolution.stopped import STOPPING, Stopped
+
+
+def backend_for(cluster: str, launcher: Mapping[str, Any], directory: Path) -> Backend:
+    """Where the jobs of a sweep run."""
+    if cluster == "slurm":
+        from danling_conf.launch.slurm.jobs import SlurmJobs
+
+        return SlurmJobs(directory)
+    return LocalJobs(launcher.get("parallel_jobs"))
+
+
+def follow(
+    directory: SweepDirectory, backend: Backend, jobs: Mapping[str, JobFile], launcher: Mapping[str, Any]
+) -> list[Record]:
+    """Look after jobs that were submitted until all have ended, and say what becomes of them; gives their records.
+
+    A signal ends it, and the process with 128 + its number: jobs on this machine are told to save and leave, jobs of a
+    cluster go on without anybody to look after them.
+    """
+    following = Following(
+        directory.ledger, backend, jobs, parse_on_failure(launcher["on_failure"]),
+        lambda record: say(record, jobs[record.key]),
+    )  # fmt: skip
+    with _stopped_by_signals():
+        try:
+            records = following.to_the_end()
+        except Stopped as stopped:
+            _leave(stopped, directory, backend, following)
+            raise
+    completed = sum(record.status == COMPLETED for record in records)
+    print(f"sweep done: {completed} of {len(records)} jobs completed: {directory.path}", flush=True)
+    return records
+
+
+def _leave(stopped: Stopped, directory: SweepDirectory, backend: Backend, following: Following) -> None:
+    if not isinstance(backend, LocalJobs):
+        print(f"{stopped}; the jobs go on: danling-conf runs {directory.path}", file=sys.stderr)
+        return
+    backend.cancel(list(directory.ledger.records().values()))
+    print(f"{stopped}; the jobs are told to save and leave", file=sys.stderr, flush=True)
+    try:
+        backend.wait()
+    except Stopped:  # a second time: at once
+        backend.cancel(list(directory.ledger.records().values()))
+        backend.wait()
+    while following.look():
+        pass
+    print(f"to go on: danling-conf resume {directory.path}", file=sys.stderr)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Signals raise Stopped, wherever this process is."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in STOPPING]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Slurm: what its commands say, jobs submitted through submitit, and what a rank does under it."""

@@ -1,0 +1,156 @@
+"""Jobs of a sweep on Slurm: submitted through submitit, one array for all of one shape."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from danling_conf.launch.backend import Ending
+from danling_conf.launch.job_file import JobFile
+from danling_conf.launch.ledger import CANCELLED, FAILED, LOST, NODE_LOST, OUT_OF_MEMORY, QUEUED, TIMED_OUT, Record
+from danling_conf.launch.slurm import queries
+from danling_conf.launch.slurm.queries import ENDS, JobState, SlurmUnavailable
+from danling_conf.launch.slurm.task import run_task
+
+FOLDER = "slurm"
+"""Folder of a sweep for what submitit writes and for what tasks print."""
+_UNREACHABLE_SECONDS = 600.0
+_NEVER = ("DependencyNeverSatisfied", "BadConstraints", "launch_failed_requeued_held", "launch failed requeued held")
+"""Reasons for which a job waits in vain."""
+_WORDS = {
+    CANCELLED: "cancelled in Slurm",
+    TIMED_OUT: "it has reached its time limit",
+    OUT_OF_MEMORY: "it took more memory than it had asked for",
+    NODE_LOST: "a node was lost",
+}
+
+
+class SlurmJobs:
+    """Submits jobs, and reads from Slurm how they end.
+
+    Args:
+        sweep: the sweep's directory.
+    """
+
+    interval = 2.0
+    patience = 10.0  # file systems of a cluster may show other nodes' lines late
+
+    def __init__(self, sweep: Path) -> None:
+        self._folder = sweep / FOLDER
+        self._unreachable_since: float | None = None
+
+    def submit(self, jobs: Sequence[JobFile]) -> None:
+        """Queue jobs, those of one shape in one array. Raises SlurmUnavailable with what `sbatch` complains of."""
+        import submitit
+        from submitit.core.utils import FailedJobError
+
+        most = queries.largest_array()
+        for parameters, group in _by_parameters(jobs).items():
+            for start in range(0, len(group), most):
+                part = group[start : start + most]
+                executor = submitit.SlurmExecutor(folder=self._folder)
+                executor.update_parameters(**json.loads(parameters))
+                paths = [str(job.path) for job in part]
+                try:
+                    submitted = executor.map_array(run_task, paths)
+                except FailedJobError as error:
+                    raise SlurmUnavailable(f"sbatch: {error}") from error
+                lines = [
+                    (job.key, {"status": QUEUED, "slurm": item.job_id})
+                    for job, item in zip(part, submitted, strict=True)
+                ]
+                part[0].ledger.add_all(lines)
+
+    def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
+        """Raises SlurmUnavailable when Slurm has not answered for ten minutes."""
+        by_id = {record.facts["slurm"]: record for record in unfinished if "slurm" in record.facts}
+        try:
+            found = queries.states(by_id)
+        except SlurmUnavailable as error:
+            now = time.monotonic()
+            if self._unreachable_since is None:
+                self._unreachable_since = now
+                print(f"Slurm does not answer, and is asked again: {error}", file=sys.stderr, flush=True)
+            if now - self._unreachable_since > _UNREACHABLE_SECONDS:
+                raise
+            return {}
+        self._unreachable_since = None
+        endings = {}
+        for job_id, record in by_id.items():
+            ending = _ending(job_id, found.get(job_id))
+            if ending is not None:
+                endings[record.key] = ending
+        return endings
+
+    def cancel(self, records: Sequence[Record]) -> None:
+        ids = [record.facts["slurm"] for record in records if "slurm" in record.facts]
+        for start in range(0, len(ids), 500):
+            queries.run("scancel", *ids[start : start + 500])
+
+
+def _ending(job_id: str, state: JobState | None) -> Ending | None:
+    if state is None:
+        return Ending(status=LOST, error="Slurm no longer knows the job, and it has left no word")
+    if state.state == "PENDING" and state.reason in _NEVER:
+        queries.run("scancel", job_id)
+        return Ending(status=FAILED, error=f"Slurm will never start it: {state.reason}")
+    status = ENDS.get(state.state)
+    if status is None:
+        return None
+    if status == FAILED:
+        return Ending(status=FAILED, error=_failure(job_id, state))
+    return Ending(status=status, error=_WORDS.get(status))
+
+
+def _failure(job_id: str, state: JobState) -> str:
+    """What there is to say of a job that failed without a word of its own."""
+    code = state.exit_code
+    if not code:
+        try:
+            code = queries.show(job_id).get("ExitCode", "")
+        except SlurmUnavailable:
+            return "it failed, and has left no word"
+    status, _, number = code.partition(":")
+    if status == "137" or number == "9":
+        return "a rank was killed (SIGKILL): memory may have run out"
+    return f"it ended with exit code {status}" + (f", by signal {number}" if number not in ("", "0") else "")
+
+
+def _by_parameters(jobs: Sequence[JobFile]) -> dict[str, list[JobFile]]:
+    groups: dict[str, list[JobFile]] = {}
+    for job in jobs:
+        groups.setdefault(json.dumps(parameters_of(job.content), sort_keys=True), []).append(job)
+    return groups
+
+
+def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What submitit is told of a job: its shape, and what the launcher's settings say beside it."""
+    launcher, shape = job["launcher"], job["shape"]
+    parameters: dict[str, Any] = {
+        "job_name": launcher["name"],
+        "time": launcher["timeout_min"],
+        "nodes": shape["nodes"],
+        "ntasks_per_node": shape["tasks_per_node"],
+        "signal_delay_s": shape["signal_delay_s"],
+        # Whatever a sweep asks for, its jobs can be preempted and requeued, and a rank that fails fails the job.
+        "additional_parameters": {"requeue": True, **launcher["additional_parameters"]},
+        "srun_args": ["--kill-on-bad-exit=1", *(launcher["srun_args"] or [])],
+    }
+    for name in ("partition", "qos", "account", "constraint", "exclude", "nodelist", "gres", "gpus_per_task",
+                 "cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment", "dependency", "exclusive", "setup",
+                 "array_parallelism"):  # fmt: skip
+        if launcher[name] is not None:
+            parameters[name] = launcher[name]
+    if launcher["mem_gb"] is not None:
+        parameters["mem"] = f"{round(launcher['mem_gb'] * 1024)}MB"
+    if shape["gpus_per_node"] and launcher["gres"] is None and launcher["gpus_per_task"] is None:
+        parameters["gpus_per_node"] = shape["gpus_per_node"]
+    if shape["cpus_per_task"] and launcher["cpus_per_gpu"] is None:
+        parameters["cpus_per_task"] = shape["cpus_per_task"]
+        # Since Slurm 22.05 srun no longer takes it from the job.
+        parameters["srun_args"].append(f"--cpus-per-task={shape['cpus_per_task']}")
+    return parameters

@@ -1,0 +1,169 @@
+"""What Slurm's commands say: of a partition before jobs are submitted, and of jobs afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, NODE_LOST, OUT_OF_MEMORY, TIMED_OUT
+
+_SECONDS = 60
+"""After so long a command of Slurm's is given up; its controller answers within milliseconds or not at all."""
+
+ENDS = {
+    "COMPLETED": COMPLETED, "FAILED": FAILED, "CANCELLED": CANCELLED, "TIMEOUT": TIMED_OUT, "DEADLINE": TIMED_OUT,
+    "OUT_OF_MEMORY": OUT_OF_MEMORY, "NODE_FAIL": NODE_LOST, "BOOT_FAIL": NODE_LOST, "PREEMPTED": CANCELLED,
+    "REVOKED": CANCELLED,
+}  # fmt: skip
+"""Slurm's final states, as the ledger calls them."""
+
+
+class SlurmUnavailable(RuntimeError):
+    """Slurm does not answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """What a partition offers; None where Slurm does not say or sets no limit."""
+
+    name: str
+    nodes: int
+    """Nodes that a job can have."""
+    gpus_per_node: int
+    """GPUs of the node that has the most."""
+    cpus_per_node: int
+    """CPUs of the node that has the fewest."""
+    minutes: float | None
+    """Longest time limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """What Slurm says of a job."""
+
+    state: str
+    """In Slurm's words: `PENDING`, `RUNNING`, `COMPLETED`."""
+    reason: str = ""
+    exit_code: str = ""
+
+
+def run(*words: str) -> str:
+    """Output of a command of Slurm's. Raises SlurmUnavailable with what it complains of."""
+    if shutil.which(words[0]) is None:
+        raise SlurmUnavailable(f"{words[0]} is not installed here: submit from a machine of the cluster")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SlurmUnavailable(f"{' '.join(words)}: no answer within {_SECONDS} s") from error
+    if done.returncode:
+        raise SlurmUnavailable(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def partition(name: str | None) -> Partition:
+    """The partition of that name, or the default one. Raises SlurmUnavailable, or LookupError when there is none."""
+    lines = run("sinfo", "-h", "-N", "-O", "NodeList:|,PartitionName:|,CPUs:|,Gres:|,Time:|,Default:|,MaxCPUsPerNode:|")
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines.splitlines() if line.strip()]
+    default = default_partition() if name is None else name
+    mine = [row for row in rows if row[1] == default]
+    if not mine:
+        raise LookupError(f"there is no partition {default}; there are {', '.join(sorted({row[1] for row in rows}))}")
+    shown = dict(
+        item.split("=", 1) for item in run("scontrol", "-o", "show", "partition", default).split() if "=" in item
+    )
+    nodes = len(mine)
+    if shown.get("MaxNodes", "UNLIMITED").isdigit():
+        nodes = min(nodes, int(shown["MaxNodes"]))
+    return Partition(
+        name=default,
+        nodes=nodes,
+        gpus_per_node=max(_gpus(row[3]) for row in mine),
+        cpus_per_node=min(int(row[2]) for row in mine),
+        minutes=_minutes(shown.get("MaxTime", "UNLIMITED")),
+    )
+
+
+def default_partition() -> str:
+    """Name of the partition for jobs that name none. Raises LookupError when there is none."""
+    for line in run("scontrol", "-o", "show", "partition").splitlines():
+        if "Default=YES" in line:
+            return re.search(r"PartitionName=(\S+)", line)[1]  # type: ignore[index]
+    raise LookupError("the cluster has no default partition")
+
+
+def largest_array() -> int:
+    """The most jobs that an array may have."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
+    return max(1, int(found[1]) - 1) if found else 1000
+
+
+def states(job_ids: Iterable[str]) -> dict[str, JobState]:
+    """Every job that Slurm still knows, by `ID` or `ARRAY_TASK`: the queue has also those that ended a while ago, and
+    the accounting, where there is one, the older ones.
+
+    Raises SlurmUnavailable when not even the queue can be asked.
+    """
+    wanted = set(job_ids)
+    found: dict[str, JobState] = {}
+    for line in run("squeue", "--states=all", "-r", "-h", "--me", "-o", "%i|%T|%r").splitlines():
+        job_id, state, reason = line.split("|", 2)
+        if job_id in wanted:
+            found[job_id] = JobState(state=state, reason=reason)
+    missing = wanted - found.keys()
+    if missing:
+        found |= _accounted(missing)
+    return found
+
+
+def show(job_id: str) -> dict[str, str]:
+    """All that `scontrol` says of one job. Raises SlurmUnavailable, also where Slurm has forgotten it."""
+    return dict(item.split("=", 1) for item in run("scontrol", "-o", "show", "job", job_id).split() if "=" in item)
+
+
+def time_of(stamp: str) -> float | None:
+    """A time of Slurm's in seconds since the epoch; None for what it does not know."""
+    try:
+        return datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S").timestamp()
+    except ValueError:
+        return None
+
+
+def own_job(environment: Mapping[str, str] = os.environ) -> str:
+    """The job that this process belongs to: `ARRAY_TASK` in an array, whose tasks must not be taken for each other."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def _accounted(job_ids: set[str]) -> dict[str, JobState]:
+    """What accounting says; nothing where the cluster keeps none."""
+    if shutil.which("sacct") is None:
+        return {}
+    try:
+        lines = run("sacct", "-n", "-P", "-X", "-j", ",".join(sorted(job_ids)), "-o", "JobID,State,ExitCode")
+    except SlurmUnavailable:
+        return {}
+    found = {}
+    for line in lines.splitlines():
+        job_id, state, code = line.split("|")
+        found[job_id] = JobState(state=state.split()[0], exit_code=code)  # "CANCELLED by 1000"
+    return {job_id: state for job_id, state in found.items() if job_id in job_ids}
+
+
+def _gpus(gres: str) -> int:
+    """GPUs in a list of generic resources: `gpu:8`, `gpu:a100:4(S:0-1),shard:16`."""
+    return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
+
+
+def _minutes(limit: str) -> float | None:
+    """A time limit in minutes: `1-12:00:00`, `02:00:00`, `30:00`, `UNLIMITED`."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(item or 0) for item in found.groups())
+    return days * 1440 + hours * 60 + minutes + seconds / 60

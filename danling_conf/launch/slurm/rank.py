@@ -1,0 +1,141 @@
+"""A rank of a job on Slurm: it meets the others, runs the user's function, and leaves so that Slurm knows the truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danling_conf.launch.job_file import CLUSTER_VARIABLE, JobFile, write_error
+from danling_conf.launch.ledger import COMPLETED, FAILED, REFUSED
+from danling_conf.launch.meeting import announce, await_configuration, meet
+from danling_conf.launch.opening import open_job
+from danling_conf.launch.run_rank import run_rank, score_of
+from danling_conf.launch.slurm import requeue
+from danling_conf.launch.slurm.queries import own_job
+from danling_conf.resolution.current import Current
+from danling_conf.resolution.frozen import FROZEN, take_part_in, thaw
+from danling_conf.resolution.hydra_adapter import run_frozen
+from danling_conf.resolution.identity import differences
+from danling_conf.resolution.logs import rank_log, redirect_output
+from danling_conf.resolution.run_lock import LostRun
+from danling_conf.resolution.stopped import Stopped
+from danling_conf.topology.rank_environment import RankEnvironment, started_rank
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+if TYPE_CHECKING:
+    from danling_conf.launch.command import App
+
+
+def run_slurm_rank(app: App, path: Path) -> Any:
+    """Take part in the job of a job file as the rank that Slurm says.
+
+    A rank that fails leaves at once, with the process, and by that with the job: the others are stopped by srun.
+    """
+    os.environ.pop(CLUSTER_VARIABLE, None)
+    job = JobFile.read(path)
+    ranks = started_rank()
+    if ranks is None:
+        raise RuntimeError("this process was not started by srun: its job's script must start it so")
+    try:
+        value = _lead(app, job, ranks) if ranks.main else _follow(app, job, ranks)
+    except Stopped as stopped:
+        requeue.leave(stopped, job, ranks)
+    except LostRun as error:  # a later start of this job has the run and the ledger's word
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except ConfigRefused as refusal:
+        if ranks.main:
+            job.ledger.add(job.key, status=REFUSED, error=str(refusal))
+        print(refusal.report(), file=sys.stderr)
+        _leave_at_once(2)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            value = None
+        else:
+            _tell(job, ranks, error)
+            _leave_at_once(1)
+    if ranks.main:
+        job.ledger.add(job.key, status=COMPLETED, score=score_of(value))
+    return value
+
+
+def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
+    start_number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    slurm, several = own_job(), ranks.world_size > 1
+    try:
+        config, attempt, lock = open_job(
+            job, app.script, fence=(slurm, start_number), slurm=slurm, start=start_number,
+            nodes=os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST"),
+        )  # fmt: skip
+    except ConfigRefused:
+        if several:
+            announce(meet(ranks), None, ranks.world_size)
+        raise
+    try:
+        store = None
+        if several:
+            store = meet(ranks)
+            announce(store, (attempt.directory / FROZEN).read_text(), ranks.world_size)
+        current = Current(attempt=attempt, ranks=ranks, store=store, guard=lock.check, repeats_signals=True)
+        outcome = run_frozen(
+            job.content["hydra"], job.content["config"],
+            lambda _: run_rank(app.function, config, current, app.script.stem), attempt.directory,
+        )  # fmt: skip
+        if isinstance(outcome._return_value, Exception):
+            raise outcome._return_value
+        return outcome._return_value
+    finally:
+        lock.release()
+
+
+def _follow(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
+    store = meet(ranks)
+    content = await_configuration(store)
+    if content is None:  # rank 0 says why
+        sys.exit(2)
+    config, attempt = thaw(content)
+    _compare(job, config, ranks)
+    redirect_output(rank_log(attempt.directory, ranks.rank))
+    take_part_in(content)
+    current = Current(attempt=attempt, ranks=ranks, store=store, repeats_signals=True)
+    return run_rank(app.function, config, current, app.script.stem)
+
+
+def _compare(job: JobFile, config: Any, ranks: RankEnvironment) -> None:
+    """Every node reads the job for itself: one that sees another file than the first node's must not train by it."""
+    from danling_conf.resolution.identity import job_id, plain
+
+    if job.content["job_id"] == job_id(config):
+        return
+    changed = differences(job.content["config"], plain(config))
+    node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    raise ConfigRefused(
+        [
+            Violation(path, mine, f"rank {ranks.rank} on {node} reads this, and rank 0 has {theirs}",
+                      f"let all nodes see the same {job.path}")
+            for path, (mine, theirs) in changed.items()
+        ]
+    )  # fmt: skip
+
+
+def _tell(job: JobFile, ranks: RankEnvironment, error: BaseException) -> None:
+    """Leave word of a failure: in the rank's output, beside the job, and, if no other rank was first, in the ledger."""
+    traceback.print_exc()
+    message = f"{type(error).__name__}: {error}"
+    write_error(job.folder, ranks.rank, message, traceback.format_exc())
+    record = job.ledger.records()[job.key]
+    if not record.ended:
+        job.ledger.add(job.key, status=FAILED, error=message.partition("\n")[0], rank=ranks.rank)
+
+
+def _leave_at_once(code: int) -> None:
+    """Others may be waiting for this rank in a collective: no clean-up that would wait for them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

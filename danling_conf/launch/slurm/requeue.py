@@ -1,0 +1,105 @@
+"""How a rank leaves a job that was told to stop: why it was told, and whether the job is to be queued again.
+
+Slurm ends a job that it preempts, requeues or that has reached its limit by signals, and so does a user. Which it was,
+`scontrol` knows. A job that is still running is put back into the queue by rank 0, and then no rank leaves: a process
+that exits would be taken for the job's end. All wait for Slurm to end them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from danling_conf.launch.job_file import JobFile
+from danling_conf.launch.ledger import CANCELLED, FAILED, QUEUED, TIMED_OUT
+from danling_conf.launch.slurm.queries import SlurmUnavailable, own_job, run, show, time_of
+from danling_conf.resolution.stopped import Stopped
+from danling_conf.topology.rank_environment import RankEnvironment
+
+PREEMPTED, TIME_LIMIT, REQUEUED, ASKED = "preempted", "time limit", "requeued", "asked by a signal"
+_WAIT_SECONDS = 600.0
+_EARLY_SECONDS = 75.0
+"""Slurm signals up to a minute before it was told to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why a job was told to stop."""
+
+    why: str
+    """One of the causes above, or the ledger's word for an end."""
+    requeue: bool
+    """Whether it is for the job itself to go back into the queue."""
+
+
+def cause_of(shown: Mapping[str, str], *, start: int, warning_seconds: float, now: float) -> Cause:
+    """Why Slurm, or a user, has told a job to stop.
+
+    Args:
+        shown: what `scontrol show job` says now.
+        start: which start of the job this is, from 0.
+        warning_seconds: how long before its limit the job is warned.
+    """
+    preempted = time_of(shown.get("PreemptTime", "")) is not None
+    if shown.get("JobState") != "RUNNING":
+        if preempted:
+            return Cause(why=PREEMPTED, requeue=False)
+        if shown.get("JobState") == "TIMEOUT" or shown.get("Reason") == "TimeLimit":
+            return Cause(why=TIMED_OUT, requeue=False)
+        if int(shown.get("Restarts", "0")) > start:
+            return Cause(why=REQUEUED, requeue=False)
+        return Cause(why=CANCELLED, requeue=False)
+    if preempted:
+        return Cause(why=PREEMPTED, requeue=True)
+    end = time_of(shown.get("EndTime", ""))
+    if end is not None and now >= end - warning_seconds - _EARLY_SECONDS:
+        return Cause(why=TIME_LIMIT, requeue=True)
+    return Cause(why=ASKED, requeue=True)
+
+
+def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
+    """Leave a run that was stopped in order, what was to be saved being saved. Every rank calls it."""
+    if not ranks.main:
+        # Whatever rank 0 decides, the end of this process comes from Slurm.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_WAIT_SECONDS)
+        sys.exit(128 + stopped.number)
+    start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
+    try:
+        shown = show(name)
+    except SlurmUnavailable as error:
+        _end(job, FAILED, f"{stopped}; whether to requeue cannot be asked: {error}", 128 + stopped.number)
+    warning = float(job.content["shape"]["signal_delay_s"])
+    cause = cause_of(shown, start=start, warning_seconds=warning, now=time.time())
+    if cause.why in (CANCELLED, TIMED_OUT):
+        _end(job, cause.why, f"{stopped}; {_WORDS[cause.why]}", 128 + stopped.number)
+    if cause.why == TIME_LIMIT:
+        reached = 1 + sum(line.get("why") == TIME_LIMIT for line in job.ledger.records()[job.key].since_queued())
+        most = int(job.content["launcher"]["max_num_timeout"])
+        if reached > most:
+            times = "once" if reached == 1 else f"{reached} times"
+            fix = "raise hydra.launcher.timeout_min or max_num_timeout"
+            _end(job, TIMED_OUT, f"it has reached its time limit {times}, and max_num_timeout is {most}: {fix}", 1)
+    job.ledger.add(job.key, status=QUEUED, why=cause.why, slurm=name, start=start)
+    print(f"{cause.why} ({stopped}): the job goes back into the queue", flush=True)
+    if cause.requeue:
+        try:
+            run("scontrol", "requeue", name)
+        except SlurmUnavailable as error:
+            _end(job, FAILED, f"{cause.why}, and Slurm does not requeue: {error}", 128 + stopped.number)
+    time.sleep(_WAIT_SECONDS)
+    sys.exit(128 + stopped.number)
+
+
+_WORDS = {CANCELLED: "the job was cancelled", TIMED_OUT: "the job has reached its time limit"}
+
+
+def _end(job: JobFile, status: str, error: str, code: int) -> NoReturn:
+    job.ledger.add(job.key, status=status, error=error)
+    print(error, file=sys.stderr, flush=True)
+    sys.exit(code)
