@@ -99,6 +99,10 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
             composed = compose_or_refuse(composing, parsed.overrides)
             if composed.hydra.mode == RunMode.MULTIRUN:
                 return _sweep(composing, app, parsed.overrides)
+            if composed.hydra.runtime.choices.get("hydra/launcher") == "danling_slurm":
+                from danling_conf.launch.sweep import run_one
+
+                return run_one(app, composing, composed, parsed.overrides)
             config = check(composing, composed, parsed.overrides)
             from danling_conf.launch.execute import execute
 

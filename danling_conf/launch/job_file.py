@@ -22,7 +22,7 @@ JOB_FILE = "job.json"
 JOB_VARIABLE = "DANLING_CONF_JOB"
 """Environment variable that names the job file which a process is started for."""
 CLUSTER_VARIABLE = "DANLING_CONF_CLUSTER"
-"""Environment variable that says where the job runs: `slurm` for one rank of it; anything else, the whole of it here."""
+"""Environment variable that says where the job runs: `slurm` for one rank of it; otherwise the whole of it here."""
 
 
 @dataclass(frozen=True, kw_only=True)

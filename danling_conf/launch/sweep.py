@@ -97,7 +97,7 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
     """
     cluster = get_class(master.hydra.launcher._target_).cluster
     accepted = _check_all(sweep.composing, master, jobs, first)
-    directory = SweepDirectory(path=Path(master.hydra.sweep.dir))
+    directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
     records = start_jobs(sweep, directory, accepted, cluster)
     return [_outcome(job, record) for job, record in zip(accepted, records, strict=True)]
 
@@ -108,7 +108,7 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     words = worker_command()[2 : -len(sys.argv[1:]) or None]
     code = code_identity(sweep.app.script.parent)
     program = Program(words=tuple(words), directory=Path.cwd(), code_id=code.code_id)
-    files = directory.plan(jobs, program)
+    files = directory.plan(jobs, program, _shapes(jobs) if cluster == "slurm" else None)
     directory.ask(command=[*words, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
     backend = backend_for(cluster, launcher, directory.path)
@@ -116,6 +116,49 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     if launcher.get("detach"):
         return list(directory.ledger.records().values())[-len(jobs) :]
     return follow(directory, backend, files, launcher)
+
+
+def _shapes(jobs: Sequence[Job]) -> dict[int, dict[str, Any]]:
+    from danling_conf.launch.slurm.queries import partition
+    from danling_conf.topology.resources import resources_for
+
+    shapes = {}
+    for job in jobs:
+        l = job.launcher
+        p = partition(l["partition"])
+        r = resources_for(job.layout, l["tasks_per_node"] or l["gpus_per_node"] or p.gpus_per_node or p.cpus_per_node)
+        shapes[job.number] = {
+            "nodes": r.nodes,
+            "tasks_per_node": r.tasks_per_node,
+            "gpus_per_node": 0,
+            "cpus_per_task": 1,
+            "signal_delay_s": l["signal_delay_s"] or min(120, l["timeout_min"] * 12),
+        }
+    return shapes
+
+
+def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
+    """A single run on a cluster, as a sweep of one job. Exits with 1 where it did not complete."""
+    config = check(composing, composed, overrides)
+    hydra, own = hydra_settings(composed, Path()), _own(overrides)
+    job = Job(number=0, overrides=own, config=config, hydra=hydra)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    path = Path(config.workspace_root).expanduser() / config.lineage / config.experiment / "sweeps" / stamp
+    path.mkdir(parents=True)
+    sweep = Sweep(app=app, composing=composing, arguments=list(overrides))
+    (record,) = start_jobs(sweep, SweepDirectory(path=path.absolute()), [job], cluster_of(composed))
+    if record.ended and record.status != COMPLETED:
+        sys.exit(1)
+
+
+def cluster_of(composed: DictConfig) -> str:
+    """Where the launcher of a configuration runs jobs: `slurm` or `local`."""
+    return str(getattr(get_class(composed.hydra.launcher._target_), "cluster", "local"))
+
+
+def _own(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides of a job itself, without those of Hydra."""
+    return tuple(item for item in filter_overrides(list(overrides)) if not item.lstrip("+~").startswith("hydra/"))
 
 
 def _outcome(job: Job, record: Record) -> JobReturn:
@@ -137,9 +180,7 @@ def _check_all(composing: Composer, master: DictConfig, jobs: list[list[str]], f
                 composed.hydra.job.id = str(number)
             config = check(composing, composed, overrides)
             hydra = hydra_settings(composed, Path())
-            accepted.append(
-                Job(number=number, overrides=tuple(filter_overrides(overrides)), config=config, hydra=hydra)
-            )
+            accepted.append(Job(number=number, overrides=_own(overrides), config=config, hydra=hydra))
         except ConfigRefused as refusal:
             refusals.append((number, overrides, refusal))
     if refusals:

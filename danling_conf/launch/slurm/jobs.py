@@ -59,11 +59,10 @@ class SlurmJobs:
                     submitted = executor.map_array(run_task, paths)
                 except FailedJobError as error:
                     raise SlurmUnavailable(f"sbatch: {error}") from error
-                lines = [
-                    (job.key, {"status": QUEUED, "slurm": item.job_id})
-                    for job, item in zip(part, submitted, strict=True)
-                ]
-                part[0].ledger.add_all(lines)
+                ids = [item.job_id for item in submitted]
+                part[0].ledger.add_all(
+                    [(job.key, {"status": QUEUED, "slurm": job_id}) for job, job_id in zip(part, ids, strict=True)]
+                )
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
         """Raises SlurmUnavailable when Slurm has not answered for ten minutes."""

@@ -73,9 +73,8 @@ def partition(name: str | None) -> Partition:
     mine = [row for row in rows if row[1] == default]
     if not mine:
         raise LookupError(f"there is no partition {default}; there are {', '.join(sorted({row[1] for row in rows}))}")
-    shown = dict(
-        item.split("=", 1) for item in run("scontrol", "-o", "show", "partition", default).split() if "=" in item
-    )
+    limits = run("scontrol", "-o", "show", "partition", default)
+    shown = dict(item.split("=", 1) for item in limits.split() if "=" in item)
     nodes = len(mine)
     if shown.get("MaxNodes", "UNLIMITED").isdigit():
         nodes = min(nodes, int(shown["MaxNodes"]))
