@@ -35,7 +35,7 @@ def list_checkpoints(directory: str, *, check: bool) -> tuple[list[str], bool]:
 
 
 def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
-    folder = Folder(_folder_of(run))
+    folder = Folder(folder_of(run))
     entries = sorted(folder.entries(), key=lambda entry: (entry.step, entry.path.name))
     named = {name: folder.pointed(name) for name in (LATEST, BEST)}
     rows, faults = [], []
@@ -59,7 +59,7 @@ def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
     return lines + [f"broken: {fault}" for fault in faults], not faults
 
 
-def _folder_of(run: Path) -> Path:
+def folder_of(run: Path) -> Path:
     """The run's folder of checkpoints: the one that its attempts are configured with."""
     for attempt in sorted((run / "attempts").glob("*/frozen.json"), reverse=True):
         configured = json.loads(attempt.read_text())["config"]["checkpoint"]["dir_name"]
@@ -106,11 +106,12 @@ def _row(name: str, facts: Manifest | None, fault: str, names: list[str], check:
     if facts is None:
         return (name, "?", "?", "?", "?", "?", "?", state, " ".join(names))
     saved = datetime.fromisoformat(facts.saved).strftime("%Y-%m-%d %H:%M:%S")
-    return (name, str(facts.step), str(facts.epoch), saved, _size(facts.size), facts.layout, facts.backend, state,
-            " ".join(names))  # fmt: skip
+    return (name, str(facts.step), str(facts.epoch), saved, readable_size(facts.size), facts.layout, facts.backend,
+            state, " ".join(names))  # fmt: skip
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """Bytes for a person: 1.5 MB."""
     for unit in _UNITS[:-1]:
         if count < 1000:
             return f"{count:.3g} {unit}"
