@@ -73,7 +73,6 @@ class Runner:
             compilation.use_shared_cache()  # read when inductor is imported
         self._stack = ExitStack()
         self.observers = Observers(self.config)
-        self._stack.callback(self.observers.close)
         started = current()
         if started is not None:  # so that a rank that waits here for others is seen
             self.observers.begin(started.attempt, started.ranks)
@@ -81,7 +80,7 @@ class Runner:
             with refused():
                 self.world = join(self.config)
         except BaseException:
-            self._stack.close()
+            self.observers.close()
             raise
         self.device = self.world.device
         attempt = self.world.attempt
@@ -90,6 +89,7 @@ class Runner:
         if current() is None:  # whoever launches ranks opens their logs
             handlers = open_logs(attempt.directory, self.world.ranks, log=self.config.log, job_name="run")
             self._stack.callback(close_logs, handlers)
+        self._stack.callback(self.observers.close)  # before the logs are
         if self.world.ranks.main:
             record_environment(attempt.directory)
         self._stack.enter_context(seeds.deterministic(self.config.deterministic))
