@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+from collections.abc import MutableMapping
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup, Store, distributed_c10d
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import lr_scheduler
@@ -96,3 +99,44 @@ def enable_ring(balance: bool) -> None:
 def storage_identity(tensor: torch.Tensor) -> int:
     """What views and `.data` of one tensor have in common; meta tensors have no address to compare."""
     return tensor.untyped_storage()._cdata
+
+
+def record_collectives(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let process groups that are made from now on remember their latest collectives (torch's flight recorder)."""
+    environment.setdefault("TORCH_FR_BUFFER_SIZE", "200")
+
+
+def outstanding_collective() -> dict[str, Any] | None:
+    """The oldest collective that this rank has begun and that has not ended: `name`, `number` in its group, `group` and
+    `since` (seconds since 1970). None where there is none or nothing is recorded."""
+    from torch._C import _distributed_c10d
+
+    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)  # not in a torch without collectives
+    if dump is None:
+        return None
+    entries = json.loads(dump(True, True)).get("entries") or []
+    under_way = [entry for entry in entries if not entry["retired"]]
+    if not under_way:
+        return None
+    oldest = min(under_way, key=lambda entry: entry["time_created_ns"])
+    return {
+        "name": oldest["profiling_name"].rpartition(":")[2],
+        "number": oldest["p2p_seq_id"] if oldest["is_p2p"] else oldest["collective_seq_id"],
+        "group": oldest["process_group"][1] or oldest["process_group"][0],
+        "since": oldest["time_created_ns"] / 1e9,
+    }
+
+
+def default_store() -> Store | None:
+    """The store that the ranks met at; None where there is no process group."""
+    return distributed_c10d._get_default_store() if torch.distributed.is_initialized() else None
+
+
+def record_memory_history(record: bool) -> None:
+    """Begin or end recording what CUDA's allocator does, for a snapshot."""
+    torch.cuda.memory._record_memory_history("all" if record else None)
+
+
+def dump_memory_snapshot(path: str) -> None:
+    """Write what was recorded."""
+    torch.cuda.memory._dump_snapshot(path)

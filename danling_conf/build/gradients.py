@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -54,7 +55,7 @@ def clip(
         squared = total.square()
         dist.all_reduce(squared, group=pipeline)
         total = squared.sqrt()
-    for group in groups.values():
+    for group in groups.values() if math.isfinite(max_norm) else ():
         clip_grads_with_norm_(group, max_norm, total)
     return total
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from typing import Any
 from danling_conf.checkpoint import manifest
 from danling_conf.checkpoint.folder import BEST, EXPORT, LATEST, Entry, Folder, reading
 from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
-from danling_conf.topology.rules.paths import RUN_FILE
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.resolution.find_runs import runs_or_refuse
 
 _HEAD = ("checkpoint", "step", "epoch", "saved", "size", "layout", "backend", "state", "")
-_LEDGER = "jobs.jsonl"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -28,31 +25,17 @@ def list_checkpoints(directory: str, *, check: bool) -> tuple[list[str], bool]:
 
     Raises ConfigRefused where there is no run.
     """
-    path = Path(directory).expanduser()
     lines: list[str] = []
     whole = True
-    for run in _runs_in(path):
+    for run in runs_or_refuse(directory):
         shown, fine = _of_run(run, check)
         lines += ([""] if lines else []) + shown
         whole = whole and fine
-    if not lines:
-        rule = "there is no run in it" if path.is_dir() else "there is no such directory"
-        raise ConfigRefused([Violation("RUN", directory, rule, "give a run's directory, a sweep's, or one above them")])
     return lines, whole
 
 
-def _runs_in(path: Path) -> Iterator[Path]:
-    if (path / RUN_FILE).is_file():
-        yield path
-    elif (path / _LEDGER).is_file():
-        jobs = [json.loads(line) for line in (path / _LEDGER).read_text().splitlines()]
-        yield from dict.fromkeys(Path(job["run"]) for job in jobs if "run" in job)
-    else:
-        yield from sorted(found.parent for found in path.rglob(RUN_FILE))
-
-
 def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
-    folder = Folder(_folder_of(run))
+    folder = Folder(folder_of(run))
     entries = sorted(folder.entries(), key=lambda entry: (entry.step, entry.path.name))
     named = {name: folder.pointed(name) for name in (LATEST, BEST)}
     rows, faults = [], []
@@ -76,7 +59,7 @@ def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
     return lines + [f"broken: {fault}" for fault in faults], not faults
 
 
-def _folder_of(run: Path) -> Path:
+def folder_of(run: Path) -> Path:
     """The run's folder of checkpoints: the one that its attempts are configured with."""
     for attempt in sorted((run / "attempts").glob("*/frozen.json"), reverse=True):
         configured = json.loads(attempt.read_text())["config"]["checkpoint"]["dir_name"]
@@ -123,11 +106,12 @@ def _row(name: str, facts: Manifest | None, fault: str, names: list[str], check:
     if facts is None:
         return (name, "?", "?", "?", "?", "?", "?", state, " ".join(names))
     saved = datetime.fromisoformat(facts.saved).strftime("%Y-%m-%d %H:%M:%S")
-    return (name, str(facts.step), str(facts.epoch), saved, _size(facts.size), facts.layout, facts.backend, state,
-            " ".join(names))  # fmt: skip
+    return (name, str(facts.step), str(facts.epoch), saved, readable_size(facts.size), facts.layout, facts.backend,
+            state, " ".join(names))  # fmt: skip
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """Bytes for a person: 1.5 MB."""
     for unit in _UNITS[:-1]:
         if count < 1000:
             return f"{count:.3g} {unit}"

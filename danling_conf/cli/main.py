@@ -27,6 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             lines, whole = list_checkpoints(parsed.directory, check=parsed.verify)
             code = 0 if whole else BROKEN
+        elif parsed.command == "report":
+            from danling_conf.cli.report import write_report
+
+            lines = write_report(parsed.directory, parsed.html)
+        elif parsed.command == "watch":
+            from danling_conf.cli.watch import watch
+
+            return watch(parsed.directory, once=parsed.once, as_json=parsed.json, interval=parsed.interval)
         else:
             from danling_conf.cli.check import check_app
 
@@ -43,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="danling-conf", description="Explain and check training configurations; list what runs have saved."
+        prog="danling-conf", description="Explain and check training configurations; show what runs do and have saved."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser(
@@ -64,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     checkpoints.add_argument("directory", metavar="RUN", help="a run's directory, a sweep's, or one above them")
     checkpoints.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+    watch = commands.add_parser(
+        "watch", help="a live view of the ranks of a run or sweep: where each is, who is slowest, who is stuck"
+    )
+    watch.add_argument("directory", metavar="RUN", help="a run's directory, a sweep's, or one above them")
+    watch.add_argument("--once", action="store_true", help="show it once; exits with 1 where a rank is stuck")
+    watch.add_argument("--json", action="store_true", help="as JSON, for scripts; with --once")
+    watch.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    report = commands.add_parser("report", help="a run as one HTML page: curves, speed, attempts, configuration")
+    report.add_argument("directory", metavar="RUN", help="a run's directory")
+    report.add_argument("--html", required=True, metavar="FILE", help="the page to write")
     return parser
 
 

@@ -132,7 +132,7 @@ GROUPS: dict[str, dict[str, Preset]] = {
         "none": Preset("No profiler.", {"enabled": False}),
         "trace": Preset("One trace of a few steps, with shapes: where does a step's time go?",
                         {"enabled": True, "repeat": 1, "record_shapes": True}),
-        "memory": Preset("One trace with allocations and stacks: who holds the memory?",
+        "memory": Preset("One trace with allocations and stacks, on CUDA the allocator's snapshot: who holds memory?",
                          {"enabled": True, "repeat": 1, "profile_memory": True, "with_stack": True}),
         "flops": Preset("One trace with estimated FLOPs: how far from the device's peak?",
                         {"enabled": True, "repeat": 1, "with_flops": True}),
@@ -165,11 +165,17 @@ GROUPS: dict[str, dict[str, Preset]] = {
                           {"enabled": True}),
     },
     "tracking": {
-        "none": Preset("No tracker.", {"tensorboard": False, "wandb": {"enabled": False}}, GLOBAL),
+        "none": Preset(
+            "The terminal and the run's own metrics.jsonl, no tracker.",
+            {"tensorboard": False, "wandb": {"enabled": False}, "mlflow": {"enabled": False}},
+            GLOBAL,
+        ),
         "tensorboard": Preset("TensorBoard event files in the run's directory.", {"tensorboard": True}, GLOBAL),
         "wandb": Preset("Weights & Biases.", {"wandb": {"enabled": True}}, GLOBAL),
         "wandb_offline": Preset("Weights & Biases without a network: synchronise later.",
                                 {"wandb": {"enabled": True, "mode": "offline"}}, GLOBAL),
+        "mlflow": Preset("MLflow, in a SQLite database in the run's directory where no server is named.",
+                         {"mlflow": {"enabled": True}}, GLOBAL),
     },
 }  # fmt: skip
 

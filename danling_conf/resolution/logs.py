@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,6 +13,14 @@ from omegaconf import DictConfig
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _OURS = "danling_conf"
+_position: Callable[[], int] | None = None
+"""Gives the optimizer step that this process is at; None outside of training."""
+
+
+def set_position(position: Callable[[], int] | None) -> None:
+    """Let the lines of the logs say at which optimizer step they were written."""
+    global _position
+    _position = position
 
 
 def rank_log(attempt: Path, rank: int) -> Path:
@@ -68,7 +77,18 @@ def configure_job_logging(hydra_config: DictConfig) -> None:
     configure_log(hydra_config.job_logging, hydra_config.verbose)
 
 
+class _Line(logging.Formatter):
+    """Time, rank, step, level and logger before each message."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"%(asctime)s rank {rank} %(step)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.step = "starting" if _position is None else f"step {_position()}"
+        return super().format(record)
+
+
 def _file_handler(path: Path, rank: int) -> logging.Handler:
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Line(rank))
     return handler

@@ -31,6 +31,12 @@ class LossMeter:
         count = torch.as_tensor(self._count, dtype=self._total.dtype, device=self._total.device)
         return reduce_sum(torch.stack([self._total, count])).ratio()
 
+    def sums(self, device: torch.device) -> Tensor:
+        """Total and count of this rank, (2,) in float64; zeros where there was nothing."""
+        if self._total is None:
+            return torch.zeros(2, dtype=torch.float64, device=device)
+        return torch.stack([self._total, torch.as_tensor(self._count, dtype=torch.float64, device=device)])
+
     def reset(self) -> None:
         self._total, self._count = None, 0.0
 

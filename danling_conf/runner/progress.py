@@ -15,6 +15,11 @@ from rich.text import Text
 
 _log = logging.getLogger("danling_conf.run")
 _STILL_SECONDS = 15.0
+_STATES = {
+    "compiling": "compiling", "evaluating": "evaluating", "saving": "saving", "exporting": "saving",
+    "reporting": "reporting",
+}  # fmt: skip
+"""What a heartbeat calls an activity, by its first word."""
 
 
 class Progress:
@@ -26,6 +31,7 @@ class Progress:
         samples_per_step: samples of one optimizer step, over all ranks.
         tokens_per_sample: tokens of a sample, for data of which tokens are counted.
         position: gives the current optimizer step; read by the live display, not at every step.
+        tell: is told what the rank does, for its heartbeat.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class Progress:
         samples_per_step: int | None,
         tokens_per_sample: int | None,
         position: Callable[[], int],
+        tell: Callable[[str], None] = lambda state: None,
         console: Console | None = None,
     ) -> None:
         # Nothing may wrap or be replaced: lines are for reading and for scripts.
@@ -43,6 +50,7 @@ class Progress:
         self.show = show
         self.total = total
         self.position = position
+        self._tell = tell
         self.unit = "tokens" if tokens_per_sample else "samples"
         self.per_step = samples_per_step * (tokens_per_sample or 1) if samples_per_step else None
         self._facts = ""
@@ -78,6 +86,7 @@ class Progress:
 
     def activity(self, what: str | None) -> None:
         """Say what goes on between steps (compiling, evaluating); None when steps go on."""
+        self._tell(_STATES[what.partition(" ")[0]] if what else "training")
         with self._lock:
             self._activity, self._activity_since = what, time.perf_counter()
 
@@ -89,8 +98,15 @@ class Progress:
         """Leave out of the speed what was spent on something else (evaluation)."""
         self._since += seconds
 
-    def step(self, loss: float | None, learning_rate: float, expert_load: float | None = None) -> None:
-        """A log line about the steps since the last one. `expert_load` is that of the busiest expert over the mean."""
+    def step(
+        self,
+        loss: float | None,
+        learning_rate: float,
+        expert_load: float | None = None,
+        utilisation: float | None = None,
+    ) -> None:
+        """A log line about the steps since the last one. `expert_load` is that of the busiest expert over the mean;
+        `utilisation` the share of the devices' peak (MFU)."""
         facts = [f"loss {loss:.4f}" if loss is not None else "", f"lr {learning_rate:.2e}"]
         if expert_load is not None:
             facts.append(f"busiest expert {expert_load:.2f}x")
@@ -98,6 +114,8 @@ class Progress:
         if speed is not None:
             if self.per_step is not None:
                 facts.append(f"{_short(speed * self.per_step)} {self.unit}/s")
+            if utilisation is not None:
+                facts.append(f"MFU {100 * utilisation:.1f} %")
             if self.total is not None:
                 left = timedelta(seconds=round((self.total - self.position()) / speed))
                 facts.append(f"{left} left")

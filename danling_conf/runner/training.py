@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.build import compile as compilation
 from danling_conf.build import dataloader as loaders
-from danling_conf.build import expert, gradients, optimizer, precision, process_group
+from danling_conf.build import gradients, optimizer, precision
 from danling_conf.build.model import assemble
 from danling_conf.build.passes import Loss, Passes
 from danling_conf.build.target import model_factory
@@ -24,14 +24,16 @@ from danling_conf.resolution.current import current
 from danling_conf.resolution.identity import layout_name
 from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.resolve import resolve
-from danling_conf.runner import garbage_collection, saving, seeds
+from danling_conf.runner import events, garbage_collection, saving, seeds, stuck
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
-from danling_conf.runner.cadence import cadence_of, next_multiple
+from danling_conf.runner.cadence import cadence_of
 from danling_conf.runner.conclusion import conclusion
 from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, in_step, make_loaders
 from danling_conf.runner.environment import record_environment
 from danling_conf.runner.evaluation import evaluate
+from danling_conf.runner.flops import Utilisation
 from danling_conf.runner.meters import LossMeter
+from danling_conf.runner.observers import Observers
 from danling_conf.runner.progress import Progress
 from danling_conf.runner.refusal import refused
 from danling_conf.runner.schedule import Schedule
@@ -70,8 +72,16 @@ class Runner:
         if self.config.compile.enable:
             compilation.use_shared_cache()  # read when inductor is imported
         self._stack = ExitStack()
-        with refused():
-            self.world = join(self.config)
+        self.observers = Observers(self.config)
+        started = current()
+        if started is not None:  # so that a rank that waits here for others is seen
+            self.observers.begin(started.attempt, started.ranks)
+        try:
+            with refused():
+                self.world = join(self.config)
+        except BaseException:
+            self.observers.close()
+            raise
         self.device = self.world.device
         attempt = self.world.attempt
         if self.world.lock is not None:
@@ -79,6 +89,7 @@ class Runner:
         if current() is None:  # whoever launches ranks opens their logs
             handlers = open_logs(attempt.directory, self.world.ranks, log=self.config.log, job_name="run")
             self._stack.callback(close_logs, handlers)
+        self._stack.callback(self.observers.close)  # before the logs are
         if self.world.ranks.main:
             record_environment(attempt.directory)
         self._stack.enter_context(seeds.deterministic(self.config.deterministic))
@@ -95,6 +106,7 @@ class Runner:
         self._resumed: dict[str, Any] | None = None
         self.stop_request = StopRequest(second_ends=not self.world.repeats_signals)
         self._notes: list[str] = []
+        self.observers.joined(self)
 
     def fit(
         self, model: nn.Module | Callable[[], nn.Module] | None, datasets: Mapping[str, Any], **options: Any
@@ -155,8 +167,17 @@ class Runner:
                 collate_fn=collate_fn,
             )
             self.cadence = cadence_of(config, batches_per_epoch(self.loaders["train"]))
+            model = model_factory(config.model) if model is None else model
+            self.utilisation = Utilisation(
+                model,
+                forward or default_forward,
+                loss or loss_of_output,
+                device=world.device,
+                precision=config.precision,
+                devices=world.ranks.world_size,
+            )
             self.assembled = assemble(
-                model_factory(config.model) if model is None else model,
+                model,
                 layout=world.layout,
                 mesh=world.mesh,
                 device=world.device,
@@ -234,19 +255,23 @@ class Runner:
         with refused():
             saving.go_on(self)
         samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
+        self.samples_per_step = samples * world.data_degree * config.accum_steps
+        self.tokens_per_sample = tokens_per_sample
         self.progress = Progress(
             show=world.ranks.main,
             total=self.cadence.steps,
-            samples_per_step=samples * world.data_degree * config.accum_steps,
+            samples_per_step=self.samples_per_step,
             tokens_per_sample=tokens_per_sample,
             position=lambda: self.global_step,
+            tell=self.observers.state,
         )
         self._stack.callback(self.progress.stop)
         for loader in self.loaders.values():
             self._stack.callback(loaders.stop_workers, loader)
         self._stack.enter_context(garbage_collection.paced(config.gc))
         self._first_step = self.global_step + 1
-        self._schedule_events()
+        self._next_event = self._first_step
+        self.observers.prepared(self)
         for note in self._notes:
             self.progress.line(note)
 
@@ -280,14 +305,23 @@ class Runner:
         accumulated = self.config.accum_steps
         self._micro += 1
         last = self._micro == accumulated
-        loss = self._passes.train(batch, micro_batches=accumulated, last=last)
-        self._meter.append(loss)
-        if last:
-            self._micro = 0
-            self._update()
-            if self.global_step >= self._next_event:
-                self._events()
-            saving.watch(self)
+        if self._micro == 1 and self.global_step + 1 == self._first_step:
+            self.utilisation.count(batch)
+        try:
+            loss = self._passes.train(batch, micro_batches=accumulated, last=last)
+            self._meter.append(loss)
+            self.observers.nonfinite.look(
+                loss.total, self.global_step + 1, self.epoch, self._epoch_step * accumulated + self._micro - 1
+            )
+            if last:
+                self._micro = 0
+                self._update()
+                if self.global_step >= self._next_event:
+                    events.after_step(self)
+                saving.watch(self)
+        except RuntimeError as error:
+            stuck.explain(error, self)
+            raise
         return loss.mean
 
     def evaluate(self, split: str) -> dict[str, float]:
@@ -299,7 +333,7 @@ class Runner:
 
     def finish(self) -> float:
         """Evaluate and save what is still due, tell the user how the run ended, and leave; gives the best score."""
-        better = self._evaluate(final=True)
+        better = events.evaluate(self, final=True)
         saving.save_at_the_end(self, better=better)
         self._conclude()
         self.close()
@@ -319,7 +353,8 @@ class Runner:
     def _epoch_of(self, loader: Any) -> Iterator[Any]:
         loaders.set_epoch(loader, self.epoch)
         own = saving.start_epoch(self, loader)
-        iterator = in_step(loader, iter(loader))
+        iterator = self.observers.stopwatch.waited(in_step(loader, iter(loader)))
+        self.observers.known_epoch = own is None or own["data_degree"] == self.world.data_degree
         if own is not None:
             saving.restore_generators(self, own)  # making the iterator may draw from them
         # What is left of an epoch and makes no whole optimizer step is not used.
@@ -338,17 +373,21 @@ class Runner:
         self.epoch += 1
         self._epoch_step = 0
         self._between_epochs = True
-        self._end_of_epoch()
+        events.after_epoch(self)
 
     def _update(self) -> None:
         self._passes.finish(self._parameters)
-        if self.config.max_grad_norm is not None:
+        nonfinite = self.observers.nonfinite
+        if self.config.max_grad_norm is not None or nonfinite.measures_gradients:
             if self._scaler is not None:
                 self._scaler.unscale_(self.optimizer)
             pipeline = self.assembled.pipeline
             group = None if pipeline is None else pipeline.group
-            gradients.clip(self._parameters, self.config.max_grad_norm, pipeline=group)
-        if self._scaler is None:
+            norm = gradients.clip(self._parameters, self.config.max_grad_norm or math.inf, pipeline=group)
+            self.observers.norm(norm, self.global_step + 1, self.epoch, expected=self._scaler is not None)
+        if nonfinite.skips():
+            pass
+        elif self._scaler is None:
             self.optimizer.step()
         else:
             self._scaler.step(self.optimizer)
@@ -358,81 +397,7 @@ class Runner:
             self._by_step.step()
         self.global_step += 1
         self._epoch_step += 1
-
-    def _schedule_events(self) -> None:
-        cadence, gc = self.cadence, self.config.gc.interval
-        due = next_multiple(self.global_step, cadence.log_every, cadence.evaluate_every, cadence.save_every, gc)
-        # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
-        self._next_event = self._first_step if self.global_step < self._first_step else due or self.global_step + 1
-
-    def _events(self) -> None:
-        step, cadence = self.global_step, self.cadence
-        if step == self._first_step:
-            process_group.tighten(self.config.comm)
-            self.progress.activity(None)
-            self.progress.restart_clock()
-        if self.config.gc.interval and step % self.config.gc.interval == 0:
-            garbage_collection.collect(self.config.gc)
-        if step % cadence.log_every == 0:
-            mean = self._meter.mean()
-            self._meter.reset()
-            if mean is not None:
-                self.results["train.loss"] = mean
-            load = expert.busiest(self.parts, self.assembled.batch, self.device)
-            if load is not None:
-                self.results["train.expert_load"] = load
-            self.progress.step(mean, self.optimizer.param_groups[0]["lr"], load)
-        due = cadence.save_every is not None and step % cadence.save_every == 0
-        better = False
-        if cadence.evaluate_every is not None and step % cadence.evaluate_every == 0:
-            better = self._evaluate(final=False)
-            self.schedule.after_epoch(self.results)
-        # Last, so that who goes on from it finds everything that this step did.
-        if due or better:
-            saving.save(self, history=due and cadence.keeps_history, best=better)
-        self._schedule_events()
-
-    def _end_of_epoch(self) -> None:
-        cadence = self.cadence
-        if cadence.epochs is None:
-            return
-        evaluated = self.epoch % cadence.evaluate_epochs == 0
-        better = evaluated and self._evaluate(final=False)
-        self.schedule.after_epoch(self.results, evaluated=evaluated)
-        due = cadence.save_epochs is not None and self.epoch % cadence.save_epochs == 0
-        if due or better:
-            saving.save(self, history=due and cadence.keeps_history, best=better)
-
-    def _evaluate(self, *, final: bool) -> bool:
-        """Evaluate what was not evaluated at this step, and take the score from it; says whether it is the best."""
-        began, step = time.perf_counter(), self.global_step
-        due = evaluated_splits(self.loaders, self.score.split, final=final)
-        splits = [split for split in due if self._evaluated_at.get(split) != step]
-        mean = self._meter.mean()
-        if mean is not None:  # None where a log line has just taken it
-            self.results["train.loss"] = mean
-        found: dict[str, float] = {}
-        for split in splits:
-            found |= self.evaluate(split)
-            self._evaluated_at[split] = step
-        self.results |= found
-        self.progress.pause_clock(time.perf_counter() - began)
-        better = False
-        if self.score.key in found or self._scored_by_training():
-            better = self.score.update(self.results, step)
-        if found:
-            self.progress.results(found, "best so far" if better else "")
-        if self.score.exhausted and not final and not self._done():
-            self._stopped = True
-            self.progress.line(f"early stop: {self.score.key} has not improved for {self.score.patience} evaluations")
-        return better
-
-    def _scored_by_training(self) -> bool:
-        """Whether the score is the training loss, and not yet taken at this step."""
-        if self.score.key != "train.loss" or self._evaluated_at.get("train") == self.global_step:
-            return False
-        self._evaluated_at["train"] = self.global_step
-        return "train.loss" in self.results
+        self.observers.stepped()
 
     def _conclude(self) -> None:
         lines = []

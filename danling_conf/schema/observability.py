@@ -7,10 +7,6 @@ from typing import Any, ClassVar, Optional
 
 from danling_conf.schema.setting import setting
 
-_PROFILER = "the profiler"
-_HEARTBEAT = "the heartbeat"
-_WANDB = "Weights & Biases"
-
 
 @dataclass(kw_only=True)
 class ProfilingConfig:
@@ -18,25 +14,25 @@ class ProfilingConfig:
 
     read_by: ClassVar[str] = "danling_conf.build.profiler"
 
-    enabled: bool = setting(False, semantic=False, pending=_PROFILER)
+    enabled: bool = setting(False, semantic=False)
     """Trace some steps with `torch.profiler`."""
-    wait: int = setting(1, at_least=0, semantic=False, pending=_PROFILER)
+    wait: int = setting(1, at_least=0, semantic=False)
     """Steps that are skipped before each cycle."""
-    warmup: int = setting(1, at_least=0, semantic=False, pending=_PROFILER)
+    warmup: int = setting(1, at_least=0, semantic=False)
     """Steps that are traced and thrown away, since tracing's start is slow."""
-    active: int = setting(3, at_least=1, semantic=False, pending=_PROFILER)
+    active: int = setting(3, at_least=1, semantic=False)
     """Steps that are recorded."""
-    repeat: Optional[int] = setting(None, at_least=1, semantic=False, pending=_PROFILER)
+    repeat: Optional[int] = setting(None, at_least=1, semantic=False)
     """Cycles of wait, warm-up and active steps. Unset: as many as the run has."""
-    record_shapes: bool = setting(False, semantic=False, pending=_PROFILER)
+    record_shapes: bool = setting(False, semantic=False)
     """Record the shapes of operators' inputs."""
-    profile_memory: bool = setting(False, semantic=False, pending=_PROFILER)
+    profile_memory: bool = setting(False, semantic=False)
     """Record allocations."""
-    with_stack: bool = setting(False, semantic=False, pending=_PROFILER)
+    with_stack: bool = setting(False, semantic=False)
     """Record Python stacks (slow)."""
-    with_flops: bool = setting(False, semantic=False, pending=_PROFILER)
+    with_flops: bool = setting(False, semantic=False)
     """Estimate the FLOPs of matrix products and convolutions."""
-    trace_dir: str = setting("profiles", semantic=False, pending=_PROFILER)
+    trace_dir: str = setting("profiles", semantic=False)
     """Directory of the traces, relative to the run, or absolute."""
 
 
@@ -46,11 +42,11 @@ class HeartbeatConfig:
 
     read_by: ClassVar[str] = "danling_conf.runner.heartbeat"
 
-    enabled: bool = setting(False, semantic=False, pending=_HEARTBEAT)
+    enabled: bool = setting(False, semantic=False)
     """Write heartbeats."""
-    interval_seconds: float = setting(60.0, above=0, semantic=False, pending=_HEARTBEAT)
+    interval_seconds: float = setting(60.0, above=0, semantic=False)
     """Seconds between heartbeats."""
-    dir_name: str = setting("heartbeats", semantic=False, pending=_HEARTBEAT)
+    dir_name: str = setting("heartbeats", semantic=False)
     """Subdirectory of the run for heartbeats."""
 
 
@@ -60,21 +56,37 @@ class WandbConfig:
 
     read_by: ClassVar[str] = "danling_conf.runner.trackers"
 
-    enabled: bool = setting(False, semantic=False, pending=_WANDB)
+    enabled: bool = setting(False, semantic=False)
     """Log scalars to Weights & Biases."""
-    project: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    project: Optional[str] = setting(None, semantic=False)
     """Project. Unset: `lineage`."""
-    entity: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    entity: Optional[str] = setting(None, semantic=False)
     """Entity or team. Unset: the account's default."""
-    group: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    group: Optional[str] = setting(None, semantic=False)
     """Group of runs. Unset: `experiment`."""
-    name: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    name: Optional[str] = setting(None, semantic=False)
     """Display name. Unset: the run id."""
-    job_type: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    job_type: Optional[str] = setting(None, semantic=False)
     """Job type. Unset: none."""
-    tags: Any = setting(None, kinds=(str, list), semantic=False, pending=_WANDB)
+    tags: Any = setting(None, kinds=(str, list), semantic=False)
     """Tags of the run: one string or a list. Unset: none."""
-    dir: Optional[str] = setting(None, semantic=False, pending=_WANDB)
+    dir: Optional[str] = setting(None, semantic=False)
     """Local directory. Unset: the run's directory."""
-    mode: Optional[str] = setting(None, choices=("online", "offline", "disabled"), semantic=False, pending=_WANDB)
+    mode: Optional[str] = setting(None, choices=("online", "offline", "disabled"), semantic=False)
     """`online`, `offline` or `disabled`. Unset: online."""
+
+
+@dataclass(kw_only=True)
+class MlflowConfig:
+    """Scalars and settings to MLflow."""
+
+    read_by: ClassVar[str] = "danling_conf.runner.trackers"
+
+    enabled: bool = setting(False, semantic=False)
+    """Log scalars to MLflow."""
+    tracking_uri: Optional[str] = setting(None, semantic=False)
+    """Address of the tracking server or database. Unset: a SQLite database in the run's directory."""
+    experiment: Optional[str] = setting(None, semantic=False)
+    """Experiment of MLflow. Unset: `lineage/experiment`."""
+    name: Optional[str] = setting(None, semantic=False)
+    """Display name. Unset: the run id."""

@@ -10,7 +10,7 @@ from danling_conf.schema.checkpoint import CheckpointConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.fsdp import DTYPE_ALIASES, FsdpConfig
-from danling_conf.schema.observability import HeartbeatConfig, ProfilingConfig, WandbConfig
+from danling_conf.schema.observability import HeartbeatConfig, MlflowConfig, ProfilingConfig, WandbConfig
 from danling_conf.schema.optim import OptimConfig
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.schema.process import CommConfig, FtConfig, GcConfig
@@ -47,6 +47,10 @@ class RunnerConfig:
     """Micro-batches per optimizer step; gradients are communicated at the last one only."""
     max_grad_norm: Optional[float] = setting(None, above=0)
     """Clip the norm of all gradients to this. Unset: no clipping."""
+    nonfinite: str = setting("count", choices=("count", "skip", "fail"))
+    """What happens at a step whose loss or gradients are not finite: `count` tells of it, `skip` leaves the optimizer
+    step out on all ranks (and measures the gradients' norm at each step), `fail` ends the run at the next log line,
+    evaluation or checkpoint."""
     eval_interval: Optional[int] = setting(None, at_least=1, semantic=False)
     """Evaluate every so many epochs (epoch mode) or optimizer steps (step mode), and at the end. Unset: every epoch, or
     ten times a run."""
@@ -81,8 +85,8 @@ class RunnerConfig:
     log: bool = setting(True, semantic=False)
     """Write the main process's log to a file, beside the log of each rank."""
     log_interval: Optional[int] = setting(None, at_least=1, semantic=False)
-    """Optimizer steps between log lines. Unset: calculated, about fifty lines a run."""
-    tensorboard: bool = setting(False, semantic=False, pending="TensorBoard")
+    """Optimizer steps between log lines. Unset: calculated, about fifty lines a run, and at least one a minute."""
+    tensorboard: bool = setting(False, semantic=False)
     """Write TensorBoard scalars."""
 
     model: Dict[str, Any] = field(default_factory=dict)
@@ -104,3 +108,4 @@ class RunnerConfig:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from danling_conf.topology.rank_environment import started_rank
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Packages that metrics may be sent by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -30,6 +33,8 @@ class Machine:
     """Whether a C++ compiler and Python's headers are present; torch.compile generates C++ for the CPU."""
     safetensors: bool = True
     """Whether the package safetensors is installed; exports are written by it."""
+    trackers: frozenset[str] = frozenset(TRACKERS)
+    """Which of the packages of trackers are installed."""
 
     @property
     def fill_world_size(self) -> int:
@@ -48,6 +53,7 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         launcher=rank.launcher if rank else None,
         compiler=_can_compile(environment),
         safetensors=find_spec("safetensors") is not None,
+        trackers=frozenset(name for name in TRACKERS if find_spec(name) is not None),
     )
 
 

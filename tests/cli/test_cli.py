@@ -102,7 +102,7 @@ def test_choices_and_aliases_of_a_setting(command: Command) -> None:
 
 
 def test_a_setting_that_has_no_effect_yet_says_so(command: Command) -> None:
-    assert "  note     no effect yet: TensorBoard is not implemented" in command("explain", "tensorboard")[1]
+    assert "  note     no effect yet: stack=graph is not implemented" in command("explain", "compile.memory_policy")[1]
 
 
 def test_a_section_lists_its_settings_and_its_presets(command: Command) -> None:

@@ -22,20 +22,6 @@ PRESETS = [(group, name) for group, presets in GROUPS.items() for name in preset
 REFUSED = {("ft", "torchft"): {"ft.enabled"}}
 """Presets of what is not built and would change how a run trains."""
 
-WITHOUT_EFFECT_YET = {
-    ("profiling", "trace"): {"profiling.enabled", "profiling.repeat", "profiling.record_shapes"},
-    ("profiling", "memory"): {
-        "profiling.enabled", "profiling.repeat", "profiling.profile_memory", "profiling.with_stack",
-    },
-    ("profiling", "flops"): {"profiling.enabled", "profiling.repeat", "profiling.with_flops"},
-    ("heartbeat", "default"): {"heartbeat.enabled"},
-    ("heartbeat", "fast"): {"heartbeat.enabled", "heartbeat.interval_seconds"},
-    ("tracking", "tensorboard"): {"tensorboard"},
-    ("tracking", "wandb"): {"wandb.enabled"},
-    ("tracking", "wandb_offline"): {"wandb.enabled", "wandb.mode"},
-}  # fmt: skip
-"""Presets of what is not built yet, and the settings that the run warns of."""
-
 
 @pytest.fixture(scope="module")
 def composing():
@@ -86,15 +72,15 @@ def test_presets_of_a_group_differ_from_each_other(chosen_alone, group):
 
 
 @pytest.mark.parametrize(("group", "name"), PRESETS, ids=lambda value: value)
-def test_a_preset_is_accepted_or_said_to_be_missing(composing, group, name):
-    """In a layout where its section is in use: accepted without a word, or refused, or warned of, as listed."""
+def test_a_preset_is_accepted_or_refused(composing, group, name):
+    """In a layout where its section is in use: accepted without a word, or refused, as listed."""
     layout = "fsdp2" if group in ("fsdp", "comm") else "single"
     composed = composing.compose([f"{group}={name}", f"parallel={layout}", "steps=3"])
     config, violations = inspect(composed, context=Context())
     assert {item.path for item in violations} == REFUSED.get((group, name), set())
     if not violations:
         warned = {item.path for item in ineffective_settings(config, Context())}
-        assert warned == WITHOUT_EFFECT_YET.get((group, name), set())
+        assert warned == set()
 
 
 choices = st.fixed_dictionaries({group: st.sampled_from(sorted(presets)) for group, presets in GROUPS.items()})

@@ -25,6 +25,7 @@ from danling_conf.build import compile as compilation
 from danling_conf.build import dataloader, fsdp, optimizer, process_group, scheduler
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
 from danling_conf.launch.command import warnings_of
+from danling_conf.resolution.heartbeat_file import read_heartbeats
 from danling_conf.runner.progress import Progress
 from danling_conf.schema import RunnerConfig
 
@@ -174,6 +175,38 @@ def warned_paths(config: RunnerConfig) -> list[str]:
     return [line.partition(" ")[0] for line in lines]
 
 
+def fit(config: RunnerConfig) -> danling_conf.Runner:
+    runner = danling_conf.Runner(config)
+    with mock.patch.object(Progress, "line"):
+        runner.fit(Model(), {"train": data()}, loss=cross_entropy)
+    return runner
+
+
+def given_to_the_profiler(config: RunnerConfig) -> Any:
+    """What torch's profiler is made with, and the traces of a run of ten steps."""
+    with mock.patch("danling_conf.build.profiler.profile", wraps=torch.profiler.profile) as made:
+        run = fit(config).world.attempt.run_directory
+    if not made.called:
+        return None
+    options = ("record_shapes", "profile_memory", "with_stack", "with_flops")
+    given = {name for name in options if made.call_args.kwargs[name]}
+    return given, sorted(path.name for path in (run / "profiles").iterdir())
+
+
+def interval_of_heartbeats(config: RunnerConfig) -> float | None:
+    """Seconds between heartbeats, as a heartbeat says; None where there is none."""
+    beats = read_heartbeats(fit(config).world.attempt.run_directory)
+    return beats[0]["interval"] if beats else None
+
+
+def where_metrics_go(config: RunnerConfig) -> set[str]:
+    """What a run writes beside its own files, and the mode in which Weights & Biases is begun."""
+    with mock.patch("wandb.init") as begun:
+        run = fit(config).world.attempt.run_directory
+    wandb = {f"wandb {begun.call_args.kwargs['mode']}"} if begun.called else set()
+    return wandb | {path.name for path in run.iterdir() if path.name in ("tensorboard", "mlflow.db")}
+
+
 @dataclass(frozen=True)
 class Refused:
     """A configuration that is refused, for these settings."""
@@ -315,29 +348,23 @@ OBSERVED: dict[str, Group] = {
     # What is not built yet: the run says so, or refuses where training would be another.
     "ft": Group(warned_paths, {"none": [], "torchft": Refused(("ft.enabled",))}),
     "profiling": Group(
-        warned_paths,
+        given_to_the_profiler,
         {
-            "none": [],
-            "trace": ["profiling.enabled", "profiling.repeat", "profiling.record_shapes"],
-            "memory": ["profiling.enabled", "profiling.repeat", "profiling.profile_memory", "profiling.with_stack"],
-            "flops": ["profiling.enabled", "profiling.repeat", "profiling.with_flops"],
+            "none": None,
+            "trace": ({"record_shapes"}, ["rank-0-step-5.json"]),
+            "memory": ({"profile_memory", "with_stack"}, ["rank-0-step-5.json"]),
+            "flops": ({"with_flops"}, ["rank-0-step-5.json"]),
         },
     ),
-    "heartbeat": Group(
-        warned_paths,
-        {
-            "none": [],
-            "default": ["heartbeat.enabled"],
-            "fast": ["heartbeat.enabled", "heartbeat.interval_seconds"],
-        },
-    ),
+    "heartbeat": Group(interval_of_heartbeats, {"none": None, "default": 60.0, "fast": 5.0}),
     "tracking": Group(
-        warned_paths,
+        where_metrics_go,
         {
-            "none": [],
-            "tensorboard": ["tensorboard"],
-            "wandb": ["wandb.enabled"],
-            "wandb_offline": ["wandb.enabled", "wandb.mode"],
+            "none": set(),
+            "tensorboard": {"tensorboard"},
+            "wandb": {"wandb None"},
+            "wandb_offline": {"wandb offline"},
+            "mlflow": {"mlflow.db"},
         },
     ),
 }  # fmt: skip

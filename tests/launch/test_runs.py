@@ -192,12 +192,12 @@ def test_a_refused_command_leaves_nothing(tmp_path: Path, override: str, message
 
 
 def test_a_setting_that_does_nothing_is_said(tmp_path: Path) -> None:
-    done = run(settings(tmp_path, "nothing", "gc.generation=2", "tensorboard=true"), cwd=tmp_path)
+    done = run(settings(tmp_path, "nothing", "gc.generation=2", "compile.memory_policy=default"), cwd=tmp_path)
     assert done.code == 0
     lines = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     assert len(lines) == 2
     assert any("gc.generation" in line and "not paced" in line for line in lines)
-    assert any("tensorboard" in line and "not implemented yet" in line for line in lines)
+    assert any("memory_policy" in line and "not implemented yet" in line for line in lines)
 
 
 def test_attempts_at_the_same_second_do_not_meet(tmp_path: Path) -> None:

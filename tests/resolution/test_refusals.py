@@ -254,6 +254,6 @@ def test_accepted_runs_without_torch(tmp_path):
 
 def test_warned_of_and_accepted(tmp_path):
     app = write_app(tmp_path)
-    done = run(app, "steps=3", "tracking=tensorboard", "fsdp=bf16", "gc.generation=2")
+    done = run(app, "steps=3", "compile.memory_policy=default", "fsdp=bf16", "gc.generation=2")
     assert done.code == 0
     compare("warnings_of_an_accepted_run", tmp_path, done.err)

@@ -9,7 +9,8 @@ from dataclasses import fields
 import pytest
 
 from danling_conf.resolution.resolve import inspect, resolve
-from danling_conf.schema import RunnerConfig, facts_of
+from danling_conf.schema import facts_of
+from danling_conf.schema.process import FtConfig
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import (
     EFFECT_RULES,
@@ -20,6 +21,7 @@ from danling_conf.topology.rules import (
     checkpoints,
     effect,
     ineffective_settings,
+    observability,
     optimizers,
     options,
     paths,
@@ -37,6 +39,7 @@ CPU = Context()
 FOUR = Context(machine=Machine(devices=4))
 TWO_NODES = Context(machine=Machine(devices=4, started_world_size=8, launcher="srun"))
 NO_COMPILER = Context(machine=Machine(compiler=False))
+NO_TRACKERS = Context(machine=Machine(trackers=frozenset()))
 NO_SAFETENSORS = Context(machine=Machine(safetensors=False))
 
 
@@ -175,6 +178,9 @@ REFUSED = [
      "pip install"),
     (checkpoints.exports_by_safetensors, {"checkpoint.last_save_model_only": True}, NO_SAFETENSORS,
      "checkpoint.last_save_model_only", "pip install"),
+    (observability.installed_trackers, {"tensorboard": True}, NO_TRACKERS, "tensorboard", "danling-conf[tensorboard]"),
+    (observability.installed_trackers, {"wandb.enabled": True}, NO_TRACKERS, "wandb.enabled", "danling-conf[wandb]"),
+    (observability.installed_trackers, {"mlflow.enabled": True}, NO_TRACKERS, "mlflow.enabled", "danling-conf[mlflow]"),
     (options.saving_with_interval, {"checkpoint.load_only": True, "checkpoint.interval": 3}, CPU, "checkpoint.interval",
      "drop one"),
     (options.selection_by_ops, {"activation_checkpointing.keep_ops": ["aten.mm.default"]}, CPU,
@@ -282,6 +288,8 @@ PASSED = [
     (checkpoints.replica_names, {"checkpoint.ft_replica_id": "7"}, CPU),
     (checkpoints.exports_by_safetensors, {"checkpoint.export_dtype": "bf16"}, CPU),
     (checkpoints.exports_by_safetensors, {}, NO_SAFETENSORS),
+    (observability.installed_trackers, {"tensorboard": True, "wandb.enabled": True, "mlflow.enabled": True}, CPU),
+    (observability.installed_trackers, {}, NO_TRACKERS),
     (options.saving_with_interval, {"checkpoint.load_only": True}, CPU),
     (options.saving_with_interval, {"checkpoint.interval": 3}, CPU),
     (options.selection_by_ops, {"activation_checkpointing.mode": "selective",
@@ -340,7 +348,11 @@ def test_an_unwritable_root_is_refused(monkeypatch, tmp_path):
 
 
 INEFFECTIVE = [
-    (effect.not_built_yet, {"tensorboard": True}, CPU, {"tensorboard"}),
+    (effect.not_built_yet, {"compile.memory_policy": "default"}, CPU, {"compile.memory_policy"}),
+    (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "profiling.wait": 3,
+                                             "wandb.project": "p", "mlflow.name": "n"}, CPU,
+     {"heartbeat.interval_seconds", "profiling.wait", "wandb.project", "mlflow.name"}),
+    (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "heartbeat.enabled": True}, CPU, set()),
     (effect.not_built_yet, {"checkpoint.backend": "dcp"}, CPU, set()),
     (checkpoints.writing_settings, {"checkpoint.load_only": True, "checkpoint.keep_latest_k": 2}, CPU,
      {"checkpoint.keep_latest_k"}),
@@ -430,11 +442,10 @@ def test_what_is_not_built_is_taken_and_warned_of(path, item):
 
 
 def test_what_is_pending_is_known():
-    """The settings of whole sections that are not built, so that none is forgotten when it loses its mark alone."""
+    """All of it, so that no setting is marked by mistake."""
     marked = {path for path, _ in PENDING}
-    for section in ("profiling", "heartbeat", "wandb"):
-        kind = next(item for item in fields(RunnerConfig) if item.name == section).default_factory
-        assert {f"{section}.{item.name}" for item in fields(kind)} <= marked
+    fault_tolerance = {f"ft.{item.name}" for item in fields(FtConfig)} - {"ft.enabled"}
+    assert marked == {"compile.precompile_artifact_dir", "compile.memory_policy", *fault_tolerance}
 
 
 @pytest.mark.parametrize("place", [".", "made/best", "made/ckpt-s00000003"])

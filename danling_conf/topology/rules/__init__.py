@@ -8,6 +8,7 @@ from danling_conf.topology.rules import (
     budget,
     checkpoints,
     effect,
+    observability,
     optimizers,
     options,
     paths,
@@ -49,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     checkpoints.background_group,
     checkpoints.replica_names,
     checkpoints.exports_by_safetensors,
+    observability.installed_trackers,
     optimizers.known_optimizer,
     optimizers.known_scheduler,
     paths.writable_root,
@@ -68,6 +70,7 @@ EFFECT_RULES: tuple[EffectRule, ...] = (
     effect.sources_by_priority,
     checkpoints.writing_settings,
     checkpoints.sources_to_exclude_from,
+    observability.settings_of_what_is_off,
 )
 
 

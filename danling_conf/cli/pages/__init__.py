@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: one file each, nothing fetched, readable in light and in dark."""

@@ -1,0 +1,255 @@
+"""`danling-conf report RUN --html FILE`: one page that shows a run, readable wherever the file is sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from danling_conf.checkpoint.folder import BEST, LATEST, Folder
+from danling_conf.cli.attempts import AttemptFacts, attempts_of, status_of
+from danling_conf.cli.checkpoints import folder_of, readable_size
+from danling_conf.cli.pages.charts import Bar, Series, line_chart, timeline
+from danling_conf.cli.pages.page import Html, badge, code, facts, folded, page, section, table, text, tiles
+from danling_conf.cli.pages.scales import short
+from danling_conf.resolution.find_runs import runs_or_refuse
+from danling_conf.resolution.metrics_file import goodput, read_metrics, series
+from danling_conf.resolution.run_directory import read_run
+from danling_conf.topology.violation import ConfigRefused, Violation, show
+
+_KINDS = {"completed": "good", "failed": "bad", "refused": "bad", "stopped": "busy", "running": "busy", "lost": "bad"}
+_LOSS_RATIO = 100.0
+"""A loss that falls by more than this is shown logarithmically."""
+
+
+def write_report(directory: str, html: str) -> list[str]:
+    """Write the page of a run to a file; gives a line that says so.
+
+    Raises ConfigRefused where there is no run, or more than one.
+    """
+    runs = runs_or_refuse(directory)
+    if len(runs) > 1:
+        rule = f"there are {len(runs)} runs in it, and a report shows one"
+        raise ConfigRefused([Violation("RUN", directory, rule, f"give one of them, such as {runs[0]}")])
+    target = Path(html).expanduser()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(report(runs[0]), encoding="utf-8")
+    except OSError as error:
+        fix = "choose a file to write to"
+        raise ConfigRefused([Violation("--html", html, f"it cannot be written: {error.strerror}", fix)]) from error
+    return [f"report of {runs[0]}: {target}"]
+
+
+def report(run: Path) -> str:
+    """The page of a run, as HTML."""
+    history, attempts = read_metrics(run), attempts_of(run)
+    newest = attempts[-1] if attempts else None
+    status = status_of(attempts)
+    made = read_run(run)
+    heading = Html(
+        f"{badge(status, _KINDS.get(status, ''))} {text(run)}"
+        f" &middot; config {text(made['config_id'])} &middot; made {text(made['created'])}"
+    )
+    sections = [
+        _overview(run, history, attempts),
+        _curves(history),
+        _speed(history),
+        _attempts(attempts),
+        _checkpoints(run),
+        _configuration(newest),
+        _environment(newest),
+    ]
+    return page(f"Run {run.name}", [item for item in sections if item], subtitle=heading)
+
+
+def _overview(run: Path, history: list[dict[str, Any]], attempts: Sequence[AttemptFacts]) -> Html:
+    last = history[-1] if history else {}
+    items: list[tuple[str, object, object]] = [("step", last.get("step"), f"epoch {last.get('epoch', 0)}")]
+    scored = next((item.score for item in reversed(attempts) if item.score is not None), None)
+    if scored is not None:
+        items.append(("best score", f"{scored:.6g}", ""))
+    for key, label in (("train.loss", "train loss"), ("val.loss", "val loss")):
+        found = series(history, key)
+        if found:
+            least = min(found, key=lambda point: point[1])
+            items.append((label, f"{found[-1][1]:.5g}", f"lowest {least[1]:.5g} at step {least[0]}"))
+    unit = "tokens" if series(history, "train.tokens_per_second") else "samples"
+    speed = series(history, f"train.{unit}_per_second")
+    if speed:
+        middle = sorted(value for _, value in speed)[len(speed) // 2]
+        items.append(("throughput", f"{short(middle)}/s", f"{unit}, the median"))
+    memory = series(history, "memory.peak_bytes")
+    if memory:
+        items.append(("peak memory", readable_size(max(value for _, value in memory)), "of the fullest rank"))
+    share = goodput(run)
+    if share is not None:
+        items.append(("goodput", f"{100 * share:.1f} %", "of wall time in steps that count"))
+    wall = sum(each.end - each.begin for each in attempts)
+    count = len(attempts)
+    items.append(("wall time", duration(wall), f"{count} attempt{'' if count == 1 else 's'}"))
+    bad = max((value for _, value in series(history, "train.nonfinite_steps")), default=0)
+    if bad:
+        items.append(("not finite", f"{bad:.0f}", "steps of an attempt"))
+    return section("Overview", tiles(items))
+
+
+def _curves(history: list[dict[str, Any]]) -> Html:
+    keys = sorted({key for line in history for key in line if key.partition(".")[0] not in _OTHERS and "." in key})
+    of_losses = dict.fromkeys(("train.loss", *(key for key in keys if key.endswith(".loss"))))
+    losses = [Series(key, series(history, key)) for key in of_losses]
+    values = [value for each in losses for _, value in each.points]
+    log = bool(values) and min(values) > 0 and max(values) / min(values) > _LOSS_RATIO
+    charts = [
+        line_chart(losses, title="Loss", log_y=log),
+        line_chart([Series("train.lr", series(history, "train.lr"))], title="Learning rate", zero=True),
+    ]
+    norm = series(history, "train.grad_norm")
+    if norm:
+        charts.append(line_chart([Series("train.grad_norm", norm)], title="Gradient norm", zero=True))
+    names = sorted({key.partition(".")[2] for key in keys if not key.endswith(".loss") and not _of_training(key)})
+    for name in names:
+        of_splits = [key for key in keys if key.partition(".")[2] == name and not _of_training(key)]
+        charts.append(line_chart([Series(key, series(history, key)) for key in of_splits], title=name.capitalize()))
+    return section("Training", *charts, columns=2)
+
+
+_OTHERS = ("memory", "evaluation", "checkpoint", "time", "attempt", "step", "epoch")
+
+
+def _of_training(key: str) -> bool:
+    return key.startswith("train.")
+
+
+def _speed(history: list[dict[str, Any]]) -> Html:
+    unit = "tokens" if series(history, "train.tokens_per_second") else "samples"
+    speed = series(history, f"train.{unit}_per_second")
+    if not speed:
+        return Html("")
+    parts = [
+        Series("step", _milliseconds(history, "train.step_seconds")),
+        Series("data", _milliseconds(history, "train.data_seconds")),
+        Series("compute and communication", _milliseconds(history, "train.compute_seconds")),
+    ]
+    ranks = sorted({key for line in history for key in line if key.startswith("memory.peak_bytes.rank-")})
+    ranks = sorted(ranks, key=lambda key: int(key.rpartition("-")[2]))
+    memory = [Series(key.rpartition(".")[2], series(history, key)) for key in ranks[:8]]
+    memory = memory or [Series("peak", series(history, "memory.peak_bytes"))]
+    charts = [
+        line_chart([Series(unit, speed)], title=f"Throughput, {unit} per second", zero=True),
+        line_chart(parts, title="Time of a step, ms", zero=True),
+        line_chart(memory, title="Peak memory", zero=True, y_format=readable_size),
+    ]
+    used = series(history, "train.mfu")
+    if used:
+        shares = [Series("MFU", [(step, 100 * value) for step, value in used])]
+        charts.append(line_chart(shares, title="Model FLOPs utilisation, %", zero=True))
+    return section("Speed and memory", *charts, columns=2)
+
+
+def _milliseconds(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(step, 1000 * value) for step, value in series(history, key)]
+
+
+def _attempts(attempts: Sequence[AttemptFacts]) -> Html:
+    if not attempts:
+        return Html("")
+    begin = attempts[0].begin
+    kinds = {"completed": "good", "running": "s0", "stopped": "busy"}
+    rows = []
+    for number, item in enumerate(attempts, 1):
+        words = f"attempt {number}: {item.status}, {duration(item.end - item.begin)}"
+        kind = kinds.get(item.status, "bad")
+        rows.append((f"attempt {number}", [Bar(item.begin - begin, item.end - begin, words, kind)]))
+    chart = timeline(rows, title="Attempts and what ended them", x_format=duration)
+    listed = table(
+        ["", "started", "took", "steps", "ended", "why", "ranks", "code"],
+        [
+            [
+                number,
+                clock(item.begin),
+                duration(item.end - item.begin),
+                f"{item.first_step} to {item.last_step}",
+                badge(item.status, _KINDS.get(item.status, "")),
+                (item.error or "").partition("\n")[0][:120],
+                item.ranks,
+                item.code_id,
+            ]
+            for number, item in enumerate(attempts, 1)
+        ],
+        numeric=(0, 2, 6),
+    )
+    return section("Attempts", chart, Html('<div style="height:12px"></div>'), listed)
+
+
+def _checkpoints(run: Path) -> Html:
+    folder = Folder(folder_of(run))
+    entries = sorted(folder.entries(), key=lambda entry: (entry.step, entry.path.name))
+    if not entries:
+        return Html("")
+    named = {name: folder.pointed(name) for name in (LATEST, BEST)}
+    rows = []
+    for entry in entries:
+        names = [badge(name) for name, target in named.items() if target == entry.path.resolve()]
+        made = entry.manifest
+        rows.append([
+            entry.path.name,
+            entry.step,
+            None if made is None else clock(datetime.fromisoformat(made.saved).timestamp()),
+            None if made is None else readable_size(made.size),
+            None if made is None else made.layout,
+            badge("broken", "bad") if entry.fault else badge("whole", "good"),
+            Html(" ".join(names)),
+        ])  # fmt: skip
+    head = ["checkpoint", "step", "saved", "size", "layout", "state", ""]
+    return section("Checkpoints", table(head, rows, numeric=(1, 3)), note=folder.path)
+
+
+def _configuration(attempt: AttemptFacts | None) -> Html:
+    if attempt is None:
+        return Html("")
+    changed = attempt.difference
+    rows = [[path, show(value)] for path, value in sorted(changed.items())]
+    parts: list[Html] = [table(["setting", "value"], rows) if rows else text("everything is at its default")]
+    if attempt.config:
+        parts.append(folded("the whole configuration", code(OmegaConf.to_yaml(OmegaConf.create(attempt.config)))))
+    if attempt.command:
+        parts.append(folded("the command", code(" ".join(attempt.command))))
+    if attempt.diff:
+        parts.append(folded("what was not committed", code(attempt.diff)))
+    return section("Configuration", *parts, note="what differs from the defaults")
+
+
+def _environment(attempt: AttemptFacts | None) -> Html:
+    if attempt is None or not attempt.environment:
+        return Html("")
+    found: Mapping[str, Any] = attempt.environment
+    accelerators = found.get("accelerators") or []
+    shown = {
+        "host": found.get("host"), "platform": found.get("platform"), "CPUs": found.get("cpus"),
+        "accelerators": ", ".join(accelerators) or "none", "Python": str(found.get("python")).partition(" ")[0],
+        "torch": found.get("torch"), "CUDA": found.get("cuda"), "code": attempt.code_id,
+    }  # fmt: skip
+    packages = table(["package", "version"], sorted((found.get("packages") or {}).items()))
+    return section("Environment", facts(shown), folded("packages", packages))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 3 min 20 s, 2 h 5 min, 1 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{whole} s"
+
+
+def clock(moment: float) -> str:
+    """A time, in the zone of whoever reads it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

@@ -1,0 +1,34 @@
+"""An app that trains a tiny model for a long time, a step each fiftieth of a second; `data.warn` makes ranks warn."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import danling_conf
+from danling_conf.resolution.current import current
+
+
+@danling_conf.main()
+def app(config: Any) -> float:
+    import torch
+
+    from tests.runner.small import Net, Pairs, loss
+
+    torch.set_num_threads(1)
+    runner = danling_conf.Runner(config)
+    runner.prepare(Net, {"train": Pairs()}, loss=loss)
+    for batch in runner.batches("train"):
+        runner.step(batch)
+        start = current()
+        assert start is not None
+        if config.data.get("warn") and runner.global_step == 1:
+            warnings.warn("of all ranks", stacklevel=1)
+            warnings.warn(f"of rank {start.ranks.rank} alone", stacklevel=1)
+        time.sleep(float(config.data.get("pause", 0.02)))
+    return runner.finish()
+
+
+if __name__ == "__main__":
+    app()
