@@ -127,11 +127,10 @@ def _shapes(jobs: Sequence[Job]) -> dict[int, dict[str, Any]]:
         l = job.launcher
         p = partition(l["partition"])
         r = resources_for(job.layout, l["tasks_per_node"] or l["gpus_per_node"] or p.gpus_per_node or p.cpus_per_node)
+        nodes = l["nodes"] or r.nodes
         shapes[job.number] = {
-            "nodes": r.nodes,
-            "tasks_per_node": r.tasks_per_node,
-            "gpus_per_node": 0,
-            "cpus_per_task": 1,
+            "nodes": nodes, "tasks_per_node": job.layout.world_size // nodes,
+            "gpus_per_node": job.layout.world_size // nodes if p.gpus_per_node else 0, "cpus_per_task": 1,
             "signal_delay_s": l["signal_delay_s"] or min(120, l["timeout_min"] * 12),
         }
     return shapes

@@ -37,17 +37,19 @@ class Cluster:
         cpus, gpus: of each node, whatever this machine has; GPUs are character devices that nothing opens.
         partitions, extra: lines of slurm.conf.
         accounting: with a database, so that sacct answers.
+        min_job_age: seconds for which the queue knows jobs that have ended.
     """
 
     def __init__(
         self, root: Path, *, nodes: int = 2, cpus: int = 8, gpus: int = 0, partitions: str = _PARTITIONS,
-        extra: str = "", accounting: bool = False,
+        extra: str = "", accounting: bool = False, min_job_age: int = 300,
     ) -> None:  # fmt: skip
         self.root = root.resolve()
         if len(str(self.root / "munge.sock")) > 100:
             raise ValueError(f"{self.root} is too long a path for a socket")
         self.nodes, self.cpus, self.gpus = nodes, cpus, gpus
         self.partitions, self.extra, self.accounting = partitions, extra, accounting
+        self.min_job_age = min_job_age
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": SEARCHED}
 
@@ -201,7 +203,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 GresTypes=gpu
 JobRequeue=1
-MinJobAge=300
+MinJobAge={self.min_job_age}
 KillWait=5
 SlurmdTimeout=10
 MaxArraySize=1001
