@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from danling_conf.resolution.logs import close_logs, open_logs
 from danling_conf.resolution.run_directory import write_whole
 from danling_conf.resolution.stopped import Stopped
 from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.violation import ConfigRefused
 
 RESULT = "result.json"
@@ -30,6 +32,7 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     """
     attempt, ranks = start.attempt, start.ranks
     handlers = open_logs(attempt.directory, ranks, log=config.log, job_name=job_name)
+    _log.info("%s", _place_of(ranks))
     current.enter(start)
     try:
         value = function(config)
@@ -52,6 +55,17 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
         close_logs(handlers)
         if sys.exc_info()[0] in (None, Stopped):
             _leave_process_group()
+
+
+def _place_of(ranks: RankEnvironment) -> str:
+    """Where a rank stands, for its log: what went wrong between ranks is often seen here first."""
+    if ranks.world_size == 1:
+        return f"one process, on {os.uname().nodename}"
+    master = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    return (
+        f"rank {ranks.rank} of {ranks.world_size}, local rank {ranks.local_rank} of {ranks.local_world_size} on "
+        f"{os.environ.get('SLURMD_NODENAME', os.uname().nodename)}, started by {ranks.launcher}; master {master}"
+    )
 
 
 def write_result(attempt: Path, status: str, value: Any, error: str | None = None) -> None:

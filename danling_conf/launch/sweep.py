@@ -124,14 +124,18 @@ def _shapes(jobs: Sequence[Job]) -> dict[int, dict[str, Any]]:
 
     shapes = {}
     for job in jobs:
-        l = job.launcher
-        p = partition(l["partition"])
-        r = resources_for(job.layout, l["tasks_per_node"] or l["gpus_per_node"] or p.gpus_per_node or p.cpus_per_node)
-        nodes = l["nodes"] or r.nodes
+        told = job.launcher
+        p = partition(told["partition"])
+        r = resources_for(
+            job.layout, told["tasks_per_node"] or told["gpus_per_node"] or p.gpus_per_node or p.cpus_per_node
+        )
+        nodes = told["nodes"] or r.nodes
         shapes[job.number] = {
-            "nodes": nodes, "tasks_per_node": job.layout.world_size // nodes,
-            "gpus_per_node": job.layout.world_size // nodes if p.gpus_per_node else 0, "cpus_per_task": 1,
-            "signal_delay_s": l["signal_delay_s"] or min(120, l["timeout_min"] * 12),
+            "nodes": nodes,
+            "tasks_per_node": job.layout.world_size // nodes,
+            "gpus_per_node": job.layout.world_size // nodes if p.gpus_per_node else 0,
+            "cpus_per_task": 1,
+            "signal_delay_s": told["signal_delay_s"] or min(120, told["timeout_min"] * 12),
         }
     return shapes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from danling_conf.resolution.warn import warn
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import data_rank, layout_of, random_stream
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
+from danling_conf.topology.rendezvous import rendezvous_variables
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 
@@ -74,6 +76,9 @@ def join(config: RunnerConfig) -> World:
         if not distributed.is_initialized():
             store = started.store if started is not None else None
             rank, size = (ranks.rank, ranks.world_size) if store is not None else (None, None)
+            if store is None and ranks.world_size > 1:
+                for name, value in rendezvous_variables(ranks, os.environ).items():
+                    os.environ.setdefault(name, value)
             process_group.start(config.comm, kind, store=store, rank=rank, world_size=size)
         _compare(config, ranks)
     attempt, lock = _claimed(config, ranks, started)

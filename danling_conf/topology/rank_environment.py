@@ -1,4 +1,4 @@
-"""Which rank this process is: one reading of what torchrun, srun and our own workers put in the environment."""
+"""Which rank this process is: one reading of what torchrun, srun, submitit and our own workers say."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
 
     Raises ConfigRefused when the variables contradict each other.
     """
+    in_step = "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
     if "RANK" in environment and "WORLD_SIZE" in environment:
         found = RankEnvironment(
             launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "the environment (RANK, WORLD_SIZE)",
@@ -48,14 +49,30 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
             local_rank=_number(environment, "LOCAL_RANK", "RANK"),
             local_world_size=_number(environment, "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
         )
+        # torchrun is started once a node, so that its ranks are others than srun's tasks.
+        if in_step and found.launcher != "torchrun" and _number(environment, "SLURM_STEP_NUM_TASKS") > 1:
+            told = (_number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS"))
+            if told != (found.rank, found.world_size):
+                raise _contradiction(
+                    f"RANK and WORLD_SIZE say rank {found.rank} of {found.world_size}, and srun says rank {told[0]} of "
+                    f"{told[1]}"
+                )
     # A shell inside an allocation has the job's variables as well; a step's are set by srun alone.
-    elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+    elif in_step:
         found = RankEnvironment(
             launcher="srun",
             rank=_number(environment, "SLURM_PROCID"),
             world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(environment, "SLURM_LOCALID"),
             local_world_size=_tasks_of_node(environment),
+        )
+    elif environment.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in environment:
+        found = RankEnvironment(
+            launcher="submitit",
+            rank=_number(environment, "SUBMITIT_LOCAL_GLOBALID"),
+            world_size=_number(environment, "SUBMITIT_LOCAL_NTASKS"),
+            local_rank=_number(environment, "SUBMITIT_LOCAL_LOCALID"),
+            local_world_size=_number(environment, "SUBMITIT_LOCAL_NTASKS"),
         )
     else:
         return None

@@ -1,0 +1,54 @@
+"""Where the ranks of a launcher that gives no address meet: all of them find the same one without asking each other."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+from danling_conf.topology.rank_environment import RankEnvironment
+
+
+def rendezvous_variables(ranks: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which torch lets ranks meet: RANK, WORLD_SIZE, LOCAL_RANK, and where the launcher gives none,
+    MASTER_ADDR and MASTER_PORT."""
+    return {
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.world_size),
+        "LOCAL_RANK": str(ranks.local_rank),
+        **_master_address(ranks, environment),
+    }
+
+
+def _master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT where the launcher gives none: the first node, and a port of the job's own."""
+    if ranks.launcher == "submitit":
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(f"submitit {environment['SUBMITIT_LOCAL_JOB_ID']}")}
+    if ranks.launcher != "srun":
+        return {}
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    if ranks.local_world_size == ranks.world_size:
+        address = "127.0.0.1"
+    elif shutil.which("scontrol"):
+        address = _address_of(_scontrol("show", "hostnames", nodes).split()[0])
+    else:
+        raise RuntimeError(f"MASTER_ADDR is not set, and scontrol, which tells the first of {nodes}, is not installed")
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return {"MASTER_ADDR": address, "MASTER_PORT": _port(".".join(environment.get(name, "0") for name in names))}
+
+
+def _port(job: str) -> str:
+    """A port that all ranks of a job know without asking, below those that systems give to outgoing connections."""
+    return str(15000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 17000)
+
+
+def _address_of(node: str) -> str:
+    """The address by which Slurm itself reaches a node; its name where that is all there is."""
+    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("-o", "show", "node", node))
+    return found[1] if found else node
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
