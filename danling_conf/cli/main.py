@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from danling_conf.cli.sweep_commands import COMMANDS, add_commands, run_command
 from danling_conf.topology.violation import ConfigRefused
 
 REFUSED = 2
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from danling_conf.cli.watch import watch
 
             return watch(parsed.directory, once=parsed.once, as_json=parsed.json, interval=parsed.interval)
+        elif parsed.command in COMMANDS:
+            return run_command(parsed)
         else:
             from danling_conf.cli.check import check_app
 
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--once", action="store_true", help="show it once; exits with 1 where a rank is stuck")
     watch.add_argument("--json", action="store_true", help="as JSON, for scripts; with --once")
     watch.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    add_commands(commands)
     report = commands.add_parser("report", help="a run as one HTML page: curves, speed, attempts, configuration")
     report.add_argument("directory", metavar="RUN", help="a run's directory")
     report.add_argument("--html", required=True, metavar="FILE", help="the page to write")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from danling_conf.launch.backend import Backend, Ending
 from danling_conf.launch.job_file import JobFile
-from danling_conf.launch.ledger import COMPLETED, INTERRUPTED, Ledger, Record
+from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, INTERRUPTED, LOST, Ledger, Record
 from danling_conf.launch.policy import RETRIED, OnFailure
 
 
@@ -17,6 +17,8 @@ class Following:
     Args:
         jobs: by key.
         show: called with every record that has changed.
+        may_act: whether to write down ends, retry and stop now, or only to look on.
+        after_look: called after every look.
     """
 
     def __init__(
@@ -26,8 +28,12 @@ class Following:
         jobs: Mapping[str, JobFile],
         policy: OnFailure,
         show: Callable[[Record], None] = lambda record: None,
+        *,
+        may_act: Callable[[], bool] = lambda: True,
+        after_look: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger, self._backend, self._jobs, self._policy, self._show = ledger, backend, dict(jobs), policy, show
+        self._may_act, self._after_look = may_act, after_look
         self._seen: dict[str, int] = {}
         self._ended_since: dict[str, float] = {}
         self._stopped = False
@@ -41,11 +47,13 @@ class Following:
     def look(self) -> bool:
         """One look; says whether a job is still to end."""
         self._tell()
-        unfinished = [record for record in self._mine().values() if not record.ended]
-        if unfinished:
-            self._settle(unfinished, self._backend.endings(unfinished))
-            self._tell()
-        self._enact()
+        if self._may_act():
+            unfinished = [record for record in self._mine().values() if not record.ended]
+            if unfinished:
+                self._settle(unfinished, self._backend.endings(unfinished))
+                self._tell()
+            self._enact()
+        self._after_look()
         return any(not record.ended for record in self._mine().values())
 
     def _mine(self) -> dict[str, Record]:
@@ -53,8 +61,9 @@ class Following:
 
     def _tell(self) -> None:
         for key, record in self._mine().items():
-            if self._seen.get(key) != len(record.history):
-                self._seen[key] = len(record.history)
+            changes = sum("status" in line for line in record.history)
+            if self._seen.get(key) != changes:
+                self._seen[key] = changes
                 self._show(record)
 
     def _settle(self, unfinished: Sequence[Record], endings: Mapping[str, Ending]) -> None:
@@ -68,13 +77,15 @@ class Following:
             since = self._ended_since.setdefault(record.key, now)
             if now - since < self._backend.patience:
                 continue  # its own word may still be on its way
-            if not self._ledger.records()[record.key].ended:
-                self._ledger.add(record.key, status=ending.status, error=ending.error)
+            self._ledger.records()  # it may just have been told to stop
+            ending = as_told(record, ending)
+            self._ledger.settle(record.key, status=ending.status, error=ending.error)
             del self._ended_since[record.key]
 
     def _enact(self) -> None:
         records = self._mine().values()
-        bad = [record for record in records if record.ended and record.status != COMPLETED]
+        # What somebody has stopped has not failed.
+        bad = [r for r in records if r.ended and r.status not in (COMPLETED, CANCELLED) and "told" not in r.facts]
         again = [
             record for record in bad if record.status in RETRIED and record.queued <= self._policy.retries
         ]  # fmt: skip
@@ -84,3 +95,10 @@ class Following:
         if given_up and self._policy.stops and not self._stopped:
             self._stopped = True
             self._backend.cancel([record for record in records if not record.ended])
+
+
+def as_told(record: Record, ending: Ending) -> Ending:
+    """How a job ended that left no word: where it had been told to stop, it did not fail."""
+    if "told" in record.facts and ending.status in (FAILED, LOST):
+        return Ending(status=CANCELLED, error=ending.error)
+    return ending

@@ -11,10 +11,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LEDGER = "jobs.jsonl"
 
@@ -35,7 +36,7 @@ class Record:
     """The job's `job_id`; with a number behind it where the sweep asked for the same more than once."""
     facts: dict[str, Any] = field(default_factory=dict)
     """The newest value of everything that was said: job (its number), job_id, config_id, overrides, run, status, score,
-    error, ..."""
+    error, `told` once somebody has told it to stop, ..."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """All lines about it, in order."""
 
@@ -79,6 +80,8 @@ class Record:
         if line.get("status") in LIVE:
             for name in ("error", "score", "rank"):  # of an earlier attempt
                 self.facts.pop(name, None)
+        if line.get("status") == QUEUED and "why" not in line:
+            self.facts.pop("told", None)
         self.facts |= {name: value for name, value in line.items() if name not in ("key", "time")}
 
 
@@ -97,23 +100,27 @@ class Ledger:
 
     def add_all(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         """Add lines about jobs, all of them or, in a crash, the first ones whole."""
-        stamp = round(time.time(), 3)
-        text = "".join(json.dumps({"key": key, "time": stamp, **facts}) + "\n" for key, facts in lines)
+        with self._locked() as file:
+            _append(file, lines)
+
+    def settle(self, key: str, **facts: Any) -> bool:
+        """Add a job's end unless somebody, or the job itself, has written one; says whether it was added."""
+        with self._locked() as file:
+            if self.records()[key].ended:
+                return False
+            _append(file, [(key, facts)])
+            return True
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
         with open(self.path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":  # a writer was killed in the middle of a line: it stays by itself
-                    text = "\n" + text
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
 
     def records(self) -> dict[str, Record]:
         """All jobs by key, in the order in which they were planned. Reads what is new since the last call."""
         if not self.path.is_file():
-            return self._records
+            return {}
         with open(self.path, "rb") as file:
             file.seek(self._read_to)
             new = file.read()
@@ -122,8 +129,22 @@ class Ledger:
         for line in new[:whole].splitlines():
             try:
                 content = json.loads(line)
-                key = content["key"]
+                key = str(content["key"])
             except (ValueError, TypeError, KeyError):
                 continue  # the torn line of a writer that was killed
             self._records.setdefault(key, Record(key=key)).add(content)
-        return self._records
+        # One whose first line was torn is unknown: nothing says what it was to be.
+        return {key: record for key, record in self._records.items() if "job" in record.facts}
+
+
+def _append(file: IO[bytes], lines: list[tuple[str, dict[str, Any]]]) -> None:
+    stamp = round(time.time(), 3)
+    text = "".join(json.dumps({"key": key, "time": stamp, **facts}) + "\n" for key, facts in lines)
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":  # a writer was killed in the middle of a line: it stays by itself
+            text = "\n" + text
+    file.write(text.encode())
+    file.flush()
+    os.fsync(file.fileno())

@@ -85,6 +85,9 @@ class LocalJobs:
     def _start_what_fits(self) -> None:
         while self._waiting and (self._most is None or len(self._running) < self._most):
             job = self._waiting[0]
+            if job.ledger.records()[job.key].status == CANCELLED:  # by another command, while it waited
+                self._waiting.popleft()
+                continue
             on_cpu = not self._all_devices or job.content["config"]["parallel"]["mesh_device_type"] == "cpu"
             if on_cpu:
                 busy = sum(running.ranks_on_cpu for running in self._running.values())

@@ -11,11 +11,13 @@ from typing import Any
 
 from danling_conf.launch.backend import Backend
 from danling_conf.launch.following import Following
+from danling_conf.launch.following_lock import FollowingLock
 from danling_conf.launch.job_file import JobFile
 from danling_conf.launch.ledger import COMPLETED, Record
+from danling_conf.launch.live_table import shown
 from danling_conf.launch.local_jobs import LocalJobs
+from danling_conf.launch.local_processes import LeftLocalJobs
 from danling_conf.launch.policy import parse_on_failure
-from danling_conf.launch.reporting import say
 from danling_conf.launch.sweep_directory import SweepDirectory
 from danling_conf.resolution.stopped import STOPPING, Stopped
 
@@ -30,18 +32,27 @@ def backend_for(cluster: str, launcher: Mapping[str, Any], directory: Path) -> B
 
 
 def follow(
-    directory: SweepDirectory, backend: Backend, jobs: Mapping[str, JobFile], launcher: Mapping[str, Any]
+    directory: SweepDirectory,
+    backend: Backend,
+    jobs: Mapping[str, JobFile],
+    launcher: Mapping[str, Any],
+    *,
+    lock: FollowingLock | None = None,
 ) -> list[Record]:
     """Look after jobs that were submitted until all have ended, and say what becomes of them; gives their records.
 
     A signal ends it, and the process with 128 + its number: jobs on this machine are told to save and leave, jobs of a
     cluster go on without anybody to look after them.
+
+    Args:
+        lock: of the sweep, where this process has it already.
     """
-    following = Following(
-        directory.ledger, backend, jobs, parse_on_failure(launcher["on_failure"]),
-        lambda record: say(record, jobs[record.key]),
-    )  # fmt: skip
-    with _stopped_by_signals():
+    only_looks = isinstance(backend, LeftLocalJobs)
+    with lock or FollowingLock(directory.path) as held, _stopped_by_signals(), shown(directory, jobs) as view:
+        following = Following(
+            directory.ledger, backend, jobs, parse_on_failure(launcher["on_failure"]), view.say,
+            may_act=(lambda: True) if only_looks else held.acquire, after_look=view.refresh,
+        )  # fmt: skip
         try:
             records = following.to_the_end()
         except Stopped as stopped:

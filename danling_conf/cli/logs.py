@@ -1,0 +1,101 @@
+"""`danling-conf logs DIR JOB`: what a rank of a job has logged."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from danling_conf.cli.runs_found import file_of, find, job_named, one_sweep, state_of_run, sweep_of
+from danling_conf.launch.ledger import RUNNING, Record
+from danling_conf.launch.reporting import logs_of
+from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.resolution.heartbeat_file import newest_attempt
+from danling_conf.resolution.logs import rank_log
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+
+_SECONDS = 0.3
+
+
+def show_logs(directory: str, job: str | None, *, rank: int, attempt: str | None, follow: bool) -> int:
+    """Print a rank's log of the newest attempt, or of the one that is named; where it is goes to standard error.
+
+    Args:
+        job: number, key or run id; None where the directory has only one.
+        follow: go on until the job has ended.
+
+    Raises ConfigRefused where there is no such job, attempt or rank, with those there are.
+    """
+    found = find(directory)
+    if found.run is not None and job is None:
+        owner = sweep_of(found.run)
+        run: Path | None = found.run
+    else:
+        sweep = sweep_of(found.run)[0] if found.run is not None and sweep_of(found.run) else one_sweep(found)  # type: ignore[index]
+        owner = sweep, _job(sweep, job)
+        run = owner[1].run
+    log = _log(run, owner, rank, attempt)
+    print(f"==> {log}", file=sys.stderr, flush=True)
+    _print(log, _still_live(run, owner) if follow else lambda: False)
+    return 0
+
+
+def _job(sweep: SweepDirectory, name: str | None) -> Record:
+    records = list(sweep.ledger.records().values())
+    if name is not None:
+        return job_named(sweep, name)
+    if len(records) == 1:
+        return records[0]
+    fix = f"add its number, key or run id: danling-conf logs {sweep.path} {records[0].number if records else 0}"
+    raise ConfigRefused([Violation("JOB", ABSENT, f"the sweep has {len(records)} jobs, and a log is one's", fix)])
+
+
+def _log(run: Path | None, owner: tuple[SweepDirectory, Record] | None, rank: int, name: str | None) -> Path:
+    attempts = sorted(path.name for path in (run / "attempts").glob("*/")) if run is not None else []
+    if name is not None and name not in attempts:
+        fix = f"choose one of {', '.join(attempts)}" if attempts else "leave it out: the job has not started yet"
+        raise ConfigRefused([Violation("--attempt", name, f"{run} has no such attempt", fix)])
+    folder = newest_attempt(run) if run is not None else None
+    if owner is not None and name is None and run is not None:
+        # The run may have attempts of before the sweep, or of after it.
+        folder = run / "attempts" / str(owner[1].facts["attempt"]) if "attempt" in owner[1].facts else None
+    if name is not None and run is not None:
+        folder = run / "attempts" / name
+    if folder is not None and rank_log(folder, rank).is_file():
+        return rank_log(folder, rank)
+    ranks = sorted(int(path.stem.partition("-")[2]) for path in folder.glob("rank-*.log")) if folder else []
+    if ranks:
+        rule = f"there is no log of it in {folder}"
+        shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        raise ConfigRefused([Violation("--rank", rank, rule, f"choose a rank of {shown}")])
+    if owner is not None and name is None:
+        log = logs_of(owner[1], file_of(*owner), rank)
+        if log.is_file():
+            return log
+        rule = f"job #{owner[1].number} is {owner[1].status}, and has printed nothing yet"
+        raise ConfigRefused([Violation("JOB", owner[1].number, rule, f"see danling-conf runs {owner[0].path}")])
+    rule = f"{folder or run} has no logs"
+    raise ConfigRefused([Violation("--rank", rank, rule, f"see danling-conf runs {run}")])
+
+
+def _still_live(run: Path | None, owner: tuple[SweepDirectory, Record] | None) -> Callable[[], bool]:
+    if owner is not None:
+        ledger, key = owner[0].ledger, owner[1].key
+        return lambda: not ledger.records()[key].ended
+    return lambda: run is not None and state_of_run(run)[0] == RUNNING
+
+
+def _print(log: Path, goes_on: Callable[[], bool]) -> None:
+    with open(log, errors="replace") as file:
+        try:
+            while True:
+                more = goes_on()  # asked first, so that what came with the end is read
+                for text in iter(lambda: file.read(1 << 16), ""):
+                    sys.stdout.write(text)
+                sys.stdout.flush()
+                if not more:
+                    return
+                time.sleep(_SECONDS)
+        except KeyboardInterrupt:
+            return

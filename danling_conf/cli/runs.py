@@ -1,0 +1,217 @@
+"""`danling-conf runs DIR`: the jobs of a sweep, or all runs below a directory, as a table, CSV, JSON or a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from danling_conf.cli.runs_found import find, read_json, state_of_run, sweep_of
+from danling_conf.cli.runs_state import ends_seen, looked_after
+from danling_conf.launch.job_rows import Row, best_first, progress, row_of_job, rows_of_sweep, smaller_is_better
+from danling_conf.launch.job_table import count_states, style_of, table_lines
+from danling_conf.launch.ledger import COMPLETED, QUEUED, RUNNING
+from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.resolution.heartbeat_file import newest_attempt
+from danling_conf.resolution.identity import flatten, layout_name
+from danling_conf.schema import Layout
+
+_LAYOUT = ("parallel.axes.", "fsdp.enabled", "stack")
+_ERRORS = 12
+_FACTS = ("sweep", "job", "key", "job_id", "config_id", "state", "step", "total_steps", "epoch", "score", "attempts",
+          "started", "ended", "seconds", "error", "run")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """What a directory holds, as it is now."""
+
+    path: Path
+    rows: list[Row]
+    """The best score first."""
+    sweeps: list[SweepDirectory]
+    notes: list[str] = field(default_factory=list)
+    """What the user should be told beside the table."""
+
+    @property
+    def settings(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.settings))
+
+
+def look(directory: str) -> Seen:
+    """What is in a directory now; ends of jobs that nobody has written down are, where this process may.
+
+    Raises ConfigRefused where there is nothing.
+    """
+    found = find(directory)
+    seen = Seen(path=found.path, rows=[], sweeps=found.sweeps)
+    if found.run is not None:
+        owner = sweep_of(found.run)
+        if owner is None:
+            seen.rows = [row_of_run(found.run)]
+        else:
+            sweep, record = owner
+            ends, seen.notes = ends_seen(sweep)
+            seen.rows = [row_of_job(sweep, sweep.ledger.records()[record.key], ends.get(record.key))]
+            seen.notes.append(f"job #{record.number} of the sweep {sweep.path}")
+        return seen
+    for sweep in found.sweeps:
+        ends, notes = ends_seen(sweep)
+        seen.rows += rows_of_sweep(sweep, ends)
+        seen.notes += notes
+    seen.rows += [row_of_run(run) for run in found.runs]
+    if len(found.sweeps) != 1 or found.runs:
+        _set_differing(seen.rows)
+    seen.rows = best_first(seen.rows)
+    return seen
+
+
+def show_runs(directory: str) -> list[str]:
+    """The table, as lines for a terminal or a file."""
+    seen = look(directory)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    lines = _heading(seen) + table_lines(seen.rows, width)
+    if sys.stdout.isatty():
+        lines = _coloured(lines, seen.rows, len(_heading(seen)))
+    return [*lines, "", *_errors(seen, width), *seen.notes, *_next_steps(seen)]
+
+
+def as_csv(directory: str) -> str:
+    """One line a job, the settings that differ last."""
+    seen = look(directory)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*_FACTS, *seen.settings])
+    for row in seen.rows:
+        facts = facts_of(row)
+        shown = [facts[name] for name in _FACTS] + [row.settings.get(name) for name in seen.settings]
+        writer.writerow([json.dumps(cell) if isinstance(cell, (list, dict, bool)) else cell for cell in shown])
+    return file.getvalue()
+
+
+def as_json(directory: str) -> str:
+    """The same for scripts, with what was asked of each sweep."""
+    seen = look(directory)
+    sweeps = []
+    for sweep in seen.sweeps:
+        asked = read_json(sweep.path / "sweep.json")
+        kept = {name: asked.get(name) for name in ("created", "command", "cluster", "launcher")}
+        sweeps.append({"path": str(sweep.path), **kept, "looked_after": looked_after(sweep)})
+    jobs = [{**facts_of(row), "overrides": list(row.overrides), "settings": row.settings} for row in seen.rows]
+    content = {"time": time.time(), "path": str(seen.path), "sweeps": sweeps, "jobs": jobs, "notes": seen.notes}
+    return json.dumps(content, indent=1)
+
+
+def facts_of(row: Row) -> dict[str, object]:
+    """A row as plain values; times in seconds since 1970."""
+    return {
+        "sweep": str(row.sweep) if row.sweep else None, "job": row.number, "key": row.key, "job_id": row.job_id,
+        "config_id": row.config_id, "state": row.state, "step": row.step, "total_steps": row.total_steps,
+        "epoch": row.epoch, "score": row.score, "attempts": row.attempts, "started": row.started, "ended": row.ended,
+        "seconds": row.seconds, "error": row.error, "run": str(row.run) if row.run else None,
+    }  # fmt: skip
+
+
+def row_of_run(run: Path) -> Row:
+    """The row of a run that belongs to no sweep."""
+    attempt, made = newest_attempt(run), read_json(run / "run.json")
+    frozen = read_json(attempt / "frozen.json") if attempt else {}
+    config = flatten(frozen.get("config") or {})
+    state, error = state_of_run(run)
+    result = read_json(attempt / "result.json") if attempt else {}
+    score = result.get("score") if state == COMPLETED else None
+    row = Row(
+        job_id=frozen.get("job_id"), config_id=made.get("config_id"), config=config, state=state, error=error,
+        overrides=(frozen.get("attempt") or {}).get("command", [])[1:], run=run, score=score,
+        epochs=config.get("epochs"), attempts=len(list((run / "attempts").glob("*/frozen.json"))),
+        smaller_is_better=smaller_is_better(config, run, score),
+    )  # fmt: skip
+    row.step, row.total_steps, row.epoch = progress(run)
+    row.total_steps = row.total_steps or config.get("steps")
+    spans = [_span(folder, live=state == RUNNING and folder == attempt) for folder in (run / "attempts").glob("*/")]
+    if spans:
+        row.started, row.seconds = min(begin for begin, _ in spans), sum(end - begin for begin, end in spans)
+        row.ended = max(end for _, end in spans) if state != RUNNING else None
+    return row
+
+
+def _span(attempt: Path, *, live: bool) -> tuple[float, float]:
+    """When an attempt began, and when it gave its last sign of life, by the times of its files."""
+    times = [path.stat().st_mtime for path in attempt.iterdir() if path.is_file()] or [attempt.stat().st_mtime]
+    return min(times), time.time() if live else max(times)
+
+
+def _set_differing(rows: Sequence[Row]) -> None:
+    """Give rows of different origin the settings that differ in their result: those that make up a run's identity."""
+    of_rows = []
+    for row in rows:
+        made = read_json(row.run / "run.json").get("settings") if row.run else None
+        of_rows.append(_with_layout(flatten(made)) if isinstance(made, dict) else {})
+        row.settings = {}
+    given = {item.lstrip("+").partition("=")[0] for row in rows for item in row.overrides}
+    names = dict.fromkeys(name for each in of_rows for name in each)
+    for name in sorted(names, key=lambda name: name not in given):
+        values = [each.get(name) for each in of_rows]
+        if any(value != values[0] for value in values[1:]):
+            for row, value in zip(rows, values, strict=True):
+                row.settings[name] = value
+
+
+def _with_layout(settings: dict[str, object]) -> dict[str, object]:
+    """The degrees as the name of their layout."""
+    axes = {path.rpartition(".")[2]: value for path, value in settings.items() if path.startswith("parallel.axes.")}
+    kept = {path: value for path, value in settings.items() if not path.startswith(_LAYOUT)}
+    degrees: dict[str, int] = {axis: int(str(axes[axis])) for axis in Layout().degrees() if axis in axes}
+    return {"parallel": layout_name(Layout(**degrees, fsdp=bool(settings.get("fsdp.enabled", False)))), **kept}
+
+
+def _heading(seen: Seen) -> list[str]:
+    kind = "run" if seen.rows and seen.rows[0].run == seen.path else "sweep" if len(seen.sweeps) == 1 else ""
+    if kind == "sweep" and seen.sweeps[0].path != seen.path:
+        kind = ""
+    return [f"{kind} {seen.path}: {count_states(seen.rows)}".strip()]
+
+
+def _coloured(lines: list[str], rows: Sequence[Row], first: int) -> list[str]:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    texts = [Text(line) for line in lines]
+    texts[first].stylize("bold")
+    for text, row in zip(texts[first + 1 :], rows, strict=False):
+        text.stylize(style_of(row.state))
+    with console.capture() as capture:
+        for text in texts:
+            console.print(text, soft_wrap=True)
+    return capture.get().splitlines()
+
+
+def _errors(seen: Seen, width: int | None) -> list[str]:
+    """Why jobs did not complete, a line each."""
+    lines = []
+    bad = [row for row in seen.rows if row.error and row.state != COMPLETED]
+    for row in bad[:_ERRORS]:
+        name = f"#{row.number}" if row.number is not None else row.run.name if row.run else ""
+        line = f"{name} {row.state}: {str(row.error).partition(chr(10))[0]}"
+        lines.append(line if width is None or len(line) <= width else line[: width - 1] + "…")
+    return lines + ([f"and {len(bad) - _ERRORS} more"] if len(bad) > _ERRORS else [])
+
+
+def _next_steps(seen: Seen) -> list[str]:
+    """The commands that go on from here."""
+    if not seen.rows or all(row.state == COMPLETED for row in seen.rows):
+        return []
+    if len(seen.sweeps) > 1 or (not seen.sweeps and len(seen.rows) > 1):
+        return []
+    followed = bool(seen.sweeps) and looked_after(seen.sweeps[0])
+    nobody = [row for row in seen.rows if row.state in (QUEUED, RUNNING)]
+    if followed or nobody:
+        return [f"live: danling-conf runs {seen.path} --watch"]
+    return [f"to go on: danling-conf resume {seen.path}"]

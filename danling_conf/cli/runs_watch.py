@@ -1,0 +1,76 @@
+"""`danling-conf runs DIR --watch`: a sweep followed to its end by a command that has not started it."""
+
+from __future__ import annotations
+
+import time
+
+from danling_conf.cli.runs import look
+from danling_conf.cli.runs_found import asked_of, file_of, find
+from danling_conf.cli.runs_state import is_own
+from danling_conf.launch.ledger import COMPLETED
+from danling_conf.launch.live_table import drawn
+from danling_conf.launch.local_processes import LeftLocalJobs
+from danling_conf.launch.running import backend_for, follow
+from danling_conf.launch.slurm.queries import SlurmUnavailable
+from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+FAILED = 1
+_SECONDS = 1.0
+
+
+def watch_runs(directory: str) -> int:
+    """Follow a sweep as the command that started it would; other directories are only looked at.
+
+    Gives the exit code: 1 where a job did not complete. Raises ConfigRefused where there is nothing.
+    """
+    found = find(directory)
+    if found.run is None and len(found.sweeps) == 1 and not found.runs:
+        return _follow(found.sweeps[0])
+    return _look_on(directory)
+
+
+def _follow(sweep: SweepDirectory) -> int:
+    records = sweep.ledger.records()
+    if not records:
+        raise ConfigRefused([Violation("DIR", str(sweep.path), "its ledger holds no job", "start the sweep anew")])
+    asked = asked_of(sweep)
+    files = {key: file_of(sweep, record) for key, record in records.items()}
+    launcher = dict(asked["launcher"])
+    if asked["cluster"] == "slurm" and is_own(sweep):
+        backend = backend_for("slurm", launcher, sweep.path)
+    else:
+        # Jobs on this machine are started by the command that asked for them, or by `resume`.
+        backend, launcher["on_failure"] = LeftLocalJobs(sweep.path), "continue"
+    try:
+        ended = follow(sweep, backend, files, launcher)
+    except SlurmUnavailable as error:
+        fix = "watch from a machine of the cluster"
+        raise ConfigRefused([Violation("DIR", str(sweep.path), str(error), fix)]) from error
+    return 0 if all(record.status == COMPLETED for record in ended) else FAILED
+
+
+def _look_on(directory: str) -> int:
+    """A table of all runs until none is live; on a terminal it is drawn in place."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    try:
+        with Live(console=console, auto_refresh=False, transient=False) as live:
+            said: dict[str, str] = {}
+            while True:
+                seen = look(directory)
+                if console.is_terminal:
+                    live.update(drawn(seen.rows, console), refresh=True)
+                else:
+                    for row in seen.rows:
+                        if said.get(str(row.run)) != row.state:
+                            said[str(row.run)] = row.state
+                            print(f"{row.run}: {row.state}", flush=True)
+                if not any(row.live for row in seen.rows):
+                    break
+                time.sleep(_SECONDS)
+    except KeyboardInterrupt:
+        return 130
+    return 0 if all(row.state == COMPLETED for row in seen.rows) else FAILED
