@@ -3,16 +3,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_HYDRA_14 ?= $(VENV)-hydra-1.4
+VENV_OPTUNA ?= $(VENV)-optuna
 PYTEST_ARGUMENTS ?=
 
-.PHONY: train test quick composition parity crash benchmark lint clean
+.PHONY: train test quick composition sweepers parity crash benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
 	$(VENV)/bin/python examples/train.py parallel=fsdp8 compile=max
 
 # Everything, the composition tests on both Hydras.
-test: composition $(VENV)/installed
+test: composition sweepers $(VENV)/installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGUMENTS)
 
 # What takes under two minutes.
@@ -22,6 +23,10 @@ quick: $(VENV)/installed
 # What composing, checking and explaining need, on the newer Hydra, where no torch is installed.
 composition: $(VENV_HYDRA_14)/installed
 	$(VENV_HYDRA_14)/bin/python -m pytest -m composition $(PYTEST_ARGUMENTS)
+
+# Sweepers that consume scores, on the newer Hydra.
+sweepers: $(VENV_OPTUNA)/installed
+	$(VENV_OPTUNA)/bin/python -m pytest -m sweeper $(PYTEST_ARGUMENTS)
 
 # Layouts against one process, cell by cell, and layouts drawn at random.
 parity: $(VENV)/installed
@@ -57,5 +62,13 @@ $(VENV_HYDRA_14)/installed: pyproject.toml constraints/hydra-1.4.txt
 	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+$(VENV_OPTUNA)/installed: pyproject.toml constraints/hydra-optuna.txt
+	$(PYTHON) -m venv $(VENV_OPTUNA)
+	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt torch
+	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt \
+		hydra-core hydra-optuna-sweeper torchdata rich scikit-learn torchmetrics pytest
+	$(VENV_OPTUNA)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_HYDRA_14) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_HYDRA_14) $(VENV_OPTUNA) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -8,7 +8,11 @@ import pytest
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m composition`, modules without such tests are not even imported: torch may not be installed."""
-    if config.option.markexpr == "composition" and collection_path.match("test_*.py"):
-        return "mark.composition" not in collection_path.read_text() or None
-    return None
+    """Modules for another environment are not even imported: with `-m composition` torch may not be installed, and
+    sweepers are where `-m sweeper` is."""
+    if not collection_path.match("test_*.py"):
+        return None
+    text, chosen = collection_path.read_text(), config.option.markexpr
+    if chosen in ("composition", "sweeper"):
+        return f"mark.{chosen}" not in text or None
+    return "mark.sweeper" in text or None

@@ -95,7 +95,11 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
 
     Raises ConfigRefused, before any job starts, with the faults of all jobs.
     """
-    cluster = get_class(master.hydra.launcher._target_).cluster
+    cluster = cluster_of(master)
+    if master.hydra.launcher.get("detach") and not _is_basic(master):
+        sweeper = str(master.hydra.sweeper._target_).rpartition(".")[2]
+        rule = f"{sweeper} chooses jobs by the scores of those before, which a detached sweep does not wait for"
+        raise ConfigRefused([Violation("hydra.launcher.detach", True, rule, "leave it out")])
     accepted = _check_all(sweep.composing, master, jobs, first)
     directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
     records = start_jobs(sweep, directory, accepted, cluster)
@@ -114,6 +118,7 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     backend = backend_for(cluster, launcher, directory.path)
     backend.submit(list(files.values()))
     if launcher.get("detach"):
+        print(f"detached; to look after it: danling-conf runs {directory.path} --watch", flush=True)
         return list(directory.ledger.records().values())[-len(jobs) :]
     return follow(directory, backend, files, launcher)
 
@@ -162,6 +167,13 @@ def cluster_of(composed: DictConfig) -> str:
 def _own(overrides: Sequence[str]) -> tuple[str, ...]:
     """The overrides of a job itself, without those of Hydra."""
     return tuple(item for item in filter_overrides(list(overrides)) if not item.lstrip("+~").startswith("hydra/"))
+
+
+def _is_basic(master: DictConfig) -> bool:
+    """Whether the sweeper knows all jobs beforehand."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    return bool(get_class(master.hydra.sweeper._target_) is BasicSweeper)
 
 
 def _outcome(job: Job, record: Record) -> JobReturn:

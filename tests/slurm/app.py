@@ -28,7 +28,8 @@ def app(config: Any) -> float:
     runner.prepare(Net, {"train": Pairs(64), "val": Pairs(7, seed=1)}, loss=loss)
     for batch in runner.batches("train"):
         step = runner.global_step
-        if rank == data.get("fail_rank", -1) and step == data.get("fail_step", 2):
+        fails = rank == data.get("fail_rank", -1) and step == data.get("fail_step", 2)
+        if fails and ("fail_while" not in data or Path(data["fail_while"]).exists()):
             if data.get("how") == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError(f"rank {rank} is broken at step {step}")

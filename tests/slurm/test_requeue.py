@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,17 +147,6 @@ def test_a_node_that_is_lost(slurm: Cluster, tmp_path: Path, undisturbed: Undist
             slurm.start_node(2)
         record = completed(tmp_path, process, undisturbed)
     assert record.attempts == 2
-
-
-def test_the_client_may_go(slurm: Cluster, tmp_path: Path, undisturbed: Undisturbed) -> None:
-    with training(slurm, tmp_path) as (process, _):
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    time.sleep(0.1)
-    sweep = next(tmp_path.glob("lin/exp/sweeps/*"))
-    with started(["python", "-m", "danling_conf.cli.main", "runs", sweep, "--watch"], cwd=tmp_path,
-                 env=slurm.environment) as process:  # fmt: skip
-        completed(tmp_path, process, undisturbed)
 
 
 def _steps(root: Path) -> int:
