@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from danling_conf.launch.ledger import Ledger
-from tests.launch.command import REPOSITORY, run
+from tests.launch.command import APP, REPOSITORY, run
 
 pytestmark = pytest.mark.sweeper
 
@@ -35,11 +35,16 @@ def test_scores_reach_the_sweeper(tmp_path: Path) -> None:
         assert result["score"] == record.score
 
 
-def test_a_failed_job_is_told_to_the_sweeper(tmp_path: Path) -> None:
-    """It is told as a failure, and not as a score of nothing."""
-    done = run([TRAIN, "-m", *SEARCH, "hydra.sweeper.n_trials=2", "+model.inputs=-3"], cwd=tmp_path)
-    assert done.code != 0
-    assert not list(tmp_path.rglob("optimization_results.yaml"))
+@pytest.mark.parametrize(("rate", "started"), [(0.0, 1), (1.0, 3)])
+def test_a_failed_job_is_told_to_the_sweeper(tmp_path: Path, rate: float, started: int) -> None:
+    """As a failure, of which it can bear as many as it is told to."""
+    done = run([APP, "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=3",
+                f"hydra.sweeper.max_failure_rate={rate}", "optim.lr=interval(0.1,0.2)", "data.do=fail", "steps=1"],
+               cwd=tmp_path)  # fmt: skip
+    assert done.code == 1, done.text
+    assert "RuntimeError: this job is broken" in done.err
+    (sweep,) = tmp_path.glob("experiments/lin/exp/sweeps/*")
+    assert [record.status for record in Ledger(sweep).records().values()] == ["failed"] * started
 
 
 def test_a_sweeper_that_waits_for_scores_cannot_be_detached(tmp_path: Path) -> None:

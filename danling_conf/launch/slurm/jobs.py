@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ class SlurmJobs:
     patience = 10.0  # file systems of a cluster may show other nodes' lines late
 
     def __init__(self, sweep: Path) -> None:
+        if shutil.which("sbatch") is None:
+            raise SlurmUnavailable("sbatch is not installed here: submit from a machine of the cluster")
         self._folder = sweep / FOLDER
         self._unreachable_since: float | None = None
 
