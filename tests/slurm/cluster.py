@@ -44,6 +44,7 @@ class Cluster:
         self, root: Path, *, nodes: int = 2, cpus: int = 8, gpus: int = 0, partitions: str = _PARTITIONS,
         extra: str = "", accounting: bool = False, min_job_age: int = 300,
     ) -> None:  # fmt: skip
+        root.mkdir(exist_ok=True)
         self.root = root.resolve()
         if len(str(self.root / "munge.sock")) > 100:
             raise ValueError(f"{self.root} is too long a path for a socket")
