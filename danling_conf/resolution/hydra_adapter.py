@@ -9,22 +9,28 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hydra
+from hydra._internal import config_loader_impl
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import run_job, setup_globals
 from hydra.errors import ConfigCompositionException
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError
@@ -68,6 +74,20 @@ class Composer:
         with _named_defects():
             ConfigLoaderImpl._apply_overrides_to_config([override], config)
 
+    def sweep_config(self, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
+        """What Hydra's own launchers get for one job of a sweep. Raises Hydra's errors."""
+        with _named_defects():
+            return self.loader.load_sweep_config(master, list(overrides))
+
+    def classifier(self, master: DictConfig) -> Callable[[Sequence[Override]], list[Override]]:
+        """A function that picks, among a job's overrides, those that Hydra applies as values after composing.
+
+        The groups it knows are those of the sweep, `hydra.searchpath` included. Raises Hydra's errors.
+        """
+        own = [str(item) for item in master.hydra.overrides.hydra]
+        _, repository = self.loader._parse_overrides_and_create_caching_repo(master.hydra.job.config_name, own)
+        return lambda overrides: Overrides(repo=repository, overrides_list=list(overrides)).config_overrides
+
     def defaults(self, overrides: Sequence[str]) -> list[tuple[str, Any]]:
         """The configs that are merged, in order: each one's path and its content at its package."""
         merged = self.loader.compute_defaults_list(self.search.config_name, list(overrides), RunMode.RUN).defaults
@@ -94,8 +114,20 @@ class Composer:
         return self.loader.repository.get_group_options(group)
 
     def multirun(self, overrides: Sequence[str], task: Any) -> Any:
-        """Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised."""
-        return self._hydra.multirun(self.search.config_name, task, list(overrides))
+        """Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised.
+
+        Its sweepers compose every job before they give it to the launcher, to see whether that can be done; they stop
+        at the first fault. Our launchers compose and check all jobs themselves, so this is left out.
+        """
+        with mock.patch.object(Sweeper, "validate_batch_is_legal", return_value=None):
+            return self._hydra.multirun(self.search.config_name, task, list(overrides))
+
+    def sweep_jobs(self, master: DictConfig) -> list[list[str]]:
+        """The jobs that Hydra's own sweeper makes of a sweep, each as its overrides. Raises Hydra's errors."""
+        parameters = master.hydra.sweeper.get("params") or {}
+        given = [*(f"{key}={value}" for key, value in parameters.items()), *map(str, master.hydra.overrides.task)]
+        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(given)
+        return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
     def run_job(self, config: DictConfig, task: Any, directory: Path) -> Any:
         """Run `task` as Hydra's job in `directory`: its `.hydra` and job log are written there, its callbacks called.
@@ -188,16 +220,37 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return get_args_parser().parse_args(list(arguments))
 
 
-def hydra_settings(composed: DictConfig, directory: Path) -> dict[str, Any]:
-    """Hydra's own node of what was composed, as it is while a job runs in `directory`; interpolations are kept."""
+def hydra_settings(composed: DictConfig, directory: Path | None) -> dict[str, Any]:
+    """Hydra's own node of what was composed, as it is while a job runs in `directory`; interpolations are kept.
+
+    Without a directory nothing is said of where it runs: `settings_in` does that later.
+    """
     settings: Any = OmegaConf.to_container(composed.hydra, enum_to_str=True)
-    return settings_in(settings, directory)
+    return settings if directory is None else settings_in(settings, directory)
+
+
+def settings_of_job(settings: Mapping[str, Any], *, task: Sequence[str] | None = None, **job: Any) -> dict[str, Any]:
+    """Hydra's settings with a job's own overrides and facts of `hydra.job` in place; the rest is shared."""
+    overrides = settings["overrides"] if task is None else {**settings["overrides"], "task": list(task)}
+    return {**settings, "overrides": overrides, "job": {**settings["job"], **job}}
 
 
 def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Hydra's settings as they are while a job runs in `directory`."""
     run, runtime = {**settings["run"], "dir": str(directory)}, {**settings["runtime"], "output_dir": str(directory)}
     return {**settings, "mode": RunMode.RUN.name, "run": run, "runtime": runtime}
+
+
+def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[str, Any]:
+    """What Hydra 1.3 writes down of a job's overrides in `hydra.job`; 1.4 computes it when it is asked for."""
+    name = getattr(config_loader_impl, "get_overrides_dirname", None)
+    if name is None:
+        return {}
+    form = config.hydra.job.config.override_dirname
+    written = name(
+        overrides=list(overrides), kv_sep=form.kv_sep, item_sep=form.item_sep, exclude_keys=form.exclude_keys
+    )
+    return {"override_dirname": written}
 
 
 def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
+from omegaconf import AnyNode, DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.resolution.hydra_adapter import hydra_of
@@ -48,11 +48,15 @@ def resolve(config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Co
 
 
 def inspect(
-    config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None
+    config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None, spent: bool = False
 ) -> tuple[Any, list[Violation]]:
-    """The resolved configuration and all its violations; the configuration is of use only when there are none."""
+    """The resolved configuration and all its violations; the configuration is of use only when there are none.
+
+    Args:
+        spent: nobody needs what was composed afterwards, so that it need not be copied.
+    """
     context = context or Context(machine=this_machine())
-    node, violations = _typed_copy(config, kind)
+    node, violations = _typed_copy(config, kind, spent)
     node_kind = OmegaConf.get_type(node) or kind
     violations += check_declarations(node, node_kind)
     OmegaConf.resolve(node)
@@ -67,16 +71,10 @@ def inspect(
     return resolved, unique(violations)
 
 
-def _typed_copy(config: Any, kind: type[RunnerConfig]) -> tuple[DictConfig, list[Violation]]:
+def _typed_copy(config: Any, kind: type[RunnerConfig], spent: bool) -> tuple[DictConfig, list[Violation]]:
     violations: list[Violation] = []
     if isinstance(config, DictConfig):
-        node = copy.deepcopy(config)
-        OmegaConf.set_readonly(node, None)
-        with read_write(node), open_dict(node):
-            if "hydra" in node:
-                with hydra_of(node):
-                    _resolve_hydra(node)
-                node.pop("hydra")
+        node = _without_hydra(config, spent)
         declared = OmegaConf.get_type(node)
         if isinstance(declared, type) and issubclass(declared, RunnerConfig):
             return node, violations
@@ -93,6 +91,32 @@ def _typed_copy(config: Any, kind: type[RunnerConfig]) -> tuple[DictConfig, list
     open_sections(node)
     violations += list(merge_leaves(node, given, kind))
     return node, violations
+
+
+def _without_hydra(config: DictConfig, spent: bool) -> DictConfig:
+    """A copy, or what is spent itself, without Hydra's own node, whose values are given to what refers to them."""
+    hydra = config._get_node("hydra") if config and "hydra" in config else None
+    # Most configurations do not refer to it, and it is the larger half of what would be copied, twice.
+    left_out = hydra is not None and not refers_to_hydra(config)
+    node = config if spent else copy.deepcopy(config, {id(hydra): AnyNode(None)} if left_out else {})
+    OmegaConf.set_readonly(node, None)
+    with read_write(node), open_dict(node):
+        if hydra is not None and not left_out:
+            with hydra_of(node):
+                _resolve_hydra(node)
+        if hydra is not None:
+            node.pop("hydra")
+    return node
+
+
+def refers_to_hydra(node: Node) -> bool:
+    """Whether a value of a configuration, outside of Hydra's own node, is an interpolation that names Hydra."""
+    value = node._value()
+    if isinstance(value, str):
+        return "hydra" in value and node._is_interpolation()
+    if isinstance(value, dict):
+        return any(key != "hydra" and refers_to_hydra(child) for key, child in value.items())
+    return isinstance(value, list) and any(map(refers_to_hydra, value))
 
 
 def _resolve_hydra(node: DictConfig | ListConfig) -> None:

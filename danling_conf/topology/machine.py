@@ -36,10 +36,14 @@ class Machine:
     trackers: frozenset[str] = frozenset(TRACKERS)
     """Which of the packages of trackers are installed."""
 
+    cluster_world_size: int | None = None
+    """For a job on a cluster, whose ranks may be on several nodes: the world size that a layout without a number is
+    filled with; `devices` is what a node has. None for a run on this machine."""
+
     @property
     def fill_world_size(self) -> int:
         """World size that a layout without a number is filled with."""
-        return self.started_world_size or max(1, self.devices)
+        return self.cluster_world_size or self.started_world_size or max(1, self.devices)
 
 
 def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:

@@ -1,10 +1,203 @@
-"""What a layout needs of a cluster."""
+"""What a layout takes of a cluster: nodes, tasks, GPUs and CPUs of its job, and whether there is as much."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from danling_conf.schema.layout import Layout
+from danling_conf.schema.launcher import SlurmLauncherConfig
+from danling_conf.schema.layout import FILL, WORLD_AXES, Layout
+from danling_conf.topology.machine import Machine
+from danling_conf.topology.violation import ABSENT, Violation
+
+_LAUNCHER = "hydra.launcher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What a node has and a partition allows; None is unknown, and then nothing is refused for it."""
+
+    devices_per_node: int
+    """GPUs of a node; 0 where jobs run on CPUs."""
+    cpus_per_node: int | None = None
+    nodes: int | None = None
+    """Nodes that one job may have."""
+    minutes: int | None = None
+    """Longest time limit."""
+    name: str | None = None
+    """Of the partition."""
+
+    def for_jobs(self, launcher: SlurmLauncherConfig) -> Capacity:
+        """With what the launcher's settings say of a node in place of what the partition says."""
+        return self if launcher.gpus_per_node is None else replace(self, devices_per_node=launcher.gpus_per_node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What one job asks for; one task a rank."""
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    """0 for a job on CPUs."""
+    cpus_per_task: int
+    minutes: int
+    """Time limit."""
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def gpu_hours(self) -> float:
+        """What the job costs at most."""
+        return self.gpus * self.minutes / 60
+
+
+def cluster_machine(here: Machine, capacity: Capacity, launcher: SlurmLauncherConfig) -> Machine:
+    """The machine that rules see for a job on a cluster: its nodes, however many, in place of this machine.
+
+    Args:
+        here: what is known of this machine; its Python is taken to be the cluster's.
+    """
+    capacity = capacity.for_jobs(launcher)
+    ranks = launcher.tasks_per_node or capacity.devices_per_node or 1
+    return replace(
+        here,
+        devices=capacity.devices_per_node,
+        started_world_size=None,
+        launcher=None,
+        compiler=True,  # nobody can know from here
+        cluster_world_size=(launcher.nodes or 1) * ranks,
+    )
+
+
+def shape_of(
+    layout: Layout, *, on_cpu: bool, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None = None
+) -> tuple[Shape, list[Violation]]:
+    """The shape of a layout's job, settings that are given first, and what does not fit; of use when all fits.
+
+    Args:
+        layout: every degree known.
+        on_cpu: whether ranks run on CPUs although nodes may have GPUs.
+        name: of the layout, for messages.
+    """
+    if any(getattr(layout, axis) == FILL for axis in WORLD_AXES):
+        raise ValueError(f"{layout} has a degree that is still to be filled")
+    capacity = capacity.for_jobs(launcher)
+    on_cpu = on_cpu or not capacity.devices_per_node
+    cpus = _cpus_per_task(on_cpu, capacity, launcher)
+    nodes, tasks, violations = _spread(layout, _most_tasks(on_cpu, cpus, capacity), launcher, name)
+    gpus = 0 if on_cpu else tasks * (launcher.gpus_per_task or 1)
+    shape = Shape(
+        nodes=nodes, tasks_per_node=tasks, gpus_per_node=gpus, cpus_per_task=cpus, minutes=launcher.timeout_min
+    )
+    if not violations:
+        violations = list(_beyond(shape, capacity, launcher, name))
+    return shape, violations
+
+
+def _cpus_per_task(on_cpu: bool, capacity: Capacity, launcher: SlurmLauncherConfig) -> int:
+    if launcher.cpus_per_task is not None:
+        return launcher.cpus_per_task
+    if on_cpu or not capacity.cpus_per_node:
+        return 1
+    if launcher.cpus_per_gpu is not None:
+        return launcher.cpus_per_gpu * (launcher.gpus_per_task or 1)
+    return max(1, capacity.cpus_per_node // capacity.devices_per_node) * (launcher.gpus_per_task or 1)
+
+
+def _most_tasks(on_cpu: bool, cpus: int, capacity: Capacity) -> int | None:
+    """Ranks that fit on a node; None where nothing is known of its CPUs."""
+    if not on_cpu:
+        return capacity.devices_per_node
+    return None if capacity.cpus_per_node is None else max(1, capacity.cpus_per_node // cpus)
+
+
+def _spread(
+    layout: Layout, most: int | None, launcher: SlurmLauncherConfig, name: str | None
+) -> tuple[int, int, list[Violation]]:
+    """Nodes and tasks on each, and why the ranks cannot be spread so."""
+    ranks, nodes, tasks = layout.world_size, launcher.nodes, launcher.tasks_per_node
+    what = f"{name or 'the layout'} has {_count(ranks, 'rank')}"
+    if nodes is not None and tasks is not None:
+        rule = f"{what}, and {_count(nodes, 'node')} of {_count(tasks, 'task')} are {nodes * tasks}"
+        fault = Violation(f"{_LAUNCHER}.tasks_per_node", tasks, rule, "leave out one of nodes and tasks_per_node")
+        return nodes, tasks, [fault] if nodes * tasks != ranks else []
+    if nodes is not None:
+        fault = Violation(
+            f"{_LAUNCHER}.nodes",
+            nodes,
+            f"{what}, which do not divide evenly over {_count(nodes, 'node')}",
+            f"leave it out, or choose a divisor of {ranks}",
+        )
+        return nodes, max(1, ranks // nodes), [fault] if ranks % nodes else []
+    if tasks is not None:
+        fault = Violation(
+            f"{_LAUNCHER}.tasks_per_node",
+            tasks,
+            f"{what}, which do not fill nodes of {_count(tasks, 'task')}",
+            f"leave it out, or choose a divisor of {ranks}",
+        )
+        return max(1, ranks // tasks), tasks, [fault] if ranks % tasks else []
+    nodes = 1 if most is None else -(-ranks // most)
+    if ranks % nodes == 0:
+        return nodes, ranks // nodes, []
+    even = next(count for count in range(nodes, ranks + 1) if ranks % count == 0)
+    fault = Violation(
+        "parallel",
+        name or ABSENT,
+        f"{_count(ranks, 'rank')} do not divide evenly over {nodes} nodes of {most}",
+        f"choose a multiple of {most} ranks, or {_LAUNCHER}.nodes={even} ({_count(ranks // even, 'rank')} on each)",
+    )
+    return nodes, max(1, ranks // nodes), [fault]
+
+
+def _beyond(shape: Shape, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None) -> Iterator[Violation]:
+    """What a node does not have, or a partition does not allow."""
+    where = f"the partition {capacity.name}" if capacity.name else "the partition"
+    tasks: tuple[str, Any] = (
+        (f"{_LAUNCHER}.tasks_per_node", launcher.tasks_per_node) if launcher.tasks_per_node is not None
+        else (f"{_LAUNCHER}.nodes", launcher.nodes) if launcher.nodes is not None
+        else ("parallel", name or ABSENT)
+    )  # fmt: skip
+    if shape.gpus_per_node > capacity.devices_per_node and shape.gpus_per_node:
+        path, value = tasks
+        if launcher.gpus_per_task is not None and launcher.gpus_per_task > 1:
+            path, value = f"{_LAUNCHER}.gpus_per_task", launcher.gpus_per_task
+        rule = f"{_count(shape.tasks_per_node, 'rank')} on a node take {_count(shape.gpus_per_node, 'GPU')}"
+        has = _count(capacity.devices_per_node, "GPU")
+        yield Violation(path, value, f"{rule}, and a node has {has}", f"at most {capacity.devices_per_node} on a node")
+    cpus = shape.tasks_per_node * shape.cpus_per_task
+    if capacity.cpus_per_node is not None and cpus > capacity.cpus_per_node:
+        path, value = tasks
+        if launcher.cpus_per_task is not None:
+            path, value = f"{_LAUNCHER}.cpus_per_task", launcher.cpus_per_task
+        elif launcher.cpus_per_gpu is not None and shape.gpus_per_node:
+            path, value = f"{_LAUNCHER}.cpus_per_gpu", launcher.cpus_per_gpu
+        rule = (
+            f"{_count(shape.tasks_per_node, 'rank')} of {_count(shape.cpus_per_task, 'CPU')} take {cpus} CPUs, "
+            f"and a node has {capacity.cpus_per_node}"
+        )
+        yield Violation(path, value, rule, _fewer_cpus(shape, capacity.cpus_per_node))
+    if capacity.nodes is not None and shape.nodes > capacity.nodes:
+        path, value = ("parallel", name or ABSENT) if launcher.nodes is None else (f"{_LAUNCHER}.nodes", launcher.nodes)
+        rule = f"it takes {_count(shape.nodes, 'node')}, and a job in {where} may have {capacity.nodes}"
+        yield Violation(path, value, rule, "choose a smaller layout, or another partition")
+    if capacity.minutes is not None and shape.minutes > capacity.minutes:
+        rule = f"jobs in {where} may take {capacity.minutes} minutes"
+        fix = f"at most {capacity.minutes}: a run that reaches it is saved and queued again"
+        yield Violation(f"{_LAUNCHER}.timeout_min", shape.minutes, rule, fix)
+
+
+def _fewer_cpus(shape: Shape, cpus_per_node: int) -> str:
+    fitting = cpus_per_node // shape.tasks_per_node
+    return f"{_LAUNCHER}.cpus_per_task={fitting}, or more nodes" if fitting else "spread the ranks over more nodes"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +215,7 @@ def resources_for(layout: Layout, devices_per_node: int) -> Resources:
     """
     if devices_per_node < 1:
         raise ValueError(f"a node has at least one device, not {devices_per_node}")
-    nodes = -(-layout.world_size // devices_per_node)
-    if layout.world_size % nodes:
-        raise ValueError(f"{layout.world_size} ranks do not divide evenly over {nodes} nodes of {devices_per_node}")
-    return Resources(nodes=nodes, tasks_per_node=layout.world_size // nodes)
+    nodes, tasks, violations = _spread(layout, devices_per_node, SlurmLauncherConfig(), None)
+    if violations:
+        raise ValueError(violations[0].rule)
+    return Resources(nodes=nodes, tasks_per_node=tasks)

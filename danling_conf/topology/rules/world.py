@@ -68,6 +68,7 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
         layout = fill(layout, machine.fill_world_size)
     except ValueError as error:
         given = f"{machine.launcher} started {machine.started_world_size}" if machine.started_world_size else (
+            f"the job's nodes take {_processes(machine.cluster_world_size)}" if machine.cluster_world_size else
             f"this machine has {machine.devices} devices" if machine.devices else "this machine runs one process on CPU"
         )  # fmt: skip
         axis = next(axis for axis in WORLD_AXES if getattr(layout, axis) == FILL)
@@ -83,7 +84,13 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
             f"{what} needs {_processes(layout.world_size)}, but {machine.launcher} started {started}",
             f"start {layout.world_size}, or choose a layout of {started}: parallel=fsdp fills itself",
         )
-    elif started is None and machine.devices and layout.world_size > machine.devices and not _on_cpu(config):
+    elif (
+        machine.cluster_world_size is None
+        and started is None
+        and machine.devices
+        and layout.world_size > machine.devices
+        and not _on_cpu(config)
+    ):
         yield Violation(
             "parallel",
             ABSENT,
