@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from danling_conf.launch.running import backend_for, follow
 from danling_conf.launch.sweep_directory import SweepDirectory
 from danling_conf.resolution.code_identity import code_identity
 from danling_conf.resolution.hydra_adapter import Composer, hydra_settings
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 # Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
 _DIRECTORY = "hydra.sweep.dir='${{workspace_root}}/${{lineage}}/${{experiment}}/sweeps/{stamp}'"
@@ -101,48 +102,40 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
         rule = f"{sweeper} chooses jobs by the scores of those before, which a detached sweep does not wait for"
         raise ConfigRefused([Violation("hydra.launcher.detach", True, rule, "leave it out")])
     accepted = _check_all(sweep.composing, master, jobs, first)
+    shapes = _fitting(accepted) if cluster == "slurm" else None
     directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
-    records = start_jobs(sweep, directory, accepted, cluster)
+    records = start_jobs(sweep, directory, accepted, cluster, shapes)
     return [_outcome(job, record) for job, record in zip(accepted, records, strict=True)]
 
 
-def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], cluster: str) -> list[Record]:
-    """Plan accepted jobs in a sweep's directory, start them, and follow them to their end unless they are detached."""
+def start_jobs(
+    sweep: Sweep,
+    directory: SweepDirectory,
+    jobs: Sequence[Job],
+    cluster: str,
+    shapes: Mapping[int, Mapping[str, Any]] | None,
+) -> list[Record]:
+    """Plan accepted jobs in a sweep's directory, start them, and follow them to their end unless they are detached.
+
+    Args:
+        shapes: what each job takes of the cluster, by its number; None on this machine.
+
+    Raises ConfigRefused when Slurm does not take them.
+    """
     launcher = jobs[0].launcher
     words = worker_command()[2 : -len(sys.argv[1:]) or None]
     code = code_identity(sweep.app.script.parent)
     program = Program(words=tuple(words), directory=Path.cwd(), code_id=code.code_id)
-    files = directory.plan(jobs, program, _shapes(jobs) if cluster == "slurm" else None)
+    files = directory.plan(jobs, program, shapes)
     directory.ask(command=[*words, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
     backend = backend_for(cluster, launcher, directory.path)
-    backend.submit(list(files.values()))
+    with _refusing():
+        backend.submit(list(files.values()))
     if launcher.get("detach"):
         print(f"detached; to look after it: danling-conf runs {directory.path} --watch", flush=True)
         return list(directory.ledger.records().values())[-len(jobs) :]
     return follow(directory, backend, files, launcher)
-
-
-def _shapes(jobs: Sequence[Job]) -> dict[int, dict[str, Any]]:
-    from danling_conf.launch.slurm.queries import partition
-    from danling_conf.topology.resources import resources_for
-
-    shapes = {}
-    for job in jobs:
-        told = job.launcher
-        p = partition(told["partition"])
-        r = resources_for(
-            job.layout, told["tasks_per_node"] or told["gpus_per_node"] or p.gpus_per_node or p.cpus_per_node
-        )
-        nodes = told["nodes"] or r.nodes
-        shapes[job.number] = {
-            "nodes": nodes,
-            "tasks_per_node": job.layout.world_size // nodes,
-            "gpus_per_node": job.layout.world_size // nodes if p.gpus_per_node else 0,
-            "cpus_per_task": 1,
-            "signal_delay_s": told["signal_delay_s"] or min(120, told["timeout_min"] * 12),
-        }
-    return shapes
 
 
 def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
@@ -150,13 +143,39 @@ def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequ
     config = check(composing, composed, overrides)
     hydra, own = hydra_settings(composed, Path()), _own(overrides)
     job = Job(number=0, overrides=own, config=config, hydra=hydra)
+    shapes = _fitting([job])
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     path = Path(config.workspace_root).expanduser() / config.lineage / config.experiment / "sweeps" / stamp
     path.mkdir(parents=True)
     sweep = Sweep(app=app, composing=composing, arguments=list(overrides))
-    (record,) = start_jobs(sweep, SweepDirectory(path=path.absolute()), [job], cluster_of(composed))
+    (record,) = start_jobs(sweep, SweepDirectory(path=path.absolute()), [job], "slurm", shapes)
     if record.ended and record.status != COMPLETED:
         sys.exit(1)
+
+
+def _fitting(jobs: Sequence[Job]) -> dict[int, dict[str, Any]]:
+    """What each job takes of the cluster. Raises ConfigRefused with all that does not fit."""
+    from danling_conf.launch.slurm.shapes import frozen_shape, settings_of, shapes_of
+
+    shapes, faults = shapes_of(jobs)
+    if faults:
+        raise ConfigRefused(
+            _of_jobs([(job.number, list(job.overrides), ConfigRefused(faults[job.number])) for job in jobs
+                      if job.number in faults])
+        )  # fmt: skip
+    return {job.number: frozen_shape(shapes[job.number], settings_of(job.launcher)) for job in jobs}
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What Slurm does not take is the user's to mend."""
+    from danling_conf.launch.slurm.queries import SlurmUnavailable
+
+    try:
+        yield
+    except SlurmUnavailable as error:
+        fix = "mend the launcher's settings; what was queued before it is in the ledger: danling-conf cancel ends it"
+        raise ConfigRefused([Violation("hydra.launcher", ABSENT, str(error), fix)]) from error
 
 
 def cluster_of(composed: DictConfig) -> str:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from danling_conf import compose
+from danling_conf.launch.job_file import JobFile
 from danling_conf.launch.ledger import CANCELLED, TIMED_OUT
 from danling_conf.launch.slurm import queries
 from danling_conf.launch.slurm.jobs import parameters_of
 from danling_conf.launch.slurm.queries import JobState, SlurmUnavailable, own_job, partition, states
+from danling_conf.launch.slurm.rank import compare_with_first
 from danling_conf.launch.slurm.requeue import ASKED, PREEMPTED, REQUEUED, TIME_LIMIT, Cause, cause_of
+from danling_conf.resolution.frozen import frozen_job
 from danling_conf.schema.launcher import SlurmLauncherConfig
+from danling_conf.topology.rank_environment import RankEnvironment
+from danling_conf.topology.violation import ConfigRefused
 
 END = "2026-01-01T12:00:00"
 
@@ -108,6 +115,20 @@ def test_why_a_job_was_told_to_stop(shown: dict[str, str], why: str, requeue: bo
     assert end is not None
     found = cause_of(shown, start=2, warning_seconds=120, now=end - 150)
     assert found == Cause(why=why, requeue=requeue)
+
+
+def test_a_node_that_reads_another_file_stops(tmp_path: Path) -> None:
+    """With the settings that differ, and which rank has which value."""
+    mine, theirs = compose(["optim.lr=0.5", "steps=3"]), compose(["optim.lr=0.25", "steps=3"])
+    read = JobFile(path=tmp_path / "job.json", content=frozen_job(mine, None))
+    ranks = RankEnvironment(launcher="srun", rank=5, world_size=8, local_rank=1, local_world_size=4)
+    compare_with_first(JobFile(path=read.path, content=frozen_job(theirs, None)), theirs, ranks)
+    with pytest.raises(ConfigRefused) as refused:
+        compare_with_first(read, theirs, ranks)
+    (fault,) = refused.value.violations
+    assert (fault.path, fault.value) == ("optim.lr", 0.5)
+    assert "rank 5 on " in fault.rule
+    assert "rank 0 has 0.25" in fault.rule
 
 
 def job(shape: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from danling_conf.launch.slurm.queries import own_job
 from danling_conf.resolution.current import Current
 from danling_conf.resolution.frozen import FROZEN, take_part_in, thaw
 from danling_conf.resolution.hydra_adapter import run_frozen
-from danling_conf.resolution.identity import differences
+from danling_conf.resolution.identity import differences, job_id, plain
 from danling_conf.resolution.logs import rank_log, redirect_output
 from danling_conf.resolution.run_lock import LostRun
 from danling_conf.resolution.stopped import Stopped
@@ -98,17 +98,15 @@ def _follow(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
     if content is None:  # rank 0 says why
         sys.exit(2)
     config, attempt = thaw(content)
-    _compare(job, config, ranks)
+    compare_with_first(job, config, ranks)
     redirect_output(rank_log(attempt.directory, ranks.rank))
     take_part_in(content)
     current = Current(attempt=attempt, ranks=ranks, store=store, repeats_signals=True)
     return run_rank(app.function, config, current, app.script.stem)
 
 
-def _compare(job: JobFile, config: Any, ranks: RankEnvironment) -> None:
+def compare_with_first(job: JobFile, config: Any, ranks: RankEnvironment) -> None:
     """Every node reads the job for itself: one that sees another file than the first node's must not train by it."""
-    from danling_conf.resolution.identity import job_id, plain
-
     if job.content["job_id"] == job_id(config):
         return
     changed = differences(job.content["config"], plain(config))
