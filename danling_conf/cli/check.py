@@ -1,31 +1,147 @@
-"""`danling-conf check`: an app's configuration composed and checked, nothing started."""
+"""`danling-conf check`: an app's configuration, or all jobs of its sweep, composed and checked, nothing started."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
 from danling_conf.cli.inspect_app import inspect_app
 from danling_conf.groups.layout_names import name_of
-from danling_conf.launch.command import App, check, compose_or_refuse, warnings_of
-from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
+from danling_conf.launch.command import App, warnings_of
+from danling_conf.launch.preflight import Preflight, check_jobs, shapes_of
+from danling_conf.launch.preflight_tables import fault_table, shape_table, varying
+from danling_conf.resolution.collect import all_faults
+from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer
 from danling_conf.resolution.identity import config_id, difference_from_defaults, job_id
-from danling_conf.topology.layout import layout_of
-from danling_conf.topology.violation import show
+from danling_conf.resolution.launcher_settings import launcher_in
+from danling_conf.schema.launcher import SlurmLauncherConfig
+from danling_conf.topology.machine import this_machine
+from danling_conf.topology.resources import Capacity
+from danling_conf.topology.rules import Context
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
+
+_NUMBERS = ("--gpus-per-node", "--cpus-per-node")
 
 
-def check_app(script: str, overrides: list[str]) -> list[str]:
-    """Lines that say what would run. Raises ConfigRefused with all violations."""
-    return inspect_app(script, overrides, _check)
+class SweepRefused(ConfigRefused):
+    """Jobs of a sweep were refused; the report is their table."""
+
+    def __init__(self, lines: list[str], violations: list[Violation]) -> None:
+        self.lines = lines
+        super().__init__(violations)
+
+    def report(self) -> str:
+        return "\n".join(self.lines)
 
 
-def _check(app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A command line's overrides, and the options that stood among them."""
+
+    overrides: list[str]
+    multirun: bool
+    capacity: Capacity | None
+
+
+def check_app(script: str, words: list[str]) -> list[str]:
+    """Lines that say what would run.
+
+    Args:
+        words: overrides, and anywhere among them `-m`, `--gpus-per-node N` and `--cpus-per-node N`.
+
+    Raises ConfigRefused with all violations, of a sweep those of all its jobs.
+    """
+    asked = _asked(words)
+    look = _check_sweep if asked.multirun else _check
+    return inspect_app(script, asked.overrides, partial(look, asked))
+
+
+def _check(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
     with composer(search) as composing:
-        config = check(composing, compose_or_refuse(composing, overrides), overrides)
-    layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+        master = _compose(composing, overrides, asked.capacity)
+        capacity = asked.capacity or _slurm_capacity(master)
+        # Hydra's own overrides are the master's; the rest is the only job's.
+        given = [str(item) for item in master.hydra.overrides.task]
+        job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
+    config, layout = job.config, job.layout
     changed = [f"  {path}={show(value)}" for path, value in difference_from_defaults(config).items()]
     processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
-    return [
+    lines = [
         f"accepted: {app.script.name} {' '.join(overrides)}".rstrip(),
         f"layout {name_of(layout)}, {processes}; config {config_id(config)}, job {job_id(config)}",
-        "differs from the defaults in:",
-        *changed,
-        *(f"warning: {line}" for line in warnings_of(config)),
     ]
+    if capacity is not None:
+        lines += shape_table([job], shapes_of([job], capacity))
+    warned = (f"warning: {line}" for line in warnings_of(config))
+    return [*lines, "differs from the defaults in:", *changed, *warned]
+
+
+def _check_sweep(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
+    with composer(search) as composing:
+        master = _compose(composing, overrides, asked.capacity, multirun=True)
+        try:
+            jobs = composing.sweep_jobs(master)
+        except HydraException as error:
+            said = str(error).strip().splitlines()[0]
+            raise ConfigRefused([Violation("sweep", ABSENT, said, "mend the sweep's overrides")]) from error
+        capacity = asked.capacity or _slurm_capacity(master)
+        accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity)
+    if refused:
+        fine = f"{len(accepted)} of {len(jobs)} jobs {'is' if len(accepted) == 1 else 'are'} fine"
+        violations = [item for job in refused for item in job.violations]
+        raise SweepRefused([*fault_table(refused, of=len(jobs)), "", fine], violations)
+    lines = [f"accepted: {len(jobs)} job{'' if len(jobs) == 1 else 's'} of {app.script.name} {' '.join(overrides)}", ""]
+    capacity = capacity or Capacity(devices_per_node=this_machine().devices)
+    lines += shape_table(accepted, shapes_of(accepted, capacity))
+    varied = varying(jobs)
+    return [*lines, "", "varies:", *(f"  {line}" for line in varied)] if varied else lines
+
+
+def _compose(
+    composing: Composer, overrides: list[str], capacity: Capacity | None, *, multirun: bool = False
+) -> DictConfig:
+    """Hydra's configuration of the command line. Raises ConfigRefused with every fault that can be told."""
+    try:
+        return composing.compose(overrides, multirun=multirun)
+    except ConfigRefused:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        single = [item for item in overrides if not multirun or item.lstrip("+~").startswith("hydra")]
+        given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
+        context = Context(machine=this_machine(), given=given)
+        raise ConfigRefused(all_faults(composing, single, context, error)) from error
+
+
+def _slurm_capacity(master: DictConfig) -> Capacity | None:
+    """What the settings of the Slurm launcher say of nodes; None where jobs would run on this machine."""
+    launcher = launcher_in(master)[0]
+    if isinstance(launcher, SlurmLauncherConfig) and launcher.gpus_per_node is not None:
+        return Capacity(devices_per_node=launcher.gpus_per_node)
+    return None
+
+
+def _asked(words: list[str]) -> _Asked:
+    overrides, multirun = [], False
+    given: dict[str, int | None] = dict.fromkeys(_NUMBERS, None)
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if word in ("-m", "--multirun"):
+            multirun = True
+        elif name in _NUMBERS:
+            given[name] = _number(name, value if equals else next(rest, ""))
+        else:
+            overrides.append(word)
+    gpus, cpus = (given[name] for name in _NUMBERS)
+    capacity = None if gpus is None and cpus is None else Capacity(devices_per_node=gpus or 0, cpus_per_node=cpus)
+    return _Asked(overrides=overrides, multirun=multirun, capacity=capacity)
+
+
+def _number(name: str, text: str) -> int:
+    if text.isdecimal() and (int(text) or name == "--gpus-per-node"):
+        return int(text)
+    raise ConfigRefused([Violation(name, text or ABSENT, "it is a whole number", f"write {name} 8")])

@@ -69,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="compose and check a script's configuration without running it; exits with 2 when it is refused"
     )
     check.add_argument("script", help="a training script")
-    check.add_argument("overrides", nargs=argparse.REMAINDER, help="its overrides, as on its own command line")
+    check.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        help="its overrides, as on its own command line; among them -m for a sweep, and --gpus-per-node N and "
+        "--cpus-per-node N for what the nodes of a cluster have",
+    )
     checkpoints = commands.add_parser(
         "checkpoints", help="list what a run has saved: step, when, size, layout, whole or broken, latest and best"
     )

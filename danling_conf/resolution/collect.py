@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from danling_conf.groups.layout_names import GRAMMAR, LayoutNameError, looks_like_layout, parse_layout
 from danling_conf.groups.source import LAYOUTS
 from danling_conf.resolution.hydra_adapter import Composer, shadowed_settings
+from danling_conf.resolution.launcher_settings import PREFIX, launcher_in
 from danling_conf.resolution.resolve import inspect, merge_leaves
 from danling_conf.resolution.typed import unknown_key, wrong_type
 from danling_conf.schema import RunnerConfig
@@ -26,13 +27,23 @@ from danling_conf.topology.rules import Context
 from danling_conf.topology.violation import ABSENT, Violation, unique
 
 
-def all_faults(composer: Composer, overrides: Sequence[str], context: Context, refusal: Exception) -> list[Violation]:
+def all_faults(
+    composer: Composer,
+    overrides: Sequence[str],
+    context: Context,
+    refusal: Exception,
+    *,
+    compose: Callable[[Sequence[str]], DictConfig] | None = None,
+    also: Callable[[RunnerConfig, DictConfig], list[Violation]] | None = None,
+) -> list[Violation]:
     """Every fault of `overrides` that can be told.
 
     Group choices are composed without the value overrides, which are then applied one by one; the rules see the result.
 
     Args:
         refusal: what Hydra raised; it is reported itself when nothing more precise is found.
+        compose: composes choices of groups; the composer does when None.
+        also: looks for further faults, in the configuration and in what was composed.
     """
     violations: list[Violation] = []
     choices: list[str] = []
@@ -53,12 +64,12 @@ def all_faults(composer: Composer, overrides: Sequence[str], context: Context, r
                 choices.append(text)
             else:
                 violations.append(fault)
-        elif parsed.is_hydra_override():
+        elif parsed.is_hydra_override() and not parsed.key_or_group.startswith(PREFIX):
             choices.append(text)
         else:
             values.append(parsed)
     try:
-        config = composer.compose(choices)
+        config = (compose or composer.compose)(choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         hidden = shadowed_settings(composer, RunnerConfig)
         sound, found = _what_files_say(composer, choices)
@@ -74,7 +85,11 @@ def all_faults(composer: Composer, overrides: Sequence[str], context: Context, r
         if override.key_or_group not in known:
             violations += _apply(composer, override, config, kind)
     faulty = {item.path for item in violations}
-    _, found = inspect(config, kind=kind, context=context)
+    found = launcher_in(config)[1]
+    resolved, broken = inspect(config, kind=kind, context=context)
+    found += broken
+    if also is not None and resolved is not None:
+        found += also(resolved, config)
     violations += [item for item in found if item.path not in faulty]
     return unique(violations) or [_composition_fault(composer, refusal)]
 

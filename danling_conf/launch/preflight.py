@@ -1,0 +1,210 @@
+"""Before anything is started: every job of a sweep composed and checked, all faults of all jobs found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import filter_overrides
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from danling_conf.launch.jobs import Job
+from danling_conf.launch.policy import parse_on_failure
+from danling_conf.resolution.collect import all_faults
+from danling_conf.resolution.hydra_adapter import Composer, settings_in, shadowed_settings
+from danling_conf.resolution.identity import layout_name
+from danling_conf.resolution.launcher_settings import check_launcher, launcher_in
+from danling_conf.resolution.resolve import inspect
+from danling_conf.resolution.sweep_composer import SweepComposer
+from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.schema.launcher import LauncherConfig, SlurmLauncherConfig
+from danling_conf.topology.layout import fill
+from danling_conf.topology.machine import Machine, this_machine
+from danling_conf.topology.resources import Capacity, Shape, cluster_machine, shape_of
+from danling_conf.topology.rules import Context
+from danling_conf.topology.rules.world import known_layout
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+_SAME_IN_ALL_JOBS = "${hydra.job.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A job of a sweep that was not accepted."""
+
+    number: int
+    """Its place in the sweep."""
+    overrides: tuple[str, ...]
+    violations: tuple[Violation, ...]
+
+
+def check_jobs(
+    composing: Composer,
+    master: DictConfig,
+    jobs: Sequence[Sequence[str]],
+    first: int,
+    *,
+    machine: Machine | None = None,
+    capacity: Capacity | None = None,
+) -> tuple[list[Job], list[Refused]]:
+    """Compose and check every job of a sweep; the accepted ones and the others, each in order.
+
+    Args:
+        master: the sweep's own configuration.
+        first: number of the first job.
+        machine: where jobs would start; this machine when None.
+        capacity: what the nodes have and the partition allows, for jobs that start on a cluster.
+
+    Raises Hydra's errors where the sweep itself cannot be composed.
+    """
+    preflight = Preflight(composing, master, machine=machine, capacity=capacity)
+    accepted, refused = [], []
+    for number, overrides in enumerate(jobs, first):
+        try:
+            accepted.append(preflight.check(overrides, number))
+        except ConfigRefused as refusal:
+            refused.append(Refused(number=number, overrides=own(overrides), violations=refusal.violations))
+    return accepted, refused
+
+
+class Preflight:
+    """Checks jobs of one sweep; what they have in common is looked at once."""
+
+    def __init__(
+        self, composing: Composer, master: DictConfig, *, machine: Machine | None, capacity: Capacity | None
+    ) -> None:
+        self._composing = composing
+        self._jobs = SweepComposer(composing, master)
+        self._here = machine or this_machine()
+        self._capacity = capacity
+        self._shadowed: dict[type[RunnerConfig], list[Violation]] = {}
+        self._launchers: dict[str, tuple[LauncherConfig | None, list[Violation]]] = {}
+
+    def check(self, overrides: Sequence[str], number: int) -> Job:
+        """The accepted job. Raises ConfigRefused with all of its faults."""
+        try:
+            composed, hydra = self._jobs.compose_job(overrides, number)
+            launcher, shown, violations = self._launcher(composed, hydra)
+        except ConfigRefused:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            context = self._context(overrides, None)
+
+            def shape_faults(config: RunnerConfig, composed: DictConfig) -> list[Violation]:
+                if self._capacity is None:
+                    return []
+                return _shape_faults(config, context, self._capacity, launcher_in(composed)[0])
+
+            faults = all_faults(
+                self._composing, overrides, context, error, compose=self._jobs.compose, also=shape_faults
+            )
+            raise ConfigRefused(faults) from error
+        declared = OmegaConf.get_type(composed)
+        kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
+        context = self._context(overrides, launcher)
+        config, found = inspect(composed, kind=kind, context=context, spent=True)
+        violations = self._hidden(kind) + violations + found
+        if config is not None and self._capacity is not None:
+            violations += _shape_faults(config, context, self._capacity, launcher)
+        if violations:
+            raise ConfigRefused(violations)
+        job = Job(number=number, overrides=own(overrides), config=config, hydra=hydra)
+        if shown is not None:
+            vars(job)["launcher"] = shown  # known already: asking the job would put its configuration together again
+        return job
+
+    def _launcher(
+        self, composed: DictConfig, hydra: Mapping[str, Any]
+    ) -> tuple[LauncherConfig | None, dict[str, Any] | None, list[Violation]]:
+        """The launcher's settings, typed and plain, and their faults."""
+        given = hydra["launcher"]
+        plain = {key: hydra["job"]["name"] if value == _SAME_IN_ALL_JOBS else value for key, value in given.items()}
+        if "${" in str(plain):
+            whole: Any = OmegaConf.create({**OmegaConf.to_container(composed), "hydra": dict(hydra)})  # type: ignore[dict-item]
+            resolved: Any = OmegaConf.to_container(whole.hydra.launcher, resolve=True)
+            plain = resolved
+        text = json.dumps(plain, sort_keys=True, default=str)
+        if text not in self._launchers:
+            typed, faults = check_launcher(plain)
+            self._launchers[text] = typed, faults + _policy_faults(typed)
+        return self._launchers[text][0], plain, list(self._launchers[text][1])
+
+    def _context(self, overrides: Sequence[str], launcher: LauncherConfig | None) -> Context:
+        given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
+        machine = self._here
+        if self._capacity is not None:
+            settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
+            machine = cluster_machine(machine, self._capacity, settings)
+        return Context(machine=machine, given=given)
+
+    def _hidden(self, kind: type[RunnerConfig]) -> list[Violation]:
+        if kind not in self._shadowed:
+            self._shadowed[kind] = shadowed_settings(self._composing, kind)
+        return list(self._shadowed[kind])
+
+
+def shapes_of(jobs: Sequence[Job], capacity: Capacity) -> dict[int, Shape]:
+    """Shapes of accepted jobs by their numbers. A launcher that is not Slurm's counts as Slurm's with its defaults.
+
+    Raises ConfigRefused where one does not fit, which `check_jobs` has told if it knew the capacity.
+    """
+    typed: dict[str, LauncherConfig | None] = {}
+    shapes = {}
+    for job in jobs:
+        text = json.dumps(job.launcher, sort_keys=True, default=str)
+        if text not in typed:
+            typed[text] = check_launcher(job.launcher)[0]
+        shapes[job.number], violations = _shape(job.layout, job.config, capacity, typed[text])
+        if violations:
+            raise ConfigRefused(violations)
+    return shapes
+
+
+def _shape_faults(
+    config: RunnerConfig, context: Context, capacity: Capacity, launcher: LauncherConfig | None
+) -> list[Violation]:
+    """What of a job does not fit the cluster, whatever else is wrong with it."""
+    layout = known_layout(config)
+    try:
+        return (
+            []
+            if layout is None
+            else _shape(fill(layout, context.machine.fill_world_size), config, capacity, launcher)[1]
+        )
+    except ValueError:
+        return []  # the rule of world sizes says so
+
+
+def _shape(
+    layout: Layout, config: RunnerConfig, capacity: Capacity, launcher: LauncherConfig | None
+) -> tuple[Shape, list[Violation]]:
+    on_cpu = config.parallel.mesh_device_type == "cpu"
+    settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
+    return shape_of(layout, on_cpu=on_cpu, capacity=capacity, launcher=settings, name=layout_name(layout))
+
+
+def in_directory(job: Job, directory: Path) -> Mapping[str, Any]:
+    """A job's Hydra settings (`Job.hydra`) as they are while it runs in a directory."""
+    return settings_in(job.hydra, directory)
+
+
+def own(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides of a job itself, without those of Hydra."""
+    return tuple(item for item in filter_overrides(list(overrides)) if not item.lstrip("+~").startswith("hydra/"))
+
+
+def _policy_faults(launcher: LauncherConfig | None) -> list[Violation]:
+    if launcher is None:
+        return []
+    try:
+        parse_on_failure(launcher.on_failure)
+    except ValueError:
+        rule = "it is continue, stop, or retry with how often"
+        fix = "write continue, stop, or 'retry 2'"
+        return [Violation("hydra.launcher.on_failure", launcher.on_failure, rule, fix)]
+    return []
