@@ -13,7 +13,8 @@ from danling_conf.cli.inspect_app import inspect_app
 from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.command import App, warnings_of
 from danling_conf.launch.preflight import Preflight, check_jobs, shapes_of
-from danling_conf.launch.preflight_tables import fault_table, shape_table, varying
+from danling_conf.launch.preflight_tables import shape_table, varying
+from danling_conf.launch.sweep_refused import SweepRefused
 from danling_conf.resolution.collect import all_faults
 from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer
 from danling_conf.resolution.identity import config_id, difference_from_defaults, job_id
@@ -25,17 +26,6 @@ from danling_conf.topology.rules import Context
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
 _NUMBERS = ("--gpus-per-node", "--cpus-per-node")
-
-
-class SweepRefused(ConfigRefused):
-    """Jobs of a sweep were refused; the report is their table."""
-
-    def __init__(self, lines: list[str], violations: list[Violation]) -> None:
-        self.lines = lines
-        super().__init__(violations)
-
-    def report(self) -> str:
-        return "\n".join(self.lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +81,7 @@ def _check_sweep(asked: _Asked, app: App, search: ConfigSearch, overrides: list[
         capacity = asked.capacity or _slurm_capacity(master)
         accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity)
     if refused:
-        fine = f"{len(accepted)} of {len(jobs)} jobs {'is' if len(accepted) == 1 else 'are'} fine"
-        violations = [item for job in refused for item in job.violations]
-        raise SweepRefused([*fault_table(refused, of=len(jobs)), "", fine], violations)
+        raise SweepRefused(refused, of=len(jobs))
     lines = [f"accepted: {len(jobs)} job{'' if len(jobs) == 1 else 's'} of {app.script.name} {' '.join(overrides)}", ""]
     capacity = capacity or Capacity(devices_per_node=this_machine().devices)
     lines += shape_table(accepted, shapes_of(accepted, capacity))

@@ -52,9 +52,11 @@ class Following:
             if unfinished:
                 self._settle(unfinished, self._backend.endings(unfinished))
                 self._tell()
-            self._enact()
+            retrying = self._enact()
+        else:
+            retrying = False
         self._after_look()
-        return any(not record.ended for record in self._mine().values())
+        return retrying or any(not record.ended for record in self._mine().values())
 
     def _mine(self) -> dict[str, Record]:
         return {key: record for key, record in self._ledger.records().items() if key in self._jobs}
@@ -82,19 +84,22 @@ class Following:
             self._ledger.settle(record.key, status=ending.status, error=ending.error)
             del self._ended_since[record.key]
 
-    def _enact(self) -> None:
+    def _enact(self) -> bool:
+        """Retry what failed, or stop the others; says whether something is still to be retried."""
         records = self._mine().values()
         # What somebody has stopped has not failed.
         bad = [r for r in records if r.ended and r.status not in (COMPLETED, CANCELLED) and "told" not in r.facts]
-        again = [
-            record for record in bad if record.status in RETRIED and record.queued <= self._policy.retries
-        ]  # fmt: skip
-        if again and not self._stopped:
-            self._backend.submit([self._jobs[record.key] for record in again])
+        again = [record for record in bad if record.status in RETRIED and record.queued <= self._policy.retries]
+        again = [] if self._stopped else again
+        # Its last processes may still be on their way out, with the run in their hands.
+        over = self._backend.endings(again) if again else {}
+        if over:
+            self._backend.submit([self._jobs[record.key] for record in again if record.key in over])
         given_up = [record for record in bad if record not in again and record.status != INTERRUPTED]
         if given_up and self._policy.stops and not self._stopped:
             self._stopped = True
             self._backend.cancel([record for record in records if not record.ended])
+        return bool(again)
 
 
 def as_told(record: Record, ending: Ending) -> Ending:

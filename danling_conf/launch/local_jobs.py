@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from danling_conf.launch.backend import Ending
 from danling_conf.launch.job_file import JOB_VARIABLE, JobFile
-from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, QUEUED, Record
+from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, INTERRUPTED, QUEUED, Record
 from danling_conf.topology.machine import count_devices
 
 OUTPUT = "output.log"
@@ -128,6 +128,8 @@ def _ending(code: int) -> Ending:
     """What an exit code says of a job that said nothing itself."""
     if code == 0:
         return Ending(status=COMPLETED)
+    if -code in (signal.SIGTERM, signal.SIGINT):
+        return Ending(status=INTERRUPTED, error=f"ended by {signal.Signals(-code).name}")
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (by the system, when memory runs out)" if name == "SIGKILL" else ""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.utils import get_class
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.launch.command import App, check, compose_or_refuse
@@ -23,10 +23,15 @@ from danling_conf.launch.jobs import Job
 from danling_conf.launch.jobs_launcher import JobsLauncher
 from danling_conf.launch.ledger import COMPLETED, Record
 from danling_conf.launch.local_workers import worker_command
+from danling_conf.launch.preflight import Preflight, Refused, check_jobs, own
+from danling_conf.launch.preflight_tables import fault_table, shape_table
 from danling_conf.launch.running import backend_for, follow
+from danling_conf.launch.slurm.queries import SlurmUnavailable
+from danling_conf.launch.slurm.shapes import capacity_of, frozen_shape, settings_of, shapes_of
 from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.launch.sweep_refused import SweepRefused
 from danling_conf.resolution.code_identity import code_identity
-from danling_conf.resolution.hydra_adapter import Composer, hydra_settings
+from danling_conf.resolution.hydra_adapter import Composer
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 # Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
@@ -58,7 +63,7 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
         composing.multirun(arguments, sweep)
     except (HydraException, OmegaConfBaseException) as error:
         _remove_unused(composing, arguments)
-        raise ConfigRefused(_sweep_faults(composing, overrides, error)) from error
+        raise _refusal_of(composing, overrides, error) from error
     except ConfigRefused:
         _remove_unused(composing, arguments)
         raise
@@ -101,27 +106,31 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
         sweeper = str(master.hydra.sweeper._target_).rpartition(".")[2]
         rule = f"{sweeper} chooses jobs by the scores of those before, which a detached sweep does not wait for"
         raise ConfigRefused([Violation("hydra.launcher.detach", True, rule, "leave it out")])
-    accepted = _check_all(sweep.composing, master, jobs, first)
-    shapes = _fitting(accepted) if cluster == "slurm" else None
+    capacity = capacity_of(master.hydra.launcher.partition) if cluster == "slurm" else None
+    accepted, refused = check_jobs(sweep.composing, master, jobs, first, capacity=capacity)
+    if refused and not (accepted and master.hydra.launcher.skip_refused):
+        raise SweepRefused(refused, of=len(jobs))
+    if refused:
+        print("\n".join(fault_table(refused, of=len(jobs))), file=sys.stderr)
+        print("they are left out, as hydra.launcher.skip_refused says", file=sys.stderr)
     directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
-    records = start_jobs(sweep, directory, accepted, cluster, shapes)
-    return [_outcome(job, record) for job, record in zip(accepted, records, strict=True)]
+    records = dict(zip([job.number for job in accepted], start_jobs(sweep, directory, accepted, cluster), strict=True))
+    return [
+        _outcome(overrides, records.get(number), score_wanted=not _is_basic(master))
+        for number, overrides in enumerate(jobs, first)
+    ]
 
 
-def start_jobs(
-    sweep: Sweep,
-    directory: SweepDirectory,
-    jobs: Sequence[Job],
-    cluster: str,
-    shapes: Mapping[int, Mapping[str, Any]] | None,
-) -> list[Record]:
+def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], cluster: str) -> list[Record]:
     """Plan accepted jobs in a sweep's directory, start them, and follow them to their end unless they are detached.
-
-    Args:
-        shapes: what each job takes of the cluster, by its number; None on this machine.
 
     Raises ConfigRefused when Slurm does not take them.
     """
+    shapes = None
+    if cluster == "slurm":
+        asked = shapes_of(jobs)
+        print("\n".join(shape_table(jobs, asked)), flush=True)
+        shapes = {job.number: frozen_shape(asked[job.number], settings_of(job.launcher)) for job in jobs}
     launcher = jobs[0].launcher
     words = worker_command()[2 : -len(sys.argv[1:]) or None]
     code = code_identity(sweep.app.script.parent)
@@ -139,38 +148,22 @@ def start_jobs(
 
 
 def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """A single run on a cluster, as a sweep of one job. Exits with 1 where it did not complete."""
-    config = check(composing, composed, overrides)
-    hydra, own = hydra_settings(composed, Path()), _own(overrides)
-    job = Job(number=0, overrides=own, config=config, hydra=hydra)
-    shapes = _fitting([job])
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    """A single run on Slurm, as a sweep of one job. Exits with 1 where it did not complete."""
+    capacity = capacity_of(composed.hydra.launcher.partition)
+    given = [str(item) for item in composed.hydra.overrides.task]
+    job = Preflight(composing, composed, machine=None, capacity=capacity).check(given, 0)
+    stamp, config = datetime.now().strftime("%Y%m%d-%H%M%S-%f"), job.config
     path = Path(config.workspace_root).expanduser() / config.lineage / config.experiment / "sweeps" / stamp
     path.mkdir(parents=True)
     sweep = Sweep(app=app, composing=composing, arguments=list(overrides))
-    (record,) = start_jobs(sweep, SweepDirectory(path=path.absolute()), [job], "slurm", shapes)
+    (record,) = start_jobs(sweep, SweepDirectory(path=path.absolute()), [job], "slurm")
     if record.ended and record.status != COMPLETED:
         sys.exit(1)
-
-
-def _fitting(jobs: Sequence[Job]) -> dict[int, dict[str, Any]]:
-    """What each job takes of the cluster. Raises ConfigRefused with all that does not fit."""
-    from danling_conf.launch.slurm.shapes import frozen_shape, settings_of, shapes_of
-
-    shapes, faults = shapes_of(jobs)
-    if faults:
-        raise ConfigRefused(
-            _of_jobs([(job.number, list(job.overrides), ConfigRefused(faults[job.number])) for job in jobs
-                      if job.number in faults])
-        )  # fmt: skip
-    return {job.number: frozen_shape(shapes[job.number], settings_of(job.launcher)) for job in jobs}
 
 
 @contextmanager
 def _refusing() -> Iterator[None]:
     """What Slurm does not take is the user's to mend."""
-    from danling_conf.launch.slurm.queries import SlurmUnavailable
-
     try:
         yield
     except SlurmUnavailable as error:
@@ -183,11 +176,6 @@ def cluster_of(composed: DictConfig) -> str:
     return str(getattr(get_class(composed.hydra.launcher._target_), "cluster", "local"))
 
 
-def _own(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The overrides of a job itself, without those of Hydra."""
-    return tuple(item for item in filter_overrides(list(overrides)) if not item.lstrip("+~").startswith("hydra/"))
-
-
 def _is_basic(master: DictConfig) -> bool:
     """Whether the sweeper knows all jobs beforehand."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -195,41 +183,19 @@ def _is_basic(master: DictConfig) -> bool:
     return bool(get_class(master.hydra.sweeper._target_) is BasicSweeper)
 
 
-def _outcome(job: Job, record: Record) -> JobReturn:
-    completed = record.status == COMPLETED or not record.ended  # a detached one has not ended yet
-    outcome = JobReturn(overrides=list(job.overrides), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
-    outcome.return_value = record.score if completed else JobFailed(f"{record.status}: {record.facts.get('error')}")
+def _outcome(overrides: list[str], record: Record | None, *, score_wanted: bool) -> JobReturn:
+    """What Hydra's sweeper is told of a job; `record` is None for one that was left out."""
+    outcome = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
+    if record is None:
+        outcome.return_value = None
+        if score_wanted:
+            outcome.status, outcome.return_value = JobStatus.FAILED, JobFailed("the job was refused")
+    elif record.status == COMPLETED or not record.ended:  # a detached one has not ended yet
+        outcome.return_value = record.score
+    else:
+        outcome.status = JobStatus.FAILED
+        outcome.return_value = JobFailed(f"{record.status}: {record.facts.get('error')}")
     return outcome
-
-
-def _check_all(composing: Composer, master: DictConfig, jobs: list[list[str]], first: int) -> list[Job]:
-    accepted: list[Job] = []
-    refusals: list[tuple[int, list[str], ConfigRefused]] = []
-    own = [str(item) for item in master.hydra.overrides.hydra]
-    for number, overrides in enumerate(jobs, first):
-        try:
-            composed = compose_or_refuse(composing, [*own, *overrides])
-            with open_dict(composed):
-                composed.hydra.job.num = number
-                composed.hydra.job.id = str(number)
-            config = check(composing, composed, overrides)
-            hydra = hydra_settings(composed, Path())
-            accepted.append(Job(number=number, overrides=_own(overrides), config=config, hydra=hydra))
-        except ConfigRefused as refusal:
-            refusals.append((number, overrides, refusal))
-    if refusals:
-        raise ConfigRefused(_of_jobs(refusals))
-    return accepted
-
-
-def _of_jobs(refusals: Sequence[tuple[int, list[str], ConfigRefused]]) -> list[Violation]:
-    """The faults of all jobs, each told once, with the first job that has it."""
-    found: dict[tuple[str, str, str], Violation] = {}
-    for number, overrides, refusal in refusals:
-        for item in refusal.violations:
-            shown = f"job #{number} ({' '.join(filter_overrides(overrides))}): {item.rule}"
-            found.setdefault((item.path, str(item.value), item.rule), replace(item, rule=shown))
-    return list(found.values())
 
 
 def _remove_unused(composing: Composer, arguments: list[str]) -> None:
@@ -242,8 +208,8 @@ def _remove_unused(composing: Composer, arguments: list[str]) -> None:
         shutil.rmtree(directory)
 
 
-def _sweep_faults(composing: Composer, overrides: Sequence[str], error: Exception) -> list[Violation]:
-    """The faults of a sweep that Hydra would not compose, each with the first job that has it."""
+def _refusal_of(composing: Composer, overrides: Sequence[str], error: Exception) -> ConfigRefused:
+    """The faults of a sweep that Hydra would not compose, and the jobs that have them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -252,11 +218,13 @@ def _sweep_faults(composing: Composer, overrides: Sequence[str], error: Exceptio
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException:
         jobs = [list(overrides)]
-    refusals: list[tuple[int, list[str], ConfigRefused]] = []
+    refused = []
     for number, job in enumerate(jobs):
         try:
             check(composing, compose_or_refuse(composing, job), job)
         except ConfigRefused as refusal:
-            refusals.append((number, job, refusal))
-    fallback = Violation("sweep", " ".join(overrides), str(error).strip().splitlines()[0], "mend the sweep's overrides")
-    return _of_jobs(refusals) or [fallback]
+            refused.append(Refused(number=number, overrides=own(job), violations=refusal.violations))
+    if refused:
+        return SweepRefused(refused, of=len(jobs))
+    said = str(error).strip().splitlines()[0]
+    return ConfigRefused([Violation("sweep", " ".join(overrides), said, "mend the sweep's overrides")])

@@ -121,6 +121,18 @@ def app(config: Any) -> Any:
         write_facts(config)
     if do == "wait":
         time.sleep(600)
+    if do == "record devices":
+        began = time.time()
+        time.sleep(1)
+        facts = {
+            "devices": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": began, "ended": time.time(),
+            "run": start.attempt.run_directory.name,
+        }  # fmt: skip
+        name = f"devices-{start.attempt.run_directory.name}-{rank}.json"
+        Path(config.data["folder"], name).write_text(json.dumps(facts))
+    if do == "fail once" and not Path(config.data["folder"], "failed").exists():
+        Path(config.data["folder"], "failed").touch()
+        raise RuntimeError("this job is broken, once")
     if do == "fail":
         raise RuntimeError("this job is broken")
     if do == "exit well":

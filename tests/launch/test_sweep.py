@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.command import APP, Ranks, attempts, run, runs, started, wait_for
+from tests.launch.command import APP, Ranks, all_gone, attempts, run, runs, started, wait_for
 
 
 def sweep(root: Path, *more: str) -> list[str | Path]:
@@ -80,7 +81,8 @@ def test_all_faults_of_all_jobs_before_anything_starts(tmp_path: Path) -> None:
     assert "accum_steps=-1" in done.err
     assert "optim.momentum=0.9" in done.err  # AdamW has none: a fault of every job, told once for each value
     assert "optim.momentum=1" in done.err
-    assert "job #2 (" in done.err
+    assert "#2-3" in done.err  # the jobs that have a fault
+    assert "0 of 6 jobs are fine" in done.err
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -100,21 +102,97 @@ def test_a_job_that_exits_ends_itself_alone(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_sweep_starts_no_further_job(tmp_path: Path) -> None:
-    command = sweep(tmp_path, "data.do=nothing,wait,nothing", f"data.ranks={tmp_path}", "optim.lr=0.5")
+    command = sweep(
+        tmp_path, "data.do=nothing,wait,nothing", f"data.ranks={tmp_path}", "hydra.launcher.parallel_jobs=1"
+    )
     with started(command, cwd=tmp_path) as process:
-        wait_for(lambda: len(list((tmp_path / "lin" / "exp" / "sweeps").rglob("jobs.jsonl"))), "the first job")
-        # The first job has ended; the second one writes down another attempt.
-        wait_for(
-            lambda: not Ranks(tmp_path).facts()[0]["attempt"].startswith(ledger(tmp_path)[0]["run"] + "/"),
-            "the second job",
-        )
+        wait_for(lambda: _statuses(tmp_path) == ["completed", "running", "queued"], "the second job to run")
+        wait_for(lambda: str(ledger(tmp_path)[1]["run"]) in Ranks(tmp_path).facts()[0]["attempt"], "it to have begun")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "#1 interrupted; the jobs after it were not started" in err
+    assert process.returncode == 130, out + err
+    assert "stopped by SIGINT; the jobs are told to save and leave" in err
+    assert "to go on: danling-conf resume " in err
     assert "Traceback" not in out + err
-    assert [job["status"] for job in ledger(tmp_path)] == ["completed", "interrupted"]
-    assert len(runs(tmp_path)) == 2
+    assert _statuses(tmp_path)[0] == "completed"
+    assert set(_statuses(tmp_path)[1:]) <= {"interrupted", "cancelled"}
+    assert [len(attempts(run)) for run in runs(tmp_path) if (run / "attempts").is_dir()] == [1, 1]
+
+
+def test_jobs_run_at_once_on_devices_of_their_own(tmp_path: Path) -> None:
+    """Five devices, and jobs of two: two jobs at once, and the third when one of them has ended."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i: something; done\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    done = run(
+        sweep(tmp_path / "ws", "data.do=record devices", "parallel=ddp2", "optim.lr=1e-3,3e-4,1e-4",
+              f"data.folder={tmp_path}"),
+        cwd=tmp_path,
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "1,3,4,6,7"},
+    )  # fmt: skip
+    assert done.code == 0, done.text
+    seen = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("devices-*.json"))]
+    assert len(seen) == 6
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for item in seen:
+        assert item["devices"] in ("1,3", "4,6", "7,1", "1,3", "7,4", "6,7", "7,3", "3,7", "1,7", "4,7")
+        for device in item["devices"].split(","):
+            spans.setdefault(device, []).append((item["began"], item["ended"], item["run"]))  # type: ignore[arg-type]
+    for held in spans.values():
+        for first in held:
+            for second in held:
+                # Two ranks of one job share its devices; two jobs do not.
+                assert first[2] == second[2] or first[1] <= second[0] or second[1] <= first[0]  # type: ignore[misc]
+
+
+def test_a_sweep_stops_with_its_first_failure(tmp_path: Path) -> None:
+    done = run(sweep(tmp_path, "data.do=fail,nothing", "hydra.launcher.parallel_jobs=1", "hydra.launcher.on_failure=stop"),
+               cwd=tmp_path)  # fmt: skip
+    assert done.code == 1
+    assert _statuses(tmp_path) == ["failed", "cancelled"]
+    assert "#1 cancelled: not started: the sweep was stopped" in done.out
+
+
+def test_a_failed_job_is_started_again(tmp_path: Path) -> None:
+    done = run(sweep(tmp_path, "data.do=fail once,fail", f"data.folder={tmp_path}", "hydra.launcher.on_failure=retry 2"),
+               cwd=tmp_path)  # fmt: skip
+    assert done.code == 1
+    assert _statuses(tmp_path) == ["completed", "failed"]
+    by_lr = {json.loads((run / "run.json").read_text())["settings"]["data"]["do"]: run for run in runs(tmp_path)}
+    assert len(attempts(by_lr["fail once"])) == 2
+    assert len(attempts(by_lr["fail"])) == 3
+
+
+def test_jobs_that_are_refused_can_be_left_out(tmp_path: Path) -> None:
+    done = run(sweep(tmp_path, "accum_steps=1,0,2", "hydra.launcher.skip_refused=true"), cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert "1 of 3 jobs refused" in done.err
+    assert "they are left out" in done.err
+    assert "accum_steps=0" in done.err
+    assert [(job["job"], job["status"]) for job in ledger(tmp_path)] == [(0, "completed"), (2, "completed")]
+
+
+def test_a_job_whose_process_is_killed(tmp_path: Path) -> None:
+    with started(sweep(tmp_path, "data.do=wait", f"data.ranks={tmp_path}"), cwd=tmp_path) as process:
+        wait_for(lambda: Ranks(tmp_path).facts(), "the job to begin")
+        os.kill(ledger(tmp_path)[0]["pid"], signal.SIGKILL)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "#0 failed: ended by SIGKILL" in out
+    assert _statuses(tmp_path) == ["failed"]
+
+
+def test_the_jobs_end_with_a_client_that_is_killed(tmp_path: Path) -> None:
+    with started(sweep(tmp_path, "data.do=wait", f"data.ranks={tmp_path}"), cwd=tmp_path) as process:
+        wait_for(lambda: Ranks(tmp_path).facts(), "the job to begin")
+        process.kill()
+        process.communicate()
+    assert all_gone({0: ledger(tmp_path)[0]["pid"]})
+
+
+def _statuses(root: Path) -> list[str]:
+    return [job["status"] for job in ledger(root)] if list(root.rglob("jobs.jsonl")) else []
 
 
 @pytest.mark.parametrize("given", [["hydra/launcher=basic"], ["+recipe=theirs", "--config-dir", "conf"]])

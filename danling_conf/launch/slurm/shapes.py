@@ -41,19 +41,18 @@ def capacity_of(name: str | None) -> Capacity:
     )  # fmt: skip
 
 
-def shapes_of(jobs: Sequence[Job]) -> tuple[dict[int, Shape], dict[int, list[Violation]]]:
-    """The shape of every job, by its number, and what does not fit of those that do not."""
+def shapes_of(jobs: Sequence[Job]) -> dict[int, Shape]:
+    """The shape of every job, by its number. Raises ConfigRefused where one does not fit its partition."""
     shapes: dict[int, Shape] = {}
-    faults: dict[int, list[Violation]] = {}
     for job in jobs:
         launcher = settings_of(job.launcher)
         shapes[job.number], violations = shape_of(
             job.layout, on_cpu=job.config.parallel.mesh_device_type == "cpu", capacity=capacity_of(launcher.partition),
             launcher=launcher, name=layout_name(job.layout),
         )  # fmt: skip
-        if violations:
-            faults[job.number] = violations
-    return shapes, faults
+        if violations:  # of a job that goes to another partition than the rest
+            raise ConfigRefused(violations)
+    return shapes
 
 
 def frozen_shape(shape: Shape, launcher: SlurmLauncherConfig) -> dict[str, Any]:
