@@ -68,7 +68,12 @@ def test_every_fault_of_every_job(composing: Composer) -> None:
     )
     assert [job.number for job in jobs] == [6]
     assert [job.number for job in refused] == [4, 5, 7, 8]
-    assert faults(refused) == [["parallel"], ["optim.lr", "parallel"], ["accum_steps", "parallel"], ["compile", "stepz"]]
+    assert faults(refused) == [
+        ["parallel"],
+        ["optim.lr", "parallel"],
+        ["accum_steps", "parallel"],
+        ["compile", "stepz"],
+    ]
 
 
 def test_a_layout_to_be_filled_fills_its_nodes(composing: Composer) -> None:
