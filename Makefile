@@ -41,6 +41,7 @@ benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/layouts.py
 	$(VENV)/bin/python benchmarks/startup.py
 	$(VENV)/bin/python benchmarks/checkpoints.py
+	$(VENV)/bin/python benchmarks/preflight.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet ruff mypy

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
-from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from danling_conf.cli.explain_launcher import explain_launcher
+from danling_conf.cli.explained import paragraph, setting_lines
 from danling_conf.cli.inspect_app import inspect_app
 from danling_conf.groups.layout_names import EXAMPLES, GRAMMAR, LayoutNameError, parse_layout
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
@@ -19,10 +19,9 @@ from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, compos
 from danling_conf.resolution.identity import flatten, plain
 from danling_conf.resolution.typed import setting_paths
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.docs import Described, describe
+from danling_conf.schema.docs import describe
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
-_WIDTH = 100
 _MISSING = object()
 
 
@@ -37,11 +36,13 @@ def explain(key: str, script: str | None, overrides: list[str]) -> list[str]:
 
 
 def _explain(key: str, kind: type[RunnerConfig]) -> list[str]:
+    if key.startswith("hydra"):
+        return explain_launcher(key)
     group, equals, name = key.partition("=")
     if equals:
         return _preset(group, name)
     found = describe(kind, key)
-    lines = [] if found is None else _setting(found)
+    lines = [] if found is None else setting_lines(found)
     if key in GROUPS or key == LAYOUTS:
         lines += ["", *_group(key)] if lines else _group(key)
     if lines:
@@ -50,35 +51,6 @@ def _explain(key: str, kind: type[RunnerConfig]) -> list[str]:
     near = get_close_matches(key, known, n=1, cutoff=0.5)
     fix = f"did you mean {near[0]}?" if near else "see a training script's --help for the groups"
     raise ConfigRefused([Violation(key, ABSENT, "there is no such setting, section or group", fix)])
-
-
-def _setting(found: Described) -> list[str]:
-    lines = [found.path, *_paragraph(found.doc)]
-    if found.section is not None:
-        inner = found.section
-        lines.append("  settings:")
-        for item in fields(inner):
-            below = describe(inner, item.name)
-            if below is not None:
-                default = "" if below.section and not below.facts.shape else f" = {_default(below)}"
-                lines.append(f"    {found.path}.{item.name}: {below.type}{default}")
-    else:
-        lines += [f"  type     {found.type}", f"  default  {_default(found)}"]
-    facts = found.facts
-    if facts.choices:
-        lines.append(f"  choices  {', '.join(facts.choices)}")
-    if facts.aliases:
-        lines.append("  aliases  " + ", ".join(f"{alias} = {name}" for alias, name in facts.aliases.items()))
-    lines.append(f"  read by  {found.read_by}")
-    if facts.pending:
-        lines.append(f"  note     no effect yet: {facts.pending} is not implemented")
-    return lines
-
-
-def _default(found: Described) -> str:
-    if found.default is MISSING:
-        return "empty"
-    return "unset" if found.default is None else show(found.default)
 
 
 def _group(group: str) -> list[str]:
@@ -93,7 +65,7 @@ def _group(group: str) -> list[str]:
     for name, preset in GROUPS[group].items():
         mark = " (default)" if DEFAULT_CHOICES.get(group) == name else ""
         lines.append(f"  {name}{mark}")
-        lines += _paragraph(preset.doc, indent=4)
+        lines += paragraph(preset.doc, indent=4)
         lines += [f"      {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
     return lines
 
@@ -115,7 +87,7 @@ def _preset(group: str, name: str) -> list[str]:
         raise ConfigRefused([Violation(group, name, "there is no such preset", f"choose among {choices}")])
     preset = GROUPS[group][name]
     shown = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
-    return [f"{group}={name}", *_paragraph(preset.doc), *shown]
+    return [f"{group}={name}", *paragraph(preset.doc), *shown]
 
 
 def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
@@ -124,7 +96,7 @@ def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> l
         config = check(composing, composed, overrides)
         declared = OmegaConf.get_type(composed)
         kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
-        values = {path: value for path, value in flatten(plain(config)).items() if _below(path, key)}
+        values = {path: value for path, value in _settings_of(config, composed).items() if _below(path, key)}
         lines = _explain_own(key, kind, composing, known=bool(values))
         if not values and "=" not in key and not composing.group_exists(key):
             return [*lines, f"in {app.script.name}: nothing is set at {key}"]
@@ -135,6 +107,12 @@ def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> l
             if len(values) <= 3 or path == key:
                 lines += [f"    {step}" for step in _origins(composing, path, value, overrides)]
         return lines
+
+
+def _settings_of(config: RunnerConfig, composed: DictConfig) -> dict[str, Any]:
+    """All settings by their paths, those of the launcher too."""
+    launcher: Any = OmegaConf.to_container(composed.hydra.launcher)
+    return flatten(plain(config)) | flatten({"hydra": {"launcher": launcher}})
 
 
 def _explain_own(key: str, kind: type[RunnerConfig], composing: Composer, *, known: bool) -> list[str]:
@@ -188,8 +166,3 @@ def _select(content: DictConfig, path: str) -> Any:
 
 def _below(path: str, key: str) -> bool:
     return path == key or path.startswith(f"{key}.")
-
-
-def _paragraph(text: str, indent: int = 2) -> list[str]:
-    margin = " " * indent
-    return textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent=margin, subsequent_indent=margin)
