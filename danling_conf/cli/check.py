@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,7 @@ from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.command import App, warnings_of
 from danling_conf.launch.preflight import Preflight, check_jobs, shapes_of
 from danling_conf.launch.preflight_tables import shape_table, varying
+from danling_conf.launch.slurm.shapes import capacity_of
 from danling_conf.launch.sweep_refused import SweepRefused
 from danling_conf.resolution.collect import all_faults
 from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer
@@ -105,11 +107,14 @@ def _compose(
 
 
 def _slurm_capacity(master: DictConfig) -> Capacity | None:
-    """What the settings of the Slurm launcher say of nodes; None where jobs would run on this machine."""
+    """What Slurm says of the partition, or without Slurm here what the launcher's settings say of nodes; None where jobs
+    would run on this machine."""
     launcher = launcher_in(master)[0]
-    if isinstance(launcher, SlurmLauncherConfig) and launcher.gpus_per_node is not None:
-        return Capacity(devices_per_node=launcher.gpus_per_node)
-    return None
+    if not isinstance(launcher, SlurmLauncherConfig):
+        return None
+    if shutil.which("sinfo"):
+        return capacity_of(launcher.partition)
+    return None if launcher.gpus_per_node is None else Capacity(devices_per_node=launcher.gpus_per_node)
 
 
 def _asked(words: list[str]) -> _Asked:

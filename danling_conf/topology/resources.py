@@ -198,24 +198,3 @@ def _fewer_cpus(shape: Shape, cpus_per_node: int) -> str:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Nodes and tasks of one job; one task a device."""
-
-    nodes: int
-    tasks_per_node: int
-
-
-def resources_for(layout: Layout, devices_per_node: int) -> Resources:
-    """Nodes and tasks for a layout on nodes of `devices_per_node` devices.
-
-    Raises ValueError when the layout's ranks cannot fill nodes evenly.
-    """
-    if devices_per_node < 1:
-        raise ValueError(f"a node has at least one device, not {devices_per_node}")
-    nodes, tasks, violations = _spread(layout, devices_per_node, SlurmLauncherConfig(), None)
-    if violations:
-        raise ValueError(violations[0].rule)
-    return Resources(nodes=nodes, tasks_per_node=tasks)

@@ -21,7 +21,6 @@ from danling_conf.topology.layout import (
     random_stream,
     rank_at,
 )
-from danling_conf.topology.resources import Resources, resources_for
 
 pytestmark = pytest.mark.composition
 
@@ -111,40 +110,6 @@ def test_data_ranks_are_shared_by_the_ranks_of_one_model_copy(layout):
 @given(layouts)
 def test_the_axes_of_a_configuration_are_its_layout(layout):
     assert layout_of(AxesConfig(**layout.degrees()), layout.fsdp) == layout
-
-
-@given(layouts, st.integers(1, 16))
-def test_nodes_are_filled_evenly_or_refused(layout, devices):
-    try:
-        needed = resources_for(layout, devices)
-    except ValueError as error:
-        assert "do not divide evenly" in str(error)  # noqa: PT017
-        assert layout.world_size > devices
-        assert layout.world_size % -(-layout.world_size // devices)
-    else:
-        assert needed.nodes * needed.tasks_per_node == prod(mesh_axes(layout).values())
-        assert needed.tasks_per_node <= devices
-        assert needed.nodes == -(-layout.world_size // devices)
-
-
-@pytest.mark.parametrize(
-    ("layout", "devices", "expected"),
-    [
-        (Layout(), 8, Resources(nodes=1, tasks_per_node=1)),
-        (Layout(shard=8), 8, Resources(nodes=1, tasks_per_node=8)),
-        (Layout(shard=12), 8, Resources(nodes=2, tasks_per_node=6)),
-        (Layout(shard=64, tensor=8, pipeline=2), 8, Resources(nodes=128, tasks_per_node=8)),
-    ],
-)
-def test_resources(layout, devices, expected):
-    assert resources_for(layout, devices) == expected
-
-
-def test_resources_of_what_cannot_be():
-    with pytest.raises(ValueError, match="9 ranks do not divide evenly over 2 nodes of 8"):
-        resources_for(Layout(shard=9), 8)
-    with pytest.raises(ValueError, match="at least one device"):
-        resources_for(Layout(), 0)
 
 
 def test_streams_of_random_numbers_differ_where_activations_do():
