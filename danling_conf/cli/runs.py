@@ -176,8 +176,8 @@ def _heading(seen: Seen) -> list[str]:
 
 
 def _what(seen: Seen) -> str:
-    if len(seen.rows) == 1 and seen.rows[0].run == seen.path:
-        return f"run {seen.path}"
+    if len(seen.rows) == 1 and not seen.sweeps:
+        return f"run {seen.rows[0].run}"
     if len(seen.sweeps) == 1 and all(row.sweep for row in seen.rows):
         return f"sweep {seen.sweeps[0].path}"
     return str(seen.path)
