@@ -51,7 +51,7 @@ def test_a_run_stands_for_its_job(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_job_that_saves_says_so_itself(tmp_path: Path, capsys: Any) -> None:
-    overrides = ["data.do=train", f"data.ranks={tmp_path}", "optim.lr=0.1", "checkpoint.interval_steps=100000"]
+    overrides = ["data.do=train", f"data.ranks={tmp_path}", "optim.lr=0.1", "checkpoint.interval=100000"]
     command = [APP, "-m", "steps=1000000", f"workspace_root={tmp_path / 'ws'}", *overrides]
     with started(command, cwd=tmp_path) as client:
         wait_for(lambda: list(tmp_path.rglob("metrics.jsonl")), "the first step")

@@ -112,9 +112,9 @@ def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -
 
 
 def test_a_run_of_its_own_goes_on_from_its_checkpoint(tmp_path: Path, capsys: Any) -> None:
-    command = [APP, "steps=3000", "data.do=train", f"data.ranks={tmp_path}", "workspace_root=ws", "heartbeat=default"]
-    with started([*command, "checkpoint.interval_steps=20"], cwd=tmp_path) as process:
-        wait_for(lambda: list(tmp_path.rglob("ckpt-*")), "a checkpoint")
+    command = [APP, "steps=1500", "data.do=train", f"data.ranks={tmp_path}", "workspace_root=ws", "heartbeat=default"]
+    with started([*command, "checkpoint.interval=20"], cwd=tmp_path) as process:
+        wait_for(lambda: list(tmp_path.rglob("latest")), "a checkpoint")
         assert main(["resume", str(tmp_path / "ws")]) == 2
         assert "the run is live" in capsys.readouterr().err
         process.kill()
@@ -125,7 +125,7 @@ def test_a_run_of_its_own_goes_on_from_its_checkpoint(tmp_path: Path, capsys: An
     # The attempt's configuration goes on; a shorter one would be another command.
     attempt = next((made / "attempts").iterdir())
     frozen = json.loads((attempt / "frozen.json").read_text())
-    assert frozen["config"]["steps"] == 3000
+    assert frozen["config"]["steps"] == 1500
     assert main(["resume", str(made)]) == 0
     out = capsys.readouterr().out
     assert "#0 completed" in out
