@@ -177,10 +177,15 @@ def _heading(seen: Seen) -> list[str]:
 
 def _what(seen: Seen) -> str:
     if len(seen.rows) == 1 and not seen.sweeps:
-        return f"run {seen.rows[0].run}"
+        return f"run {near(seen.rows[0].run or seen.path)}"
     if len(seen.sweeps) == 1 and all(row.sweep for row in seen.rows):
-        return f"sweep {seen.sweeps[0].path}"
-    return str(seen.path)
+        return f"sweep {near(seen.sweeps[0].path)}"
+    return near(seen.path)
+
+
+def near(path: Path) -> str:
+    """A path as one would type it from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) and path != Path.cwd() else str(path)
 
 
 def _coloured(lines: list[str], rows: Sequence[Row], first: int) -> list[str]:
@@ -215,7 +220,7 @@ def _next_steps(seen: Seen) -> list[str]:
         return []
     if len(seen.sweeps) > 1 or (not seen.sweeps and len(seen.rows) > 1):
         return []
-    path = seen.sweeps[0].path if seen.sweeps else seen.path
+    path = near(seen.sweeps[0].path if seen.sweeps else seen.path)
     if any(row.live for row in seen.rows) or (seen.sweeps and looked_after(seen.sweeps[0])):
         return [f"live: danling-conf runs {path} --watch"]
     return [f"to go on: danling-conf resume {path}"]
