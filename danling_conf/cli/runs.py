@@ -16,7 +16,7 @@ from danling_conf.cli.runs_found import find, read_json, state_of_run, sweep_of
 from danling_conf.cli.runs_state import ends_seen, looked_after
 from danling_conf.launch.job_rows import Row, best_first, progress, row_of_job, rows_of_sweep, smaller_is_better
 from danling_conf.launch.job_table import count_states, style_of, table_lines
-from danling_conf.launch.ledger import COMPLETED, QUEUED, RUNNING
+from danling_conf.launch.ledger import COMPLETED, RUNNING
 from danling_conf.launch.sweep_directory import SweepDirectory
 from danling_conf.resolution.heartbeat_file import newest_attempt
 from danling_conf.resolution.identity import flatten, layout_name
@@ -172,10 +172,20 @@ def _with_layout(settings: dict[str, object]) -> dict[str, object]:
 
 
 def _heading(seen: Seen) -> list[str]:
-    kind = "run" if seen.rows and seen.rows[0].run == seen.path else "sweep" if len(seen.sweeps) == 1 else ""
-    if kind == "sweep" and seen.sweeps[0].path != seen.path:
-        kind = ""
-    return [f"{kind} {seen.path}: {count_states(seen.rows)}".strip()]
+    return [f"{_what(seen)}: {count_states(seen.rows)}".strip()]
+
+
+def _what(seen: Seen) -> str:
+    if len(seen.rows) == 1 and not seen.sweeps:
+        return f"run {near(seen.rows[0].run or seen.path)}"
+    if len(seen.sweeps) == 1 and all(row.sweep for row in seen.rows):
+        return f"sweep {near(seen.sweeps[0].path)}"
+    return near(seen.path)
+
+
+def near(path: Path) -> str:
+    """A path as one would type it from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) and path != Path.cwd() else str(path)
 
 
 def _coloured(lines: list[str], rows: Sequence[Row], first: int) -> list[str]:
@@ -210,8 +220,7 @@ def _next_steps(seen: Seen) -> list[str]:
         return []
     if len(seen.sweeps) > 1 or (not seen.sweeps and len(seen.rows) > 1):
         return []
-    followed = bool(seen.sweeps) and looked_after(seen.sweeps[0])
-    nobody = [row for row in seen.rows if row.state in (QUEUED, RUNNING)]
-    if followed or nobody:
-        return [f"live: danling-conf runs {seen.path} --watch"]
-    return [f"to go on: danling-conf resume {seen.path}"]
+    path = near(seen.sweeps[0].path if seen.sweeps else seen.path)
+    if any(row.live for row in seen.rows) or (seen.sweeps and looked_after(seen.sweeps[0])):
+        return [f"live: danling-conf runs {path} --watch"]
+    return [f"to go on: danling-conf resume {path}"]

@@ -33,13 +33,13 @@ class Found:
 
     @property
     def run(self) -> Path | None:
-        """The run that the directory is."""
-        return self.path if (self.path / RUN_FILE).is_file() else None
+        """The run that the directory is, or the only one in it, where that belongs to no sweep."""
+        return self.runs[0] if len(self.runs) == 1 and not self.sweeps else None
 
 
 def find(directory: str) -> Found:
     """What a user's directory holds. Raises ConfigRefused where there is none, or nothing in it."""
-    path = Path(directory).expanduser().absolute()
+    path = Path(os.path.abspath(Path(directory).expanduser()))
     if not path.is_dir():
         raise ConfigRefused([Violation("DIR", directory, "there is no such directory", _GIVE)])
     if (path / RUN_FILE).is_file():
@@ -81,7 +81,8 @@ def sweep_of(run: Path) -> tuple[SweepDirectory, Record] | None:
     attempt = newest_attempt(run)
     if attempt is not None:
         with contextlib.suppress(KeyError, TypeError):  # it may have been put elsewhere
-            folders.add(Path(read_json(attempt / "frozen.json")["hydra"]["sweep"]["dir"]).absolute())
+            hydra = read_json(attempt / "frozen.json")["hydra"]
+            folders.add(Path(hydra["runtime"]["cwd"]) / hydra["sweep"]["dir"])
     for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
         sweep = SweepDirectory(path=folder)
         for record in sweep.ledger.records().values():

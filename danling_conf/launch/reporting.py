@@ -20,9 +20,9 @@ def say(record: Record, job: JobFile) -> None:
         where = f" as Slurm job {record.facts['slurm']}" if "slurm" in record.history[-1] else ""
         print(f"{number} queued{where}: {' '.join(record.facts['overrides'])}".rstrip(": "), flush=True)
     elif status == RUNNING:
-        where = record.facts.get("nodes") or record.facts.get("host")
+        there = record.facts.get("nodes") or record.facts.get("host")
         again = f", attempt {record.attempts}" if record.attempts > 1 else ""
-        print(f"{number} running on {where}{again}", flush=True)
+        print(f"{number} running on {there}{again}", flush=True)
     elif status == COMPLETED:
         score = f" score={record.score:.6g}" if record.score is not None else ""
         print(f"{number} completed{score}", flush=True)

@@ -18,10 +18,19 @@ def runs_in(path: Path) -> Iterator[Path]:
     if (path / RUN_FILE).is_file():
         yield path
     elif (path / LEDGER).is_file():
-        jobs = [json.loads(line) for line in (path / LEDGER).read_text().splitlines()]
-        yield from dict.fromkeys(Path(job["run"]) for job in jobs if "run" in job)
+        yield from dict.fromkeys(_runs_of_jobs(path / LEDGER))
     else:
         yield from sorted(found.parent for found in path.rglob(RUN_FILE))
+
+
+def _runs_of_jobs(ledger: Path) -> Iterator[Path]:
+    for line in ledger.read_text(errors="replace").splitlines():
+        try:
+            run = json.loads(line).get("run")
+        except (ValueError, AttributeError):
+            continue  # the torn line of a writer that was killed
+        if run:
+            yield Path(run)
 
 
 def runs_or_refuse(directory: str) -> list[Path]:
