@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from danling_conf.resolution.ranks_seen import RankSeen, RunSeen, look_at
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 STUCK = 1
+_WIDE = 240
 _COLOURS = {"running": "green", "completed": "blue", "failed": "red", "stopped": "yellow"}
 
 
@@ -36,7 +38,8 @@ def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
         if as_json:
             print(json.dumps({"time": time.time(), "runs": [each.to_json() for each in seen]}, indent=1))
         else:
-            Console().print(view(seen))
+            # A file or a pipe has no width to fit into.
+            Console(width=None if sys.stdout.isatty() else _WIDE).print(view(seen))
         return STUCK if any(each.stuck for each in seen) else 0
     return _live(directory, runs, interval)
 
