@@ -112,9 +112,9 @@ def test_a_run_that_goes_on_is_live(tmp_path: Path) -> None:
     assert [item.status for item in attempts_of(run)] == ["running"]
     assert "running" in report(run)
     ours.stop_request.number = int(signal.SIGTERM)
+    batches = ours.batches("train")
     with pytest.raises(Stopped):
-        for batch in ours.batches("train"):
-            ours.step(batch)
+        ours.step(next(batches))
     ours.close()
     assert [item.status for item in attempts_of(run)] == ["lost"]  # nobody wrote a result here
 
@@ -147,7 +147,7 @@ const first = () => table.tBodies[0].rows[0].textContent;
 const before = first(); table.tHead.rows[0].cells[0].click(); table.tHead.rows[0].cells[0].click();
 document.getElementById('found').textContent = JSON.stringify({
   wide: document.documentElement.scrollWidth, tip: document.getElementById('tip').textContent,
-  charts: [...document.querySelectorAll('svg')].map(s => [s.getBoundingClientRect().width, s.getBoundingClientRect().height]),
+  charts: [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),
   first: before, sorted: first(), external: performance.getEntriesByType('resource').length});
 </script>"""
 
