@@ -125,6 +125,11 @@ class Observers:
         if self._heartbeat is not None:
             self._heartbeat.state(what)
 
+    @property
+    def waited_for(self) -> dict[str, Any] | None:
+        """The collective that this rank was last seen to wait in; None where nobody looked (no heartbeat)."""
+        return None if self._heartbeat is None else self._heartbeat.waited_for
+
     def first_step(self, step: int) -> None:
         """The first step is done: compilation is over, and clocks start."""
         self.stopwatch.restart(step)

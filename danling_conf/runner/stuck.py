@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danling_conf.build._torch_private import outstanding_collective
 from danling_conf.resolution.heartbeat_file import read_heartbeats
 from danling_conf.resolution.run_directory import write_whole
 
@@ -38,7 +37,7 @@ def explain(error: RuntimeError, runner: Runner) -> None:
     timed_out = bool(_TIMED_OUT.search(text))
     if ranks.world_size == 1 or isinstance(error, CollectiveTimedOut) or not (timed_out or _LOST.search(text)):
         return
-    note = {"rank": ranks.rank, "step": runner.global_step, "time": time.time(), "collective": outstanding_collective()}
+    note = {"rank": ranks.rank, "step": runner.global_step, "time": time.time()}
     try:
         write_whole(_note(attempt.directory, ranks.rank), json.dumps(note) + "\n")
     except OSError as fault:
@@ -47,12 +46,13 @@ def explain(error: RuntimeError, runner: Runner) -> None:
         return
     _log.error("a collective timed out: %s", text)
     notes = _notes_of(attempt.directory, ranks.world_size)
-    notes[ranks.rank] = note
     limit = runner.config.comm.train_timeout_seconds if runner.global_step >= runner._first_step else None
     setting = "comm.train_timeout_seconds" if limit else "comm.init_timeout_seconds"
     limit = limit or runner.config.comm.init_timeout_seconds
     beats = read_heartbeats(attempt.run_directory, attempt.run_directory / runner.config.heartbeat.dir_name)
     beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.directory.name}
+    # What failed is under way no longer; the heartbeat has seen it.
+    notes[ranks.rank] = {**note, "collective": runner.observers.waited_for}
     said = message(notes, beats, ranks.world_size, limit=limit, setting=setting, now=time.time())
     raise CollectiveTimedOut(said) from None
 

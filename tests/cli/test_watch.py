@@ -41,22 +41,31 @@ def beat(run: Path, rank: int, **facts: Any) -> None:
 def test_ranks_that_are_well(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     for rank in range(3):
-        beat(run, rank, last_step_time=NOW - 1 + 0.1 * (rank == 1))
+        beat(run, rank, waiting_share=0.1 * rank)
     seen = look_at(run, NOW)
     assert (seen.status, seen.stuck, seen.missing, seen.world_size) == ("running", [], [], 3)
-    assert seen.slowest == 1  # it got there last
+    assert seen.slowest is None  # no rank stands out
     assert seen.ranks[0].step_seconds_ago == pytest.approx(1.0)
     assert seen.ranks[0].state_seconds == pytest.approx(2.5)
+    assert seen.ranks[2].waiting_share == pytest.approx(0.2)
 
 
-def test_a_rank_that_is_behind_is_slowest(tmp_path: Path) -> None:
+def test_the_slowest_rank(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    for rank, step in enumerate((5, 5, 4)):
+    for rank, step in enumerate((5, 5, 3)):
         beat(run, rank, step=step)
-    assert look_at(run, NOW).slowest == 2
+    assert look_at(run, NOW).slowest == 2  # steps behind
+    beat(run, 2, step=3, written=NOW - 0.9)
+    assert look_at(run, NOW).slowest is None  # when it wrote that, the others may have been there too
     for rank in range(3):
         beat(run, rank, state="training" if rank == 1 else "waiting in a collective")
     assert look_at(run, NOW).slowest == 1  # the others wait for it
+    for rank, share in enumerate((0.5, 0.6, 0.1)):
+        beat(run, rank, waiting_share=share)
+    assert look_at(run, NOW).slowest == 2  # and have waited for it
+    (run / "heartbeats" / "rank-1.json").unlink()
+    (run / "heartbeats" / "rank-0.json").unlink()
+    assert look_at(run, NOW).slowest is None
 
 
 @pytest.mark.parametrize(("interval", "age", "stuck"), [(1.0, 2.5, False), (1.0, 3.5, True), (60.0, 100.0, False),
@@ -112,7 +121,7 @@ def test_the_command_for_people_and_for_scripts(tmp_path: Path, capsys: pytest.C
     now = time.time()
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     for rank in range(3):
-        beat(first, rank, now=now)
+        beat(first, rank, now=now, waiting_share=0.05 if rank == 1 else 0.6)
         beat(second, rank, now=now, written=now - 100 * (rank == 1))
     sweep = tmp_path / "sweep"
     sweep.mkdir()
@@ -121,7 +130,8 @@ def test_the_command_for_people_and_for_scripts(tmp_path: Path, capsys: pytest.C
     out = capsys.readouterr().out
     assert "running  step 5/9" in out
     assert out.count("training") == 3
-    assert "slowest" in out
+    assert " 60 %" in out
+    assert out.splitlines()[3].endswith("slowest")
     assert main(["watch", str(sweep), "--once", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)["runs"]
     assert [(run["run"], run["stuck"]) for run in found] == [(str(second), [1]), (str(first), [])]

@@ -1,4 +1,7 @@
-"""An app that trains a tiny model for a long time, a step each fiftieth of a second; `data.warn` makes ranks warn."""
+"""An app that trains a tiny model for a long time, a step each fiftieth of a second.
+
+`data.warn` makes ranks warn; `data.slow` is a rank that takes longer.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def app(config: Any) -> float:
         if config.data.get("warn") and runner.global_step == 1:
             warnings.warn("of all ranks", stacklevel=1)
             warnings.warn(f"of rank {start.ranks.rank} alone", stacklevel=1)
-        time.sleep(float(config.data.get("pause", 0.02)))
+        time.sleep(0.3 if config.data.get("slow") == start.ranks.rank else 0.02)
     return runner.finish()
 
 
