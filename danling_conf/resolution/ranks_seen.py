@@ -123,7 +123,7 @@ def _stuck(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]]) -
     """A rank that writes no more; or one that is behind and not waiting while others wait for it."""
     silent = now - beat["written"]
     if silent > max(LEAST_SECONDS, SILENT_INTERVALS * beat["interval"]):
-        return "left in order" if beat["state"] == "stopping" else f"silent for {silent:.0f} s: stopped, or gone"
+        return "" if beat["state"] == "stopping" else f"silent for {silent:.0f} s: stopped, or gone"
     others = [other for other in beats.values() if other["rank"] != beat["rank"]]
     waiting = [other for other in others if other["state"].startswith("waiting")]
     behind = others and beat["step"] <= min(other["step"] for other in others)

@@ -92,6 +92,7 @@ def test_what_the_page_says(run: Path) -> None:
     assert f"{100 * share:.1f} %" in page
     assert "<td>max_grad_norm</td><td>1.0</td>" in page
     assert "ckpt-s00000012" in page
+    assert page.count("<title>checkpoint of step ") == len(list((run / "checkpoints").glob("ckpt-*"))) > 1
     assert "torch" in page
 
 

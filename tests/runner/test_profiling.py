@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from danling_conf.build import profiler
 from danling_conf.build.profiler import exposed_communication
 from danling_conf.groups.layout_names import parse_layout
+from danling_conf.schema.observability import ProfilingConfig
 from tests.distributed.spawn import run
 from tests.distributed.test_runner import LENGTH, VOCABULARY, Tokens
 from tests.distributed.test_runner import loss as token_loss
@@ -159,3 +163,25 @@ def test_every_rank_has_its_trace(tmp_path: Path, name: str, collective: str) ->
         assert any(event.startswith(collective) for event in each["names"])
         assert any(event.startswith("Optimizer.step") for event in each["names"])
         assert "aten::mm" in each["names"]
+
+
+def test_memory_on_cuda_comes_with_the_allocator_s_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is of CUDA is replaced: the allocator's history, and where tensors are."""
+    recorded: list[bool] = []
+    monkeypatch.setattr(profiler, "record_memory_history", recorded.append)
+    monkeypatch.setattr(profiler, "dump_memory_snapshot", lambda path: Path(path).write_bytes(b"snapshot"))
+    for device, expected in (("cuda", [True, False]), ("cpu", [])):
+        recorded.clear()
+        section = ProfilingConfig(enabled=True, wait=0, warmup=1, active=1, repeat=1, profile_memory=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is no CUDA here
+            made = profiler.make(section, tmp_path / device, device=torch.device(device), step=10)
+            assert made is not None
+            for _ in range(3):
+                torch.ones(3).add(1)
+                made.step()
+            made.stop()
+        assert recorded == expected
+        found = {path.name for path in (tmp_path / device / "profiles").iterdir()}
+        snapshot = {"rank-0-step-12.memory.pickle"} if device == "cuda" else set()
+        assert found == {"rank-0-step-12.json"} | snapshot

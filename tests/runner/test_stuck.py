@@ -114,6 +114,17 @@ def test_the_rank_that_the_others_wait_for_is_the_slowest(tmp_path: Path, enviro
     assert process.returncode == 143
 
 
+def test_a_rank_that_does_not_come_to_the_start_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
+    words = [APP, "steps=3", f"workspace_root={tmp_path}", "parallel=ddp3", "heartbeat.enabled=true", "data.absent=1",
+             "comm.init_timeout_seconds=8"]  # fmt: skip
+    with started(words, cwd=tmp_path, env=environment) as process:
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "within 8 s (comm.init_timeout_seconds)" in err
+    assert "rank 1 did not come: nothing more is known of it" in err
+    assert "ranks 0, 2 waited" in err
+
+
 def test_the_message_says_what_is_known() -> None:
     now = time.time()
     beat = {"rank": 1, "step": 7, "total_steps": None, "state": "saving", "host": "h", "pid": 9, "written": now - 60.0,
@@ -143,6 +154,7 @@ def test_warnings_of_all_ranks_are_shown_once(tmp_path: Path, environment: dict[
             out, err = process.communicate(timeout=100)
             assert process.returncode == 0, err
         assert (out + err).count("of all ranks") == 1
+        assert (out + err).count("an error of all but rank 0") == 1
         for rank in range(3):
             assert (out + err).count(f"of rank {rank} alone") == 1
         attempt = max(tmp_path.glob("lin/exp/*/attempts/*"), key=lambda path: path.stat().st_mtime)

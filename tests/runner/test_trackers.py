@@ -38,6 +38,7 @@ def test_the_run_s_file_holds_what_was_measured(tmp_path: Path) -> None:
     assert [step for step, _ in series(history, "val.loss")] == [3, 6]
     assert series(history, "val.loss")[-1][1] == ours.results["val.loss"]
     last = history[-1]
+    assert 0 < last["goodput"] <= 1
     assert (last["train.lr"], last["train.nonfinite_steps"]) == (0.1, 0)
     assert last["train.grad_norm"] > 0
     assert last["memory.peak_bytes"] > 10e6
@@ -97,7 +98,7 @@ class Raising:
         self._do("finish")
 
 
-@pytest.mark.parametrize(("where", "calls"), [("start", 1), ("log", 2), ("finish", 7)])
+@pytest.mark.parametrize(("where", "calls"), [("start", 1), ("log", 2), ("finish", 8)])
 def test_a_tracker_that_fails_stops_nothing_and_is_said_once(
     tmp_path: Path, where: str, calls: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
