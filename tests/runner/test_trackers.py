@@ -113,16 +113,18 @@ def test_a_tracker_that_fails_stops_nothing_and_is_said_once(
     assert [step for step, _ in series(read_metrics(ours.world.attempt.run_directory), "train.loss")] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("where", ["start", "log"])
 def test_a_tracker_that_hangs_holds_nothing_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     let_go = threading.Event()
 
     class Hanging(Raising):
-        def log(self, record: Record) -> None:
-            let_go.wait(60)
+        def _do(self, what: str) -> None:
+            if what == where:
+                let_go.wait(60)
 
-    monkeypatch.setattr(choose, "chosen", lambda config: [Hanging("")])
+    monkeypatch.setattr(choose, "chosen", lambda config: [Hanging(where)])
     monkeypatch.setattr(guarded, "_LAST_SECONDS", 0.1)
     monkeypatch.setattr(guarded, "_WAITING_RECORDS", 2)
     ours = fit(tmp_path, {})
@@ -229,6 +231,7 @@ def test_settings_of_weights_and_biases_reach_it(tmp_path: Path, monkeypatch: py
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_database_of_the_run(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -247,6 +250,7 @@ def test_mlflow_in_a_database_of_the_run(tmp_path: Path) -> None:
     assert {item.step for item in history} == {2, 4, 6, 8}
 
 
+@pytest.mark.slow
 def test_settings_of_mlflow(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
