@@ -38,6 +38,7 @@ crash: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/step_overhead.py
+	$(VENV)/bin/python benchmarks/observers.py
 	$(VENV)/bin/python benchmarks/layouts.py
 	$(VENV)/bin/python benchmarks/startup.py
 	$(VENV)/bin/python benchmarks/checkpoints.py

@@ -103,7 +103,7 @@ def storage_identity(tensor: torch.Tensor) -> int:
 
 def record_collectives(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let process groups that are made from now on remember their latest collectives (torch's flight recorder)."""
-    environment.setdefault("TORCH_FR_BUFFER_SIZE", "200")
+    environment.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
 
 
 def outstanding_collective() -> dict[str, Any] | None:

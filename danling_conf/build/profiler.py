@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,9 @@ class StepProfiler:
             activities.append(ProfilerActivity.XPU)
         if self._snapshots:
             record_memory_history(True)
+        # Each cycle is written before the next begins, which is what the warning is about.
+        warnings.filterwarnings("ignore", message="Warning: Profiler clears events at the end of each cycle")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes two lines a cycle to the terminal
         self._profile = profile(
             activities=activities,
             schedule=schedule(
@@ -105,6 +110,10 @@ class StepProfiler:
             )
 
     def _write(self, finished: Any) -> None:
+        before = self.section.wait + self.section.warmup
+        recorded = (self._steps - 1) % (before + self.section.active) + 1 - before
+        if recorded < 1:
+            return  # the run ended before the first step to be traced had
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._free(f"rank-{self.rank}-step-{self._step}")
         finished.export_chrome_trace(str(path))
@@ -117,7 +126,7 @@ class StepProfiler:
             row_limit=_ROWS,
             max_name_column_width=40,
         )
-        _log.info("steps %d to %d\n%s", max(1, self._step - self.section.active + 1), self._step, table)
+        _log.info("steps %d to %d\n%s", self._step - recorded + 1, self._step, table)
         exposed = exposed_communication(path) if on_device else None
         if exposed is not None:
             _log.info("communication that no computation hides: %.1f %% of the traced time", 100 * exposed)

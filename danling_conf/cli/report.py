@@ -59,7 +59,7 @@ def report(run: Path) -> str:
         _overview(run, history, attempts),
         _curves(history),
         _speed(history),
-        _attempts(attempts),
+        _attempts(attempts, run),
         _checkpoints(run),
         _configuration(newest),
         _environment(newest),
@@ -155,7 +155,7 @@ def _milliseconds(history: list[dict[str, Any]], key: str) -> list[tuple[float, 
     return [(step, 1000 * value) for step, value in series(history, key)]
 
 
-def _attempts(attempts: Sequence[AttemptFacts]) -> Html:
+def _attempts(attempts: Sequence[AttemptFacts], run: Path) -> Html:
     if not attempts:
         return Html("")
     begin = attempts[0].begin
@@ -165,7 +165,12 @@ def _attempts(attempts: Sequence[AttemptFacts]) -> Html:
         words = f"attempt {number}: {item.status}, {duration(item.end - item.begin)}"
         kind = kinds.get(item.status, "bad")
         rows.append((f"attempt {number}", [Bar(item.begin - begin, item.end - begin, words, kind)]))
-    chart = timeline(rows, title="Attempts and what ended them", x_format=duration)
+    saved = [
+        (datetime.fromisoformat(entry.manifest.saved).timestamp() - begin, f"checkpoint of step {entry.step}")
+        for entry in Folder(folder_of(run)).entries()
+        if entry.manifest is not None
+    ]
+    chart = timeline(rows, title="Attempts and what ended them", x_format=duration, marks=saved)
     listed = table(
         ["", "started", "took", "steps", "ended", "why", "ranks", "code"],
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from danling_conf.resolution.ranks_seen import RankSeen, RunSeen, look_at
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 STUCK = 1
+_WIDE = 240
 _COLOURS = {"running": "green", "completed": "blue", "failed": "red", "stopped": "yellow"}
 
 
@@ -36,7 +38,8 @@ def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
         if as_json:
             print(json.dumps({"time": time.time(), "runs": [each.to_json() for each in seen]}, indent=1))
         else:
-            Console().print(view(seen))
+            # A file or a pipe has no width to fit into.
+            Console(width=None if sys.stdout.isatty() else _WIDE).print(view(seen))
         return STUCK if any(each.stuck for each in seen) else 0
     return _live(directory, runs, interval)
 
@@ -81,7 +84,7 @@ def _heading(seen: RunSeen) -> Text:
 
 def _table(seen: RunSeen) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("rank", "host", "pid", "state", "for", "step", "last step", "memory", "heartbeat", ""):
+    for name in ("rank", "host", "pid", "state", "for", "step", "last step", "waits", "memory", "heartbeat", ""):
         table.add_column(name, justify="left" if name in ("host", "state", "") else "right", no_wrap=True)
     for each in seen.ranks:
         table.add_row(*_row(each, seen), style="red" if each.stuck else "yellow" if each.rank == seen.slowest else "")
@@ -93,8 +96,9 @@ def _table(seen: RunSeen) -> Table:
 def _row(each: RankSeen, seen: RunSeen) -> list[str]:
     last = "" if each.step_seconds_ago is None else f"{duration(each.step_seconds_ago)} ago"
     word = f"stuck: {each.stuck}" if each.stuck else "slowest" if each.rank == seen.slowest else ""
+    waits = "" if each.waiting_share is None else f"{100 * each.waiting_share:.0f} %"
     return [
-        str(each.rank), each.host, str(each.pid), each.state, duration(each.state_seconds), str(each.step), last,
+        str(each.rank), each.host, str(each.pid), each.state, duration(each.state_seconds), str(each.step), last, waits,
         readable_size(each.memory_bytes), f"{duration(each.written_seconds_ago)} ago", word,
     ]  # fmt: skip
 

@@ -14,6 +14,8 @@ SILENT_INTERVALS = 3.0
 """A rank whose heartbeat is older than so many intervals does not write any more: it is stopped, or gone."""
 LEAST_SECONDS = 2.0
 """Nobody is called silent or behind before that."""
+CLEAR_SHARE = 0.15
+"""A rank that waits less than every other by this share of its time is the slowest."""
 _LIVE = "running"
 _OF_RESULT = {"completed": "completed", "failed": "failed", "interrupted": "stopped", "refused": "refused"}
 
@@ -34,6 +36,8 @@ class RankSeen:
     step_seconds_ago: float | None
     """Since its last optimizer step; None before the first."""
     memory_bytes: int
+    waiting_share: float | None
+    """Of the time since the heartbeat before, how much it waited for other ranks; None where that is not known."""
     written_seconds_ago: float
     stuck: str
     """Why it is held to be stuck; "" where it is not."""
@@ -52,7 +56,7 @@ class RunSeen:
     missing: list[int]
     """Ranks that have not written a heartbeat."""
     slowest: int | None
-    """The rank that is behind the others, or got to the common step last; None where there is only one."""
+    """The rank that the others wait for: it is steps behind, or waits least itself; None where none stands out."""
     stuck: list[int]
     note: str
     """Why there is nothing to see, where there is not."""
@@ -109,6 +113,7 @@ def _rank(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]], *,
         state_seconds=max(0.0, beat["written"] - beat["state_since"]),
         step_seconds_ago=None if last is None else max(0.0, now - last),
         memory_bytes=beat["memory_bytes"],
+        waiting_share=beat.get("waiting_share"),
         written_seconds_ago=max(0.0, now - beat["written"]),
         stuck=_stuck(beat, now, beats) if live else "",
     )
@@ -118,7 +123,7 @@ def _stuck(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]]) -
     """A rank that writes no more; or one that is behind and not waiting while others wait for it."""
     silent = now - beat["written"]
     if silent > max(LEAST_SECONDS, SILENT_INTERVALS * beat["interval"]):
-        return "left in order" if beat["state"] == "stopping" else f"silent for {silent:.0f} s: stopped, or gone"
+        return "" if beat["state"] == "stopping" else f"silent for {silent:.0f} s: stopped, or gone"
     others = [other for other in beats.values() if other["rank"] != beat["rank"]]
     waiting = [other for other in others if other["state"].startswith("waiting")]
     behind = others and beat["step"] <= min(other["step"] for other in others)
@@ -130,14 +135,22 @@ def _stuck(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]]) -
 
 
 def _slowest(beats: dict[int, dict[str, Any]]) -> int | None:
-    """The fewest steps; among equals the one that does not wait; then the one that did its last step latest."""
+    """The one that is behind by more than the step that ranks may differ by, though its heartbeat is no older; or that
+    does not wait while all others do; or that waits clearly least."""
     if len(beats) < 2:
         return None
-
-    def order(beat: dict[str, Any]) -> tuple[int, bool, float]:
-        return beat["step"], beat["state"].startswith("waiting"), -(beat["last_step_time"] or 0.0)
-
-    return int(min(beats.values(), key=order)["rank"])
+    every = list(beats.values())
+    last = min(every, key=lambda beat: (beat["step"], beat["rank"]))
+    ahead = [beat for beat in every if beat["step"] > last["step"] + 1 and beat["written"] <= last["written"]]
+    if ahead:
+        return int(last["rank"])
+    busy = [beat for beat in every if not beat["state"].startswith("waiting")]
+    if len(busy) == 1:
+        return int(busy[0]["rank"])
+    shares = sorted((beat["waiting_share"], beat["rank"]) for beat in every if beat.get("waiting_share") is not None)
+    if len(shares) == len(every) and shares[1][0] - shares[0][0] >= CLEAR_SHARE:
+        return int(shares[0][1])
+    return None
 
 
 def _ended(attempt: Path | None) -> str | None:

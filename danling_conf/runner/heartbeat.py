@@ -20,6 +20,8 @@ from danling_conf.runner.memory import used_bytes
 from danling_conf.schema.observability import HeartbeatConfig
 
 _log = logging.getLogger(__name__)
+_SAMPLE_SECONDS = 0.2
+"""Between two looks at whether the rank waits for others."""
 _PATIENCE = 1.0
 """Seconds after which a collective that has not ended is waited for, rather than under way."""
 _BLOCKING = {"agreed", "_least", "wait_for_all", "_engine_run_backward"}
@@ -44,6 +46,8 @@ class Heartbeat:
         self, section: HeartbeatConfig, folder: Path, *, facts: dict[str, Any], look: Callable[[], dict[str, Any]]
     ) -> None:
         self.enabled = section.enabled
+        self.waited_for: dict[str, Any] | None = None
+        """The collective that the rank was last seen to wait in."""
         self._interval = section.interval_seconds
         self._folder = folder
         self._facts = {**facts, "host": platform.node(), "pid": os.getpid(), "interval": section.interval_seconds}
@@ -54,6 +58,8 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
         self._main = threading.main_thread().ident
         self._complained = False
+        self._samples = [0, 0]
+        """Looks since the last heartbeat, and those at which the rank waited for others."""
 
     @classmethod
     def of_run(cls, section: HeartbeatConfig, run: Path, **arguments: Any) -> Heartbeat:
@@ -87,15 +93,24 @@ class Heartbeat:
         """What a heartbeat would say now."""
         now = time.time()
         state, since = self._state
+        looks, waits = self._samples
         beat = {**self._facts, **self._look(), "state": state, "state_since": since}
+        beat["waiting_share"] = waits / looks if looks else None
         collective = outstanding_collective()
         if collective is not None and now - collective["since"] >= _PATIENCE and self._blocked():
+            self.waited_for = collective
             beat |= {"state": "waiting in a collective", "state_since": collective["since"], "collective": collective}
         return {**beat, "memory_bytes": used_bytes(), "written": now}
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._write()
+        written = time.monotonic()
+        while not self._stop.wait(min(self._interval, _SAMPLE_SECONDS)):
+            self._samples[0] += 1
+            self._samples[1] += self._blocked() and outstanding_collective() is not None
+            if time.monotonic() - written >= self._interval:
+                written = time.monotonic()
+                self._write()
+                self._samples = [0, 0]
 
     def _write(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")

@@ -21,7 +21,7 @@ from danling_conf.build._torch_private import record_collectives
 from danling_conf.build.samplers import ShardedSampler
 from danling_conf.resolution import logs
 from danling_conf.resolution.identity import flatten, plain
-from danling_conf.resolution.metrics_file import PRODUCTIVE
+from danling_conf.resolution.metrics_file import PRODUCTIVE, goodput
 from danling_conf.resolution.run_directory import Attempt
 from danling_conf.resolution.stopped import Stopped
 from danling_conf.runner import memory
@@ -32,7 +32,7 @@ from danling_conf.runner.relay import WarningRelay
 from danling_conf.runner.stopwatch import Lap, Stopwatch
 from danling_conf.runner.summary import Summary, summarise
 from danling_conf.runner.trackers.choose import Trackers
-from danling_conf.runner.trackers.tracker import EVALUATION, TRAINING, Record, RunFacts
+from danling_conf.runner.trackers.tracker import END, EVALUATION, TRAINING, Record, RunFacts
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rank_environment import RankEnvironment
 
@@ -125,6 +125,11 @@ class Observers:
         if self._heartbeat is not None:
             self._heartbeat.state(what)
 
+    @property
+    def waited_for(self) -> dict[str, Any] | None:
+        """The collective that this rank was last seen to wait in; None where nobody looked (no heartbeat)."""
+        return None if self._heartbeat is None else self._heartbeat.waited_for
+
     def first_step(self, step: int) -> None:
         """The first step is done: compilation is over, and clocks start."""
         self.stopwatch.restart(step)
@@ -182,6 +187,9 @@ class Observers:
             self._profiler = None
         if self._trackers is not None and self._runner is not None:
             status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+            share = goodput(self._runner.world.attempt.run_directory)
+            if share is not None:
+                self._log(END, {"goodput": share}, self._runner)
             self._trackers.finish(status, self._runner.score.best)
             self._trackers = None
         if self._relay is not None:

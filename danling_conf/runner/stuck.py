@@ -6,16 +6,18 @@ import json
 import logging
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from danling_conf.build._torch_private import outstanding_collective
 from danling_conf.resolution.heartbeat_file import read_heartbeats
-from danling_conf.resolution.run_directory import write_whole
+from danling_conf.resolution.run_directory import Attempt, write_whole
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rank_environment import RankEnvironment
 
-if TYPE_CHECKING:
-    from danling_conf.runner.training import Runner
-
+Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|connect(ion)? fail", re.IGNORECASE)
@@ -23,22 +25,46 @@ _GRACE_SECONDS = 3.0
 """How long a rank waits for the notes of others, whose limits end a little later."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this rank was."""
+
+    step: int = 0
+    starting: bool = True
+    """Whether the limit of the start still holds: until the first step is done."""
+    waited_for: dict[str, Any] | None = None
+    """The collective that it was seen to wait in, where somebody looked."""
+
+
 class CollectiveTimedOut(RuntimeError):
     """Some ranks did not come to a collective within its time limit. The message names them."""
 
 
-def explain(error: RuntimeError, runner: Runner) -> None:
-    """Where an error is that of a collective that timed out, raise one that names the ranks that did not come.
+def named(method: Callable[..., Result]) -> Callable[..., Result]:
+    """For a method of the runner: where a collective in it times out, the error names the ranks that did not come."""
+
+    @wraps(method)
+    def called(runner: Any, *arguments: Any, **options: Any) -> Result:
+        try:
+            return method(runner, *arguments, **options)
+        except RuntimeError as error:
+            explain(error, runner.world.attempt, runner.world.ranks, runner.config, runner.place())
+            raise
+
+    return called
+
+
+def explain(error: RuntimeError, attempt: Attempt, ranks: RankEnvironment, config: RunnerConfig, place: Place) -> None:
+    """Raise CollectiveTimedOut where `error` is that of a collective that timed out.
 
     Every rank that waited leaves a note in the attempt's folder; those without one did not come. Their last step is
     that of their heartbeat.
     """
-    ranks, attempt = runner.world.ranks, runner.world.attempt
     text = str(error)
     timed_out = bool(_TIMED_OUT.search(text))
     if ranks.world_size == 1 or isinstance(error, CollectiveTimedOut) or not (timed_out or _LOST.search(text)):
         return
-    note = {"rank": ranks.rank, "step": runner.global_step, "time": time.time(), "collective": outstanding_collective()}
+    note = {"rank": ranks.rank, "step": place.step, "time": time.time(), "collective": None}
     try:
         write_whole(_note(attempt.directory, ranks.rank), json.dumps(note) + "\n")
     except OSError as fault:
@@ -47,12 +73,13 @@ def explain(error: RuntimeError, runner: Runner) -> None:
         return
     _log.error("a collective timed out: %s", text)
     notes = _notes_of(attempt.directory, ranks.world_size)
-    notes[ranks.rank] = note
-    limit = runner.config.comm.train_timeout_seconds if runner.global_step >= runner._first_step else None
+    limit = None if place.starting else config.comm.train_timeout_seconds
     setting = "comm.train_timeout_seconds" if limit else "comm.init_timeout_seconds"
-    limit = limit or runner.config.comm.init_timeout_seconds
-    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / runner.config.heartbeat.dir_name)
+    limit = limit or config.comm.init_timeout_seconds
+    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
     beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.directory.name}
+    # What failed is under way no longer; the heartbeat has seen it.
+    notes[ranks.rank] = {**note, "collective": place.waited_for}
     said = message(notes, beats, ranks.world_size, limit=limit, setting=setting, now=time.time())
     raise CollectiveTimedOut(said) from None
 

@@ -79,8 +79,10 @@ class Runner:
         try:
             with refused():
                 self.world = join(self.config)
-        except BaseException:
+        except BaseException as error:
             self.observers.close()
+            if started is not None and isinstance(error, RuntimeError):
+                stuck.explain(error, started.attempt, started.ranks, self.config, stuck.Place())
             raise
         self.device = self.world.device
         attempt = self.world.attempt
@@ -94,6 +96,7 @@ class Runner:
             record_environment(attempt.directory)
         self._stack.enter_context(seeds.deterministic(self.config.deterministic))
         self.global_step = 0
+        self._first_step = 1
         self.epoch = 0
         self.results: dict[str, float] = {}
         self._micro = 0
@@ -127,6 +130,7 @@ class Runner:
         finally:
             self.close()
 
+    @stuck.named
     def prepare(
         self,
         model: nn.Module | Callable[[], nn.Module] | None,
@@ -293,6 +297,10 @@ class Runner:
         try:
             while not self._done():
                 yield from self._epoch_of(loader)
+        except RuntimeError as error:
+            self.progress.stop()
+            stuck.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())
+            raise
         except BaseException:  # of the loop around this generator as well, when it is closed
             self.progress.stop()
             raise
@@ -320,10 +328,11 @@ class Runner:
                     events.after_step(self)
                 saving.watch(self)
         except RuntimeError as error:
-            stuck.explain(error, self)
+            stuck.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())
             raise
         return loss.mean
 
+    @stuck.named
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of a split, by `split.name`. Collective."""
         self.progress.activity(f"evaluating {split}")
@@ -331,6 +340,7 @@ class Runner:
         self.progress.activity(None)
         return {f"{split}.{name}": value for name, value in found.items()}
 
+    @stuck.named
     def finish(self) -> float:
         """Evaluate and save what is still due, tell the user how the run ended, and leave; gives the best score."""
         better = events.evaluate(self, final=True)
@@ -338,6 +348,11 @@ class Runner:
         self._conclude()
         self.close()
         return self.score.best if self.score.best is not None else float("nan")
+
+    def place(self) -> stuck.Place:
+        """Where this rank is, for an error that it ends with."""
+        step = self.global_step
+        return stuck.Place(step=step, starting=step < self._first_step, waited_for=self.observers.waited_for)
 
     def close(self) -> None:
         """Give back what the runner took: workers, logs, locks, settings of the process."""

@@ -155,6 +155,8 @@ def test_the_poison_works(tmp_path):
         "danling_conf.cli.main",
         "danling_conf.cli.explain",
         "danling_conf.cli.check",
+        "danling_conf.cli.watch",
+        "danling_conf.cli.report",
         "hydra_plugins.danling_conf_plugin",
         "hydra_plugins.danling_conf_plugin.local_launcher",
     ],

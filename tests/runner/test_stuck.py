@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path, environment: dict[str, str]) ->
             assert process.poll() is None
             _, err = process.communicate(timeout=60)
         assert process.returncode == 1
+    assert re.search(r"CollectiveTimedOut: \w+ number \d+ of \w+ timed out: not all ranks came to it", err)
     assert f"rank {STUCK_RANK} did not come: last at step {at}/1000000" in err
     assert f"pid {pid}, silent for" in err
     assert "within 12 s (comm.train_timeout_seconds)" in err
@@ -90,6 +92,37 @@ def test_a_stopped_rank_is_named(tmp_path: Path, environment: dict[str, str]) ->
 
 def _named(found: tuple[int, dict[str, Any]]) -> Any:
     return found if found[1]["stuck"] else None
+
+
+def test_the_rank_that_the_others_wait_for_is_the_slowest(tmp_path: Path, environment: dict[str, str]) -> None:
+    words = [APP, "steps=1000000", f"workspace_root={tmp_path}", "parallel=ddp3", "heartbeat.enabled=true",
+             "heartbeat.interval_seconds=2", "checkpoint=none", "data.slow=2"]  # fmt: skip
+    with started(words, cwd=tmp_path, env=environment) as process:
+        (run,) = wait_for(lambda: runs(tmp_path), "a run")
+
+        def named() -> Any:
+            _, seen = watched(run)
+            return seen if seen["slowest"] is not None and all(each["step"] > 20 for each in seen["ranks"]) else None
+
+        seen = wait_for(named, "a rank to stand out")
+        assert seen["slowest"] == 2
+        assert seen["stuck"] == []
+        shares = {each["rank"]: each["waiting_share"] for each in seen["ranks"]}
+        assert shares[2] < 0.5 < min(shares[0], shares[1])
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def test_a_rank_that_does_not_come_to_the_start_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
+    words = [APP, "steps=3", f"workspace_root={tmp_path}", "parallel=ddp3", "heartbeat.enabled=true", "data.absent=1",
+             "comm.init_timeout_seconds=8"]  # fmt: skip
+    with started(words, cwd=tmp_path, env=environment) as process:
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "within 8 s (comm.init_timeout_seconds)" in err
+    assert "rank 1 did not come: nothing more is known of it" in err
+    assert "ranks 0, 2 waited" in err
 
 
 def test_the_message_says_what_is_known() -> None:
@@ -121,6 +154,7 @@ def test_warnings_of_all_ranks_are_shown_once(tmp_path: Path, environment: dict[
             out, err = process.communicate(timeout=100)
             assert process.returncode == 0, err
         assert (out + err).count("of all ranks") == 1
+        assert (out + err).count("an error of all but rank 0") == 1
         for rank in range(3):
             assert (out + err).count(f"of rank {rank} alone") == 1
         attempt = max(tmp_path.glob("lin/exp/*/attempts/*"), key=lambda path: path.stat().st_mtime)

@@ -38,6 +38,7 @@ def test_the_run_s_file_holds_what_was_measured(tmp_path: Path) -> None:
     assert [step for step, _ in series(history, "val.loss")] == [3, 6]
     assert series(history, "val.loss")[-1][1] == ours.results["val.loss"]
     last = history[-1]
+    assert 0 < last["goodput"] <= 1
     assert (last["train.lr"], last["train.nonfinite_steps"]) == (0.1, 0)
     assert last["train.grad_norm"] > 0
     assert last["memory.peak_bytes"] > 10e6
@@ -97,7 +98,7 @@ class Raising:
         self._do("finish")
 
 
-@pytest.mark.parametrize(("where", "calls"), [("start", 1), ("log", 2), ("finish", 7)])
+@pytest.mark.parametrize(("where", "calls"), [("start", 1), ("log", 2), ("finish", 8)])
 def test_a_tracker_that_fails_stops_nothing_and_is_said_once(
     tmp_path: Path, where: str, calls: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,16 +113,18 @@ def test_a_tracker_that_fails_stops_nothing_and_is_said_once(
     assert [step for step, _ in series(read_metrics(ours.world.attempt.run_directory), "train.loss")] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("where", ["start", "log"])
 def test_a_tracker_that_hangs_holds_nothing_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     let_go = threading.Event()
 
     class Hanging(Raising):
-        def log(self, record: Record) -> None:
-            let_go.wait(60)
+        def _do(self, what: str) -> None:
+            if what == where:
+                let_go.wait(60)
 
-    monkeypatch.setattr(choose, "chosen", lambda config: [Hanging("")])
+    monkeypatch.setattr(choose, "chosen", lambda config: [Hanging(where)])
     monkeypatch.setattr(guarded, "_LAST_SECONDS", 0.1)
     monkeypatch.setattr(guarded, "_WAITING_RECORDS", 2)
     ours = fit(tmp_path, {})
@@ -228,6 +231,7 @@ def test_settings_of_weights_and_biases_reach_it(tmp_path: Path, monkeypatch: py
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_database_of_the_run(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -246,6 +250,7 @@ def test_mlflow_in_a_database_of_the_run(tmp_path: Path) -> None:
     assert {item.step for item in history} == {2, 4, 6, 8}
 
 
+@pytest.mark.slow
 def test_settings_of_mlflow(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 

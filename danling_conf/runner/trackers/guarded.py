@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from danling_conf.runner.trackers.tracker import Record, RunFacts, Tracker
 
@@ -27,15 +28,20 @@ class Guarded:
     def __init__(self, tracker: Tracker, say: Callable[[str], None], *, background: bool) -> None:
         self.tracker, self._say = tracker, say
         self.failed = False
-        self._queue: queue.Queue[Record | None] | None = queue.Queue(_WAITING_RECORDS) if background else None
+        self._queue: queue.Queue[Record] | None = queue.Queue(_WAITING_RECORDS) if background else None
         self._thread: threading.Thread | None = None
         self._lost = False
+        self._end: tuple[str, float | None] | None = None
+        """How the run ended, once it has."""
 
     def start(self, facts: RunFacts) -> None:
-        self.call(lambda: self.tracker.start(facts))
-        if self._queue is not None and not self.failed:
-            self._thread = threading.Thread(target=self._run, name=f"danling-conf-{self.tracker.name}", daemon=True)
-            self._thread.start()
+        if self._queue is None:
+            self.call(lambda: self.tracker.start(facts))
+            return
+        self._thread = threading.Thread(
+            target=self._run, args=(facts,), name=f"danling-conf-{self.tracker.name}", daemon=True
+        )
+        self._thread.start()
 
     def log(self, record: Record) -> None:
         if self.failed:
@@ -53,29 +59,27 @@ class Guarded:
     def finish(self, status: str, score: float | None) -> None:
         if self.failed:
             return
-        if self._thread is None or self._queue is None:
+        if self._thread is None:
             self.call(lambda: self.tracker.finish(status, score))
             return
-        ended = threading.Thread(target=self._finish, args=(status, score), daemon=True)
-        ended.start()
-        ended.join(_LAST_SECONDS)
-        if ended.is_alive():
+        self._end = (status, score)
+        self._thread.join(_LAST_SECONDS)
+        if self._thread.is_alive():
             self._say(f"{self.tracker.name} has not taken everything after {_LAST_SECONDS:.0f} s: the rest is not sent")
 
-    def _finish(self, status: str, score: float | None) -> None:
+    def _run(self, facts: RunFacts) -> None:
+        """The thread: everything that the tracker does, in order."""
         assert self._queue is not None
-        assert self._thread is not None
-        self._queue.put(None)
-        self._thread.join()
-        if not self.failed:
-            self.call(lambda: self.tracker.finish(status, score))
-
-    def _run(self) -> None:
-        assert self._queue is not None
-        while (record := self._queue.get()) is not None:
-            if not self.failed:
-                taken = record
-                self.call(lambda taken=taken: self.tracker.log(taken))  # type: ignore[misc]
+        self.call(lambda: self.tracker.start(facts))
+        while not self.failed:
+            try:
+                record = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                if self._end is None:
+                    continue
+                self.call(partial(self.tracker.finish, *self._end))
+                return
+            self.call(partial(self.tracker.log, record))
 
     def call(self, call: Callable[[], None]) -> None:
         """Do something with the tracker; an error is the last thing that it does."""

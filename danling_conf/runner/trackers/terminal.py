@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from danling_conf.runner.progress import Progress
-from danling_conf.runner.trackers.tracker import TRAINING, Record, RunFacts
+from danling_conf.runner.trackers.tracker import EVALUATION, TRAINING, Record, RunFacts
 
 
 class Terminal:
@@ -24,7 +24,7 @@ class Terminal:
                 values.get("train.loss"), values["train.lr"] or 0.0, values.get("train.expert_load"),
                 values.get("train.mfu"),
             )  # fmt: skip
-        else:
+        elif record.kind == EVALUATION:
             self.progress.results(record.finite(), record.note)
 
     def finish(self, status: str, score: float | None) -> None:

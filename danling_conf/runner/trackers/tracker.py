@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from danling_conf.resolution.run_directory import Attempt
 
-TRAINING, EVALUATION = "training", "evaluation"
+TRAINING, EVALUATION, END = "training", "evaluation", "end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,8 @@ class Record:
     """What was measured at one step."""
 
     kind: str
-    """`training`: over the steps since the last such record. `evaluation`: of the splits as the model is now."""
+    """`training`: over the steps since the last such record. `evaluation`: of the splits as the model is now. `end`: of
+    the whole run."""
     scalars: Mapping[str, float | None]
     """Values by dotted name; None for what is no finite number."""
     step: int
