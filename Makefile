@@ -42,6 +42,7 @@ benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/layouts.py
 	$(VENV)/bin/python benchmarks/startup.py
 	$(VENV)/bin/python benchmarks/checkpoints.py
+	$(VENV)/bin/python benchmarks/submission.py
 	$(VENV)/bin/python benchmarks/preflight.py
 
 lint: $(VENV)/installed

@@ -107,8 +107,10 @@ def _compose(
 
 
 def _slurm_capacity(master: DictConfig) -> Capacity | None:
-    """What Slurm says of the partition, or without Slurm here what the launcher's settings say of nodes; None where jobs
-    would run on this machine."""
+    """What Slurm says of the partition, or without Slurm here what the launcher's settings say of nodes.
+
+    None where jobs would run on this machine.
+    """
     launcher = launcher_in(master)[0]
     if not isinstance(launcher, SlurmLauncherConfig):
         return None

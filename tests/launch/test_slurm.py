@@ -14,7 +14,7 @@ from danling_conf.launch.slurm import queries
 from danling_conf.launch.slurm.jobs import parameters_of
 from danling_conf.launch.slurm.queries import JobState, SlurmUnavailable, own_job, partition, states
 from danling_conf.launch.slurm.rank import compare_with_first
-from danling_conf.launch.slurm.requeue import ASKED, PREEMPTED, REQUEUED, TIME_LIMIT, Cause, cause_of
+from danling_conf.launch.slurm.requeue import ASKED, PREEMPTED, REQUEUED, TIME_LIMIT, Cause, cause_of, superseded
 from danling_conf.resolution.frozen import frozen_job
 from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.topology.rank_environment import RankEnvironment
@@ -174,3 +174,25 @@ def test_every_setting_of_the_launcher_is_read() -> None:
             name, 3
         )
         assert parameters_of(job(**{name: value})) != parameters_of(job()), name
+
+
+def test_a_start_that_was_overtaken_has_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes may run on, on a node that Slurm has lost."""
+    made = JobFile(path=tmp_path / "jobs" / "k" / "job.json", content={"key": "k"})
+    made.ledger.add("k", job=0, status="queued", slurm="7")
+
+    def say(start: int) -> bool:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        return superseded(made)
+
+    assert not say(0)  # it fails before it has said that it runs
+    made.ledger.add("k", status="running", slurm="7", start=0)
+    assert not say(0)
+    assert not say(1)
+    made.ledger.add("k", status="running", slurm="7", start=1)
+    assert say(0)
+    assert not say(1)
+    made.ledger.add("k", status="running", slurm="9", start=0)  # submitted anew
+    assert say(1)

@@ -147,16 +147,16 @@ def test_jobs_run_at_once_on_devices_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_sweep_stops_with_its_first_failure(tmp_path: Path) -> None:
-    done = run(sweep(tmp_path, "data.do=fail,nothing", "hydra.launcher.parallel_jobs=1", "hydra.launcher.on_failure=stop"),
-               cwd=tmp_path)  # fmt: skip
+    settings = ["hydra.launcher.parallel_jobs=1", "hydra.launcher.on_failure=stop"]
+    done = run(sweep(tmp_path, "data.do=fail,nothing", *settings), cwd=tmp_path)
     assert done.code == 1
     assert _statuses(tmp_path) == ["failed", "cancelled"]
     assert "#1 cancelled: not started: the sweep was stopped" in done.out
 
 
 def test_a_failed_job_is_started_again(tmp_path: Path) -> None:
-    done = run(sweep(tmp_path, "data.do=fail once,fail", f"data.folder={tmp_path}", "hydra.launcher.on_failure=retry 2"),
-               cwd=tmp_path)  # fmt: skip
+    settings = [f"data.folder={tmp_path}", "hydra.launcher.on_failure=retry 2"]
+    done = run(sweep(tmp_path, "data.do=fail once,fail", *settings), cwd=tmp_path)
     assert done.code == 1
     assert _statuses(tmp_path) == ["completed", "failed"]
     by_lr = {json.loads((run / "run.json").read_text())["settings"]["data"]["do"]: run for run in runs(tmp_path)}

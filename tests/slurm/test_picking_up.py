@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.command import Result, run, started, wait_for
+from tests.launch.command import REPOSITORY, Result, run, started, wait_for
+from tests.resolution.command_line import poisoned_torch
 from tests.slurm.cluster import Cluster
 from tests.slurm.sweeps import LIMIT, command, jobs_of, statuses, submit, sweep_of
 
@@ -40,6 +42,17 @@ def test_a_single_run_may_be_detached(slurm: Cluster, tmp_path: Path) -> None:
     done = submit(slurm, tmp_path, "steps=2", "hydra.launcher.detach=true")
     assert done.code == 0, done.text
     assert danling_conf(slurm, tmp_path, "runs", sweep_of(tmp_path), "--watch").code == 0
+
+
+def test_submitting_imports_no_torch(slurm: Cluster, tmp_path: Path) -> None:
+    """With a torch in the way that cannot be imported; the job, which needs one, is held."""
+    path = os.pathsep.join([str(poisoned_torch(tmp_path)), str(REPOSITORY)])
+    held = ["hydra.launcher.detach=true", "+hydra.launcher.additional_parameters.hold=true", "parallel=fsdp8"]
+    done = run(command(tmp_path, "-m", *held, "optim.lr=1e-3,1e-2"), cwd=tmp_path,
+               env={**slurm.environment, "PYTHONPATH": path})  # fmt: skip
+    assert done.code == 0, done.text
+    assert statuses(tmp_path) == ["queued", "queued"]
+    assert danling_conf(slurm, tmp_path, "cancel", sweep_of(tmp_path)).code == 0
 
 
 def test_the_client_may_be_killed(slurm: Cluster, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from danling_conf.launch.job_file import CLUSTER_VARIABLE, JobFile, write_error
 from danling_conf.launch.ledger import COMPLETED, FAILED, REFUSED
@@ -58,7 +58,7 @@ def run_slurm_rank(app: App, path: Path) -> Any:
         else:
             _tell(job, ranks, error)
             _leave_at_once(1)
-    if ranks.main:
+    if ranks.main and not requeue.superseded(job):
         job.ledger.add(job.key, status=COMPLETED, score=score_of(value))
     return value
 
@@ -96,7 +96,7 @@ def _follow(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
     store = meet(ranks)
     content = await_configuration(store)
     if content is None:  # rank 0 says why
-        sys.exit(2)
+        _leave_at_once(2)
     config, attempt = thaw(content)
     compare_with_first(job, config, ranks)
     redirect_output(rank_log(attempt.directory, ranks.rank))
@@ -125,12 +125,11 @@ def _tell(job: JobFile, ranks: RankEnvironment, error: BaseException) -> None:
     traceback.print_exc()
     message = f"{type(error).__name__}: {error}"
     write_error(job.folder, ranks.rank, message, traceback.format_exc())
-    record = job.ledger.records()[job.key]
-    if not record.ended:
+    if not requeue.superseded(job) and not job.ledger.records()[job.key].ended:
         job.ledger.add(job.key, status=FAILED, error=message.partition("\n")[0], rank=ranks.rank)
 
 
-def _leave_at_once(code: int) -> None:
+def _leave_at_once(code: int) -> NoReturn:
     """Others may be waiting for this rank in a collective: no clean-up that would wait for them."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from danling_conf.launch.job_file import JobFile
-from danling_conf.launch.ledger import CANCELLED, FAILED, QUEUED, TIMED_OUT
+from danling_conf.launch.ledger import CANCELLED, FAILED, QUEUED, RUNNING, TIMED_OUT
 from danling_conf.launch.slurm.queries import SlurmUnavailable, own_job, run, show, time_of
 from danling_conf.resolution.stopped import Stopped
 from danling_conf.topology.rank_environment import RankEnvironment
@@ -70,6 +70,8 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
         time.sleep(_WAIT_SECONDS)
         sys.exit(128 + stopped.number)
     start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
+    if superseded(job):
+        sys.exit(128 + stopped.number)
     try:
         shown = show(name)
     except SlurmUnavailable as error:
@@ -94,6 +96,14 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
             _end(job, FAILED, f"{cause.why}, and Slurm does not requeue: {error}", 128 + stopped.number)
     time.sleep(_WAIT_SECONDS)
     sys.exit(128 + stopped.number)
+
+
+def superseded(job: JobFile) -> bool:
+    """Whether a later start of this job runs, which alone has a word to say: this one is on a node that was lost."""
+    start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
+    history = job.ledger.records()[job.key].history
+    starts = [(line.get("slurm"), line.get("start")) for line in history if line.get("status") == RUNNING]
+    return (name, start) in starts and starts[-1] != (name, start)
 
 
 _WORDS = {CANCELLED: "the job was cancelled", TIMED_OUT: "the job has reached its time limit"}
