@@ -44,6 +44,8 @@ def test_a_rank_that_fails_fails_its_job_and_no_other(slurm: Cluster, tmp_path: 
     failed, fine = jobs_of(tmp_path)
     assert (failed.status, fine.status) == ("failed", "completed"), done.text
     assert fine.score is not None
+    # The sweep has the job's own word; the ranks that were stopped may still be on their way out.
+    wait_for(lambda: slurm_job(slurm, failed)["JobState"] not in ("RUNNING", "COMPLETING"), "the job to end")
     shown = slurm_job(slurm, failed)
     assert shown["JobState"] == "FAILED"
     assert shown["ExitCode"] != "0:0"
