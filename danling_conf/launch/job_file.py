@@ -7,6 +7,7 @@ processes have to say beside the ledger is written next to it.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from danling_conf.resolution.frozen import frozen_job
 from danling_conf.resolution.run_directory import Binding, write_whole
 
 JOB_FILE = "job.json"
+_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 JOB_VARIABLE = "DANLING_CONF_JOB"
 """Environment variable that names the job file which a process is started for."""
 CLUSTER_VARIABLE = "DANLING_CONF_CLUSTER"
@@ -117,7 +119,15 @@ def write_error(folder: Path, rank: int, message: str, trace: str) -> None:
 
 
 def first_error(folder: Path, since: float = 0.0) -> dict[str, Any] | None:
-    """What the rank that failed first said; None where no rank said anything since a time."""
+    """What the rank that failed first said; None where no rank said anything since a time.
+
+    What only says that another rank has gone comes after what says why.
+    """
     errors = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
     recent = [item for item in errors if item["raised_at"] >= since]
-    return min(recent, key=lambda item: item["raised_at"], default=None)
+    return min(recent, key=lambda item: (is_consequence(item["message"]), item["raised_at"]), default=None)
+
+
+def is_consequence(message: str) -> bool:
+    """Whether an error only says that another rank has gone."""
+    return _GONE.search(message) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from danling_conf.launch.job_file import JobFile, first_error
+from danling_conf.launch.job_file import JobFile, first_error, is_consequence
 from danling_conf.launch.ledger import CANCELLED, COMPLETED, QUEUED, REFUSED, RUNNING, Record
 from danling_conf.launch.local_jobs import OUTPUT
 from danling_conf.resolution.logs import rank_log
@@ -40,6 +40,9 @@ def reason(record: Record, job: JobFile) -> str:
     lines = [f"job #{record.number} {record.status}"]
     if record.status == REFUSED:
         lines.append(str(record.facts.get("error")))
+    elif found is not None and is_consequence(found["message"]) and record.facts.get("error"):
+        lines += [str(record.facts["error"]), f"rank {found['rank']}, which has missed it: {found['message']}"]
+        lines += tail(job, since)
     elif found is not None:
         lines.append(f"rank {found['rank']} failed: {found['message']}\n{found['traceback'].rstrip()}")
     elif record.facts.get("error"):

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from danling_conf.launch.job_file import CLUSTER_VARIABLE, JobFile, write_error
+from danling_conf.launch.job_file import CLUSTER_VARIABLE, JobFile, is_consequence, write_error
 from danling_conf.launch.ledger import COMPLETED, FAILED, REFUSED
 from danling_conf.launch.meeting import announce, await_configuration, meet
 from danling_conf.launch.opening import open_job
@@ -121,11 +121,16 @@ def compare_with_first(job: JobFile, config: Any, ranks: RankEnvironment) -> Non
 
 
 def _tell(job: JobFile, ranks: RankEnvironment, error: BaseException) -> None:
-    """Leave word of a failure: in the rank's output, beside the job, and, if no other rank was first, in the ledger."""
+    """Leave word of a failure: in the rank's output, beside the job, and, if no other rank was first, in the ledger.
+
+    A rank that was killed leaves none, and the others know only that it has gone: Slurm knows more, and has the word.
+    """
     traceback.print_exc()
     message = f"{type(error).__name__}: {error}"
     write_error(job.folder, ranks.rank, message, traceback.format_exc())
-    if not requeue.superseded(job) and not job.ledger.records()[job.key].ended:
+    if is_consequence(message) or requeue.superseded(job):
+        return
+    if not job.ledger.records()[job.key].ended:
         job.ledger.add(job.key, status=FAILED, error=message.partition("\n")[0], rank=ranks.rank)
 
 
