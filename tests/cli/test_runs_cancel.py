@@ -29,10 +29,10 @@ def test_jobs_that_run_and_jobs_that_wait(tmp_path: Path, capsys: Any) -> None:
             "#3 cancelled: not started: cancelled by danling-conf cancel",
         ]
         assert main(["cancel", str(tmp_path), records(tmp_path)[0].key]) == 0
-        assert capsys.readouterr().out == "#0 cancelled: ended by SIGTERM\n"
+        assert capsys.readouterr().out == "#0 interrupted: ended by SIGTERM\n"
         out, _ = client.communicate(timeout=60)
     assert client.returncode == 1
-    assert states(tmp_path) == ["cancelled", "cancelled", "completed", "cancelled"]
+    assert states(tmp_path) == ["interrupted", "cancelled", "completed", "cancelled"]
     assert [record.attempts for record in records(tmp_path)] == [1, 0, 1, 0]  # nothing is retried
     assert "sweep done: 1 of 4 jobs completed" in out
     assert main(["cancel", str(tmp_path), "2"]) == 0
@@ -45,10 +45,10 @@ def test_a_run_stands_for_its_job(tmp_path: Path, capsys: Any) -> None:
     with started_sweep(tmp_path, "data.do=wait", "optim.lr=0.1,0.2") as client:
         wait_for_states(tmp_path, "running", "running")
         assert main(["cancel", str(records(tmp_path)[1].run)]) == 0
-        assert states(tmp_path) == ["running", "cancelled"]
+        assert states(tmp_path) == ["running", "interrupted"]
         (tmp_path / "gate").touch()
         client.communicate(timeout=60)
-    assert states(tmp_path) == ["completed", "cancelled"]
+    assert states(tmp_path) == ["completed", "interrupted"]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_a_sweep_that_is_interrupted(tmp_path: Path) -> None:
     assert terminal.process.returncode == 130
     assert "the jobs are told to save and leave" in shown
     assert f"to go on: danling-conf resume {tmp_path}" in shown
-    assert states(tmp_path) == ["cancelled", "cancelled"]
+    assert states(tmp_path) == ["interrupted", "cancelled"]
 
 
 def test_the_table_fits_the_terminal_and_has_colours(tmp_path: Path) -> None:
