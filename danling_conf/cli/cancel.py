@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from danling_conf.cli.runs_found import asked_of, find, job_named, one_sweep, sweep_of
+from danling_conf.cli.attempts import is_live
+from danling_conf.cli.runs_found import (
+    asked_of,
+    find,
+    job_named,
+    one_sweep,
+    reachable_or_refuse,
+    state_of_run,
+    sweep_of,
+)
 from danling_conf.launch.backend import Backend
 from danling_conf.launch.following import as_told
 from danling_conf.launch.ledger import CANCELLED, PLANNED, QUEUED, RUNNING, Record
@@ -16,6 +28,7 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 NOT_ENDED = 1
 _BY = "by danling-conf cancel"
+_ABOUT_TO_START_SECONDS = 0.3
 _OWN_WORD_SECONDS = 3.0
 """How long after its process has gone a job's own word, or that of who looks after it, is waited for."""
 
@@ -29,8 +42,7 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
     if found.run is not None:
         owner = sweep_of(found.run)
         if owner is None:
-            rule = "the run belongs to no sweep, and its own command started it"
-            raise ConfigRefused([Violation("DIR", directory, rule, "end that command: Ctrl-C, or SIGTERM")])
+            return _run_of_its_own(found.run, wait_seconds)
         sweep, jobs = owner[0], jobs or [owner[1].key]
     else:
         sweep = one_sweep(found)
@@ -43,9 +55,32 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
     if not chosen:
         print(f"nothing to do: no job is live: {sweep.path}")
         return 0
+    reachable_or_refuse(sweep, cluster)
     if cluster == "slurm":
         return _in_slurm(sweep, chosen, wait_seconds)
     return _here(sweep, chosen, wait_seconds)
+
+
+def _run_of_its_own(run: Path, wait_seconds: float) -> int:
+    """A run that its own command has started: whoever holds its lock is told."""
+    if not is_live(run):
+        print(f"nothing to do: the run is {state_of_run(run)[0]}: {run}")
+        return 0
+    # While the lock is held, the process that has written its number there lives.
+    holder = re.match(r"process (\d+) on ([^,\s]+)", (run / "run.lock").read_text())
+    if holder is None or holder[2] != os.uname().nodename:
+        rule = f"it runs on {holder[2] if holder else 'another machine'}, out of reach from this one"
+        raise ConfigRefused([Violation("DIR", str(run), rule, "cancel it there")])
+    tell_to_stop(int(holder[1]))
+    deadline = time.monotonic() + wait_seconds
+    while is_live(run):
+        if time.monotonic() > deadline:
+            print(f"{run.name} was told to stop, and has not ended yet: process {holder[1]}")
+            return NOT_ENDED
+        time.sleep(0.2)
+    state, error = state_of_run(run)
+    print(f"{run.name} {state}" + (f": {error}" if error else ""))
+    return 0
 
 
 def _in_slurm(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: float) -> int:
@@ -69,18 +104,24 @@ def _here(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: float) 
     if away:
         rule = f"job #{away[0].number} runs on {away[0].facts.get('host')}, out of reach from this machine"
         raise ConfigRefused([Violation("JOB", str(away[0].number), rule, "cancel it there")])
-    lines = []
-    for record in chosen:
-        lines.append((record.key, {"told": CANCELLED}))
-        if record.status in (PLANNED, QUEUED):  # whoever would start it looks here first
-            lines.append((record.key, {"status": CANCELLED, "error": f"not started: cancelled {_BY}"}))
+    waited = [record for record in chosen if record.status in (PLANNED, QUEUED)]
+    lines: list[tuple[str, dict[str, str]]] = [(record.key, {"told": CANCELLED}) for record in chosen]
+    # Whoever would start them looks here first.
+    lines += [(record.key, {"status": CANCELLED, "error": f"not started: cancelled {_BY}"}) for record in waited]
     sweep.ledger.add_all(lines)
+    _tell(sweep, chosen)
+    if waited:  # one of them may just have been about to start; those that run are told once, a second signal ends them
+        time.sleep(_ABOUT_TO_START_SECONDS)
+        _tell(sweep, waited)
+    return _wait(sweep, chosen, _Gone(sweep), wait_seconds)
+
+
+def _tell(sweep: SweepDirectory, records: Sequence[Record]) -> None:
     running = running_here()
-    for record in chosen:
+    for record in records:
         process = process_of(record, sweep.path, running)
         if process is not None:
             tell_to_stop(process)
-    return _wait(sweep, chosen, _Gone(sweep), wait_seconds)
 
 
 class _Gone:

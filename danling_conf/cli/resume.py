@@ -10,7 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from danling_conf.cli.runs_found import asked_of, file_of, find, one_sweep, read_json, state_of_run, sweep_of
+from danling_conf.cli.runs_found import (
+    asked_of,
+    file_of,
+    find,
+    one_sweep,
+    reachable_or_refuse,
+    read_json,
+    state_of_run,
+    sweep_of,
+)
 from danling_conf.launch.following import as_told
 from danling_conf.launch.following_lock import FollowingLock
 from danling_conf.launch.job_file import JOB_FILE, JobFile, Program
@@ -54,8 +63,9 @@ def _resume(sweep: SweepDirectory, only: str | None) -> int:
     asked = asked_of(sweep)
     launcher: Mapping[str, Any] = asked["launcher"]
     cluster = str(asked["cluster"])
+    reachable_or_refuse(sweep, cluster)
     with FollowingLock(sweep.path) as lock:
-        if not lock.acquire():
+        if not lock.acquire(tries=5):
             fix = f"see how it goes: danling-conf runs {sweep.path}; or end that process first"
             raise ConfigRefused([
                 Violation("DIR", str(sweep.path), f"{lock.holder} looks after the sweep and would start jobs too", fix)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from danling_conf.cli.runs_found import find, read_json, state_of_run, sweep_of
 from danling_conf.cli.runs_state import ends_seen, looked_after
@@ -103,9 +105,19 @@ def as_json(directory: str) -> str:
         asked = read_json(sweep.path / "sweep.json")
         kept = {name: asked.get(name) for name in ("created", "command", "cluster", "launcher")}
         sweeps.append({"path": str(sweep.path), **kept, "looked_after": looked_after(sweep)})
-    jobs = [{**facts_of(row), "overrides": list(row.overrides), "settings": row.settings} for row in seen.rows]
+    jobs = [
+        {**facts_of(row), "overrides": list(row.overrides), "settings": _sayable(row.settings)} for row in seen.rows
+    ]
     content = {"time": time.time(), "path": str(seen.path), "sweeps": sweeps, "jobs": jobs, "notes": seen.notes}
     return json.dumps(content, indent=1)
+
+
+def _sayable(settings: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in settings.items()
+    }
 
 
 def facts_of(row: Row) -> dict[str, object]:

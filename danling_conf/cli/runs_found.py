@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,17 @@ def asked_of(sweep: SweepDirectory) -> Mapping[str, Any]:
         rule = "its sweep.json is missing or broken, so that nothing says where its jobs run"
         raise ConfigRefused([Violation("DIR", str(sweep.path), rule, "start the sweep anew")])
     return asked
+
+
+def reachable_or_refuse(sweep: SweepDirectory, cluster: str) -> None:
+    """Raises ConfigRefused where this user, or this machine, can do nothing for a sweep's jobs."""
+    if not os.access(sweep.path, os.W_OK) or not os.access(sweep.path / LEDGER, os.W_OK):
+        rule, fix = "its ledger cannot be written by this user", "ask whoever started the sweep"
+    elif cluster == "slurm" and shutil.which("squeue") is None:
+        rule, fix = "its jobs are Slurm's, whose commands are not installed here", "go to a machine of the cluster"
+    else:
+        return
+    raise ConfigRefused([Violation("DIR", str(sweep.path), rule, fix)])
 
 
 def state_of_run(run: Path) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from danling_conf.cli.runs import look
-from danling_conf.cli.runs_found import asked_of, file_of, find
+from danling_conf.cli.runs_found import asked_of, file_of, find, reachable_or_refuse
 from danling_conf.cli.runs_state import is_own
 from danling_conf.launch.ledger import COMPLETED
 from danling_conf.launch.live_table import drawn
@@ -25,7 +25,7 @@ def watch_runs(directory: str) -> int:
     Gives the exit code: 1 where a job did not complete. Raises ConfigRefused where there is nothing.
     """
     found = find(directory)
-    if found.run is None and len(found.sweeps) == 1 and not found.runs:
+    if len(found.sweeps) == 1 and not found.runs and is_own(found.sweeps[0]):
         return _follow(found.sweeps[0])
     return _look_on(directory)
 
@@ -37,7 +37,8 @@ def _follow(sweep: SweepDirectory) -> int:
     asked = asked_of(sweep)
     files = {key: file_of(sweep, record) for key, record in records.items()}
     launcher = dict(asked["launcher"])
-    if asked["cluster"] == "slurm" and is_own(sweep):
+    reachable_or_refuse(sweep, str(asked["cluster"]))
+    if asked["cluster"] == "slurm":
         backend = backend_for("slurm", launcher, sweep.path)
     else:
         # Jobs on this machine are started by the command that asked for them, or by `resume`.

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,16 @@ class FollowingLock:
         self._file: Any = None
         self._signed = self._useless = False
 
-    def acquire(self) -> bool:
-        """Take the lock if it is free; says whether this process has it. Does not wait."""
+    def acquire(self, tries: int = 1) -> bool:
+        """Take the lock if it is free; says whether this process has it.
+
+        Args:
+            tries: one does not wait. Somebody who asks whether it is free holds it for a moment.
+        """
+        for _ in range(tries - 1):
+            if self.acquire():
+                return True
+            time.sleep(0.1)
         if self._file is None and not self._take():
             return False
         if self._file is not None:
@@ -37,12 +46,17 @@ class FollowingLock:
         return True
 
     def is_free(self) -> bool:
-        """Whether nobody else looks after the sweep now."""
+        """Whether nobody else looks after the sweep now. Leaves no trace, and needs no right to write."""
         if self._file is not None:
             return True
-        free = self._take()
-        self.release()
-        return free
+        try:
+            with open(self._path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # there is no such file yet, or the file system has no locks
+            return True
+        return True
 
     def _take(self) -> bool:
         if self._useless:

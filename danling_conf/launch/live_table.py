@@ -14,7 +14,9 @@ from danling_conf.launch.reporting import reason, say
 from danling_conf.launch.sweep_directory import SweepDirectory
 
 _SECONDS = 1.0
-"""Between two drawings of the table."""
+"""Between two drawings of the table; longer where drawing it takes long, which happens with thousands of jobs."""
+_SHARE = 0.1
+"""Of the time that may go into drawing."""
 
 
 class Lines:
@@ -35,22 +37,24 @@ class Table:
 
     def __init__(self, directory: SweepDirectory, jobs: Mapping[str, JobFile], live: Any) -> None:
         self._directory, self._jobs, self._live = directory, jobs, live
-        self._drawn = 0.0
+        self._next = 0.0
 
     def say(self, record: Record) -> None:
         if record.ended and record.status not in (COMPLETED, CANCELLED):
             print(reason(record, self._jobs[record.key]), file=sys.stderr, flush=True)
 
     def refresh(self) -> None:
-        if time.monotonic() - self._drawn >= _SECONDS:
+        if time.monotonic() >= self._next:
             self.draw()
 
     def draw(self) -> None:
         """Draw it as it is now."""
         from danling_conf.launch.job_rows import rows_of_sweep
 
+        began = time.monotonic()
         self._live.update(drawn(rows_of_sweep(self._directory), self._live.console), refresh=True)
-        self._drawn = time.monotonic()
+        now = time.monotonic()
+        self._next = now + max(_SECONDS, (now - began) / _SHARE)
 
 
 def drawn(rows: Any, console: Any) -> Any:
@@ -83,7 +87,7 @@ def shown(directory: SweepDirectory, jobs: Mapping[str, JobFile]) -> Iterator[An
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(), auto_refresh=False, vertical_overflow="crop") as live:
+    with Live(console=Console(soft_wrap=True), auto_refresh=False, vertical_overflow="crop") as live:
         table = Table(directory, jobs, live)
         table.draw()
         yield table

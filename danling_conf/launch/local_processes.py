@@ -10,7 +10,7 @@ from pathlib import Path
 from danling_conf.launch.backend import Ending
 from danling_conf.launch.following_lock import FollowingLock
 from danling_conf.launch.job_file import JOB_FILE, JOB_VARIABLE, JobFile
-from danling_conf.launch.ledger import CANCELLED, LOST, RUNNING, Record
+from danling_conf.launch.ledger import CANCELLED, LEDGER, LOST, RUNNING, Record
 
 GONE = "its process is gone, and has left no word"
 NOT_STARTED = "not started: the command that looked after the sweep is gone"
@@ -78,7 +78,7 @@ class LeftLocalJobs:
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
         """Jobs whose process is gone; and those that nobody will start any more."""
-        if not self._lock.is_free():
+        if not self._lock.is_free() or not os.access(self._sweep / LEDGER, os.W_OK):
             return {}
         running, found = running_here(), {}
         for record in unfinished:

@@ -67,7 +67,9 @@ def _leave(stopped: Stopped, directory: SweepDirectory, backend: Backend, follow
     if not isinstance(backend, LocalJobs):
         print(f"{stopped}; the jobs go on: danling-conf runs {directory.path}", file=sys.stderr)
         return
-    backend.cancel(list(directory.ledger.records().values()))
+    live = [record for record in directory.ledger.records().values() if not record.ended]
+    directory.ledger.add_all([(record.key, {"told": stopped.name}) for record in live])
+    backend.cancel(live)
     print(f"{stopped}; the jobs are told to save and leave", file=sys.stderr, flush=True)
     try:
         backend.wait()

@@ -47,11 +47,11 @@ def records(root: Path) -> list[Record]:
 
 
 def states(root: Path) -> list[str]:
-    return [record.status for record in records(root)]
+    return [record.status for record in records(root)] if list(root.rglob("jobs.jsonl")) else []
 
 
 def wait_for_states(root: Path, *expected: str) -> None:
-    wait_for(lambda: states(root) == list(expected), f"{expected}; there are {states(root)}")
+    wait_for(lambda: states(root) == list(expected), f"jobs to be {expected}")
 
 
 def write_sweep(path: Path, jobs: list[dict[str, Any]], *, cluster: str = "local", **launcher: Any) -> SweepDirectory:

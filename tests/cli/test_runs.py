@@ -95,6 +95,7 @@ def test_the_page_needs_nothing_from_elsewhere(swept: Path, tmp_path: Path, caps
     assert "RuntimeError: the gate is shut" in content
 
 
+@pytest.mark.slow
 def test_the_page_shows_curves_of_loss(tmp_path: Path, capsys: Any) -> None:
     overrides = ["data.do=train", f"data.ranks={tmp_path}", "optim.lr=0.1,0.2", "checkpoint=none"]
     done = run([APP, "-m", "steps=3", f"workspace_root={tmp_path / 'ws'}", *overrides], cwd=tmp_path)
@@ -138,6 +139,7 @@ def test_a_torn_line_and_broken_files_are_passed_over(tmp_path: Path, capsys: An
     assert "its sweep.json is missing or broken" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_root_with_several_sweeps_and_a_run_of_its_own(tmp_path: Path, capsys: Any) -> None:
     assert run_sweep(tmp_path, "optim.lr=1e-3").code == 0
     assert run_sweep(tmp_path, "optim.lr=1e-2,1e-1", "hydra.sweep.dir=elsewhere").code == 0

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from danling_conf.cli.main import main
+from tests.cli.sweeps import APP as GATED
 from tests.cli.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
 from tests.launch.command import APP, alive, run, runs, started, wait_for
 
@@ -28,10 +29,10 @@ def test_jobs_that_run_and_jobs_that_wait(tmp_path: Path, capsys: Any) -> None:
             "#3 cancelled: not started: cancelled by danling-conf cancel",
         ]
         assert main(["cancel", str(tmp_path), records(tmp_path)[0].key]) == 0
-        assert capsys.readouterr().out == "#0 cancelled: ended by SIGTERM\n"
+        assert capsys.readouterr().out == "#0 interrupted: ended by SIGTERM\n"
         out, _ = client.communicate(timeout=60)
     assert client.returncode == 1
-    assert states(tmp_path) == ["cancelled", "cancelled", "completed", "cancelled"]
+    assert states(tmp_path) == ["interrupted", "cancelled", "completed", "cancelled"]
     assert [record.attempts for record in records(tmp_path)] == [1, 0, 1, 0]  # nothing is retried
     assert "sweep done: 1 of 4 jobs completed" in out
     assert main(["cancel", str(tmp_path), "2"]) == 0
@@ -44,12 +45,13 @@ def test_a_run_stands_for_its_job(tmp_path: Path, capsys: Any) -> None:
     with started_sweep(tmp_path, "data.do=wait", "optim.lr=0.1,0.2") as client:
         wait_for_states(tmp_path, "running", "running")
         assert main(["cancel", str(records(tmp_path)[1].run)]) == 0
-        assert states(tmp_path) == ["running", "cancelled"]
+        assert states(tmp_path) == ["running", "interrupted"]
         (tmp_path / "gate").touch()
         client.communicate(timeout=60)
-    assert states(tmp_path) == ["completed", "cancelled"]
+    assert states(tmp_path) == ["completed", "interrupted"]
 
 
+@pytest.mark.slow
 def test_a_job_that_saves_says_so_itself(tmp_path: Path, capsys: Any) -> None:
     overrides = ["data.do=train", f"data.ranks={tmp_path}", "optim.lr=0.1", "checkpoint.interval=100000"]
     command = [APP, "-m", "steps=1000000", f"workspace_root={tmp_path / 'ws'}", *overrides]
@@ -121,6 +123,17 @@ def test_cancel_in_slurm(tmp_path: Path, capsys: Any, monkeypatch: pytest.Monkey
     assert states(tmp_path) == ["cancelled"]
 
 
+def test_a_run_of_its_own(tmp_path: Path, capsys: Any) -> None:
+    command = [GATED, "steps=3", "workspace_root=ws", f"data.gate={tmp_path / 'gate'}", "data.do=wait"]
+    with started(command, cwd=tmp_path) as process:
+        wait_for(lambda: list(tmp_path.rglob("rank-0.log")), "the run")
+        assert main(["cancel", str(tmp_path / "ws")]) == 0
+        assert "lost: its process is gone" in capsys.readouterr().out  # this one has nothing to save
+        process.wait(60)
+    assert main(["cancel", str(tmp_path / "ws")]) == 0
+    assert "nothing to do: the run is lost" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("swept")
@@ -158,6 +171,7 @@ def test_a_job_that_has_not_started_has_no_log(tmp_path: Path, capsys: Any) -> N
     assert "job #0 is queued, and has printed nothing yet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_rank_has_a_log_and_it_can_be_followed(tmp_path: Path) -> None:
     with started_sweep(tmp_path, "parallel=ddp2", "data.do=wait", "parallel.mesh_device_type=cpu"):
         wait_for(lambda: list(tmp_path.rglob("rank-1.log")) and states(tmp_path) == ["running"], "the second rank")

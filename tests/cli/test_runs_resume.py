@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -70,8 +71,6 @@ def test_a_client_that_is_killed_loses_nothing(tmp_path: Path, capsys: Any) -> N
 def test_a_job_that_is_killed_fails_alone(tmp_path: Path) -> None:
     with started_sweep(tmp_path, "data.do=wait,nothing") as client:
         wait_for_states(tmp_path, "running", "completed")
-        import os
-
         os.kill(records(tmp_path)[0].facts["pid"], signal.SIGKILL)
         out, _ = client.communicate(timeout=60)
     assert client.returncode == 1
@@ -80,6 +79,7 @@ def test_a_job_that_is_killed_fails_alone(tmp_path: Path) -> None:
     assert states(tmp_path) == ["completed", "completed"]
 
 
+@pytest.mark.slow
 def test_only_one_process_looks_after_a_sweep(tmp_path: Path, capsys: Any) -> None:
     with started_sweep(tmp_path, "data.do=wait,fail", "hydra.launcher.on_failure=retry") as client:
         wait_for_states(tmp_path, "running", "failed")
@@ -98,6 +98,7 @@ def test_only_one_process_looks_after_a_sweep(tmp_path: Path, capsys: Any) -> No
     assert records(tmp_path)[1].attempts == 2  # by one retry, of whom it was for
 
 
+@pytest.mark.slow
 def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -> None:
     overrides = ("data.do=wait,nothing", "hydra.launcher.parallel_jobs=1")
     with started_sweep(tmp_path, *overrides) as client:
@@ -111,6 +112,7 @@ def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -
     assert main(["resume", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_of_its_own_goes_on_from_its_checkpoint(tmp_path: Path, capsys: Any) -> None:
     command = [APP, "steps=1500", "data.do=train", f"data.ranks={tmp_path}", "workspace_root=ws", "heartbeat=default"]
     with started([*command, "checkpoint.interval=20"], cwd=tmp_path) as process:
@@ -148,6 +150,6 @@ def test_a_slurm_sweep_is_resumed_where_slurm_is(
     assert main(["runs", str(sweep.path)]) == 0
     assert f"#0 {status}: so it was" in capsys.readouterr().out
     assert main(["resume", str(sweep.path)]) == 2
-    assert "is not installed here" in capsys.readouterr().err
+    assert "whose commands are not installed here" in capsys.readouterr().err
     with FollowingLock(sweep.path) as lock:
         assert lock.acquire()  # it was let go

@@ -167,8 +167,10 @@ def test_who_only_looks_writes_nothing(tmp_path: Path) -> None:
 def test_one_process_looks_after_a_sweep(tmp_path: Path) -> None:
     first, second = FollowingLock(tmp_path), FollowingLock(tmp_path)
     assert first.is_free()
+    assert list(tmp_path.iterdir()) == []  # who only asks leaves nothing behind
     assert first.acquire()
     assert first.acquire()
+    assert first.is_free()
     assert not second.acquire()
     assert not second.is_free()
     assert second.holder == f"process {os.getpid()} on {os.uname().nodename}"
