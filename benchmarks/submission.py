@@ -1,7 +1,7 @@
 """Seconds from the command to the last job in the queue: hydra/launcher=danling_slurm beside hydra-submitit-launcher.
 
-Run it as `python benchmarks/submission.py`, where slurmctld, slurmd and munge are installed: it starts a private Slurm of
-its own. Jobs are held, so that none starts. See benchmarks/README.md for what is compared, and how.
+Run it as `python benchmarks/submission.py`, where slurmctld, slurmd and munge are installed: it starts a private Slurm
+of its own. Jobs are held, so that none starts. See benchmarks/README.md for what is compared, and how.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ loop                          here
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from danling_conf.resolution.identity import flatten, plain
 from danling_conf.resolution.metrics_file import PRODUCTIVE, goodput
 from danling_conf.resolution.run_directory import Attempt
 from danling_conf.resolution.stopped import Stopped
-from danling_conf.runner import memory
+from danling_conf.runner import memory, stuck
 from danling_conf.runner.heartbeat import Heartbeat
 from danling_conf.runner.log_pace import LogPace
 from danling_conf.runner.nonfinite import FAIL, NonFinite, NotFinite, told
@@ -38,6 +39,8 @@ from danling_conf.topology.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
     from danling_conf.runner.training import Runner
+
+_log = logging.getLogger(__name__)
 
 
 class Observers:
@@ -69,7 +72,16 @@ class Observers:
         if self._heartbeat is not None:
             return
         facts = {"attempt": attempt.directory.name, "rank": ranks.rank, "world_size": ranks.world_size}
-        self._heartbeat = Heartbeat.of_run(self.config.heartbeat, attempt.run_directory, facts=facts, look=self._look)
+        self._heartbeat = Heartbeat.of_run(
+            self.config.heartbeat,
+            attempt.run_directory,
+            facts=facts,
+            look=self._look,
+            limit=self._limit,
+            overdue=lambda collective, waited: _log.warning(
+                "%s", stuck.late(attempt, self.config, ranks.world_size, collective, waited)
+            ),
+        )
         self._heartbeat.start()
 
     def joined(self, runner: Runner) -> None:
@@ -259,6 +271,12 @@ class Observers:
             "last_step_time": self.last_step_time,
             "peak_memory_bytes": memory.peak_bytes(),
         }
+
+    def _limit(self) -> float | None:
+        """Of collectives, as things stand."""
+        runner, comm = self._runner, self.config.comm
+        started = runner is not None and runner.global_step >= runner._first_step
+        return comm.train_timeout_seconds if started and comm.train_timeout_seconds else comm.init_timeout_seconds
 
     def _indices(self, epoch: int, micro_batch: int) -> list[int] | None:
         """The samples of a micro-batch of this rank."""
