@@ -48,6 +48,8 @@ class NonFinite:
         self._device, self._indices, self.record = device, indices, record
         self._joined: list[Tensor] = []
         self._seen: list[Tensor] = []
+        self._of_step: list[Tensor] = []
+        """Of the step under way."""
         self._places: list[tuple[int, int, int]] = []
         self._read_at = 0
 
@@ -62,7 +64,10 @@ class NonFinite:
 
     def look(self, value: Tensor, step: int, epoch: int, micro_batch: int) -> None:
         """Take a loss, or the norm of gradients (`micro_batch` -1), of the step that is under way."""
-        self._seen.append(value - value)
+        zero = value - value
+        self._seen.append(zero)
+        if self.mode == SKIP:
+            self._of_step.append(zero)
         self._places.append((step, epoch, micro_batch))
         if len(self._seen) >= _KEPT:
             self._joined.append(torch.stack(self._seen))
@@ -73,8 +78,8 @@ class NonFinite:
         waiting for the device where `nonfinite=skip`; else it is never left out."""
         if self.mode != SKIP:
             return False
-        values = self._values()
-        bad = (values.isnan().any() if values is not None else torch.zeros((), device=self._device)).float()
+        of_step, self._of_step = self._of_step, []
+        bad = torch.stack(of_step).isnan().any().float()
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(bad, op=distributed.ReduceOp.MAX)
         return bool(bad.item())
