@@ -8,6 +8,7 @@ optimizer step, and waits for it.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
 COUNT, SKIP, FAIL = "count", "skip", "fail"
 _KEPT = 1000
 """Tensors of one number that are kept before they are joined."""
@@ -114,13 +116,17 @@ class NonFinite:
         values = self._values()
         if values is None:
             return
-        lines = []
+        lines: list[dict[str, Any]] = []
         for place, bad in zip(self._places, values.isnan().tolist(), strict=True):
             if bad:
                 lines.append(self._line(*place))
-        if lines:
+        if not lines:
+            return
+        try:
             with open(self.record, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            _log.warning("what was not finite could not be written down: %s: %s", error, lines)
 
     def _line(self, step: int, epoch: int, micro_batch: int) -> dict[str, Any]:
         line: dict[str, Any] = {"step": step, "epoch": epoch}

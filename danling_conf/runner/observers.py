@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -192,26 +193,29 @@ class Observers:
             self._log(EVALUATION, results, runner, note)
 
     def close(self) -> None:
-        """Stop watching: traces, trackers and the heartbeat end."""
+        """Stop watching: traces, trackers, the passing on of warnings and the heartbeat end, in this order."""
         error = sys.exc_info()[1]
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
-        if self._trackers is not None and self._runner is not None:
-            status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
-            share = goodput(self._runner.world.attempt.run_directory)
-            if share is not None:
-                self._log(END, {"goodput": share}, self._runner)
-            self._trackers.finish(status, self._runner.score.best)
-            self._trackers = None
-        if self._relay is not None:
-            self._relay.stop()
-            self._relay = None
-        if self._heartbeat is not None:
-            self._heartbeat.state("stopping")
-            self._heartbeat.stop()
-            self._heartbeat = None
-        logs.set_position(None)
+        with ExitStack() as stack:
+            stack.callback(logs.set_position, None)
+            if self._heartbeat is not None:
+                self._heartbeat.state("stopping")
+                stack.callback(self._heartbeat.stop)
+            if self._relay is not None:
+                stack.callback(self._relay.stop)
+            if self._trackers is not None:
+                status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+                stack.callback(self._finish, self._trackers, status)
+            if self._profiler is not None:
+                stack.callback(self._profiler.stop)
+            self._profiler, self._relay, self._heartbeat = None, None, None
+
+    def _finish(self, trackers: Trackers, status: str) -> None:
+        assert self._runner is not None
+        share = goodput(self._runner.world.attempt.run_directory)
+        if share is not None:
+            self._log(END, {"goodput": share}, self._runner)
+        trackers.finish(status, self._runner.score.best)
+        self._trackers = None
 
     def _judge(self, bad: list[int], runner: Runner) -> None:
         if not bad:

@@ -112,6 +112,18 @@ def test_the_end_where_that_is_asked_for(tmp_path: Path) -> None:
     runner(tmp_path, {"nonfinite": "fail"}).fit(Net, {"train": Pairs()}, loss=loss)
 
 
+def test_samples_that_cannot_be_written_down_stop_nothing(tmp_path: Path) -> None:
+    ours = runner(tmp_path, {"nonfinite": "skip"})
+    ours.prepare(Net, {"train": OneBad()}, loss=loss)
+    ours.observers.nonfinite.record = tmp_path / "nowhere" / "file"
+    for batch in ours.batches("train"):
+        ours.step(batch)
+    ours.finish()
+    log = (ours.world.attempt.directory / "rank-0.log").read_text()
+    assert "could not be written down" in log
+    assert str(bad_batch(ours, 4)[1]) in log
+
+
 def test_gradients_alone(tmp_path: Path) -> None:
     ours = runner(tmp_path, {"nonfinite": "skip", "steps": 2})
 
