@@ -64,7 +64,7 @@ class StepProfiler:
     ) -> None:
         self.section, self.folder, self.rank, self.attempt = section, folder, rank, attempt
         self.traces: list[Path] = []
-        """Those written so far."""
+        """Those made so far."""
         self._device, self._step, self._say = device, step, say
         self._steps = 0
         self._snapshots = section.profile_memory and device.type == "cuda"
@@ -114,12 +114,16 @@ class StepProfiler:
         recorded = (self._steps - 1) % (before + self.section.active) + 1 - before
         if recorded < 1:
             return  # the run ended before the first step to be traced had
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self._free(f"rank-{self.rank}-step-{self._step}")
-        finished.export_chrome_trace(str(path))
         self.traces.append(path)
-        if self._snapshots:
-            dump_memory_snapshot(str(path.with_suffix(".memory.pickle")))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            finished.export_chrome_trace(str(path))
+            if self._snapshots:
+                dump_memory_snapshot(str(path.with_suffix(".memory.pickle")))
+        except OSError as error:  # of a disk, which is no reason to end a run
+            self._say(f"warning: the trace of the steps up to {self._step} could not be written: {error}")
+            return
         on_device = self._device.type != "cpu"
         table = finished.key_averages().table(
             sort_by="self_device_time_total" if on_device else "self_cpu_time_total",

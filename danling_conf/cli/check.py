@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +14,7 @@ from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.command import App, warnings_of
 from danling_conf.launch.preflight import Preflight, check_jobs, shapes_of
 from danling_conf.launch.preflight_tables import shape_table, varying
+from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.launch.slurm.shapes import capacity_of
 from danling_conf.launch.sweep_refused import SweepRefused
 from danling_conf.resolution.collect import all_faults
@@ -114,8 +114,11 @@ def _slurm_capacity(master: DictConfig) -> Capacity | None:
     launcher = launcher_in(master)[0]
     if not isinstance(launcher, SlurmLauncherConfig):
         return None
-    if shutil.which("sinfo"):
+    try:
         return capacity_of(launcher.partition)
+    except ConfigRefused as refusal:
+        if not isinstance(refusal.__cause__, SlurmUnavailable):
+            raise
     return None if launcher.gpus_per_node is None else Capacity(devices_per_node=launcher.gpus_per_node)
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.launch.command import App, check, compose_or_refuse
+from danling_conf.launch.following_lock import FollowingLock
 from danling_conf.launch.job_file import Program
 from danling_conf.launch.jobs import Job
 from danling_conf.launch.jobs_launcher import JobsLauncher
@@ -138,13 +139,14 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     files = directory.plan(jobs, program, shapes)
     directory.ask(command=[*words, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
-    backend = backend_for(cluster, launcher, directory.path)
-    with _refusing():
+    with FollowingLock(directory.path) as lock, _refusing():
+        lock.acquire()
+        backend = backend_for(cluster, launcher, directory.path)
         backend.submit(list(files.values()))
-    if launcher.get("detach"):
-        print(f"detached; to look after it: danling-conf runs {directory.path} --watch", flush=True)
-        return list(directory.ledger.records().values())[-len(jobs) :]
-    return follow(directory, backend, files, launcher)
+        if not launcher.get("detach"):
+            return follow(directory, backend, files, launcher, lock=lock)
+    print(f"detached; to look after it: danling-conf runs {directory.path} --watch", flush=True)
+    return list(directory.ledger.records().values())[-len(jobs) :]
 
 
 def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
@@ -163,7 +165,7 @@ def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequ
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What Slurm does not take is the user's to mend."""
+    """What Slurm does not take, or does not answer, is the user's to mend."""
     try:
         yield
     except SlurmUnavailable as error:

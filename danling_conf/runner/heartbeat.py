@@ -20,6 +20,8 @@ from danling_conf.runner.memory import used_bytes
 from danling_conf.schema.observability import HeartbeatConfig
 
 _log = logging.getLogger(__name__)
+LATE_SHARE = 0.8
+"""Of its time limit: a collective that takes longer is told of, since some backends end the process at the limit."""
 _SAMPLE_SECONDS = 0.2
 """Between two looks at whether the rank waits for others."""
 _PATIENCE = 1.0
@@ -37,13 +39,22 @@ class Heartbeat:
     Args:
         folder: of the heartbeats of all ranks.
         facts: what does not change: attempt, rank, world size.
+        limit: gives the time limit of collectives, in seconds; None where it is torch's own.
+        overdue: is told of a collective that has used up most of its limit, and how long it has taken; from the thread.
         look: gives step, total_steps, epoch and last_step_time (seconds since 1970, or None) as they are now; called
         from
             the thread.
     """
 
     def __init__(
-        self, section: HeartbeatConfig, folder: Path, *, facts: dict[str, Any], look: Callable[[], dict[str, Any]]
+        self,
+        section: HeartbeatConfig,
+        folder: Path,
+        *,
+        facts: dict[str, Any],
+        look: Callable[[], dict[str, Any]],
+        limit: Callable[[], float | None] = lambda: None,
+        overdue: Callable[[dict[str, Any], float], None] = lambda collective, waited: None,
     ) -> None:
         self.enabled = section.enabled
         self.waited_for: dict[str, Any] | None = None
@@ -51,7 +62,8 @@ class Heartbeat:
         self._interval = section.interval_seconds
         self._folder = folder
         self._facts = {**facts, "host": platform.node(), "pid": os.getpid(), "interval": section.interval_seconds}
-        self._look = look
+        self._look, self._limit, self._overdue = look, limit, overdue
+        self._late = 0.0
         self._path = heartbeat_file(folder, facts["rank"])
         self._state: tuple[str, float] = ("starting", time.time())
         self._stop = threading.Event()
@@ -96,21 +108,38 @@ class Heartbeat:
         looks, waits = self._samples
         beat = {**self._facts, **self._look(), "state": state, "state_since": since}
         beat["waiting_share"] = waits / looks if looks else None
-        collective = outstanding_collective()
-        if collective is not None and now - collective["since"] >= _PATIENCE and self._blocked():
-            self.waited_for = collective
+        collective = self._waiting_in()
+        if collective is not None and now - collective["since"] >= _PATIENCE:
             beat |= {"state": "waiting in a collective", "state_since": collective["since"], "collective": collective}
         return {**beat, "memory_bytes": used_bytes(), "written": now}
 
     def _run(self) -> None:
         written = time.monotonic()
         while not self._stop.wait(min(self._interval, _SAMPLE_SECONDS)):
-            self._samples[0] += 1
-            self._samples[1] += self._blocked() and outstanding_collective() is not None
+            self._sample()
             if time.monotonic() - written >= self._interval:
                 written = time.monotonic()
                 self._write()
                 self._samples = [0, 0]
+
+    def _sample(self) -> None:
+        """Look at whether the rank waits for others, and tell of a collective that will time out soon."""
+        collective = self._waiting_in()
+        self._samples[0] += 1
+        if collective is None:
+            return
+        self._samples[1] += 1
+        waited = time.time() - collective["since"]
+        if waited >= _PATIENCE:
+            self.waited_for = collective
+        limit = self._limit()
+        if limit is not None and waited >= LATE_SHARE * limit and collective["since"] != self._late:
+            self._late = collective["since"]
+            self._overdue(collective, waited)
+
+    def _waiting_in(self) -> dict[str, Any] | None:
+        """The collective that the main thread waits in; None where it does something else."""
+        return outstanding_collective() if self._blocked() else None
 
     def _write(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
@@ -118,7 +147,7 @@ class Heartbeat:
             self._folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self.content()) + "\n")
             os.replace(temporary, self._path)
-        except OSError as error:
+        except Exception as error:  # whatever it is, it must not be what a run ends by
             if not self._complained:
                 self._complained = True
                 _log.warning("no heartbeat could be written, and training goes on: %s", error)

@@ -8,6 +8,7 @@ optimizer step, and waits for it.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
 COUNT, SKIP, FAIL = "count", "skip", "fail"
 _KEPT = 1000
 """Tensors of one number that are kept before they are joined."""
@@ -48,6 +50,8 @@ class NonFinite:
         self._device, self._indices, self.record = device, indices, record
         self._joined: list[Tensor] = []
         self._seen: list[Tensor] = []
+        self._of_step: list[Tensor] = []
+        """Of the step under way."""
         self._places: list[tuple[int, int, int]] = []
         self._read_at = 0
 
@@ -62,7 +66,10 @@ class NonFinite:
 
     def look(self, value: Tensor, step: int, epoch: int, micro_batch: int) -> None:
         """Take a loss, or the norm of gradients (`micro_batch` -1), of the step that is under way."""
-        self._seen.append(value - value)
+        zero = value - value
+        self._seen.append(zero)
+        if self.mode == SKIP:
+            self._of_step.append(zero)
         self._places.append((step, epoch, micro_batch))
         if len(self._seen) >= _KEPT:
             self._joined.append(torch.stack(self._seen))
@@ -73,8 +80,8 @@ class NonFinite:
         waiting for the device where `nonfinite=skip`; else it is never left out."""
         if self.mode != SKIP:
             return False
-        values = self._values()
-        bad = (values.isnan().any() if values is not None else torch.zeros((), device=self._device)).float()
+        of_step, self._of_step = self._of_step, []
+        bad = torch.stack(of_step).isnan().any().float()
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(bad, op=distributed.ReduceOp.MAX)
         return bool(bad.item())
@@ -109,13 +116,17 @@ class NonFinite:
         values = self._values()
         if values is None:
             return
-        lines = []
+        lines: list[dict[str, Any]] = []
         for place, bad in zip(self._places, values.isnan().tolist(), strict=True):
             if bad:
                 lines.append(self._line(*place))
-        if lines:
+        if not lines:
+            return
+        try:
             with open(self.record, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            _log.warning("what was not finite could not be written down: %s: %s", error, lines)
 
     def _line(self, step: int, epoch: int, micro_batch: int) -> dict[str, Any]:
         line: dict[str, Any] = {"step": step, "epoch": epoch}

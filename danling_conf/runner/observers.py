@@ -10,8 +10,10 @@ loop                          here
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,7 @@ from danling_conf.resolution.identity import flatten, plain
 from danling_conf.resolution.metrics_file import PRODUCTIVE, goodput
 from danling_conf.resolution.run_directory import Attempt
 from danling_conf.resolution.stopped import Stopped
-from danling_conf.runner import memory
+from danling_conf.runner import memory, stuck
 from danling_conf.runner.heartbeat import Heartbeat
 from danling_conf.runner.log_pace import LogPace
 from danling_conf.runner.nonfinite import FAIL, NonFinite, NotFinite, told
@@ -38,6 +40,8 @@ from danling_conf.topology.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
     from danling_conf.runner.training import Runner
+
+_log = logging.getLogger(__name__)
 
 
 class Observers:
@@ -69,7 +73,16 @@ class Observers:
         if self._heartbeat is not None:
             return
         facts = {"attempt": attempt.directory.name, "rank": ranks.rank, "world_size": ranks.world_size}
-        self._heartbeat = Heartbeat.of_run(self.config.heartbeat, attempt.run_directory, facts=facts, look=self._look)
+        self._heartbeat = Heartbeat.of_run(
+            self.config.heartbeat,
+            attempt.run_directory,
+            facts=facts,
+            look=self._look,
+            limit=self._limit,
+            overdue=lambda collective, waited: _log.warning(
+                "%s", stuck.late(attempt, self.config, ranks.world_size, collective, waited)
+            ),
+        )
         self._heartbeat.start()
 
     def joined(self, runner: Runner) -> None:
@@ -180,26 +193,29 @@ class Observers:
             self._log(EVALUATION, results, runner, note)
 
     def close(self) -> None:
-        """Stop watching: traces, trackers and the heartbeat end."""
+        """Stop watching: traces, trackers, the passing on of warnings and the heartbeat end, in this order."""
         error = sys.exc_info()[1]
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
-        if self._trackers is not None and self._runner is not None:
-            status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
-            share = goodput(self._runner.world.attempt.run_directory)
-            if share is not None:
-                self._log(END, {"goodput": share}, self._runner)
-            self._trackers.finish(status, self._runner.score.best)
-            self._trackers = None
-        if self._relay is not None:
-            self._relay.stop()
-            self._relay = None
-        if self._heartbeat is not None:
-            self._heartbeat.state("stopping")
-            self._heartbeat.stop()
-            self._heartbeat = None
-        logs.set_position(None)
+        with ExitStack() as stack:
+            stack.callback(logs.set_position, None)
+            if self._heartbeat is not None:
+                self._heartbeat.state("stopping")
+                stack.callback(self._heartbeat.stop)
+            if self._relay is not None:
+                stack.callback(self._relay.stop)
+            if self._trackers is not None:
+                status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+                stack.callback(self._finish, self._trackers, status)
+            if self._profiler is not None:
+                stack.callback(self._profiler.stop)
+            self._profiler, self._relay, self._heartbeat = None, None, None
+
+    def _finish(self, trackers: Trackers, status: str) -> None:
+        assert self._runner is not None
+        share = goodput(self._runner.world.attempt.run_directory)
+        if share is not None:
+            self._log(END, {"goodput": share}, self._runner)
+        trackers.finish(status, self._runner.score.best)
+        self._trackers = None
 
     def _judge(self, bad: list[int], runner: Runner) -> None:
         if not bad:
@@ -259,6 +275,12 @@ class Observers:
             "last_step_time": self.last_step_time,
             "peak_memory_bytes": memory.peak_bytes(),
         }
+
+    def _limit(self) -> float | None:
+        """Of collectives, as things stand."""
+        runner, comm = self._runner, self.config.comm
+        started = runner is not None and runner.global_step >= runner._first_step
+        return comm.train_timeout_seconds if started and comm.train_timeout_seconds else comm.init_timeout_seconds
 
     def _indices(self, epoch: int, micro_batch: int) -> list[int] | None:
         """The samples of a micro-batch of this rank."""

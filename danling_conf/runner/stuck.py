@@ -101,11 +101,12 @@ def message(
     steps = {notes[rank]["step"] for rank in came}
     where = f"step {steps.pop()}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
     what = next((notes[rank]["collective"] for rank in came if notes[rank].get("collective")), None)
-    name = f"{what['name']} number {what['number']} of {what['group']}" if what else "a collective"
-    lines = [f"{name} timed out: not all ranks came to it {within}"]
+    lines = [f"{_name(what)} timed out: not all ranks came to it {within}"]
     lines += [f"  rank {rank} did not come: {_last_of(beats.get(rank), now)}" for rank in missing]
     if not missing:
         lines.append("  every rank was waiting: they wait in different collectives, or one came too late")
+        held = {rank: notes[rank].get("collective") or beats.get(rank, {}).get("collective") for rank in came}
+        lines += [f"  rank {rank} waited in {_name(each)}" for rank, each in held.items() if each]
     waited = "rank" if len(came) == 1 else "ranks"
     lines.append(f"  {waited} {', '.join(map(str, came))} waited, after {where}")
     if missing and not beats:
@@ -113,6 +114,23 @@ def message(
     elif missing:
         lines.append("  see what a rank that still runs does with: py-spy dump --pid PID, on its host")
     return "\n".join(lines)
+
+
+def late(attempt: Attempt, config: RunnerConfig, world_size: int, collective: dict[str, Any], waited: float) -> str:
+    """Which ranks have not come to a collective that will time out soon, as far as heartbeats say."""
+    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
+    lines = [f"{_name(collective)} is waited for since {waited:.0f} s, and will time out"]
+    for rank in range(world_size):
+        beat = beats.get(rank)
+        if beat is None or not beat["state"].startswith("waiting"):
+            lines.append(f"  rank {rank} has not come: {_last_of(beat, time.time())}")
+    return "\n".join(lines)
+
+
+def _name(collective: dict[str, Any] | None) -> str:
+    if collective is None:
+        return "a collective"
+    return f"{collective['name']} number {collective['number']} of {collective['group']}"
 
 
 def _last_of(beat: dict[str, Any] | None, now: float) -> str:

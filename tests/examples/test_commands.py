@@ -98,7 +98,7 @@ def test_every_rank_has_a_log_of_the_run(command: Commands, name: str) -> None:
     for log in logs:
         text = (attempt / log).read_text()
         assert f"step {step}/{step}" in text
-        assert f" {log.removesuffix('.log').replace('-', ' ')} INFO " in text
+        assert f" {log.removesuffix('.log').replace('-', ' ')} step " in text
 
 
 @pytest.mark.parametrize("name", RANKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from danling_conf.resolution.metrics_file import read_metrics
 from danling_conf.runner.nonfinite import NotFinite
 from tests.distributed.spawn import run
+from tests.distributed.test_runner import LENGTH, VOCABULARY, Tokens
+from tests.distributed.test_runner import loss as token_loss
 from tests.runner.small import Net, Pairs, equal, loss, runner, weights
 
 BAD_SAMPLE = 7
@@ -72,7 +75,8 @@ def test_counted_with_its_samples(tmp_path: Path, log_interval: int, capsys: pyt
 
 def test_skipped_as_if_the_step_had_not_been(tmp_path: Path) -> None:
     """The weights are those of a run without the bad batch, momentum and weight decay included."""
-    settings = {"nonfinite": "skip", "optim": {"type": "adamw", "lr": 0.01, "weight_decay": 0.1}, "accum_steps": 2,
+    adamw = {"type": "adamw", "lr": 0.01, "weight_decay": 0.1}
+    settings = {"nonfinite": "skip", "log_interval": 4, "optim": adamw, "accum_steps": 2,
                 "dataloader": {"batch_size": 2}}  # fmt: skip
     ours = runner(tmp_path, settings)
     ours.prepare(Net, {"train": OneBad()}, loss=loss)
@@ -106,6 +110,18 @@ def test_the_end_where_that_is_asked_for(tmp_path: Path) -> None:
     assert not list((ours.world.attempt.run_directory / "checkpoints").glob("ckpt-*"))
     assert of_log(ours)[0]["indices"] == bad_batch(ours, 4)[1]
     runner(tmp_path, {"nonfinite": "fail"}).fit(Net, {"train": Pairs()}, loss=loss)
+
+
+def test_samples_that_cannot_be_written_down_stop_nothing(tmp_path: Path) -> None:
+    ours = runner(tmp_path, {"nonfinite": "skip"})
+    ours.prepare(Net, {"train": OneBad()}, loss=loss)
+    ours.observers.nonfinite.record = tmp_path / "nowhere" / "file"
+    for batch in ours.batches("train"):
+        ours.step(batch)
+    ours.finish()
+    log = (ours.world.attempt.directory / "rank-0.log").read_text()
+    assert "could not be written down" in log
+    assert str(bad_batch(ours, 4)[1]) in log
 
 
 def test_gradients_alone(tmp_path: Path) -> None:
@@ -171,3 +187,37 @@ def test_all_ranks_decide_alike(tmp_path: Path, mode: str, layout: str) -> None:
         assert found[1]["finite"]
         # The other rank's loss was fine; the gradients that both have were not.
         assert {line["what"] for line in found[1 - owner]["log"]} == {"gradients"}
+
+
+def in_a_pipeline(root: str, name: str) -> dict[str, Any]:
+    """The loss of one batch is not a number, which only the last stage sees."""
+    from functools import partial
+
+    from danling_conf.groups.source import layout_settings
+    from examples.models.decoder import Decoder, DecoderConfig
+
+    seen: list[int] = []
+
+    def bad_loss(output: Tensor, batch: Any) -> Tensor:
+        seen.append(ours.global_step)
+        return token_loss(output, batch) * (math.nan if ours.global_step == 1 else 1.0)
+
+    settings = {"nonfinite": "skip", "log_interval": 3, "steps": 3, "dataloader": {"batch_size": 4}}
+    ours = runner(root, {**settings, **layout_settings(name)})
+    model = DecoderConfig(width=16, depth=2, heads=2, hidden=16, context=LENGTH, vocab_size=VOCABULARY)
+    ours.prepare(partial(Decoder, model), {"train": Tokens(32, 0)}, loss=bad_loss)
+    kept = []
+    for batch in ours.batches("train"):
+        ours.step(batch)
+        kept.append([getattr(item, "to_local", lambda item=item: item)().detach().clone() for part in ours.parts
+                     for item in part.parameters()])  # fmt: skip
+    ours.finish()
+    same = [all(map(torch.equal, before, after)) for before, after in itertools.pairwise(kept)]
+    return {"bad": ours.observers.nonfinite.steps, "same": same}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pp2", "tp2"])
+def test_stages_and_parts_of_a_model_decide_alike(tmp_path: Path, name: str) -> None:
+    for found in run(in_a_pipeline, 2, str(tmp_path), name):
+        assert found == {"bad": 1, "same": [True, False]}  # the second of three steps was left out

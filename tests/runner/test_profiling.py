@@ -120,6 +120,13 @@ def test_traces_go_where_they_are_wanted(tmp_path: Path) -> None:
     assert (named.world.attempt.run_directory / "mine" / "rank-0-step-5.json").is_file()
 
 
+def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    ours = fit(tmp_path, {"trace_dir": str(tmp_path / "file" / "below"), "repeat": 1})
+    assert ours.global_step == 6
+    assert "the trace of the steps up to 5 could not be written" in capsys.readouterr().out
+
+
 def test_what_communication_nothing_hides() -> None:
     import tempfile
 

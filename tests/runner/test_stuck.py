@@ -87,6 +87,8 @@ def test_a_stopped_rank_is_named(tmp_path: Path, environment: dict[str, str]) ->
     assert f"pid {pid}, silent for" in err
     assert "within 12 s (comm.train_timeout_seconds)" in err
     assert "ranks 0, 2 waited" in err
+    log = (max(run.glob("attempts/*")) / "rank-0.log").read_text()
+    assert re.search(r"is waited for since \d+ s, and will time out\n  rank 1 has not come: last at step", log)
     assert "gloo/transport" not in err  # a library's socket is no message
 
 
@@ -141,6 +143,11 @@ def test_the_message_says_what_is_known() -> None:
     assert "heartbeat=default would say" in bare
     both = message({0: {"step": 8}, 1: {"step": 9}}, {}, 2, limit=5, setting="comm.train_timeout_seconds", now=now)
     assert "every rank was waiting" in both
+    different = {0: {"step": 8, "collective": collective}, 1: {"step": 8, "collective": {**collective, "number": 13}}}
+    both = message(different, {}, 2, limit=5, setting="comm.train_timeout_seconds", now=now)
+    assert "rank 0 waited in all_reduce number 12" in both
+    assert "rank 1 waited in all_reduce number 13" in both
+    both = message({0: {"step": 8}, 1: {"step": 9}}, {}, 2, limit=5, setting="comm.train_timeout_seconds", now=now)
     assert "after steps 8 to 9" in both
 
 
