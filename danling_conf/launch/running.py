@@ -18,6 +18,7 @@ from danling_conf.launch.live_table import shown
 from danling_conf.launch.local_jobs import LocalJobs
 from danling_conf.launch.local_processes import LeftLocalJobs
 from danling_conf.launch.policy import parse_on_failure
+from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.launch.sweep_directory import SweepDirectory
 from danling_conf.resolution.stopped import STOPPING, Stopped
 
@@ -58,6 +59,10 @@ def follow(
         except Stopped as stopped:
             _leave(stopped, directory, backend, following)
             raise
+        except SlurmUnavailable as error:
+            print(f"{error}\nSlurm has not answered for minutes; the jobs go on without anybody to look after them: "
+                  f"danling-conf runs {directory.path} --watch", file=sys.stderr)  # fmt: skip
+            sys.exit(1)
     completed = sum(record.status == COMPLETED for record in records)
     print(f"sweep done: {completed} of {len(records)} jobs completed: {directory.path}", flush=True)
     return records

@@ -139,10 +139,11 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     files = directory.plan(jobs, program, shapes)
     directory.ask(command=[*words, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
-    with FollowingLock(directory.path) as lock, _refusing():
+    with FollowingLock(directory.path) as lock:
         lock.acquire()
-        backend = backend_for(cluster, launcher, directory.path)
-        backend.submit(list(files.values()))
+        with _refusing():
+            backend = backend_for(cluster, launcher, directory.path)
+            backend.submit(list(files.values()))
         if not launcher.get("detach"):
             return follow(directory, backend, files, launcher, lock=lock)
     print(f"detached; to look after it: danling-conf runs {directory.path} --watch", flush=True)
