@@ -149,9 +149,7 @@ class Preflight:
             self._launchers[text] = typed, faults + _policy_faults(typed)
         return self._launchers[text][0], plain, list(self._launchers[text][1])
 
-    def _context(
-        self, overrides: Sequence[str], launcher: LauncherConfig | None, capacity: Capacity | None
-    ) -> Context:
+    def _context(self, overrides: Sequence[str], launcher: LauncherConfig | None, capacity: Capacity | None) -> Context:
         given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
         machine = self._here
         if capacity is not None:
