@@ -20,7 +20,7 @@ from danling_conf.launch.sweep_refused import SweepRefused
 from danling_conf.resolution.collect import all_faults
 from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer
 from danling_conf.resolution.identity import config_id, difference_from_defaults, job_id
-from danling_conf.resolution.launcher_settings import launcher_in
+from danling_conf.resolution.launcher_settings import check_launcher
 from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.resources import Capacity
@@ -55,7 +55,7 @@ def check_app(script: str, words: list[str]) -> list[str]:
 def _check(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
     with composer(search) as composing:
         master = _compose(composing, overrides, asked.capacity)
-        capacity = asked.capacity or _slurm_capacity(master)
+        capacity = asked.capacity or _nodes_of
         # Hydra's own overrides are the master's; the rest is the only job's.
         given = [str(item) for item in master.hydra.overrides.task]
         job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
@@ -66,7 +66,7 @@ def _check(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) 
         f"accepted: {app.script.name} {' '.join(overrides)}".rstrip(),
         f"layout {name_of(layout)}, {processes}; config {config_id(config)}, job {job_id(config)}",
     ]
-    if capacity is not None:
+    if asked.capacity is not None or isinstance(check_launcher(job.launcher)[0], SlurmLauncherConfig):
         lines += shape_table([job], shapes_of([job], capacity))
     warned = (f"warning: {line}" for line in warnings_of(config))
     return [*lines, "differs from the defaults in:", *changed, *warned]
@@ -80,12 +80,11 @@ def _check_sweep(asked: _Asked, app: App, search: ConfigSearch, overrides: list[
         except HydraException as error:
             said = str(error).strip().splitlines()[0]
             raise ConfigRefused([Violation("sweep", ABSENT, said, "mend the sweep's overrides")]) from error
-        capacity = asked.capacity or _slurm_capacity(master)
+        capacity = asked.capacity or _nodes_of
         accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity)
     if refused:
         raise SweepRefused(refused, of=len(jobs))
     lines = [f"accepted: {len(jobs)} job{'' if len(jobs) == 1 else 's'} of {app.script.name} {' '.join(overrides)}", ""]
-    capacity = capacity or Capacity(devices_per_node=this_machine().devices)
     lines += shape_table(accepted, shapes_of(accepted, capacity))
     varied = varying(jobs)
     return [*lines, "", "varies:", *(f"  {line}" for line in varied)] if varied else lines
@@ -106,20 +105,14 @@ def _compose(
         raise ConfigRefused(all_faults(composing, single, context, error)) from error
 
 
-def _slurm_capacity(master: DictConfig) -> Capacity | None:
-    """What Slurm says of the partition, or without Slurm here what the launcher's settings say of nodes.
-
-    None where jobs would run on this machine.
-    """
-    launcher = launcher_in(master)[0]
-    if not isinstance(launcher, SlurmLauncherConfig):
-        return None
+def _nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
+    """What Slurm says of the partition; where no Slurm answers, what the launcher's settings say of its nodes."""
     try:
         return capacity_of(launcher.partition)
     except ConfigRefused as refusal:
-        if not isinstance(refusal.__cause__, SlurmUnavailable):
+        if launcher.gpus_per_node is None or not isinstance(refusal.__cause__, SlurmUnavailable):
             raise
-    return None if launcher.gpus_per_node is None else Capacity(devices_per_node=launcher.gpus_per_node)
+        return Capacity(devices_per_node=launcher.gpus_per_node)
 
 
 def _asked(words: list[str]) -> _Asked:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from hydra.core.utils import filter_overrides
 from hydra.errors import HydraException
@@ -28,9 +28,15 @@ from danling_conf.topology.machine import Machine, this_machine
 from danling_conf.topology.resources import Capacity, Shape, cluster_machine, shape_of
 from danling_conf.topology.rules import Context
 from danling_conf.topology.rules.world import known_layout
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.topology.violation import ConfigRefused, Violation, unique
+
+Nodes = Union[Capacity, Callable[[SlurmLauncherConfig], Capacity]]
+"""What the nodes have and the partition allows: the same for all jobs, or asked for the settings of a job that runs on
+Slurm, which raises ConfigRefused where there is no answer."""
 
 _SAME_IN_ALL_JOBS = "${hydra.job.name}"
+_UNKNOWN = Capacity(devices_per_node=8)
+"""Fills layouts where nobody knows the nodes, so that nothing but this is refused for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ def check_jobs(
     first: int,
     *,
     machine: Machine | None = None,
-    capacity: Capacity | None = None,
+    capacity: Nodes | None = None,
 ) -> tuple[list[Job], list[Refused]]:
     """Compose and check every job of a sweep; the accepted ones and the others, each in order.
 
@@ -58,7 +64,8 @@ def check_jobs(
         master: the sweep's own configuration.
         first: number of the first job.
         machine: where jobs would start; this machine when None.
-        capacity: what the nodes have and the partition allows, for jobs that start on a cluster.
+        capacity: what the nodes have and the partition allows, for jobs that start on a cluster. Where it is asked for
+            and refused, this is a fault of the jobs like others.
 
     Raises Hydra's errors where the sweep itself cannot be composed.
     """
@@ -76,12 +83,13 @@ class Preflight:
     """Checks jobs of one sweep; what they have in common is looked at once."""
 
     def __init__(
-        self, composing: Composer, master: DictConfig, *, machine: Machine | None, capacity: Capacity | None
+        self, composing: Composer, master: DictConfig, *, machine: Machine | None, capacity: Nodes | None
     ) -> None:
-        self._composing = composing
+        self._composing, self._master = composing, master
         self._jobs = SweepComposer(composing, master)
         self._here = machine or this_machine()
-        self._capacity = capacity
+        self._nodes = capacity
+        self._asked: dict[tuple[str | None, int | None], tuple[Capacity, list[Violation]]] = {}
         self._shadowed: dict[type[RunnerConfig], list[Violation]] = {}
         self._launchers: dict[str, tuple[LauncherConfig | None, list[Violation]]] = {}
 
@@ -93,24 +101,31 @@ class Preflight:
         except ConfigRefused:
             raise
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            context = self._context(overrides, None)
+            settings = launcher_in(self._master)[0]
+            capacity: Capacity | None = _UNKNOWN
+            unanswered: list[Violation] = []
+            known = not self._depends_on_jobs()
+            if known:
+                capacity, unanswered = self._capacity(settings)
+            context = self._context(overrides, settings, capacity)
 
             def shape_faults(config: RunnerConfig, composed: DictConfig) -> list[Violation]:
-                if self._capacity is None:
+                if capacity is None or unanswered or not known:
                     return []
-                return _shape_faults(config, context, self._capacity, launcher_in(composed)[0])
+                return _shape_faults(config, context, capacity, launcher_in(composed)[0])
 
             faults = all_faults(
                 self._composing, overrides, context, error, compose=self._jobs.compose, also=shape_faults
             )
-            raise ConfigRefused(faults) from error
+            raise ConfigRefused(unique([*faults, *unanswered])) from error
         declared = OmegaConf.get_type(composed)
         kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
-        context = self._context(overrides, launcher)
+        capacity, unanswered = self._capacity(launcher)
+        context = self._context(overrides, launcher, capacity)
         config, found = inspect(composed, kind=kind, context=context, spent=True)
-        violations = self._hidden(kind) + violations + found
-        if config is not None and self._capacity is not None:
-            violations += _shape_faults(config, context, self._capacity, launcher)
+        violations = self._hidden(kind) + violations + found + unanswered
+        if config is not None and capacity is not None and not unanswered:
+            violations += _shape_faults(config, context, capacity, launcher)
         if violations:
             raise ConfigRefused(violations)
         job = Job(number=number, overrides=own(overrides), config=config, hydra=hydra)
@@ -134,13 +149,33 @@ class Preflight:
             self._launchers[text] = typed, faults + _policy_faults(typed)
         return self._launchers[text][0], plain, list(self._launchers[text][1])
 
-    def _context(self, overrides: Sequence[str], launcher: LauncherConfig | None) -> Context:
+    def _context(self, overrides: Sequence[str], launcher: LauncherConfig | None, capacity: Capacity | None) -> Context:
         given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
         machine = self._here
-        if self._capacity is not None:
+        if capacity is not None:
             settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
-            machine = cluster_machine(machine, self._capacity, settings)
+            machine = cluster_machine(machine, capacity, settings)
         return Context(machine=machine, given=given)
+
+    def _depends_on_jobs(self) -> bool:
+        """Whether settings of the jobs say on which nodes they run, which is not known of one that does not compose."""
+        given: Any = OmegaConf.to_container(self._master.hydra.launcher)
+        return callable(self._nodes) and any("${" in str(given.get(name)) for name in ("partition", "gpus_per_node"))
+
+    def _capacity(self, launcher: LauncherConfig | None) -> tuple[Capacity | None, list[Violation]]:
+        """What is known of a job's nodes, and why it is not where it had to be asked for; asked once a partition."""
+        if not callable(self._nodes):
+            return self._nodes, []
+        if not isinstance(launcher, SlurmLauncherConfig):
+            return None, []
+        place = launcher.partition, launcher.gpus_per_node
+        if place not in self._asked:
+            try:
+                self._asked[place] = self._nodes(launcher), []
+            except ConfigRefused as refusal:
+                self._asked[place] = _UNKNOWN, list(refusal.violations)
+        capacity, unanswered = self._asked[place]
+        return capacity, list(unanswered)
 
     def _hidden(self, kind: type[RunnerConfig]) -> list[Violation]:
         if kind not in self._shadowed:
@@ -148,18 +183,25 @@ class Preflight:
         return list(self._shadowed[kind])
 
 
-def shapes_of(jobs: Sequence[Job], capacity: Capacity) -> dict[int, Shape]:
+def shapes_of(jobs: Sequence[Job], capacity: Nodes | None) -> dict[int, Shape]:
     """Shapes of accepted jobs by their numbers. A launcher that is not Slurm's counts as Slurm's with its defaults.
+
+    Args:
+        capacity: as for `check_jobs`; this machine is one node for jobs that are not on a cluster.
 
     Raises ConfigRefused where one does not fit, which `check_jobs` has told if it knew the capacity.
     """
-    typed: dict[str, LauncherConfig | None] = {}
+    known: dict[str, tuple[LauncherConfig | None, Capacity]] = {}
     shapes = {}
     for job in jobs:
         text = json.dumps(job.launcher, sort_keys=True, default=str)
-        if text not in typed:
-            typed[text] = check_launcher(job.launcher)[0]
-        shapes[job.number], violations = _shape(job.layout, job.config, capacity, typed[text])
+        if text not in known:
+            launcher, nodes = check_launcher(job.launcher)[0], capacity
+            if callable(nodes):
+                nodes = nodes(launcher) if isinstance(launcher, SlurmLauncherConfig) else None
+            known[text] = launcher, nodes or Capacity(devices_per_node=this_machine().devices)
+        launcher, nodes = known[text]
+        shapes[job.number], violations = _shape(job.layout, job.config, nodes, launcher)
         if violations:
             raise ConfigRefused(violations)
     return shapes

@@ -11,8 +11,10 @@ from danling_conf.launch.jobs import Job
 from danling_conf.launch.preflight import Refused, check_jobs, in_directory, shapes_of
 from danling_conf.launch.preflight_tables import fault_table, numbers_as_text, shape_table, varying
 from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer, hydra_settings
+from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.resources import Capacity
+from danling_conf.topology.violation import ConfigRefused, Violation
 
 pytestmark = pytest.mark.composition
 
@@ -126,6 +128,48 @@ def test_without_a_cluster_this_machine_counts(composing: Composer) -> None:
     master = composing.compose([], multirun=True)
     _, refused = check_jobs(composing, master, [["steps=1", "parallel=fsdp8"]], 0, machine=Machine(devices=2))
     assert faults(refused) == [["parallel"]]
+
+
+def test_nodes_are_asked_for_once_a_partition(composing: Composer) -> None:
+    asked: list[str | None] = []
+
+    def nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
+        asked.append(launcher.partition)
+        if launcher.partition == "gone":
+            raise ConfigRefused([Violation("hydra.launcher.partition", "gone", "there is none", "choose another")])
+        return Capacity(devices_per_node=4 if launcher.partition == "small" else 8)
+
+    given = ["hydra/launcher=danling_slurm", "hydra.launcher.partition=${lineage}"]
+    master = composing.compose(given, multirun=True)
+    jobs = [["steps=3", f"lineage={name}", f"optim.lr={rate}", "parallel=fsdp8"]
+            for name in ("small", "large", "gone") for rate in ("0.1", "0")]  # fmt: skip
+    accepted, refused = check_jobs(composing, master, [*jobs, [*jobs[4], "seed=x"]], 0, capacity=nodes_of)
+    assert asked == ["small", "large", "gone"]
+    shapes = shapes_of(accepted, nodes_of)
+    assert {number: shape.nodes for number, shape in shapes.items()} == {0: 2, 1: 2, 2: 1, 3: 1}
+    assert faults(refused) == [["hydra.launcher.partition"], ["hydra.launcher.partition"], ["seed"]]
+
+
+def test_what_nobody_answers_is_a_fault_beside_others(composing: Composer) -> None:
+    def nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
+        raise ConfigRefused([Violation("hydra/launcher", "danling_slurm", "no answer", "ask elsewhere")])
+
+    master = composing.compose(["hydra/launcher=danling_slurm"], multirun=True)
+    jobs = [["steps=3", "parallel=fsdp"], ["steps=0", "parallel=fsdp16"], ["steps=3", "seed=x"]]
+    assert faults(check_jobs(composing, master, jobs, 0, capacity=nodes_of)[1]) == [
+        ["hydra/launcher"], ["steps", "hydra/launcher"], ["seed", "hydra/launcher"]
+    ]  # fmt: skip
+
+
+def test_jobs_of_this_machine_ask_nobody(composing: Composer) -> None:
+    def nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
+        raise AssertionError("asked")
+
+    jobs, refused = check_jobs(
+        composing, composing.compose([], multirun=True), [["steps=3"]], 0, machine=LAPTOP, capacity=nodes_of
+    )
+    assert refused == []
+    assert shapes_of(jobs, nodes_of)[0].nodes == 1
 
 
 def test_table_of_faults(composing: Composer) -> None:
