@@ -24,11 +24,11 @@ from danling_conf.launch.jobs import Job
 from danling_conf.launch.jobs_launcher import JobsLauncher
 from danling_conf.launch.ledger import COMPLETED, Record
 from danling_conf.launch.local_workers import worker_command
-from danling_conf.launch.preflight import Preflight, Refused, check_jobs, own
+from danling_conf.launch.preflight import Preflight, Refused, check_jobs, own, shapes_of
 from danling_conf.launch.preflight_tables import fault_table, shape_table
 from danling_conf.launch.running import backend_for, follow
 from danling_conf.launch.slurm.queries import SlurmUnavailable
-from danling_conf.launch.slurm.shapes import capacity_of, frozen_shape, settings_of, shapes_of
+from danling_conf.launch.slurm.shapes import capacity_for, frozen_shape, settings_of
 from danling_conf.launch.sweep_directory import SweepDirectory
 from danling_conf.launch.sweep_refused import SweepRefused
 from danling_conf.resolution.code_identity import code_identity
@@ -107,7 +107,7 @@ def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int
         sweeper = str(master.hydra.sweeper._target_).rpartition(".")[2]
         rule = f"{sweeper} chooses jobs by the scores of those before, which a detached sweep does not wait for"
         raise ConfigRefused([Violation("hydra.launcher.detach", True, rule, "leave it out")])
-    capacity = capacity_of(master.hydra.launcher.partition) if cluster == "slurm" else None
+    capacity = capacity_for if cluster == "slurm" else None
     accepted, refused = check_jobs(sweep.composing, master, jobs, first, capacity=capacity)
     if refused and not (accepted and master.hydra.launcher.skip_refused):
         raise SweepRefused(refused, of=len(jobs))
@@ -129,7 +129,7 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     """
     shapes = None
     if cluster == "slurm":
-        asked = shapes_of(jobs)
+        asked = shapes_of(jobs, capacity_for)
         print("\n".join(shape_table(jobs, asked)), flush=True)
         shapes = {job.number: frozen_shape(asked[job.number], settings_of(job.launcher)) for job in jobs}
     launcher = jobs[0].launcher
@@ -152,9 +152,8 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
 
 def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
     """A single run on Slurm, as a sweep of one job. Exits with 1 where it did not complete."""
-    capacity = capacity_of(composed.hydra.launcher.partition)
     given = [str(item) for item in composed.hydra.overrides.task]
-    job = Preflight(composing, composed, machine=None, capacity=capacity).check(given, 0)
+    job = Preflight(composing, composed, machine=None, capacity=capacity_for).check(given, 0)
     stamp, config = datetime.now().strftime("%Y%m%d-%H%M%S-%f"), job.config
     path = Path(config.workspace_root).expanduser() / config.lineage / config.experiment / "sweeps" / stamp
     path.mkdir(parents=True)

@@ -113,7 +113,7 @@ def test_what_does_not_fit_the_partition_is_refused(slurm: Cluster, tmp_path: Pa
     before = slurm.run("squeue", "-h", "--states=all", "-o", "%i")
     done = submit(slurm, tmp_path, "-m", "parallel=fsdp64,fsdp8,fsdp9", "steps=3", "hydra.launcher.timeout_min=90")
     assert done.code == 2, done.text
-    for words in ("parallel", "hydra.launcher.timeout_min", "fsdp9"):
+    for words in ("parallel=fsdp64", "parallel=fsdp9", "min=90"):
         assert words in done.err
     assert "Traceback" not in done.err
     assert not list(tmp_path.glob("lin/exp/sweeps/*/jobs.jsonl"))

@@ -47,7 +47,8 @@ def test_a_single_run_may_be_detached(slurm: Cluster, tmp_path: Path) -> None:
 def test_submitting_imports_no_torch(slurm: Cluster, tmp_path: Path) -> None:
     """With a torch in the way that cannot be imported; the job, which needs one, is held."""
     path = os.pathsep.join([str(poisoned_torch(tmp_path)), str(REPOSITORY)])
-    held = ["hydra.launcher.detach=true", "+hydra.launcher.additional_parameters.hold=true", "parallel=fsdp8"]
+    held = ["hydra.launcher.detach=true", "+hydra.launcher.additional_parameters.hold=true", "parallel=fsdp8",
+            "steps=1"]  # fmt: skip
     done = run(command(tmp_path, "-m", *held, "optim.lr=1e-3,1e-2"), cwd=tmp_path,
                env={**slurm.environment, "PYTHONPATH": path})  # fmt: skip
     assert done.code == 0, done.text

@@ -61,7 +61,8 @@ def run(*words: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmUnavailable(f"{' '.join(words)}: no answer within {_SECONDS} s") from error
     if done.returncode:
-        raise SlurmUnavailable(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SlurmUnavailable(f"{words[0]}: {said[-1]}")
     return done.stdout
 
 

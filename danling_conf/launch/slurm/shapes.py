@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from danling_conf.launch.jobs import Job
 from danling_conf.launch.slurm.queries import SlurmUnavailable, partition
-from danling_conf.resolution.identity import layout_name
 from danling_conf.schema.launcher import SlurmLauncherConfig
-from danling_conf.topology.resources import Capacity, Shape, shape_of
+from danling_conf.topology.resources import Capacity, Shape
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _WARNING_SECONDS = 120
@@ -41,18 +39,9 @@ def capacity_of(name: str | None) -> Capacity:
     )  # fmt: skip
 
 
-def shapes_of(jobs: Sequence[Job]) -> dict[int, Shape]:
-    """The shape of every job, by its number. Raises ConfigRefused where one does not fit its partition."""
-    shapes: dict[int, Shape] = {}
-    for job in jobs:
-        launcher = settings_of(job.launcher)
-        shapes[job.number], violations = shape_of(
-            job.layout, on_cpu=job.config.parallel.mesh_device_type == "cpu", capacity=capacity_of(launcher.partition),
-            launcher=launcher, name=layout_name(job.layout),
-        )  # fmt: skip
-        if violations:  # of a job that goes to another partition than the rest
-            raise ConfigRefused(violations)
-    return shapes
+def capacity_for(launcher: SlurmLauncherConfig) -> Capacity:
+    """What the partition of a launcher's settings offers. Raises as `capacity_of`."""
+    return capacity_of(launcher.partition)
 
 
 def frozen_shape(shape: Shape, launcher: SlurmLauncherConfig) -> dict[str, Any]:
