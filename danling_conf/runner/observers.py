@@ -121,17 +121,16 @@ class Observers:
             step=runner.global_step,
             say=runner.progress.line,
         )
-        if world.ranks.main:
-            self._trackers = Trackers(config, runner.progress)
-            facts = RunFacts(
-                attempt=attempt,
-                settings=flatten(plain(config)),
-                lineage=config.lineage,
-                experiment=config.experiment,
-                step=runner.global_step,
-                score_key=runner.score.key,
-            )
-            self._trackers.start(facts, epoch=runner.epoch)
+        self._trackers = Trackers(config, runner.progress, main=world.ranks.main)
+        facts = RunFacts(
+            attempt=attempt,
+            settings=flatten(plain(config)),
+            lineage=config.lineage,
+            experiment=config.experiment,
+            step=runner.global_step,
+            score_key=runner.score.key,
+        )
+        self._trackers.start(facts, epoch=runner.epoch)
 
     def state(self, what: str) -> None:
         """Say what the rank does now (`heartbeat_file.STATES`)."""
@@ -211,7 +210,8 @@ class Observers:
 
     def _finish(self, trackers: Trackers, status: str) -> None:
         assert self._runner is not None
-        share = goodput(self._runner.world.attempt.run_directory)
+        world = self._runner.world
+        share = goodput(world.attempt.run_directory) if world.ranks.main else None
         if share is not None:
             self._log(END, {"goodput": share}, self._runner)
         trackers.finish(status, self._runner.score.best)

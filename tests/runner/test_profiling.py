@@ -114,7 +114,6 @@ def test_traces_go_where_they_are_wanted(tmp_path: Path) -> None:
     there = tmp_path / "all traces"
     fit(tmp_path, {"trace_dir": str(there), "repeat": 1})
     fit(tmp_path, {"trace_dir": str(there), "repeat": 1})
-    assert True
     assert len(list(there.iterdir())) == 2  # one run does not write over another's
     named = fit(tmp_path, {"trace_dir": "mine", "repeat": 1})
     assert (named.world.attempt.run_directory / "mine" / "rank-0-step-5.json").is_file()

@@ -32,19 +32,22 @@ def chosen(config: RunnerConfig) -> list[Tracker]:
 
 
 class Trackers:
-    """All of them, on the main process. None can stop training."""
+    """All of them on the main process, and on another rank its log alone. None can stop training."""
 
-    def __init__(self, config: RunnerConfig, progress: Progress) -> None:
+    def __init__(self, config: RunnerConfig, progress: Progress, *, main: bool) -> None:
         say: Callable[[str], None] = lambda text: progress.line(f"warning: {text}")  # noqa: E731
         self._lines = JsonLines()
-        self._all = [Guarded(Terminal(progress), say, background=False), Guarded(self._lines, say, background=False)]
-        self._all += [Guarded(tracker, say, background=True) for tracker in chosen(config)]
+        self._file = Guarded(self._lines, say, background=False)
+        self._all = [Guarded(Terminal(progress), say, background=False)]
+        if main:
+            self._all += [self._file, *(Guarded(tracker, say, background=True) for tracker in chosen(config))]
 
     def start(self, facts: RunFacts, epoch: int) -> None:
         """Open them."""
         for tracker in self._all:
             tracker.start(facts)
-        self._all[1].call(lambda: self._lines.begin(facts.step, epoch, time.time()))
+        if self._file in self._all:
+            self._file.call(lambda: self._lines.begin(facts.step, epoch, time.time()))
 
     def log(self, record: Record) -> None:
         """Give each the record."""
