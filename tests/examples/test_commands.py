@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from danling_conf.launch.ledger import Ledger
 from tests.launch.command import REPOSITORY, Result, attempts, run, runs, torchrun
 
 pytestmark = pytest.mark.slow
@@ -184,13 +185,13 @@ def test_a_sweep(command: Commands) -> None:
     done = command("sweep")
     assert done.code == 0, done.text
     root = done.cwd / "ws"
-    (ledger,) = root.glob("lin/exp/sweeps/*/jobs.jsonl")
-    jobs = [json.loads(line) for line in ledger.read_text().splitlines()]
-    assert [job["status"] for job in jobs] == ["completed"] * 4
-    assert all(0 < job["score"] < 20 for job in jobs)
-    assert {Path(job["run"]) for job in jobs} == {path for path in runs(root)}
+    (sweep,) = root.glob("lin/exp/sweeps/*")
+    jobs = list(Ledger(sweep).records().values())
+    assert [job.status for job in jobs] == ["completed"] * 4
+    assert all(job.score is not None and 0 < job.score < 20 for job in jobs)
+    assert {job.run for job in jobs} == {path for path in runs(root)}
     assert len(runs(root)) == 4
-    logs = [len(list(attempts(Path(job["run"]))[0].glob("rank-*.log"))) for job in jobs]
+    logs = [len(list(attempts(job.run)[0].glob("rank-*.log"))) for job in jobs if job.run is not None]
     assert logs == [2, 2, 1, 1]
     assert "sweep done: 4 of 4 jobs completed" in done.out
 

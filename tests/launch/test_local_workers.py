@@ -55,7 +55,10 @@ def test_rank_0_keeps_the_terminal_and_every_rank_has_a_log(tmp_path: Path) -> N
     assert [facts["total"] for facts in Ranks(tmp_path).facts().values()] == [3.0, 3.0]
     (attempt,) = attempts(*runs(tmp_path))
     assert (attempt / "rank-0.log").is_file()
-    assert (attempt / "rank-1.log").read_text().splitlines() == ["rank 1 prints", "rank 1 complains"]
+    place, *said = (attempt / "rank-1.log").read_text().splitlines()
+    assert "rank 1 of 2, local rank 1 of 2 on " in place
+    assert "started by local workers; master 127.0.0.1:" in place
+    assert said == ["rank 1 prints", "rank 1 complains"]
     assert not list(attempt.glob("error-*.json"))
 
 
