@@ -109,13 +109,14 @@ class Preflight:
                 capacity, unanswered = self._capacity(settings)
             context = self._context(overrides, settings, capacity)
 
-            def shape_faults(config: RunnerConfig, composed: DictConfig) -> list[Violation]:
+            def launcher_faults(config: RunnerConfig, composed: DictConfig) -> list[Violation]:
+                launcher = launcher_in(composed)[0]
                 if capacity is None or unanswered or not known:
-                    return []
-                return _shape_faults(config, context, capacity, launcher_in(composed)[0])
+                    return _policy_faults(launcher)
+                return _policy_faults(launcher) + _shape_faults(config, context, capacity, launcher)
 
             faults = all_faults(
-                self._composing, overrides, context, error, compose=self._jobs.compose, also=shape_faults
+                self._composing, overrides, context, error, compose=self._jobs.compose, also=launcher_faults
             )
             raise ConfigRefused(unique([*faults, *unanswered])) from error
         declared = OmegaConf.get_type(composed)
