@@ -33,10 +33,13 @@ from danling_conf.launch.sweep_directory import SweepDirectory
 from danling_conf.launch.sweep_refused import SweepRefused
 from danling_conf.resolution.code_identity import code_identity
 from danling_conf.resolution.hydra_adapter import Composer
-from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
 # Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
 _DIRECTORY = "hydra.sweep.dir='${{workspace_root}}/${{lineage}}/${{experiment}}/sweeps/{stamp}'"
+
+
+_LOOKED_AT = 16
 
 
 @dataclass
@@ -64,7 +67,7 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
         composing.multirun(arguments, sweep)
     except (HydraException, OmegaConfBaseException) as error:
         _remove_unused(composing, arguments)
-        raise _refusal_of(composing, overrides, error) from error
+        raise _refusal_of(composing, arguments, error) from error
     except ConfigRefused:
         _remove_unused(composing, arguments)
         raise
@@ -211,7 +214,10 @@ def _remove_unused(composing: Composer, arguments: list[str]) -> None:
 
 
 def _refusal_of(composing: Composer, overrides: Sequence[str], error: Exception) -> ConfigRefused:
-    """The faults of a sweep that Hydra would not compose, and the jobs that have them."""
+    """The faults of a sweep that Hydra would not compose, and the jobs that have them.
+
+    What Hydra minds in the sweep as a whole is in its first jobs; composing a thousand one by one would take minutes.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -221,12 +227,14 @@ def _refusal_of(composing: Composer, overrides: Sequence[str], error: Exception)
     except HydraException:
         jobs = [list(overrides)]
     refused = []
-    for number, job in enumerate(jobs):
+    for number, job in enumerate(jobs[:_LOOKED_AT]):
         try:
             check(composing, compose_or_refuse(composing, job), job)
         except ConfigRefused as refusal:
             refused.append(Refused(number=number, overrides=own(job), violations=refusal.violations))
-    if refused:
+    if refused and len(jobs) <= _LOOKED_AT:
         return SweepRefused(refused, of=len(jobs))
+    if refused:
+        return ConfigRefused(unique(item for job in refused for item in job.violations))
     said = str(error).strip().splitlines()[0]
     return ConfigRefused([Violation("sweep", " ".join(overrides), said, "mend the sweep's overrides")])
