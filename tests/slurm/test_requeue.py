@@ -137,14 +137,15 @@ def test_a_time_limit_is_counted(slurm: Cluster, tmp_path: Path) -> None:
     assert 100 - len(losses(gone_on.run)) < gone_on.attempts
 
 
-def test_a_node_that_is_lost(slurm: Cluster, tmp_path: Path, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("node", [1, 2])
+def test_a_node_that_is_lost(slurm: Cluster, tmp_path: Path, undisturbed: Undisturbed, node: int) -> None:
     """What runs on it runs on, and must not write to the run when the job has started anew."""
     with training(slurm, tmp_path, pause=0.7) as (process, job):
-        slurm.kill_node(2)
+        slurm.kill_node(node)
         try:
             wait_for(lambda: slurm.job(job).get("Restarts") != "0", "the job to be requeued")
         finally:
-            slurm.start_node(2)
+            slurm.start_node(node)
         record = completed(tmp_path, process, undisturbed)
     assert record.attempts == 2
 
