@@ -54,7 +54,7 @@ class Folder:
 
     def __init__(self, path: Path, guard: Callable[[], None] = lambda: None) -> None:
         self.path = path
-        self._guard = guard
+        self.guard = guard
 
     def entries(self) -> list[Entry]:
         """All visible checkpoints, newest first; first of all those that do not say what they are."""
@@ -99,7 +99,7 @@ class Folder:
 
     def publish(self, aside: Path, name: str) -> Path:
         """Make a whole folder visible, in place of one of the same name."""
-        self._guard()
+        self.guard()
         final = self.path / name
         if final.exists():
             # The same step once more, with more to say: the old one goes when the new one is in its place.
@@ -119,7 +119,7 @@ class Folder:
 
         What does not say what it is stays, for somebody to look at; so does what is being read, until the next time.
         """
-        self._guard()
+        self.guard()
         named = {self.pointed(name) for name in (LATEST, BEST)}
         readable = [entry for entry in self.entries() if entry.manifest is not None]
         history = [entry.path for entry in readable if entry.manifest is not None and entry.manifest.history]
@@ -144,7 +144,7 @@ class Folder:
 
     def point(self, name: str, target: Path) -> None:
         """Make `latest` or `best` point to a checkpoint."""
-        self._guard()
+        self.guard()
         temporary = self.path / f".{name}{_ASIDE}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)

@@ -74,6 +74,7 @@ class Writer:
 
     def _make_room(self, aside: Path) -> None:
         if self.rank == 0:
+            self.folder.guard()
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 

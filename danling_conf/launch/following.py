@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,6 +10,7 @@ from danling_conf.launch.backend import Backend, Ending
 from danling_conf.launch.job_file import JobFile
 from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, INTERRUPTED, LOST, Ledger, Record
 from danling_conf.launch.policy import RETRIED, OnFailure
+from danling_conf.launch.slurm.queries import SlurmUnavailable
 
 
 class Following:
@@ -36,7 +38,7 @@ class Following:
         self._may_act, self._after_look = may_act, after_look
         self._seen: dict[str, int] = {}
         self._ended_since: dict[str, float] = {}
-        self._stopped = False
+        self._stopped = self._said = False
 
     def to_the_end(self) -> list[Record]:
         """Look on until every job has ended; gives their records in the order of the sweep."""
@@ -94,12 +96,21 @@ class Following:
         # Its last processes may still be on their way out, with the run in their hands.
         over = self._backend.endings(again) if again else {}
         if over:
-            self._backend.submit([self._jobs[record.key] for record in again if record.key in over])
+            self._retry([self._jobs[record.key] for record in again if record.key in over])
         given_up = [record for record in bad if record not in again and record.status != INTERRUPTED]
         if given_up and self._policy.stops and not self._stopped:
             self._stopped = True
             self._backend.cancel([record for record in records if not record.ended])
         return bool(again)
+
+    def _retry(self, jobs: Sequence[JobFile]) -> None:
+        try:
+            self._backend.submit(jobs)
+        except SlurmUnavailable as error:  # one of its moods, which the other jobs do not feel: tried at the next look
+            if not self._said:
+                self._said = True
+                print(f"a failed job cannot be submitted again yet: {error}", file=sys.stderr, flush=True)
+            time.sleep(self._backend.interval)
 
 
 def as_told(record: Record, ending: Ending) -> Ending:

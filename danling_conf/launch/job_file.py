@@ -20,7 +20,11 @@ from danling_conf.resolution.frozen import frozen_job
 from danling_conf.resolution.run_directory import Binding, write_whole
 
 JOB_FILE = "job.json"
-_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+_GONE = re.compile(
+    r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exit|ncclRemoteError|"
+    r"communicator was aborted|socket.{0,20}(reset|closed)",
+    re.IGNORECASE,
+)
 JOB_VARIABLE = "DANLING_CONF_JOB"
 """Environment variable that names the job file which a process is started for."""
 CLUSTER_VARIABLE = "DANLING_CONF_CLUSTER"

@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from danling_conf.launch.job_rows import Row
-from danling_conf.launch.ledger import COMPLETED, FAILED, LOST, NODE_LOST, OUT_OF_MEMORY, REFUSED, RUNNING, TIMED_OUT
+from danling_conf.launch.ledger import (
+    COMPLETED,
+    FAILED,
+    LOST,
+    NODE_LOST,
+    OUT_OF_MEMORY,
+    PREEMPTED,
+    REFUSED,
+    RUNNING,
+    TIMED_OUT,
+)
 from danling_conf.topology.violation import show
 
 _GAP = 2
 _LONGEST = 28
 """Settings that are longer are cut, where there is no room for all of them."""
-_BAD = (FAILED, REFUSED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, LOST)
+_BAD = (FAILED, REFUSED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, PREEMPTED, LOST)
 
 
 @dataclass

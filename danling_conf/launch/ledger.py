@@ -21,11 +21,11 @@ LEDGER = "jobs.jsonl"
 
 PLANNED, QUEUED, RUNNING = "planned", "queued", "running"
 COMPLETED, FAILED, REFUSED, CANCELLED = "completed", "failed", "refused", "cancelled"
-INTERRUPTED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, LOST = (
-    "interrupted", "timed out", "out of memory", "node lost", "lost",
+INTERRUPTED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, PREEMPTED, LOST = (
+    "interrupted", "timed out", "out of memory", "node lost", "preempted", "lost",
 )  # fmt: skip
 LIVE = (QUEUED, RUNNING)
-ENDED = (COMPLETED, FAILED, REFUSED, CANCELLED, INTERRUPTED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, LOST)
+ENDED = (COMPLETED, FAILED, REFUSED, CANCELLED, INTERRUPTED, TIMED_OUT, OUT_OF_MEMORY, NODE_LOST, PREEMPTED, LOST)
 
 
 @dataclass(kw_only=True)
@@ -76,6 +76,8 @@ class Record:
         return self.history[starts[-1] :] if starts else self.history
 
     def add(self, line: Mapping[str, Any]) -> None:
+        if self._overtaken(line):
+            return
         self.history.append(dict(line))
         if line.get("status") in LIVE:
             for name in ("error", "score", "rank"):  # of an earlier attempt
@@ -83,6 +85,16 @@ class Record:
         if line.get("status") == QUEUED and "why" not in line:
             self.facts.pop("told", None)
         self.facts |= {name: value for name, value in line.items() if name not in ("key", "time")}
+
+    def _overtaken(self, line: Mapping[str, Any]) -> bool:
+        """Enter that a job was queued which has spoken already: it was quicker than the command that queued it."""
+        if line.get("status") != QUEUED or "why" in line or "slurm" not in line:
+            return False
+        for index, earlier in enumerate(self.history):
+            if earlier.get("status") == RUNNING and earlier.get("slurm") == line["slurm"]:
+                self.history.insert(index, dict(line))
+                return True
+        return False
 
 
 class Ledger:

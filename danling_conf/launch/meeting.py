@@ -12,6 +12,7 @@ from danling_conf.topology.rendezvous import rendezvous_variables
 
 _KEY = "danling_conf/frozen"
 _READ = "danling_conf/read"
+_DONE = "danling_conf/done"
 _REFUSED = b"refused"
 _WAIT = timedelta(minutes=10)
 _LINGER_SECONDS = 10.0
@@ -44,3 +45,15 @@ def await_configuration(store: Any) -> str | None:
     content = store.get(_KEY)
     store.add(_READ, 1)
     return None if content == _REFUSED else content.decode()
+
+
+def say_done(store: Any) -> None:
+    """Tell rank 0 that this rank has come to the end of its function."""
+    store.add(_DONE, 1)
+
+
+def await_others(store: Any, world_size: int) -> None:
+    """Wait until all other ranks have come to the end of their function: a run is not complete before they are. Where
+    one fails instead, whoever started the ranks ends this one."""
+    while store.add(_DONE, 0) < world_size - 1:
+        time.sleep(0.05)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from danling_conf.launch.ledger import FAILED, LOST, NODE_LOST, OUT_OF_MEMORY
+from danling_conf.launch.ledger import FAILED, LOST, NODE_LOST, OUT_OF_MEMORY, PREEMPTED
 
 CONTINUE, STOP, RETRY = "continue", "stop", "retry"
-RETRIED = (FAILED, OUT_OF_MEMORY, NODE_LOST, LOST)
+RETRIED = (FAILED, OUT_OF_MEMORY, NODE_LOST, PREEMPTED, LOST)
 """Ends after which another start may do better."""
 
 

@@ -32,6 +32,12 @@ class RunLock:
             if fence is None or not _is_earlier_start(holder, fence):
                 raise ConfigRefused([_live(run_directory, holder)]) from None
             self._file = self._take_over()
+        else:
+            self._file.seek(0)
+            if fence is not None and _is_earlier_start(self._file.read().strip(), fence):
+                # The system may have given up the lock of a process that it has lost and that runs on.
+                self._file.close()
+                self._file = self._take_over()
         self._file.truncate(0)
         mark = f", start {fence[1]} of job {fence[0]}" if fence is not None else ""
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}{mark}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from danling_conf import compose
 from danling_conf.launch.job_file import JobFile
 from danling_conf.launch.ledger import CANCELLED, TIMED_OUT
-from danling_conf.launch.slurm import queries
-from danling_conf.launch.slurm.jobs import parameters_of
+from danling_conf.launch.slurm import queries, requeue
+from danling_conf.launch.slurm.jobs import own_environment, parameters_of
 from danling_conf.launch.slurm.queries import JobState, SlurmUnavailable, own_job, partition, states
 from danling_conf.launch.slurm.rank import compare_with_first
 from danling_conf.launch.slurm.requeue import ASKED, PREEMPTED, REQUEUED, TIME_LIMIT, Cause, cause_of, superseded
+from danling_conf.launch.slurm.task import see_own_devices
 from danling_conf.resolution.frozen import frozen_job
 from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.topology.rank_environment import RankEnvironment
@@ -131,6 +133,47 @@ def test_a_node_that_reads_another_file_stops(tmp_path: Path) -> None:
     assert "rank 0 has 0.25" in fault.rule
 
 
+def test_the_environment_of_an_allocation_is_not_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may submit from inside a job: what that one is called must not name the other."""
+    left = {"SLURM_CONF": "c", "SBATCH_ACCOUNT": "a", "CUDA_HOME": "h", "RANKING": "r"}
+    taken = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_RESTART_COUNT": "2", "SLURM_CPU_BIND": "x", "MASTER_PORT": "1",
+             "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SUBMITIT_EXECUTOR": "slurm", "DANLING_CONF_JOB": "j"}  # fmt: skip
+    for name, value in {**left, **taken}.items():
+        monkeypatch.setenv(name, value)
+    with own_environment():
+        assert not taken.keys() & os.environ.keys()
+        assert {name: os.environ[name] for name in left} == left
+    assert {name: os.environ[name] for name in taken} == taken
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launcher", "expected"),
+    [(0, {}, ""), (4, {}, "2,3"), (2, {"gpus_per_task": 2}, "2"), (0, {"gres": "gpu:2"}, "2,3")],
+)
+def test_devices_that_a_rank_sees(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, launcher: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    see_own_devices({"gpus_per_node": gpus}, {"gpus_per_task": None, "gres": None, **launcher})
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_a_requeue_whose_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm is asked again; where the job is no longer running, or has been started again, it is queued."""
+    shown = iter([{"JobState": "RUNNING", "Restarts": "1"}, {"JobState": "PENDING", "Restarts": "2"}])
+    tries: list[tuple[str, ...]] = []
+
+    def busy(*words: str) -> str:
+        tries.append(words)
+        raise SlurmUnavailable("scontrol: Socket timed out")
+
+    monkeypatch.setattr(requeue, "run", busy)
+    monkeypatch.setattr(requeue, "show", lambda name: next(shown))
+    monkeypatch.setattr(requeue.time, "sleep", lambda seconds: None)
+    requeue.insist(lambda: requeue.requeue("7", 1))
+    assert tries == [("scontrol", "requeue", "7")] * 2
+
+
 def job(shape: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     launcher = {**vars(SlurmLauncherConfig()), "name": "train", **settings}
     wide = {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 8, "signal_delay_s": 120}
@@ -160,7 +203,11 @@ def test_explicit_settings_take_the_place_of_what_they_say() -> None:
     assert "cpus_per_task" not in told
     assert told["mem"] == "1536MB"
     assert told["srun_args"] == ["--kill-on-bad-exit=1", "--cpu-bind=none"]
-    assert told["additional_parameters"] == {"requeue": False, "mail-type": "END"}
+    assert told["additional_parameters"] == {"mail-type": "END"}  # what is false is not given
+    assert parameters_of(job(additional_parameters={"no_requeue": True}))["additional_parameters"] == {
+        "no-requeue": True
+    }
+    assert "exclusive" not in parameters_of(job(exclusive=False))
 
 
 def test_every_setting_of_the_launcher_is_read() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from danling_conf.launch.backend import Ending
 from danling_conf.launch.following import Following
-from danling_conf.launch.job_file import JobFile, first_error, write_error
+from danling_conf.launch.job_file import JobFile, first_error, is_consequence, write_error
 from danling_conf.launch.ledger import Ledger, Record
 from danling_conf.launch.policy import OnFailure, parse_on_failure
 from danling_conf.launch.slurm import jobs as slurm_jobs
@@ -56,6 +56,7 @@ def ending(backend: SlurmJobs, monkeypatch: pytest.MonkeyPatch, states: Mapping[
         ("DEADLINE", "timed out", "time limit"),
         ("OUT_OF_MEMORY", "out of memory", "more memory than it had asked for"),
         ("NODE_FAIL", "node lost", "a node was lost"),
+        ("PREEMPTED", "preempted", None),
         ("COMPLETED", "completed", None),
     ],
 )
@@ -156,6 +157,37 @@ def test_the_cause_comes_before_what_it_brought_about(tmp_path: Path) -> None:
     found = first_error(tmp_path)
     assert found is not None
     assert (found["rank"], found["traceback"]) == (3, "trace of 3")
+
+
+def test_a_job_that_is_quicker_than_its_client(tmp_path: Path) -> None:
+    """It has ended before the command that queued it says so: nothing of it is lost."""
+    ledger = Ledger(tmp_path)
+    ledger.add("k", job=0, status="planned")
+    ledger.add("k", status="running", slurm="7", start=0)
+    ledger.add("k", status="completed", score=0.5)
+    ledger.add("k", status="queued", slurm="7")
+    record = Ledger(tmp_path).records()["k"]
+    assert (record.status, record.score, record.attempts, record.queued) == ("completed", 0.5, 1, 1)
+    ledger.add("k", status="queued", slurm="8")  # again, by a retry
+    assert Ledger(tmp_path).records()["k"].status == "queued"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[pair.cc:553] Connection closed by peer [127.0.0.1]:1",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+        "NCCL communicator was aborted on rank 1",
+    ],
+)
+def test_errors_that_only_miss_another_rank(message: str) -> None:
+    assert is_consequence(message)
+
+
+@pytest.mark.parametrize("message", ["KeyError: 'x'", "a collective timed out", "CUDA error: out of memory"])
+def test_errors_of_a_ranks_own(message: str) -> None:
+    assert not is_consequence(message)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def app(config: Any) -> float:
     for batch in runner.batches("train"):
         step = runner.global_step
         fails = rank == data.get("fail_rank", -1) and step == data.get("fail_step", 2)
-        if fails and ("fail_while" not in data or Path(data["fail_while"]).exists()):
+        if fails and data.get("how") != "late" and ("fail_while" not in data or Path(data["fail_while"]).exists()):
             if data.get("how") == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError(f"rank {rank} is broken at step {step}")
@@ -39,7 +39,11 @@ def app(config: Any) -> float:
             with open(start.attempt.run_directory / "losses.jsonl", "a") as file:
                 file.write(line + "\n")
         time.sleep(float(data.get("pause", 0)))
-    return runner.finish()
+    score = runner.finish()
+    if rank == data.get("fail_rank", -1) and data.get("how") == "late":
+        time.sleep(3)
+        raise RuntimeError(f"rank {rank} is broken at the very end")
+    return score
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -36,7 +36,7 @@ def test_each_job_has_the_resources_of_its_layout(slurm: Cluster, tmp_path: Path
     assert "sweep done: 3 of 3 jobs completed" in done.out
 
 
-@pytest.mark.parametrize(("rank", "how"), [(0, "raise"), (1, "raise"), (3, "raise"), (2, "kill")])
+@pytest.mark.parametrize(("rank", "how"), [(0, "raise"), (1, "raise"), (3, "raise"), (2, "kill"), (1, "late")])
 def test_a_rank_that_fails_fails_its_job_and_no_other(slurm: Cluster, tmp_path: Path, rank: int, how: str) -> None:
     done = submit(slurm, tmp_path, "-m", "parallel=ddp4", "hydra.launcher.nodes=2", f"+data.fail_rank={rank},-1",
                   f"+data.how={how}", "steps=4")  # fmt: skip
@@ -54,6 +54,8 @@ def test_a_rank_that_fails_fails_its_job_and_no_other(slurm: Cluster, tmp_path: 
         assert "in app\n" in done.err  # its traceback
         assert f"rank-{rank}.log" in done.err
         assert failed.facts["rank"] == rank
+    elif how == "late":  # rank 0 has returned its score by then
+        assert failed.facts["error"] == "RuntimeError: rank 1 is broken at the very end"
     else:
         assert "SIGKILL" in str(failed.facts["error"])
     assert "sweep done: 1 of 2 jobs completed" in done.out

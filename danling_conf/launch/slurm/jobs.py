@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,13 @@ from danling_conf.launch.slurm.task import run_task
 FOLDER = "slurm"
 """Folder of a sweep for what submitit writes and for what tasks print."""
 _UNREACHABLE_SECONDS = 600.0
-_NEVER = ("DependencyNeverSatisfied", "BadConstraints", "launch_failed_requeued_held", "launch failed requeued held")
+_HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT")
+_NEVER = re.compile(r"DependencyNeverSatisfied|BadConstraints|requeued.held|HoldMaxRequeue|PerJob")
 """Reasons for which a job waits in vain."""
+_OF_THIS_PROCESS = re.compile(
+    r"(MASTER_|LOCAL_|SUBMITIT_|DANLING_CONF_|TORCHELASTIC_|SLURM_(?!CONF$|CLUSTERS$))|(RANK|WORLD_SIZE|GROUP_RANK)$"
+)
+"""Variables that say what this process is a part of, an allocation for instance; a job is something else."""
 _WORDS = {
     CANCELLED: "cancelled in Slurm",
     TIMED_OUT: "it has reached its time limit",
@@ -49,7 +58,7 @@ class SlurmJobs:
     def submit(self, jobs: Sequence[JobFile]) -> None:
         """Queue jobs, those of one shape in one array. Raises SlurmUnavailable with what `sbatch` complains of."""
         import submitit
-        from submitit.core.utils import FailedJobError
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         most = queries.largest_array()
         for parameters, group in _by_parameters(jobs).items():
@@ -58,14 +67,15 @@ class SlurmJobs:
                 executor = submitit.SlurmExecutor(folder=self._folder)
                 executor.update_parameters(**json.loads(parameters))
                 paths = [str(job.path) for job in part]
-                try:
-                    submitted = executor.map_array(run_task, paths)
-                except FailedJobError as error:
-                    raise SlurmUnavailable(f"sbatch: {error}") from error
-                ids = [item.job_id for item in submitted]
-                part[0].ledger.add_all(
-                    [(job.key, {"status": QUEUED, "slurm": job_id}) for job, job_id in zip(part, ids, strict=True)]
-                )
+                with _uninterrupted(), own_environment():
+                    try:
+                        submitted = executor.map_array(run_task, paths)
+                    except (FailedJobError, FailedSubmissionError) as error:
+                        raise SlurmUnavailable(f"sbatch: {error}") from error
+                    ids = [item.job_id for item in submitted]
+                    part[0].ledger.add_all(
+                        [(job.key, {"status": QUEUED, "slurm": job_id}) for job, job_id in zip(part, ids, strict=True)]
+                    )
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
         """Raises SlurmUnavailable when Slurm has not answered for ten minutes."""
@@ -97,7 +107,7 @@ class SlurmJobs:
 def _ending(job_id: str, state: JobState | None) -> Ending | None:
     if state is None:
         return Ending(status=LOST, error="Slurm no longer knows the job, and it has left no word")
-    if state.state == "PENDING" and state.reason in _NEVER:
+    if state.state in _HELD or (state.state == "PENDING" and _NEVER.search(state.reason)):
         queries.run("scancel", job_id)
         return Ending(status=FAILED, error=f"Slurm will never start it: {state.reason}")
     status = ENDS.get(state.state)
@@ -122,6 +132,26 @@ def _failure(job_id: str, state: JobState) -> str:
     return f"it ended with exit code {status}" + (f", by signal {number}" if number not in ("", "0") else "")
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals come afterwards: what is queued must be in the ledger."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """`sbatch` hands this process's environment to the job: without what only holds here."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _OF_THIS_PROCESS.match(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 def _by_parameters(jobs: Sequence[JobFile]) -> dict[str, list[JobFile]]:
     groups: dict[str, list[JobFile]] = {}
     for job in jobs:
@@ -139,13 +169,13 @@ def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
         "ntasks_per_node": shape["tasks_per_node"],
         "signal_delay_s": shape["signal_delay_s"],
         # Whatever a sweep asks for, its jobs can be preempted and requeued, and a rank that fails fails the job.
-        "additional_parameters": {"requeue": True, **launcher["additional_parameters"]},
+        "additional_parameters": _additional(launcher["additional_parameters"]),
         "srun_args": ["--kill-on-bad-exit=1", *(launcher["srun_args"] or [])],
     }
     for name in ("partition", "qos", "account", "constraint", "exclude", "nodelist", "gres", "gpus_per_task",
                  "cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment", "dependency", "exclusive", "setup",
                  "array_parallelism"):  # fmt: skip
-        if launcher[name] is not None:
+        if launcher[name] not in (None, False):
             parameters[name] = launcher[name]
     if launcher["mem_gb"] is not None:
         parameters["mem"] = f"{round(launcher['mem_gb'] * 1024)}MB"
@@ -156,3 +186,11 @@ def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
         # Since Slurm 22.05 srun no longer takes it from the job.
         parameters["srun_args"].append(f"--cpus-per-task={shape['cpus_per_task']}")
     return parameters
+
+
+def _additional(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Further options of `sbatch`; one that is false is one that is not given."""
+    options = {name.replace("_", "-"): value for name, value in given.items()}
+    if "no-requeue" not in options:
+        options.setdefault("requeue", True)
+    return {name: value for name, value in options.items() if value is not False}

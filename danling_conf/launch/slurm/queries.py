@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, NODE_LOST, OUT_OF_MEMORY, TIMED_OUT
+from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, NODE_LOST, OUT_OF_MEMORY, PREEMPTED, TIMED_OUT
 
 _SECONDS = 60
 """After so long a command of Slurm's is given up; its controller answers within milliseconds or not at all."""
 
 ENDS = {
     "COMPLETED": COMPLETED, "FAILED": FAILED, "CANCELLED": CANCELLED, "TIMEOUT": TIMED_OUT, "DEADLINE": TIMED_OUT,
-    "OUT_OF_MEMORY": OUT_OF_MEMORY, "NODE_FAIL": NODE_LOST, "BOOT_FAIL": NODE_LOST, "PREEMPTED": CANCELLED,
+    "OUT_OF_MEMORY": OUT_OF_MEMORY, "NODE_FAIL": NODE_LOST, "BOOT_FAIL": NODE_LOST, "PREEMPTED": PREEMPTED,
     "REVOKED": CANCELLED,
 }  # fmt: skip
 """Slurm's final states, as the ledger calls them."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from danling_conf.launch.job_file import CLUSTER_VARIABLE, JobFile, is_consequence, write_error
-from danling_conf.launch.ledger import COMPLETED, FAILED, REFUSED
-from danling_conf.launch.meeting import announce, await_configuration, meet
+from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, REFUSED
+from danling_conf.launch.meeting import announce, await_configuration, await_others, meet, say_done
 from danling_conf.launch.opening import open_job
 from danling_conf.launch.run_rank import run_rank, score_of
 from danling_conf.launch.slurm import requeue
@@ -25,6 +26,9 @@ from danling_conf.resolution.run_lock import LostRun
 from danling_conf.resolution.stopped import Stopped
 from danling_conf.topology.rank_environment import RankEnvironment, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
+
+_NOTICED_SECONDS = 400.0
+"""More than Slurm takes to give up a node (SlurmdTimeout, 300 s by default)."""
 
 if TYPE_CHECKING:
     from danling_conf.launch.command import App
@@ -48,7 +52,7 @@ def run_slurm_rank(app: App, path: Path) -> Any:
         print(error, file=sys.stderr)
         sys.exit(1)
     except ConfigRefused as refusal:
-        if ranks.main:
+        if ranks.main and not requeue.another_runs(job):
             job.ledger.add(job.key, status=REFUSED, error=str(refusal))
         print(refusal.report(), file=sys.stderr)
         _leave_at_once(2)
@@ -57,6 +61,8 @@ def run_slurm_rank(app: App, path: Path) -> Any:
             value = None
         else:
             _tell(job, ranks, error)
+            if is_consequence(str(error)):
+                _await_the_end()
             _leave_at_once(1)
     if ranks.main and not requeue.superseded(job):
         job.ledger.add(job.key, status=COMPLETED, score=score_of(value))
@@ -64,6 +70,9 @@ def run_slurm_rank(app: App, path: Path) -> Any:
 
 
 def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
+    if job.ledger.records()[job.key].status == CANCELLED:
+        print("the job was cancelled before it started", file=sys.stderr)
+        _leave_at_once(1)
     start_number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     slurm, several = own_job(), ranks.world_size > 1
     try:
@@ -87,6 +96,8 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
         )  # fmt: skip
         if isinstance(outcome._return_value, Exception):
             raise outcome._return_value
+        if store is not None:
+            await_others(store, ranks.world_size)
         return outcome._return_value
     finally:
         lock.release()
@@ -102,7 +113,14 @@ def _follow(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
     redirect_output(rank_log(attempt.directory, ranks.rank))
     take_part_in(content)
     current = Current(attempt=attempt, ranks=ranks, store=store, repeats_signals=True)
-    return run_rank(app.function, config, current, app.script.stem)
+    try:
+        value = run_rank(app.function, config, current, app.script.stem)
+    except SystemExit as ending:
+        if ending.code in (None, 0):  # the end of its function, too
+            say_done(store)
+        raise
+    say_done(store)
+    return value
 
 
 def compare_with_first(job: JobFile, config: Any, ranks: RankEnvironment) -> None:
@@ -132,6 +150,14 @@ def _tell(job: JobFile, ranks: RankEnvironment, error: BaseException) -> None:
         return
     if not job.ledger.records()[job.key].ended:
         job.ledger.add(job.key, status=FAILED, error=message.partition("\n")[0], rank=ranks.rank)
+
+
+def _await_the_end() -> None:
+    """Of a rank that misses another one: when that has failed, srun ends this one within seconds; when its node was
+    lost, Slurm notices after a while, and queues the job again. To exit before it does would be the job's failure.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_NOTICED_SECONDS)
 
 
 def _leave_at_once(code: int) -> NoReturn:

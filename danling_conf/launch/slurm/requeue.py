@@ -11,9 +11,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from danling_conf.launch.job_file import JobFile
 from danling_conf.launch.ledger import CANCELLED, FAILED, QUEUED, RUNNING, TIMED_OUT
@@ -21,8 +21,10 @@ from danling_conf.launch.slurm.queries import SlurmUnavailable, own_job, run, sh
 from danling_conf.resolution.stopped import Stopped
 from danling_conf.topology.rank_environment import RankEnvironment
 
+Answer = TypeVar("Answer")
 PREEMPTED, TIME_LIMIT, REQUEUED, ASKED = "preempted", "time limit", "requeued", "asked by a signal"
 _WAIT_SECONDS = 600.0
+_INSISTING_SECONDS = 300.0
 _EARLY_SECONDS = 75.0
 """Slurm signals up to a minute before it was told to."""
 
@@ -73,7 +75,7 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
     if superseded(job):
         sys.exit(128 + stopped.number)
     try:
-        shown = show(name)
+        shown = insist(lambda: show(name))
     except SlurmUnavailable as error:
         _end(job, FAILED, f"{stopped}; whether to requeue cannot be asked: {error}", 128 + stopped.number)
     warning = float(job.content["shape"]["signal_delay_s"])
@@ -91,11 +93,41 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
     print(f"{cause.why} ({stopped}): the job goes back into the queue", flush=True)
     if cause.requeue:
         try:
-            run("scontrol", "requeue", name)
+            insist(lambda: requeue(name, start))
         except SlurmUnavailable as error:
             _end(job, FAILED, f"{cause.why}, and Slurm does not requeue: {error}", 128 + stopped.number)
     time.sleep(_WAIT_SECONDS)
     sys.exit(128 + stopped.number)
+
+
+def insist(ask: Callable[[], Answer]) -> Answer:
+    """Ask Slurm until it answers: when many jobs reach their limit together its controller is busy. All is saved by
+    now, and Slurm ends this process when it means it. Raises SlurmUnavailable after some minutes."""
+    deadline = time.monotonic() + _INSISTING_SECONDS
+    while True:
+        try:
+            return ask()
+        except SlurmUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(5)
+
+
+def requeue(name: str, start: int) -> None:
+    """Put a job back into the queue, if nobody else has. Raises SlurmUnavailable."""
+    try:
+        run("scontrol", "requeue", name)
+    except SlurmUnavailable:
+        shown = show(name)  # the answer may have been lost, or somebody else was first
+        if shown.get("JobState") == "RUNNING" and int(shown.get("Restarts", "0")) <= start:
+            raise
+
+
+def another_runs(job: JobFile) -> bool:
+    """Whether another start of this job is under way."""
+    record = job.ledger.records()[job.key]
+    start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
+    return record.status == RUNNING and (record.facts.get("slurm"), record.facts.get("start")) != (name, start)
 
 
 def superseded(job: JobFile) -> bool:

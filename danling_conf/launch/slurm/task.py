@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from danling_conf.launch.job_file import CLUSTER_VARIABLE, JOB_VARIABLE, JobFile
 from danling_conf.resolution.stopped import note_early_signals
@@ -18,6 +20,7 @@ def run_task(job_file: str) -> None:
     job = JobFile.read(Path(job_file))
     os.chdir(job.directory)
     os.environ[JOB_VARIABLE], os.environ[CLUSTER_VARIABLE] = job_file, "slurm"
+    see_own_devices(job.content["shape"], job.content["launcher"])
     words = job.words
     if words[0] == "-m":
         sys.path[0] = job.directory
@@ -27,3 +30,13 @@ def run_task(job_file: str) -> None:
         sys.path[0] = str(Path(words[0]).parent)
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
+
+
+def see_own_devices(shape: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
+    """A job without GPUs must not take those of others, which it may see; and a rank uses one device, the first of its
+    own."""
+    if launcher["gpus_per_task"]:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
+    elif not shape["gpus_per_node"] and launcher["gres"] is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
