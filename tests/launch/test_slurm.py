@@ -136,8 +136,9 @@ def test_a_node_that_reads_another_file_stops(tmp_path: Path) -> None:
 def test_the_environment_of_an_allocation_is_not_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody may submit from inside a job: what that one is called must not name the other."""
     left = {"SLURM_CONF": "c", "SBATCH_ACCOUNT": "a", "CUDA_HOME": "h", "RANKING": "r"}
-    taken = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_RESTART_COUNT": "2", "SLURM_CPU_BIND": "x", "MASTER_PORT": "1",
-             "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SUBMITIT_EXECUTOR": "slurm", "DANLING_CONF_JOB": "j"}  # fmt: skip
+    names = ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CPU_BIND", "MASTER_PORT", "RANK", "WORLD_SIZE",
+             "LOCAL_RANK", "SUBMITIT_EXECUTOR", "DANLING_CONF_JOB")  # fmt: skip
+    taken = dict.fromkeys(names, "1")
     for name, value in {**left, **taken}.items():
         monkeypatch.setenv(name, value)
     with own_environment():
