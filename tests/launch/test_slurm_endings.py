@@ -90,6 +90,30 @@ def test_a_failure_without_a_word(backend: SlurmJobs, monkeypatch: pytest.Monkey
     assert words in str(found.error)
 
 
+@pytest.mark.parametrize(
+    ("printed", "words"),
+    [
+        ("srun: error: n2: task 2: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=2.0\n"
+         "srun: error: n2: task 3: Terminated\nsrun: error: n1: task 0: Killed\n",
+         "rank 2 on n2: killed (SIGKILL): memory may have run out"),
+        ("srun: error: n1: task 0: Segmentation fault (core dumped)\n",
+         "rank 0 on n1: Segmentation fault (core dumped)"),
+        ("srun: error: n1: tasks 0-3: Exited with exit code 127\n", "ranks 0-3 on n1: Exited with exit code 127"),
+    ],
+)  # fmt: skip
+def test_the_first_task_that_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: SlurmJobs, printed: str, words: str
+) -> None:
+    """What srun said of an earlier start of the job is not taken for it."""
+    before = "srun: error: n1: task 1: Terminated\n"
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "7_0_log.err").write_text(before + printed)
+    monkeypatch.setattr(queries, "states", lambda ids: {"7": JobState(state="FAILED", exit_code="143:0")})
+    record = Record(key="k")
+    record.add({"key": "k", "job": 0, "status": "running", "slurm": "7", "printed": len(before)})
+    assert backend.endings([record])["k"] == Ending(status="failed", error=words)
+
+
 def test_a_job_that_slurm_has_forgotten_is_lost(backend: SlurmJobs, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ending(backend, monkeypatch, {})
     assert found is not None

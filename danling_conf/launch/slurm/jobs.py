@@ -19,6 +19,7 @@ from danling_conf.launch.job_file import JobFile
 from danling_conf.launch.ledger import CANCELLED, FAILED, LOST, NODE_LOST, OUT_OF_MEMORY, QUEUED, TIMED_OUT, Record
 from danling_conf.launch.slurm import queries
 from danling_conf.launch.slurm.queries import ENDS, JobState, SlurmUnavailable
+from danling_conf.launch.slurm.srun_log import first_death
 from danling_conf.launch.slurm.task import run_task
 
 FOLDER = "slurm"
@@ -94,6 +95,10 @@ class SlurmJobs:
         endings = {}
         for job_id, record in by_id.items():
             ending = _ending(job_id, found.get(job_id))
+            if ending is not None and ending.status == FAILED:
+                log = self._folder / f"{job_id}_0_log.err"
+                said = first_death(log, int(record.facts.get("printed", 0)))
+                ending = ending if said is None else Ending(status=FAILED, error=said)
             if ending is not None:
                 endings[record.key] = ending
         return endings

@@ -79,6 +79,7 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
         config, attempt, lock = open_job(
             job, app.script, fence=(slurm, start_number), slurm=slurm, start=start_number,
             nodes=os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST"),
+            printed=os.fstat(2).st_size,  # srun's words on this start come behind it
         )  # fmt: skip
     except ConfigRefused:
         if several:
