@@ -33,5 +33,8 @@ class Backend(Protocol):
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
         """The jobs that have ended, by key."""
 
+    def proceed(self) -> None:
+        """Start jobs that were waiting for room here, now that it is known that they are wanted."""
+
     def cancel(self, records: Sequence[Record]) -> None:
         """End jobs: those that wait do not start, those that run are told to save and leave."""

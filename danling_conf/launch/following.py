@@ -55,6 +55,7 @@ class Following:
                 self._settle(unfinished, self._backend.endings(unfinished))
                 self._tell()
             retrying = self._enact()
+            self._backend.proceed()
         else:
             retrying = False
         self._after_look()

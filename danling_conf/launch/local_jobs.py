@@ -65,8 +65,10 @@ class LocalJobs:
                 self._free += running.devices
                 del self._running[key]
                 self._ended[key] = _ending(code)
-        self._start_what_fits()
         return {record.key: self._ended[record.key] for record in unfinished if record.key in self._ended}
+
+    def proceed(self) -> None:
+        self._start_what_fits()
 
     def cancel(self, records: Sequence[Record]) -> None:
         keys = {record.key for record in records}

@@ -91,6 +91,9 @@ class LeftLocalJobs:
                 found[record.key] = Ending(status=CANCELLED, error=NOT_STARTED)
         return found
 
+    def proceed(self) -> None:
+        """Nothing: it starts none."""
+
     def cancel(self, records: Sequence[Record]) -> None:
         running = running_here()
         for record in records:

@@ -123,6 +123,9 @@ class Backend:
             self.submitted.append(job.key)
             self._ledger.add(job.key, status=QUEUED)
 
+    def proceed(self) -> None:
+        pass
+
     def endings(self, unfinished: Sequence[Record]) -> Mapping[str, Ending]:
         return {record.key: self._endings[record.key] for record in unfinished if record.key in self._endings}
 

@@ -103,6 +103,9 @@ class SlurmJobs:
                 endings[record.key] = ending
         return endings
 
+    def proceed(self) -> None:
+        """Nothing: the queue is Slurm's."""
+
     def cancel(self, records: Sequence[Record]) -> None:
         ids = [record.facts["slurm"] for record in records if "slurm" in record.facts]
         for start in range(0, len(ids), 500):
