@@ -79,7 +79,7 @@ def is_live(run: Path) -> bool:
 
 
 def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], *, live: bool) -> AttemptFacts:
-    frozen, result = _json(folder / "frozen.json"), _json(folder / "result.json")
+    frozen, result = read_json(folder / "frozen.json"), read_json(folder / "result.json")
     started = folder / "frozen.json"
     times = [line["time"] for line in lines] + signs
     if started.is_file():
@@ -102,12 +102,13 @@ def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], *, liv
         command=frozen.get("attempt", {}).get("command", []),
         config=config,
         difference=_yaml(folder / "difference.yaml"),
-        environment=_json(folder / "environment.json"),
+        environment=read_json(folder / "environment.json"),
         diff=_text(folder / "git.diff"),
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file; {} where there is none."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danling_conf.cli.attempts import is_live
+from danling_conf.cli.attempts import is_live, read_json
 from danling_conf.launch.job_file import JobFile
 from danling_conf.launch.ledger import LEDGER, LOST, RUNNING, Record
 from danling_conf.launch.run_rank import RESULT
@@ -153,12 +152,3 @@ def state_of_run(run: Path) -> tuple[str, str | None]:
     if host and host != os.uname().nodename:
         return "unknown", f"its process ran on {host}, and has left no word"
     return LOST, "its process is gone, and has left no word"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file; {} where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from danling_conf.cli.attempts import read_json
 from danling_conf.cli.pages.charts import Point, Series, line_chart, scatter
 from danling_conf.cli.pages.page import Html, badge, code, folded, page, section, table, text, tiles
 from danling_conf.cli.pages.style import COLOURS
 from danling_conf.cli.report import clock, duration
 from danling_conf.cli.runs import Seen, look
-from danling_conf.cli.runs_found import read_json
 from danling_conf.cli.runs_state import NOT_STARTED_STATE
 from danling_conf.launch.job_rows import Row
 from danling_conf.launch.job_table import count_states, step_of, value_of

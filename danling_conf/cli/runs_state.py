@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 
-from danling_conf.cli.runs_found import read_json
+from danling_conf.cli.attempts import read_json
 from danling_conf.launch.backend import Backend, Ending
 from danling_conf.launch.following import as_told
 from danling_conf.launch.following_lock import FollowingLock
@@ -23,7 +23,6 @@ def looked_after(sweep: SweepDirectory) -> bool:
 
 def is_own(sweep: SweepDirectory) -> bool:
     """Whether the sweep is this user's: only of one's own jobs does Slurm say how they ended."""
-
     return sweep.path.stat().st_uid == os.getuid()
 
 

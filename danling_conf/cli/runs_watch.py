@@ -11,7 +11,6 @@ from danling_conf.launch.ledger import COMPLETED
 from danling_conf.launch.live_table import drawn
 from danling_conf.launch.local_processes import LeftLocalJobs
 from danling_conf.launch.running import backend_for, follow
-from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.launch.sweep_directory import SweepDirectory
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -43,11 +42,7 @@ def _follow(sweep: SweepDirectory) -> int:
     else:
         # Jobs on this machine are started by the command that asked for them, or by `resume`.
         backend, launcher["on_failure"] = LeftLocalJobs(sweep.path), "continue"
-    try:
-        ended = follow(sweep, backend, files, launcher)
-    except SlurmUnavailable as error:
-        fix = "watch from a machine of the cluster"
-        raise ConfigRefused([Violation("DIR", str(sweep.path), str(error), fix)]) from error
+    ended = follow(sweep, backend, files, launcher)
     return 0 if all(record.status == COMPLETED for record in ended) else FAILED
 
 

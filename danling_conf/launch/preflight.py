@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Union
 
 from hydra.core.utils import filter_overrides
@@ -16,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from danling_conf.launch.jobs import Job
 from danling_conf.launch.policy import parse_on_failure
 from danling_conf.resolution.collect import all_faults
-from danling_conf.resolution.hydra_adapter import Composer, settings_in, shadowed_settings
+from danling_conf.resolution.hydra_adapter import Composer, shadowed_settings
 from danling_conf.resolution.identity import layout_name
 from danling_conf.resolution.launcher_settings import check_launcher, launcher_in
 from danling_conf.resolution.resolve import inspect
@@ -229,11 +228,6 @@ def _shape(
     on_cpu = config.parallel.mesh_device_type == "cpu"
     settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
     return shape_of(layout, on_cpu=on_cpu, capacity=capacity, launcher=settings, name=layout_name(layout))
-
-
-def in_directory(job: Job, directory: Path) -> Mapping[str, Any]:
-    """A job's Hydra settings (`Job.hydra`) as they are while it runs in a directory."""
-    return settings_in(job.hydra, directory)
 
 
 def own(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -37,9 +37,8 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, un
 
 # Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
 _DIRECTORY = "hydra.sweep.dir='${{workspace_root}}/${{lineage}}/${{experiment}}/sweeps/{stamp}'"
-
-
 _LOOKED_AT = 16
+"""Jobs of a refused sweep whose faults are collected one by one."""
 
 
 @dataclass

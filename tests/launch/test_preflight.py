@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from danling_conf.launch.jobs import Job
-from danling_conf.launch.preflight import Refused, check_jobs, in_directory, shapes_of
+from danling_conf.launch.preflight import Refused, check_jobs, shapes_of
 from danling_conf.launch.preflight_tables import fault_table, numbers_as_text, shape_table, varying
-from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer, hydra_settings
+from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer, hydra_settings, settings_in
 from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.resources import Capacity
@@ -56,7 +56,7 @@ def test_settings_of_hydra_are_what_hydra_composes(composing: Composer, tmp_path
     master = composing.compose(["hydra/launcher=danling_slurm"], multirun=True)
     theirs = composing.sweep_config(master, ["steps=3", "parallel=fsdp8", "optim.lr=0.1"])
     theirs.hydra.job.update({"num": 4, "id": "4"})
-    assert in_directory(job, tmp_path) == hydra_settings(theirs, tmp_path)
+    assert settings_in(job.hydra, tmp_path) == hydra_settings(theirs, tmp_path)
 
 
 def test_every_fault_of_every_job(composing: Composer) -> None:

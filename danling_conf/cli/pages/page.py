@@ -99,8 +99,3 @@ def code(content: str) -> Html:
 def badge(word: str, kind: str = "") -> Html:
     """A word in a frame; `kind` is good, bad, busy or nothing."""
     return Html(f'<span class="badge {escape(kind)}">{escape(word)}</span>')
-
-
-def link(label: object, href: str) -> Html:
-    """A link to a page beside this one."""
-    return Html(f'<a href="{escape(href)}">{text(label)}</a>')
