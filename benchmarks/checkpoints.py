@@ -26,9 +26,9 @@ from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import danling_conf
-from danling_conf.build import dataloader
 from danling_conf.checkpoint import sources, state
 from danling_conf.checkpoint.manager import CheckpointManager
+from danling_conf.components import dataloader
 from danling_conf.schema import Layout
 from danling_conf.schema.checkpoint import CheckpointConfig
 

@@ -25,10 +25,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
 from benchmarks.ratios import HEADER, Times, table
-from danling_conf.build import mesh, process_group
-from danling_conf.build.model import assemble
-from danling_conf.build.passes import Passes
 from danling_conf.groups.layout_names import parse_layout
+from danling_conf.parallel import mesh, process_group
+from danling_conf.parallel.forward_backward import Passes
+from danling_conf.parallel.model import assemble
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig

@@ -21,8 +21,8 @@ import torch
 import danling_conf
 from benchmarks.ratios import HEADER, Times, table
 from benchmarks.step_overhead import blocks_of, cross_entropy, make_data, make_model
-from danling_conf.resolution.metrics_file import read_metrics
-from danling_conf.runner.observers import Observers
+from danling_conf.records.metrics import read_metrics
+from danling_conf.runner.observe.observers import Observers
 
 GOAL = 1.03
 EVERYTHING = ("heartbeat.enabled=true", "tensorboard=true", "gc.interval=50")

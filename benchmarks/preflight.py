@@ -9,8 +9,8 @@ from statistics import mean
 
 import hydra
 
-from danling_conf.launch.preflight import Preflight, shapes_of
-from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.sweep.preflight import Preflight, shapes_of
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.resources import Capacity
 

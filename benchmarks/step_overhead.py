@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 import danling_conf
 from benchmarks.ratios import HEADER, Times, table
-from danling_conf.build import dataloader
+from danling_conf.components import dataloader
 
 GOAL = 1.05
 SAMPLES = 32 * 500

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.slurm.cluster import Cluster
+from tests.support.slurm_cluster import Cluster
 
 OURS = """
 import danling_conf

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from danling_conf.app import compose, main
+    from danling_conf.config.files import load, save
+    from danling_conf.config.resolve import resolve
     from danling_conf.groups import name_of, parse_layout, register
-    from danling_conf.resolution.files import load, save
-    from danling_conf.resolution.resolve import resolve
     from danling_conf.runner.training import Runner
     from danling_conf.schema import RunnerConfig
     from danling_conf.topology.violation import ConfigRefused
@@ -21,13 +21,13 @@ _EXPORTS = {
     "Runner": "danling_conf.runner.training",
     "RunnerConfig": "danling_conf.schema",
     "compose": "danling_conf.app",
-    "load": "danling_conf.resolution.files",
+    "load": "danling_conf.config.files",
     "main": "danling_conf.app",
     "name_of": "danling_conf.groups",
     "parse_layout": "danling_conf.groups",
     "register": "danling_conf.groups",
-    "resolve": "danling_conf.resolution.resolve",
-    "save": "danling_conf.resolution.files",
+    "resolve": "danling_conf.config.resolve",
+    "save": "danling_conf.config.files",
 }
 
 __all__ = [

@@ -31,7 +31,8 @@ def main(config_path: str | None = None, config_name: str = "danling") -> Callab
         def entry(config: Any = None) -> Any:
             if config is not None:  # as with @hydra.main: called with a configuration, it is the function itself
                 return function(config)
-            from danling_conf.launch.command import App, run_command
+            from danling_conf.command import run_command
+            from danling_conf.launch.app import App
 
             script = Path(inspect.unwrap(function).__code__.co_filename).absolute()
             path = config_path
@@ -59,8 +60,8 @@ def compose(
     Raises:
         ConfigRefused: with all violations.
     """
-    from danling_conf.launch.command import check, compose_or_refuse
-    from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
+    from danling_conf.config.check import check, compose_or_refuse
+    from danling_conf.config.hydra_adapter import ConfigSearch, composer
 
     directory = str(Path(config_path).absolute()) if config_path is not None else None
     with composer(ConfigSearch(config_name=config_name, config_path=directory)) as composing:

@@ -19,8 +19,9 @@ def train(config: danling_conf.RunnerConfig) -> float:
     import torch
     import torch.nn.functional as F
 
-    from danling_conf.build import dataloader, device, gradients, mesh, model, optimizer, precision, scheduler
-    from danling_conf.build import process_group as processes
+    from danling_conf.components import dataloader, gradients, optimizer, precision, scheduler
+    from danling_conf.parallel import device, mesh, model
+    from danling_conf.parallel import process_group as processes
     from danling_conf.topology.layout import layout_of
     from danling_conf.topology.rank_environment import SINGLE, started_rank
     from examples.models.mlp import MLP, MLPConfig

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf.build.precision import dtype
 from danling_conf.checkpoint import durable, manifest
 from danling_conf.checkpoint.manifest import EXPORTED, Manifest
 from danling_conf.checkpoint.sources import INDEX, SINGLE
 from danling_conf.checkpoint.state import MODEL
+from danling_conf.components.precision import dtype
 
 _FILE_BYTES = 5_000_000_000
 """Largest file of an export: what the main rank holds of the model at once."""

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from danling_conf.checkpoint import manifest, sources, state
 from danling_conf.checkpoint.folder import EXPORT, Folder, find, reading
+from danling_conf.checkpoint.gather import address
 from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
+from danling_conf.checkpoint.safe_load import load_plain
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known, is_whole
-from danling_conf.checkpoint.untrusted import load_plain
-from danling_conf.checkpoint.whole import address
 from danling_conf.checkpoint.writing import SHARED, rank_file
 from danling_conf.schema.checkpoint import LOADED_PARTS, CheckpointConfig, excluded
 from danling_conf.schema.layout import Layout

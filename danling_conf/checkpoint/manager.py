@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from danling_conf.build import process_group
 from danling_conf.checkpoint import durable, export, state
 from danling_conf.checkpoint.background import Background, SaveFailed
 from danling_conf.checkpoint.folder import EXPORT, Folder, name_of
+from danling_conf.checkpoint.gather import address, gathered, leads
 from danling_conf.checkpoint.loading import Loaded, Loader, agreed, gathered_objects
 from danling_conf.checkpoint.manifest import Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
-from danling_conf.checkpoint.whole import address, gathered, leads
 from danling_conf.checkpoint.writing import Job, Writer
+from danling_conf.parallel import process_group
 from danling_conf.schema.checkpoint import DISABLED, PINNED, CheckpointConfig, async_mode
 from danling_conf.schema.layout import Layout
 

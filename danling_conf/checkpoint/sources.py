@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.futures import Future
 
 from danling_conf.checkpoint.manifest import Broken
+from danling_conf.checkpoint.safe_load import SafeReader, TensorPlanner, load_plain, ordinary_errors
 from danling_conf.checkpoint.state import MODEL, Known
-from danling_conf.checkpoint.untrusted import SafeReader, TensorPlanner, load_plain, ordinary_errors
 
 STATE = "state.pt"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

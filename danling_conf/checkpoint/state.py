@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from danling_conf.build.optimizer import cleaned
+from danling_conf.components.optimizer import cleaned
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 

@@ -25,8 +25,8 @@ from danling_conf.checkpoint.background import SaveFailed
 from danling_conf.checkpoint.durable import Sum
 from danling_conf.checkpoint.folder import BEST, LATEST, Folder
 from danling_conf.checkpoint.manifest import Manifest
+from danling_conf.checkpoint.safe_load import ordinary_errors
 from danling_conf.checkpoint.sources import STATE
-from danling_conf.checkpoint.untrusted import ordinary_errors
 
 SHARED = "shared.pt"
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from danling_conf.cli.attempts import is_live
 from danling_conf.cli.runs_found import (
     asked_of,
     find,
@@ -18,12 +17,14 @@ from danling_conf.cli.runs_found import (
     state_of_run,
     sweep_of,
 )
-from danling_conf.launch.backend import Backend
-from danling_conf.launch.following import as_told
-from danling_conf.launch.ledger import CANCELLED, PLANNED, QUEUED, RUNNING, Record
-from danling_conf.launch.local_processes import is_here, process_of, running_here, tell_to_stop
 from danling_conf.launch.slurm.queries import SlurmUnavailable
-from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.records.attempts import is_live
+from danling_conf.records.ledger import Record
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.sweep.backend import Backend
+from danling_conf.sweep.monitor import as_told
+from danling_conf.sweep.orphans import is_here, process_of, running_here, tell_to_stop
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 NOT_ENDED = 1
@@ -84,15 +85,15 @@ def _run_of_its_own(run: Path, wait_seconds: float) -> int:
 
 
 def _in_slurm(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: float) -> int:
-    from danling_conf.launch.slurm.jobs import SlurmJobs
+    from danling_conf.sweep.slurm_backend import SlurmJobs
 
     backend: Backend = SlurmJobs(sweep.path)
-    sweep.ledger.add_all([(record.key, {"told": CANCELLED}) for record in chosen])
+    sweep.ledger.add_all([(record.key, {"told": Status.CANCELLED}) for record in chosen])
     try:
         backend.cancel(chosen)
         for record in chosen:
             if "slurm" not in record.facts:
-                sweep.ledger.settle(record.key, status=CANCELLED, error=f"not started: cancelled {_BY}")
+                sweep.ledger.settle(record.key, status=Status.CANCELLED, error=f"not started: cancelled {_BY}")
         return _wait(sweep, chosen, backend, wait_seconds)
     except SlurmUnavailable as error:
         fix = "cancel from a machine of the cluster"
@@ -100,14 +101,14 @@ def _in_slurm(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: flo
 
 
 def _here(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: float) -> int:
-    away = [record for record in chosen if record.status == RUNNING and not is_here(record)]
+    away = [record for record in chosen if record.status == Status.RUNNING and not is_here(record)]
     if away:
         rule = f"job #{away[0].number} runs on {away[0].facts.get('host')}, out of reach from this machine"
         raise ConfigRefused([Violation("JOB", str(away[0].number), rule, "cancel it there")])
-    waited = [record for record in chosen if record.status in (PLANNED, QUEUED)]
-    lines: list[tuple[str, dict[str, str]]] = [(record.key, {"told": CANCELLED}) for record in chosen]
+    waited = [record for record in chosen if record.status in (Status.PLANNED, Status.QUEUED)]
+    lines: list[tuple[str, dict[str, str]]] = [(record.key, {"told": Status.CANCELLED}) for record in chosen]
     # Whoever would start them looks here first.
-    lines += [(record.key, {"status": CANCELLED, "error": f"not started: cancelled {_BY}"}) for record in waited]
+    lines += [(record.key, {"status": Status.CANCELLED, "error": f"not started: cancelled {_BY}"}) for record in waited]
     sweep.ledger.add_all(lines)
     _tell(sweep, chosen)
     if waited:  # one of them may just have been about to start; those that run are told once, a second signal ends them
@@ -162,7 +163,7 @@ def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _G
         if isinstance(backend, _Gone):
             for key, why in backend.ended(left).items():
                 if key in waiting:
-                    ledger.settle(key, status=CANCELLED, error=why)
+                    ledger.settle(key, status=Status.CANCELLED, error=why)
         else:
             for key, ending in backend.endings(left).items():
                 told = as_told(records[key], ending)

@@ -10,21 +10,20 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.cli.inspect_app import inspect_app
+from danling_conf.config.check import context_of, warnings_of
+from danling_conf.config.faults import all_faults
+from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
+from danling_conf.config.identity import config_id, difference_from_defaults, job_id
+from danling_conf.config.launcher_settings import check_launcher
 from danling_conf.groups.layout_names import name_of
-from danling_conf.launch.command import App, warnings_of
-from danling_conf.launch.preflight import Preflight, check_jobs, shapes_of
-from danling_conf.launch.preflight_tables import shape_table, varying
+from danling_conf.launch.app import App
 from danling_conf.launch.slurm.queries import SlurmUnavailable
-from danling_conf.launch.slurm.shapes import capacity_of
-from danling_conf.launch.sweep_refused import SweepRefused
-from danling_conf.resolution.collect import all_faults
-from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer
-from danling_conf.resolution.identity import config_id, difference_from_defaults, job_id
-from danling_conf.resolution.launcher_settings import check_launcher
 from danling_conf.schema.launcher import SlurmLauncherConfig
-from danling_conf.topology.machine import this_machine
+from danling_conf.sweep.preflight import Preflight, check_jobs, shapes_of
+from danling_conf.sweep.preflight_tables import shape_table, varying
+from danling_conf.sweep.slurm_shapes import capacity_of
+from danling_conf.sweep.sweep_refused import SweepRefused
 from danling_conf.topology.resources import Capacity
-from danling_conf.topology.rules import Context
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
 _NUMBERS = ("--gpus-per-node", "--cpus-per-node")
@@ -100,9 +99,7 @@ def _compose(
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         single = [item for item in overrides if not multirun or item.lstrip("+~").startswith("hydra")]
-        given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
-        context = Context(machine=this_machine(), given=given)
-        raise ConfigRefused(all_faults(composing, single, context, error)) from error
+        raise ConfigRefused(all_faults(composing, single, context_of(overrides), error)) from error
 
 
 def _nodes_of(launcher: SlurmLauncherConfig) -> Capacity:

@@ -10,7 +10,7 @@ from typing import Any
 from danling_conf.checkpoint import manifest
 from danling_conf.checkpoint.folder import BEST, EXPORT, LATEST, Entry, Folder, reading
 from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
-from danling_conf.resolution.find_runs import runs_or_refuse
+from danling_conf.records.find import runs_or_refuse
 
 _HEAD = ("checkpoint", "step", "epoch", "saved", "size", "layout", "backend", "state", "")
 _UNITS = ("B", "kB", "MB", "GB", "TB")

@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from danling_conf.cli.explain_launcher import explain_launcher
 from danling_conf.cli.explained import paragraph, setting_lines
 from danling_conf.cli.inspect_app import inspect_app
+from danling_conf.config.check import check, compose_or_refuse
+from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
+from danling_conf.config.identity import flatten, plain
+from danling_conf.config.typed import setting_paths
 from danling_conf.groups.layout_names import EXAMPLES, GRAMMAR, LayoutNameError, parse_layout
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
 from danling_conf.groups.source import LAYOUTS, layout_settings
-from danling_conf.launch.command import App, check, compose_or_refuse
-from danling_conf.resolution.hydra_adapter import Composer, ConfigSearch, composer
-from danling_conf.resolution.identity import flatten, plain
-from danling_conf.resolution.typed import setting_paths
+from danling_conf.launch.app import App
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.docs import describe
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from danling_conf.launch import command
-from danling_conf.launch.command import App
-from danling_conf.resolution.hydra_adapter import ConfigSearch
+from danling_conf import command
+from danling_conf.config.hydra_adapter import ConfigSearch
+from danling_conf.launch.app import App
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from danling_conf.cli.runs_found import file_of, find, job_named, one_sweep, state_of_run, sweep_of
-from danling_conf.launch.ledger import RUNNING, Record
-from danling_conf.launch.reporting import logs_of
-from danling_conf.launch.sweep_directory import SweepDirectory
-from danling_conf.resolution.heartbeat_file import newest_attempt
-from danling_conf.resolution.logs import rank_log
+from danling_conf.records.heartbeats import newest_attempt
+from danling_conf.records.ledger import Record
+from danling_conf.records.logs import rank_log
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.sweep.reporting import logs_of
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 _SECONDS = 0.3
@@ -83,7 +84,7 @@ def _still_live(run: Path | None, owner: tuple[SweepDirectory, Record] | None) -
     if owner is not None:
         ledger, key = owner[0].ledger, owner[1].key
         return lambda: not ledger.records()[key].ended
-    return lambda: run is not None and state_of_run(run)[0] == RUNNING
+    return lambda: run is not None and state_of_run(run)[0] == Status.RUNNING
 
 
 def _print(log: Path, goes_on: Callable[[], bool]) -> None:

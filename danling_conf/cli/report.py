@@ -11,14 +11,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from danling_conf.checkpoint.folder import BEST, LATEST, Folder
-from danling_conf.cli.attempts import AttemptFacts, attempts_of, status_of
 from danling_conf.cli.checkpoints import folder_of, readable_size
 from danling_conf.cli.pages.charts import Bar, Series, line_chart, timeline
 from danling_conf.cli.pages.page import Html, badge, code, facts, folded, page, section, table, text, tiles
 from danling_conf.cli.pages.scales import short
-from danling_conf.resolution.find_runs import runs_or_refuse
-from danling_conf.resolution.metrics_file import goodput, read_metrics, series
-from danling_conf.resolution.run_directory import read_run
+from danling_conf.records.attempts import AttemptFacts, attempts_of, status_of
+from danling_conf.records.find import runs_or_refuse
+from danling_conf.records.metrics import goodput, read_metrics, series
+from danling_conf.records.run_directory import read_run
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
 _KINDS = {"completed": "good", "failed": "bad", "refused": "bad", "stopped": "busy", "running": "busy", "lost": "bad"}

@@ -20,19 +20,20 @@ from danling_conf.cli.runs_found import (
     state_of_run,
     sweep_of,
 )
-from danling_conf.launch.following import as_told
-from danling_conf.launch.following_lock import FollowingLock
-from danling_conf.launch.job_file import JOB_FILE, JobFile, Program
-from danling_conf.launch.ledger import COMPLETED, PLANNED, RUNNING, Record
-from danling_conf.launch.local_processes import GONE, LeftLocalJobs, is_here, process_of, running_here
-from danling_conf.launch.running import backend_for, follow
+from danling_conf.config.identity import layout_name
 from danling_conf.launch.slurm.queries import SlurmUnavailable
-from danling_conf.launch.sweep_directory import SweepDirectory
-from danling_conf.resolution.code_identity import CodeIdentity, code_identity
-from danling_conf.resolution.heartbeat_file import newest_attempt
-from danling_conf.resolution.identity import layout_name
-from danling_conf.resolution.run_directory import RUN_FILE
+from danling_conf.records.code import CodeIdentity, code_identity
+from danling_conf.records.heartbeats import newest_attempt
+from danling_conf.records.job_file import JOB_FILE, JobFile, Program
+from danling_conf.records.ledger import Record
+from danling_conf.records.run_directory import RUN_FILE
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.records.sweep_lock import FollowingLock
 from danling_conf.schema import Layout
+from danling_conf.sweep.monitor import as_told
+from danling_conf.sweep.orphans import GONE, LeftLocalJobs, is_here, process_of, running_here
+from danling_conf.sweep.run import backend_for, follow
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 FAILED = 1
@@ -53,7 +54,7 @@ def resume(directory: str) -> int:
         sweep, record = owner
         print(f"{found.run.name} is job #{record.number} of the sweep {sweep.path}", flush=True)
         return _resume(sweep, record.key)
-    if state_of_run(found.run)[0] == COMPLETED:
+    if state_of_run(found.run)[0] == Status.COMPLETED:
         print(f"nothing to do: the run has completed: {found.run}")
         return 0
     return _resume(sweep_for_run(found.run), None)
@@ -73,11 +74,15 @@ def _resume(sweep: SweepDirectory, only: str | None) -> int:
         try:
             live = _settle(sweep, cluster)
             records = {key: record for key, record in sweep.ledger.records().items() if only in (None, key)}
-            again = [record for record in records.values() if record.status != COMPLETED and record.key not in live]
+            again = [
+                record for record in records.values() if record.status != Status.COMPLETED and record.key not in live
+            ]
             if not again and not live & records.keys():
                 print(f"nothing to do: {_completed(records.values())}: {sweep.path}")
                 return 0
-            files = {key: file_of(sweep, record) for key, record in records.items() if record.status != COMPLETED}
+            files = {
+                key: file_of(sweep, record) for key, record in records.items() if record.status != Status.COMPLETED
+            }
             backend = backend_for(cluster, launcher, sweep.path)
             print(f"{_completed(records.values())}; {len(again)} to start: {sweep.path}", flush=True)
             if again:
@@ -91,12 +96,12 @@ def _resume(sweep: SweepDirectory, only: str | None) -> int:
             fix = "resume from a machine of the cluster"
             raise ConfigRefused([Violation("DIR", str(sweep.path), str(error), fix)]) from error
     records = {key: record for key, record in sweep.ledger.records().items() if only in (None, key)}
-    return 0 if all(record.status == COMPLETED for record in records.values()) else FAILED
+    return 0 if all(record.status == Status.COMPLETED for record in records.values()) else FAILED
 
 
 def _completed(records: Any) -> str:
     listed: Sequence[Record] = list(records)
-    count = sum(record.status == COMPLETED for record in listed)
+    count = sum(record.status == Status.COMPLETED for record in listed)
     return f"{count} of {len(listed)} job{'' if len(listed) == 1 else 's'} completed"
 
 
@@ -125,13 +130,13 @@ def _live_here(sweep: SweepDirectory) -> set[str]:
         live = {record.key: process_of(record, sweep.path, running) for record in records}
         for record in records:
             process = live[record.key]
-            if process is None and record.status == RUNNING and is_here(record):
+            if process is None and record.status == Status.RUNNING and is_here(record):
                 sweep.ledger.settle(record.key, status="lost", error=GONE)
             elif process is not None and record.key not in said:
                 said.add(record.key)
                 print(f"#{record.number} still runs (process {process}), and is waited for", flush=True)
         here = {key for key, process in live.items() if process is not None}
-        elsewhere = {record.key for record in records if record.status == RUNNING and not is_here(record)}
+        elsewhere = {record.key for record in records if record.status == Status.RUNNING and not is_here(record)}
         if not here or time.monotonic() > deadline:
             for record in records:
                 if record.key in elsewhere:
@@ -146,7 +151,7 @@ def sweep_for_run(run: Path) -> SweepDirectory:
     Raises ConfigRefused where the run is live, or nothing says how it was started.
     """
     state, _ = state_of_run(run)
-    if state == RUNNING:
+    if state == Status.RUNNING:
         fix = f"see how it goes: danling-conf runs {run}"
         raise ConfigRefused([Violation("DIR", str(run), "the run is live", fix)])
     attempt = newest_attempt(run)
@@ -192,6 +197,6 @@ def _write(
     command = ["danling-conf", "resume", str(run)]
     sweep.ask(command=command, program=program, code=code, cluster="local", launcher=launcher)
     sweep.ledger.add(
-        key, job=0, job_id=key, config_id=read_json(run / RUN_FILE).get("config_id"), status=PLANNED,
+        key, job=0, job_id=key, config_id=read_json(run / RUN_FILE).get("config_id"), status=Status.PLANNED,
         overrides=overrides, run=str(run), layout=layout_name(layout), steps=config["steps"], epochs=config["epochs"],
     )  # fmt: skip

@@ -16,13 +16,13 @@ from typing import Any
 
 from danling_conf.cli.runs_found import find, read_json, state_of_run, sweep_of
 from danling_conf.cli.runs_state import ends_seen, looked_after
-from danling_conf.launch.job_rows import Row, best_first, progress, row_of_job, rows_of_sweep, smaller_is_better
-from danling_conf.launch.job_table import count_states, style_of, table_lines
-from danling_conf.launch.ledger import COMPLETED, RUNNING
-from danling_conf.launch.sweep_directory import SweepDirectory
-from danling_conf.resolution.heartbeat_file import newest_attempt
-from danling_conf.resolution.identity import flatten, layout_name
+from danling_conf.config.identity import flatten, layout_name
+from danling_conf.records.heartbeats import newest_attempt
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema import Layout
+from danling_conf.sweep.rows import Row, best_first, progress, row_of_job, rows_of_sweep, smaller_is_better
+from danling_conf.sweep.table import count_states, style_of, table_lines
 
 _LAYOUT = ("parallel.axes.", "fsdp.enabled", "stack")
 _ERRORS = 12
@@ -137,7 +137,7 @@ def row_of_run(run: Path) -> Row:
     config = flatten(frozen.get("config") or {})
     state, error = state_of_run(run)
     result = read_json(attempt / "result.json") if attempt else {}
-    score = result.get("score") if state == COMPLETED else None
+    score = result.get("score") if state == Status.COMPLETED else None
     row = Row(
         job_id=frozen.get("job_id"), config_id=made.get("config_id"), config=config, state=state, error=error,
         overrides=(frozen.get("attempt") or {}).get("command", [])[1:], run=run, score=score,
@@ -146,10 +146,12 @@ def row_of_run(run: Path) -> Row:
     )  # fmt: skip
     row.step, row.total_steps, row.epoch = progress(run)
     row.total_steps = row.total_steps or config.get("steps")
-    spans = [_span(folder, live=state == RUNNING and folder == attempt) for folder in (run / "attempts").glob("*/")]
+    spans = [
+        _span(folder, live=state == Status.RUNNING and folder == attempt) for folder in (run / "attempts").glob("*/")
+    ]
     if spans:
         row.started, row.seconds = min(begin for begin, _ in spans), sum(end - begin for begin, end in spans)
-        row.ended = max(end for _, end in spans) if state != RUNNING else None
+        row.ended = max(end for _, end in spans) if state != Status.RUNNING else None
     return row
 
 
@@ -218,7 +220,7 @@ def _coloured(lines: list[str], rows: Sequence[Row], first: int) -> list[str]:
 def _errors(seen: Seen, width: int | None) -> list[str]:
     """Why jobs did not complete, a line each."""
     lines = []
-    bad = [row for row in seen.rows if row.error and row.state != COMPLETED]
+    bad = [row for row in seen.rows if row.error and row.state != Status.COMPLETED]
     for row in bad[:_ERRORS]:
         name = f"#{row.number}" if row.number is not None else row.run.name if row.run else ""
         line = f"{name} {row.state}: {str(row.error).partition(chr(10))[0]}"
@@ -228,7 +230,7 @@ def _errors(seen: Seen, width: int | None) -> list[str]:
 
 def _next_steps(seen: Seen) -> list[str]:
     """The commands that go on from here."""
-    if not seen.rows or all(row.state == COMPLETED for row in seen.rows):
+    if not seen.rows or all(row.state == Status.COMPLETED for row in seen.rows):
         return []
     if len(seen.sweeps) > 1 or (not seen.sweeps and len(seen.rows) > 1):
         return []

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danling_conf.cli.attempts import is_live, read_json
-from danling_conf.launch.job_file import JobFile
-from danling_conf.launch.ledger import LEDGER, LOST, RUNNING, Record
-from danling_conf.launch.run_rank import RESULT
-from danling_conf.launch.sweep_directory import SweepDirectory
-from danling_conf.resolution.heartbeat_file import newest_attempt
-from danling_conf.resolution.run_directory import RUN_FILE
+from danling_conf.launch.rank import RESULT
+from danling_conf.records.attempts import is_live, read_json
+from danling_conf.records.heartbeats import newest_attempt
+from danling_conf.records.job_file import JobFile
+from danling_conf.records.ledger import LEDGER, Record
+from danling_conf.records.run_directory import RUN_FILE
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _GIVE = "give a run's directory, a sweep's, or one above them"
@@ -141,7 +142,7 @@ def state_of_run(run: Path) -> tuple[str, str | None]:
     if attempt is None:
         return "empty", None
     if is_live(run):
-        return RUNNING, None
+        return Status.RUNNING, None
     result = read_json(attempt / RESULT)
     if result:
         return str(result.get("status")), result.get("error")
@@ -151,4 +152,4 @@ def state_of_run(run: Path) -> tuple[str, str | None]:
     host = holder.partition(",")[0].rpartition(" on ")[2]
     if host and host != os.uname().nodename:
         return "unknown", f"its process ran on {host}, and has left no word"
-    return LOST, "its process is gone, and has left no word"
+    return Status.LOST, "its process is gone, and has left no word"

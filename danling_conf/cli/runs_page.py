@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from danling_conf.cli.attempts import read_json
 from danling_conf.cli.pages.charts import Point, Series, line_chart, scatter
 from danling_conf.cli.pages.page import Html, badge, code, folded, page, section, table, text, tiles
 from danling_conf.cli.pages.style import COLOURS
 from danling_conf.cli.report import clock, duration
 from danling_conf.cli.runs import Seen, look
 from danling_conf.cli.runs_state import NOT_STARTED_STATE
-from danling_conf.launch.job_rows import Row
-from danling_conf.launch.job_table import count_states, step_of, value_of
-from danling_conf.launch.ledger import CANCELLED, COMPLETED, INTERRUPTED, PLANNED, QUEUED, RUNNING
-from danling_conf.resolution.metrics_file import read_metrics, series
+from danling_conf.records.attempts import read_json
+from danling_conf.records.metrics import read_metrics, series
+from danling_conf.records.status import Status
+from danling_conf.sweep.rows import Row
+from danling_conf.sweep.table import count_states, step_of, value_of
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _DECADES = 9.9
@@ -28,8 +28,15 @@ _CURVES = COLOURS
 _SETTINGS = 12
 _NAMES = 8
 """Names along an axis for which there is room."""
-_KINDS = {COMPLETED: "good", RUNNING: "busy", QUEUED: "", PLANNED: "", CANCELLED: "", INTERRUPTED: "busy",
-          NOT_STARTED_STATE: ""}  # fmt: skip
+_KINDS: dict[str, str] = {
+    Status.COMPLETED: "good",
+    Status.RUNNING: "busy",
+    Status.QUEUED: "",
+    Status.PLANNED: "",
+    Status.CANCELLED: "",
+    Status.INTERRUPTED: "busy",
+    NOT_STARTED_STATE: "",
+}
 
 
 def write_page(directory: str, html: str) -> str:
@@ -61,7 +68,7 @@ def page_of(seen: Seen) -> str:
 def _overview(seen: Seen) -> Html:
     items: list[tuple[str, object, object]] = [
         ("jobs" if seen.sweeps else "runs", len(seen.rows), ""),
-        ("completed", sum(row.state == COMPLETED for row in seen.rows), ""),
+        ("completed", sum(row.state == Status.COMPLETED for row in seen.rows), ""),
     ]
     best = next((row for row in seen.rows if row.score is not None), None)
     if best is not None:
@@ -91,7 +98,7 @@ def _table(seen: Seen) -> Html:
             None if row.seconds is None else duration(row.seconds),
             None if row.started is None else clock(row.started),
             None if row.run is None else row.run.name,
-            (row.error or "").partition("\n")[0][:100] if row.state != COMPLETED else "",
+            (row.error or "").partition("\n")[0][:100] if row.state != Status.COMPLETED else "",
             *([row.sweep.name if row.sweep else None] if several else []),
         ]
         for row in seen.rows

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 
-from danling_conf.cli.attempts import read_json
-from danling_conf.launch.backend import Backend, Ending
-from danling_conf.launch.following import as_told
-from danling_conf.launch.following_lock import FollowingLock
-from danling_conf.launch.ledger import RUNNING, Record
-from danling_conf.launch.local_processes import NOT_STARTED, LeftLocalJobs, is_here
-from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.records.attempts import read_json
+from danling_conf.records.ledger import Record
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.sweep.backend import Backend, Ending
+from danling_conf.sweep.monitor import as_told
+from danling_conf.sweep.orphans import NOT_STARTED, LeftLocalJobs, is_here
 
 NOT_STARTED_STATE = "not started"
 
@@ -57,7 +58,7 @@ def ends_seen(sweep: SweepDirectory) -> tuple[dict[str, Ending], list[str]]:
 
 
 def _slurm(sweep: SweepDirectory) -> Backend:
-    from danling_conf.launch.slurm.jobs import SlurmJobs
+    from danling_conf.sweep.slurm_backend import SlurmJobs
 
     return SlurmJobs(sweep.path)
 
@@ -65,6 +66,6 @@ def _slurm(sweep: SweepDirectory) -> Backend:
 def _of_others(unfinished: list[Record]) -> list[str]:
     hosts = sorted({
         str(record.facts["host"]) for record in unfinished
-        if record.status == RUNNING and "host" in record.facts and not is_here(record)
+        if record.status == Status.RUNNING and "host" in record.facts and not is_here(record)
     })  # fmt: skip
     return [f"on {', '.join(hosts)} jobs ran when last heard of: look from there"] if hosts else []

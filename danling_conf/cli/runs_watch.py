@@ -7,11 +7,11 @@ import time
 from danling_conf.cli.runs import look
 from danling_conf.cli.runs_found import asked_of, file_of, find, reachable_or_refuse
 from danling_conf.cli.runs_state import is_own
-from danling_conf.launch.ledger import COMPLETED
-from danling_conf.launch.live_table import drawn
-from danling_conf.launch.local_processes import LeftLocalJobs
-from danling_conf.launch.running import backend_for, follow
-from danling_conf.launch.sweep_directory import SweepDirectory
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.sweep.live_table import drawn
+from danling_conf.sweep.orphans import LeftLocalJobs
+from danling_conf.sweep.run import backend_for, follow
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 FAILED = 1
@@ -43,7 +43,7 @@ def _follow(sweep: SweepDirectory) -> int:
         # Jobs on this machine are started by the command that asked for them, or by `resume`.
         backend, launcher["on_failure"] = LeftLocalJobs(sweep.path), "continue"
     ended = follow(sweep, backend, files, launcher)
-    return 0 if all(record.status == COMPLETED for record in ended) else FAILED
+    return 0 if all(record.status == Status.COMPLETED for record in ended) else FAILED
 
 
 def _look_on(directory: str) -> int:
@@ -69,4 +69,4 @@ def _look_on(directory: str) -> int:
                 time.sleep(_SECONDS)
     except KeyboardInterrupt:
         return 130
-    return 0 if all(row.state == COMPLETED for row in seen.rows) else FAILED
+    return 0 if all(row.state == Status.COMPLETED for row in seen.rows) else FAILED

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from danling_conf.cli.checkpoints import readable_size
 from danling_conf.cli.report import duration
-from danling_conf.resolution.find_runs import runs_or_refuse
-from danling_conf.resolution.ranks_seen import RankSeen, RunSeen, look_at
+from danling_conf.records.find import runs_or_refuse
+from danling_conf.records.ranks import RankSeen, RunSeen, look_at
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 STUCK = 1

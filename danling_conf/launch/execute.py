@@ -11,15 +11,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.launch.command import App
-from danling_conf.launch.local_workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
-from danling_conf.launch.run_rank import read_result, run_rank, write_result
-from danling_conf.resolution.current import Current
-from danling_conf.resolution.frozen import FROZEN, freeze_attempt
-from danling_conf.resolution.hydra_adapter import Composer, hydra_settings
-from danling_conf.resolution.run_directory import Attempt, claim
-from danling_conf.resolution.run_lock import RunLock
-from danling_conf.resolution.warn import warn
+from danling_conf.config.hydra_adapter import Composer, hydra_settings
+from danling_conf.launch.app import App
+from danling_conf.launch.rank import read_result, run_rank, write_result
+from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
+from danling_conf.records.current import Current
+from danling_conf.records.frozen import FROZEN, freeze_attempt
+from danling_conf.records.run_directory import Attempt, claim
+from danling_conf.records.run_lock import RunLock
+from danling_conf.records.warn import warn
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.rank_environment import SINGLE

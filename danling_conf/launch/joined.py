@@ -8,13 +8,14 @@ import sys
 import traceback
 from typing import Any
 
-from danling_conf.launch.command import REFUSED, App, check, compose_or_refuse, refuse
+from danling_conf.config.check import check, compose_or_refuse
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.launch.app import REFUSED, App, refuse
 from danling_conf.launch.execute import open_attempt
-from danling_conf.launch.meeting import announce, await_configuration, meet
-from danling_conf.launch.run_rank import run_rank
-from danling_conf.resolution.current import Current
-from danling_conf.resolution.frozen import FROZEN, take_part_in, thaw
-from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
+from danling_conf.launch.rank import run_rank
+from danling_conf.launch.store import announce, await_configuration, meet
+from danling_conf.records.current import Current
+from danling_conf.records.frozen import FROZEN, take_part_in, thaw
 from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.job_file import JobFile
-from danling_conf.launch.ledger import RUNNING
-from danling_conf.resolution.code_identity import code_identity
-from danling_conf.resolution.frozen import freeze_attempt, thaw_job
-from danling_conf.resolution.hydra_adapter import settings_in
-from danling_conf.resolution.run_directory import Attempt, begin
-from danling_conf.resolution.run_lock import RunLock
-from danling_conf.resolution.warn import warn
+from danling_conf.config.hydra_adapter import settings_in
+from danling_conf.records.code import code_identity
+from danling_conf.records.frozen import freeze_attempt, thaw_job
+from danling_conf.records.job_file import JobFile
+from danling_conf.records.run_directory import Attempt, begin
+from danling_conf.records.run_lock import RunLock
+from danling_conf.records.status import Status
+from danling_conf.records.warn import warn
 from danling_conf.schema import RunnerConfig
 
 
@@ -39,6 +39,6 @@ def open_job(
         attempt = replace(attempt, notes=(*attempt.notes, note))
     freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
     host = os.uname().nodename
-    job.ledger.add(job.key, status=RUNNING, attempt=attempt.directory.name, host=host, pid=os.getpid(), **facts)
+    job.ledger.add(job.key, status=Status.RUNNING, attempt=attempt.directory.name, host=host, pid=os.getpid(), **facts)
     warn(attempt, config)
     return config, attempt, lock

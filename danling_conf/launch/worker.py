@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.local_workers import RAISED_AT
-from danling_conf.launch.run_rank import run_rank
-from danling_conf.resolution.current import Current
-from danling_conf.resolution.frozen import take_part_in, thaw
-from danling_conf.resolution.logs import configure_job_logging, rank_log, redirect_output
+from danling_conf.launch.rank import run_rank
+from danling_conf.launch.workers import RAISED_AT
+from danling_conf.records.current import Current
+from danling_conf.records.frozen import take_part_in, thaw
+from danling_conf.records.logs import configure_job_logging, rank_log, redirect_output
 from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.violation import ConfigRefused
 

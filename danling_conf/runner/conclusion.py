@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from danling_conf.resolution.run_directory import Attempt
+from danling_conf.records.run_directory import Attempt
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.score import Score
 from danling_conf.topology.rank_environment import RankEnvironment

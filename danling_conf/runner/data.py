@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from danling_conf.build import dataloader
-from danling_conf.build.context import sequence_length
-from danling_conf.build.model import Assembled
-from danling_conf.build.samplers import ShardedSampler
+from danling_conf.components import dataloader
+from danling_conf.components.samplers import ShardedSampler
+from danling_conf.parallel.context import sequence_length
+from danling_conf.parallel.model import Assembled
 from danling_conf.runner.alignment import agreed_length, aligned
 from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.layout import Layout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from danling_conf.resolution.run_directory import write_whole
+from danling_conf.records.run_directory import write_whole
 
 
 def record_environment(attempt: Path) -> None:

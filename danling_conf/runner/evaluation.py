@@ -18,10 +18,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from danling_conf.build.passes import Passes
+from danling_conf.parallel.forward_backward import Passes
 from danling_conf.runner.batch import count_samples, metric_inputs, to_device
 from danling_conf.runner.data import any_batch
-from danling_conf.runner.meters import reduce_sum
+from danling_conf.runner.observe.meters import reduce_sum
 
 
 def evaluate(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:

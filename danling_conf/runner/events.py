@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from danling_conf.build import process_group
+from danling_conf.parallel import process_group
 from danling_conf.runner import garbage_collection, saving
 from danling_conf.runner.cadence import next_multiple
 from danling_conf.runner.data import evaluated_splits
-from danling_conf.runner.stopwatch import CHECKPOINT, EVALUATION
+from danling_conf.runner.observe.stopwatch import CHECKPOINT, EVALUATION
 
 if TYPE_CHECKING:
     from danling_conf.runner.training import Runner

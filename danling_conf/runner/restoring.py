@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from danling_conf.checkpoint.folder import others
 from danling_conf.checkpoint.loading import LayoutDiffers, NothingSaved
 from danling_conf.checkpoint.manager import CheckpointManager
-from danling_conf.resolution.frozen import code_of, earlier_code
-from danling_conf.resolution.identity import differences
-from danling_conf.resolution.run_directory import Attempt
+from danling_conf.config.identity import differences
+from danling_conf.records.frozen import code_of, earlier_code
+from danling_conf.records.run_directory import Attempt
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danling_conf.build import dataloader as loaders
-from danling_conf.build.samplers import ShardedSampler, seed_of
 from danling_conf.checkpoint.background import SaveFailed
-from danling_conf.resolution.identity import plain
-from danling_conf.resolution.stopped import Stopped
+from danling_conf.components import dataloader as loaders
+from danling_conf.components.samplers import ShardedSampler, seed_of
+from danling_conf.config.identity import plain
+from danling_conf.records.stopped import Stopped
 from danling_conf.runner import seeds
 from danling_conf.runner.conclusion import go_on_command, shown
 from danling_conf.runner.restoring import Restored, load_pretrained, restore

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from danling_conf.build import scheduler
+from danling_conf.components import scheduler
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.score import Score, infer_mode
 from danling_conf.schema.scheduler import SchedulerConfig

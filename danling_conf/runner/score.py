@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from danling_conf.build.dataloader import is_training
+from danling_conf.components.dataloader import is_training
 
 PREFERRED_SPLITS = ("val", "validate")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from danling_conf.build.samplers import seed_of
+from danling_conf.components.samplers import seed_of
 
 
 def seed_rank(seed: int, stream: int) -> None:

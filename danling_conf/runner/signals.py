@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from danling_conf.resolution.stopped import STOPPING, early_signal
+from danling_conf.records.stopped import STOPPING, early_signal
 
 _listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
 _NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name))

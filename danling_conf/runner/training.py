@@ -13,27 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf.build import compile as compilation
-from danling_conf.build import dataloader as loaders
-from danling_conf.build import gradients, optimizer, precision
-from danling_conf.build.model import assemble
-from danling_conf.build.passes import Loss, Passes
-from danling_conf.build.target import model_factory
 from danling_conf.checkpoint.manager import CheckpointManager
-from danling_conf.resolution.current import current
-from danling_conf.resolution.identity import layout_name
-from danling_conf.resolution.logs import close_logs, open_logs
-from danling_conf.resolution.resolve import resolve
-from danling_conf.runner import events, garbage_collection, saving, seeds, stuck
+from danling_conf.components import dataloader as loaders
+from danling_conf.components import gradients, optimizer, precision
+from danling_conf.components.target import model_factory
+from danling_conf.config.identity import layout_name
+from danling_conf.config.resolve import resolve
+from danling_conf.parallel import compile as compilation
+from danling_conf.parallel.forward_backward import Loss, Passes
+from danling_conf.parallel.model import assemble
+from danling_conf.records.current import current
+from danling_conf.records.logs import close_logs, open_logs
+from danling_conf.runner import events, garbage_collection, saving, seeds
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
 from danling_conf.runner.cadence import cadence_of
 from danling_conf.runner.conclusion import conclusion
 from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, in_step, make_loaders
 from danling_conf.runner.environment import record_environment
 from danling_conf.runner.evaluation import evaluate
-from danling_conf.runner.flops import Utilisation
-from danling_conf.runner.meters import LossMeter
-from danling_conf.runner.observers import Observers
+from danling_conf.runner.observe import collective_timeout as stuck
+from danling_conf.runner.observe.flops import Utilisation
+from danling_conf.runner.observe.meters import LossMeter
+from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.progress import Progress
 from danling_conf.runner.refusal import refused
 from danling_conf.runner.schedule import Schedule

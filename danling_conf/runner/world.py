@@ -13,15 +13,15 @@ import torch
 import torch.distributed as distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from danling_conf.build import mesh as meshes
-from danling_conf.build import process_group
-from danling_conf.build.device import device_type, local_device
-from danling_conf.resolution.current import Current, current
-from danling_conf.resolution.frozen import freeze_attempt
-from danling_conf.resolution.identity import differences, job_id, plain
-from danling_conf.resolution.run_directory import Attempt, claim
-from danling_conf.resolution.run_lock import RunLock
-from danling_conf.resolution.warn import warn
+from danling_conf.config.identity import differences, job_id, plain
+from danling_conf.parallel import mesh as meshes
+from danling_conf.parallel import process_group
+from danling_conf.parallel.device import device_type, local_device
+from danling_conf.records.current import Current, current
+from danling_conf.records.frozen import freeze_attempt
+from danling_conf.records.run_directory import Attempt, claim
+from danling_conf.records.run_lock import RunLock
+from danling_conf.records.warn import warn
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import data_rank, layout_of, random_stream
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank

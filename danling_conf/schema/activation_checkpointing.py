@@ -12,7 +12,7 @@ from danling_conf.schema.setting import setting
 class ActivationCheckpointingConfig:
     """Recompute activations of the repeated blocks in the backward pass instead of keeping them."""
 
-    read_by: ClassVar[str] = "danling_conf.build.activation_checkpointing"
+    read_by: ClassVar[str] = "danling_conf.parallel.activation_checkpointing"
 
     mode: str = setting("none", choices=("none", "full", "every_n", "selective"), semantic=False)
     """`none` keeps all activations; `full` recomputes every block; `every_n` recomputes each n-th block; `selective`
@@ -23,5 +23,5 @@ class ActivationCheckpointingConfig:
     """With `mode: selective`: operators whose results are kept, such as `aten.mm.default`. Unset: matrix products and
     attention."""
 
-    _target_: str = "danling_conf.build.activation_checkpointing.from_keywords"
+    _target_: str = "danling_conf.parallel.activation_checkpointing.from_keywords"
     _recursive_: bool = False

@@ -12,7 +12,7 @@ from danling_conf.schema.setting import setting
 class CompileConfig:
     """`torch.compile` of the model, block by block unless said otherwise."""
 
-    read_by: ClassVar[str] = "danling_conf.build.compile"
+    read_by: ClassVar[str] = "danling_conf.parallel.compile"
 
     enable: bool = setting(False, semantic=False)
     """Compile the model with `torch.compile`."""
@@ -40,5 +40,5 @@ class CompileConfig:
     memory_policy: Optional[str] = setting(None, semantic=False, choices=("default",), pending="stack=graph")
     """Graph-memory policy label (graph stack): unset or `default`."""
 
-    _target_: str = "danling_conf.build.compile.from_keywords"
+    _target_: str = "danling_conf.parallel.compile.from_keywords"
     _recursive_: bool = False

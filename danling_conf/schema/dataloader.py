@@ -16,7 +16,7 @@ OF_WORKERS = ("prefetch_factor", "persistent_workers")
 class SplitDataloaderConfig:
     """Settings of one split's loader: `dataloader.train.shuffle=false`."""
 
-    read_by: ClassVar[str] = "danling_conf.build.dataloader"
+    read_by: ClassVar[str] = "danling_conf.components.dataloader"
 
     batch_size: Optional[int] = setting(None, at_least=1)
     """Local batch size: samples per data rank and microbatch. Unset: 1."""
@@ -42,10 +42,10 @@ class SplitDataloaderConfig:
 class DataloaderConfig(SplitDataloaderConfig):
     """Settings of every loader. A key with the name of a split (`dataloader.val.batch_size=3`) overrides them there."""
 
-    read_by: ClassVar[str] = "danling_conf.build.dataloader"
+    read_by: ClassVar[str] = "danling_conf.components.dataloader"
     open_to: ClassVar[type] = SplitDataloaderConfig
 
-    _target_: str = "danling_conf.build.dataloader.from_keywords"
+    _target_: str = "danling_conf.components.dataloader.from_keywords"
     _recursive_: bool = False
 
 

@@ -22,7 +22,7 @@ DTYPE_ALIASES = {
 class MixedPrecisionPolicyConfig:
     """`fsdp.mp_policy`: the arguments of `torch.distributed.fsdp.MixedPrecisionPolicy`."""
 
-    read_by: ClassVar[str] = "danling_conf.build.fsdp"
+    read_by: ClassVar[str] = "danling_conf.parallel.fsdp"
 
     param_dtype: Optional[str] = setting(None, choices=DTYPES, aliases=DTYPE_ALIASES)
     """dtype of the gathered parameters, and so of the computation. Unset: the parameters' own."""
@@ -38,7 +38,7 @@ class MixedPrecisionPolicyConfig:
 class OffloadPolicyConfig:
     """`fsdp.offload_policy`: the arguments of `torch.distributed.fsdp.CPUOffloadPolicy`."""
 
-    read_by: ClassVar[str] = "danling_conf.build.fsdp"
+    read_by: ClassVar[str] = "danling_conf.parallel.fsdp"
 
     enabled: bool = setting(True, semantic=False)
     """Keep parameters, gradients and optimizer states in host memory; blocks are copied to the device when needed."""
@@ -50,7 +50,7 @@ class OffloadPolicyConfig:
 class FsdpConfig:
     """FSDP2 wrapping of each repeated block, then of the root. A layout's name switches it on."""
 
-    read_by: ClassVar[str] = "danling_conf.build.fsdp"
+    read_by: ClassVar[str] = "danling_conf.parallel.fsdp"
 
     enabled: bool = False
     """Shard parameters, gradients and optimizer states over the shard axis (set by the layout, `parallel=fsdp8`)."""
@@ -65,5 +65,5 @@ class FsdpConfig:
     module_classes: Optional[List[str]] = setting(None, semantic=False)
     """Class names of the modules to wrap. Unset: the model's repeated blocks are found."""
 
-    _target_: str = "danling_conf.build.fsdp.from_keywords"
+    _target_: str = "danling_conf.parallel.fsdp.from_keywords"
     _recursive_: bool = False

@@ -15,7 +15,7 @@ _PLUGIN = "hydra_plugins.danling_conf_plugin"
 class LauncherConfig:
     """What both launchers know."""
 
-    read_by: ClassVar[str] = "danling_conf.launch.sweep"
+    read_by: ClassVar[str] = "danling_conf.sweep.submit"
 
     on_failure: str = "continue"
     """What a failed job means for the others: `continue` with them, `stop` the sweep, or `retry N`: start the job again
@@ -28,7 +28,7 @@ class LauncherConfig:
 class LocalLauncherConfig(LauncherConfig):
     """The jobs of a sweep on this machine, several at once."""
 
-    read_by: ClassVar[str] = "danling_conf.launch.local_jobs"
+    read_by: ClassVar[str] = "danling_conf.sweep.local_backend"
 
     _target_: str = f"{_PLUGIN}.local_launcher.LocalLauncher"
     parallel_jobs: Optional[int] = setting(None, at_least=1)

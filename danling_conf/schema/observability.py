@@ -12,7 +12,7 @@ from danling_conf.schema.setting import setting
 class ProfilingConfig:
     """`torch.profiler` over a bounded number of steps."""
 
-    read_by: ClassVar[str] = "danling_conf.build.profiler"
+    read_by: ClassVar[str] = "danling_conf.components.profiler"
 
     enabled: bool = setting(False, semantic=False)
     """Trace some steps with `torch.profiler`."""
@@ -40,7 +40,7 @@ class ProfilingConfig:
 class HeartbeatConfig:
     """A machine-readable file per rank that says how far it is."""
 
-    read_by: ClassVar[str] = "danling_conf.runner.heartbeat"
+    read_by: ClassVar[str] = "danling_conf.runner.observe.heartbeat"
 
     enabled: bool = setting(False, semantic=False)
     """Write heartbeats."""

@@ -13,7 +13,7 @@ class OptimConfig:
     """Any optimizer of `torch.optim`, or a class of your own; its other options stand beside these keys
     (`optim.betas=[0.9,0.95]`, `optim.momentum=0.9`)."""
 
-    read_by: ClassVar[str] = "danling_conf.build.optimizer"
+    read_by: ClassVar[str] = "danling_conf.components.optimizer"
     open_to: ClassVar[str] = "optimizer options"
 
     type: str = "adamw"
@@ -27,5 +27,5 @@ class OptimConfig:
     the first group that matches takes it) and options, or `lr_multiplier`, `weight_decay_multiplier`, `beta1`, `beta2`.
     A pattern that matches no parameter is an error. Unset: all parameters are one group."""
 
-    _target_: str = "danling_conf.build.optimizer.from_keywords"
+    _target_: str = "danling_conf.components.optimizer.from_keywords"
     _recursive_: bool = False

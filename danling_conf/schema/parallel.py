@@ -52,41 +52,41 @@ class AxesConfig:
 class ParallelConfig:
     """How a run is laid out over processes. Usually chosen by a layout's name: `parallel=fsdp8`."""
 
-    read_by: ClassVar[str] = "danling_conf.build.mesh"
+    read_by: ClassVar[str] = "danling_conf.parallel.mesh"
 
     axes: AxesConfig = field(default_factory=AxesConfig)
-    tensor_plan: Any = setting(None, kinds=(dict,), semantic=False, read_by="danling_conf.build.tensor")
+    tensor_plan: Any = setting(None, kinds=(dict,), semantic=False, read_by="danling_conf.parallel.tensor")
     """How the tensor axis shards each module: names (`layers.*.attention.wq`) to styles, in the words of Hugging Face's
     plans: `colwise` and `rowwise` (output and input features of a `Linear`), `colwise_gather_output`,
     `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`, `replicated_with_grad_allreduce` (a norm of sharded
     heads). Unset: the model's own `tp_plan`."""
-    sequence_parallel: bool = setting(False, semantic=False, read_by="danling_conf.build.tensor")
+    sequence_parallel: bool = setting(False, semantic=False, read_by="danling_conf.parallel.tensor")
     """Between the tensor-parallel layers, share activations along the sequence (the model's `sequence_plan`): less
     memory for activations, the same traffic."""
-    loss_parallel: bool = setting(True, semantic=False, read_by="danling_conf.build.tensor")
+    loss_parallel: bool = setting(True, semantic=False, read_by="danling_conf.parallel.tensor")
     """Under tensor parallelism, compute the cross-entropy on logits that stay sharded over the vocabulary, instead of
     gathering them. The loss must be torch's cross-entropy."""
     context_method: str = setting(
-        "gather", choices=("gather", "ulysses", "ring"), semantic=False, read_by="danling_conf.build.context"
+        "gather", choices=("gather", "ulysses", "ring"), semantic=False, read_by="danling_conf.parallel.context"
     )
     """How ranks that share a sequence attend to all of it: `gather` collects keys and values (any number of heads),
     `ulysses` exchanges heads for positions (the degree divides the query heads), `ring` passes keys and values around
     (torch's own, experimental; needs CUDA)."""
-    context_balance: bool = setting(True, semantic=False, read_by="danling_conf.build.context")
+    context_balance: bool = setting(True, semantic=False, read_by="danling_conf.parallel.context")
     """Give each context rank one early and one late piece of the sequence, since causal attention costs more the later
     it is. Not for `ulysses`, which is even as it is."""
     pipeline_schedule: str = setting(
         "1F1B",
         choices=PIPELINE_SCHEDULES,
         aliases={name.lower(): name for name in PIPELINE_SCHEDULES if name != name.lower()},
-        read_by="danling_conf.build.pipeline",
+        read_by="danling_conf.parallel.pipeline",
     )
     """Pipeline schedule, a name that `torch.distributed.pipelining.schedules.get_schedule_class` knows."""
-    pipeline_microbatch_size: int = setting(1, at_least=1, read_by="danling_conf.build.pipeline")
+    pipeline_microbatch_size: int = setting(1, at_least=1, read_by="danling_conf.parallel.pipeline")
     """Samples in one pipeline microbatch; the number of microbatches is the local batch size divided by this."""
-    pipeline_n_microbatches: Optional[int] = setting(None, at_least=1, read_by="danling_conf.build.pipeline")
+    pipeline_n_microbatches: Optional[int] = setting(None, at_least=1, read_by="danling_conf.parallel.pipeline")
     """Number of pipeline microbatches. Unset: derived from the microbatch size; set, it overrides the size."""
-    module_fqns_per_model_part: Optional[List[List[str]]] = setting(None, read_by="danling_conf.build.stages")
+    module_fqns_per_model_part: Optional[List[List[str]]] = setting(None, read_by="danling_conf.parallel.stages")
     """Module names of each pipeline stage; the outer length is the number of stages, divisible by
     `parallel.axes.pipeline`. Unset: the repeated blocks are dealt out evenly, two stages a rank where the schedule
     wants several."""
@@ -94,8 +94,8 @@ class ParallelConfig:
     """Describe the ranks by a `DeviceMesh`. Without one, they are the default process group: enough for DDP only."""
     mesh_device_type: Optional[str] = setting(None, semantic=False, choices=("cpu", "cuda", "xpu", "mps", "hpu", "npu"))
     """Device type of the mesh and of the run. Unset: this machine's accelerator, else `cpu`."""
-    allow_degree_change: bool = setting(False, semantic=False, read_by="danling_conf.resolution.run_directory")
+    allow_degree_change: bool = setting(False, semantic=False, read_by="danling_conf.records.run_directory")
     """Allow a checkpoint that was written under another layout to be loaded."""
 
-    _target_: str = "danling_conf.build.mesh.from_keywords"
+    _target_: str = "danling_conf.parallel.mesh.from_keywords"
     _recursive_: bool = False

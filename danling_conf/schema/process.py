@@ -14,7 +14,7 @@ _FT = "fault tolerance"
 class CommConfig:
     """Time limits of collectives."""
 
-    read_by: ClassVar[str] = "danling_conf.build.process_group"
+    read_by: ClassVar[str] = "danling_conf.parallel.process_group"
 
     init_timeout_seconds: Optional[int] = setting(None, at_least=1, semantic=False)
     """Time limit of collectives, in seconds, during start-up and compilation. Unset: torch's default."""

@@ -17,7 +17,7 @@ from danling_conf.schema.process import CommConfig, FtConfig, GcConfig
 from danling_conf.schema.scheduler import SchedulerConfig
 from danling_conf.schema.setting import setting
 
-_RUN_DIRECTORY = "danling_conf.resolution.run_directory"
+_RUN_DIRECTORY = "danling_conf.records.run_directory"
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ class SchedulerConfig:
     """A schedule by shape (`constant`, `linear`, `cosine`, `wsd`), any scheduler of `torch.optim.lr_scheduler` with its
     options beside these keys (`scheduler.step_size=10`), or a class of your own."""
 
-    read_by: ClassVar[str] = "danling_conf.build.scheduler"
+    read_by: ClassVar[str] = "danling_conf.components.scheduler"
     open_to: ClassVar[str] = "scheduler options"
 
     type: str = "constant"
@@ -31,5 +31,5 @@ class SchedulerConfig:
     final_lr_ratio: Optional[float] = setting(None, at_least=0)
     """Learning rate at the end of a schedule by shape, as a share of `optim.lr`. Unset: 0."""
 
-    _target_: str = "danling_conf.build.scheduler.from_keywords"
+    _target_: str = "danling_conf.components.scheduler.from_keywords"
     _recursive_: bool = False

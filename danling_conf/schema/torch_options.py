@@ -133,7 +133,7 @@ OPTIMIZERS: dict[str, Entry] = _table(
             "ns_coefficients": Option(kind="floats", length=3),
             "ns_steps": _COUNT,
             "adjust_lr_fn": _choice("original", "match_rms_adamw"),
-            # Of the AdamW that takes what Muon cannot: see danling_conf.build.muon.
+            # Of the AdamW that takes what Muon cannot: see danling_conf.components.muon.
             "betas": Option(kind="floats", length=2, own=True),
             "foreach": Option(kind="bool", own=True),
             "fused": Option(kind="bool", own=True),

@@ -1,6 +1,6 @@
 """Where Hydra 1.3 wants launcher classes to live."""
 
-from danling_conf.launch.jobs_launcher import JobsLauncher
+from danling_conf.sweep.hydra_launcher import JobsLauncher
 
 
 class SlurmLauncher(JobsLauncher):

@@ -14,7 +14,7 @@ import danling_conf
 def app(config: Any) -> float:
     import torch
 
-    from tests.runner.small import DropoutNet, Pairs, loss
+    from tests.support.small import DropoutNet, Pairs, loss
 
     torch.set_num_threads(1)
     runner = danling_conf.Runner(config)

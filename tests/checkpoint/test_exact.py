@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from danling_conf.checkpoint.background import SaveFailed
-from tests.checkpoint.decoding import train
-from tests.checkpoint.processes import run
+from tests.support.decoder_runs import train
+from tests.support.processes import run
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from danling_conf import ConfigRefused, Runner
 from danling_conf.checkpoint import export, manifest
 from danling_conf.checkpoint.manifest import EXPORTED
-from tests.checkpoint.processes import run as on_ranks
-from tests.checkpoint.runs import checkpoints, settings_of, start, train
-from tests.runner.small import Net, Pairs, equal, loss
+from tests.support.processes import run as on_ranks
+from tests.support.resumed_runs import checkpoints, settings_of, start, train
+from tests.support.small import Net, Pairs, equal, loss
 
 EXPORTING: dict[str, Any] = {"steps": 3, "eval_interval": 100, "checkpoint": {"last_save_model_only": True}}
 
@@ -121,7 +121,7 @@ def test_a_damaged_export_is_refused(tmp_path: Path, how: str, monkeypatch: pyte
 
 
 def exported_by(root: str, layout: str) -> Any:
-    from tests.checkpoint import decoding
+    from tests.support import decoder_runs as decoding
 
     done = decoding.train(root, layout, {"steps": 2, "checkpoint": {"last_save_model_only": True, "interval": None}})
     return done["run"], done["weights"]

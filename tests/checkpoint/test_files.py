@@ -17,9 +17,9 @@ import torch
 
 from danling_conf import ConfigRefused
 from danling_conf.checkpoint import durable, manifest
-from tests.checkpoint.runs import checkpoints, pointed, splits, start, train
-from tests.runner.small import DropoutNet, Net, Pairs, loss
 from tests.runner.test_scheduler import Scripted
+from tests.support.resumed_runs import checkpoints, pointed, splits, start, train
+from tests.support.small import DropoutNet, Net, Pairs, loss
 
 SAVED = {"steps": 4, "checkpoint": {"interval": 2}, "eval_interval": 4}
 

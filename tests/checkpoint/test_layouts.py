@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from danling_conf import ConfigRefused
+from danling_conf.checkpoint.gather import gathered
 from danling_conf.checkpoint.state import MODEL, model_tensors, optimizer_tensors
-from danling_conf.checkpoint.whole import gathered
-from tests.checkpoint.decoding import Texts, loss, model, settings_of, train
-from tests.checkpoint.processes import run
+from tests.support.decoder_runs import Texts, loss, model, settings_of, train
+from tests.support.processes import run
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from danling_conf import ConfigRefused
-from danling_conf.resolution.run_directory import claim
-from tests.checkpoint.runs import checkpoints, settings_of, splits, start, train
-from tests.runner.small import DropoutNet, Net, equal, loss
+from danling_conf.records.run_directory import claim
+from tests.support.resumed_runs import checkpoints, settings_of, splits, start, train
+from tests.support.small import DropoutNet, Net, equal, loss
 
 SETTINGS: dict[str, Any] = {"steps": 8, "eval_interval": 100, "checkpoint": {"interval": 4}}
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from danling_conf import ConfigRefused
-from danling_conf.resolution.run_directory import claim
+from danling_conf.records.run_directory import claim
 from danling_conf.runner.score import Score
-from tests.checkpoint.runs import checkpoints, settings_of, start, train
-from tests.distributed.spawn import run as on_ranks
-from tests.runner.small import equal
+from tests.support.resumed_runs import checkpoints, settings_of, start, train
+from tests.support.small import equal
+from tests.support.spawn import run as on_ranks
 
 EPOCH = 6
 """Optimizer steps of an epoch: 24 samples in batches of four."""

@@ -18,8 +18,8 @@ from danling_conf.checkpoint.writing import Writer
 from danling_conf.runner.cadence import cadence_of
 from danling_conf.schema import Layout
 from danling_conf.schema.checkpoint import CheckpointConfig
-from tests.checkpoint.runs import checkpoints, pointed, settings_of, splits, start, train
-from tests.runner.small import DropoutNet, loss
+from tests.support.resumed_runs import checkpoints, pointed, settings_of, splits, start, train
+from tests.support.small import DropoutNet, loss
 
 
 def names(*steps: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from danling_conf.checkpoint import manifest
-from tests.launch.command import REPOSITORY, Ranks, all_gone, attempts, run, runs, started, torchrun
+from tests.support.commands import REPOSITORY, Ranks, all_gone, attempts, run, runs, started, torchrun
 
 pytestmark = pytest.mark.slow
 

@@ -91,7 +91,7 @@ def test_a_setting(command: Command) -> None:
     assert lines[0] == "fsdp.reshard_after_forward"
     assert "  type     bool | int | None" in lines
     assert "  default  unset" in lines
-    assert "  read by  danling_conf.build.fsdp" in lines
+    assert "  read by  danling_conf.parallel.fsdp" in lines
     assert any("Unset" in line for line in lines)  # the doc of the field
 
 

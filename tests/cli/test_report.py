@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from danling_conf.cli.attempts import attempts_of
 from danling_conf.cli.main import main
 from danling_conf.cli.report import duration, report
-from danling_conf.resolution.metrics_file import goodput, read_metrics, series
-from danling_conf.resolution.stopped import Stopped
+from danling_conf.records.attempts import attempts_of
+from danling_conf.records.metrics import goodput, read_metrics, series
+from danling_conf.records.stopped import Stopped
 from tests.cli.browser import dom_of, picture_of
-from tests.runner.small import Net, Pairs, loss, runner
+from tests.support.small import Net, Pairs, loss, runner
 
 DATA = {"train": Pairs(), "val": Pairs(9, seed=1)}
 SETTINGS: dict[str, Any] = {"log_interval": 1, "eval_interval": 3, "max_grad_norm": 1.0,

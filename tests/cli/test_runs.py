@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from danling_conf.cli.main import main
-from danling_conf.launch.job_rows import Row
-from danling_conf.launch.job_table import table_lines
-from tests.cli.sweeps import run_sweep, sweep_in, write_sweep
-from tests.launch.command import APP, run, runs
+from danling_conf.sweep.rows import Row
+from danling_conf.sweep.table import table_lines
+from tests.support.commands import APP, run, runs
+from tests.support.sweeps import run_sweep, sweep_in, write_sweep
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_root_with_several_sweeps_and_a_run_of_its_own(tmp_path: Path, capsys:
 
 
 def _single(root: Path) -> list[str | Path]:
-    from tests.cli.sweeps import APP as gated
+    from tests.support.sweeps import APP as gated
 
     return [gated, "steps=3", f"workspace_root={root / 'ws'}", f"data.gate={root / 'gate'}"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from danling_conf.cli.main import main
-from tests.cli.sweeps import APP as GATED
-from tests.cli.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
-from tests.launch.command import APP, alive, run, runs, started, wait_for
+from tests.support.commands import APP, alive, run, runs, started, wait_for
+from tests.support.sweeps import APP as GATED
+from tests.support.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
 
 CLI = [sys.executable, "-m", "danling_conf.cli.main"]
 

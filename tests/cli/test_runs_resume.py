@@ -13,10 +13,10 @@ import pytest
 
 from danling_conf.cli.main import main
 from danling_conf.cli.runs_found import sweep_of
-from danling_conf.launch.following_lock import FollowingLock
-from danling_conf.resolution.metrics_file import read_lines
-from tests.cli.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
-from tests.launch.command import APP, alive, run, runs, started, wait_for
+from danling_conf.records.metrics import read_lines
+from danling_conf.records.sweep_lock import FollowingLock
+from tests.support.commands import APP, alive, run, runs, started, wait_for
+from tests.support.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
 
 CLI = [sys.executable, "-m", "danling_conf.cli.main"]
 

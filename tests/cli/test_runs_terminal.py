@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.sweeps import command, run_sweep, states
-from tests.launch.command import LIMIT_SECONDS, REPOSITORY, environment
-from tests.resolution.command_line import poisoned_torch
+from tests.support.command_line import poisoned_torch
+from tests.support.commands import LIMIT_SECONDS, REPOSITORY, environment
+from tests.support.sweeps import command, run_sweep, states
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from danling_conf.cli.main import main
-from danling_conf.resolution.ranks_seen import look_at
+from danling_conf.records.ranks import look_at
 
 pytestmark = pytest.mark.composition
 

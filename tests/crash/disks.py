@@ -19,9 +19,9 @@ from danling_conf.checkpoint import manifest
 from danling_conf.checkpoint.background import SaveFailed
 from danling_conf.checkpoint.folder import Folder
 from danling_conf.groups.source import layout_settings
-from tests.checkpoint.processes import fork_ranks
 from tests.crash.killing import Layers
-from tests.runner.small import Pairs, loss
+from tests.support.processes import fork_ranks
+from tests.support.small import Pairs, loss
 
 SIZE = 2_200_000
 """Bytes of the disk: two checkpoints of 0.8 MB, and not three."""

@@ -33,8 +33,8 @@ from danling_conf.checkpoint.durable import IDLE, MAKING_DURABLE, PRUNING, RENAM
 from danling_conf.checkpoint.folder import Folder
 from danling_conf.checkpoint.manifest import Broken
 from danling_conf.groups.source import layout_settings
-from tests.checkpoint.processes import as_rank, fork, wait
-from tests.runner.small import Pairs
+from tests.support.processes import as_rank, fork, wait
+from tests.support.small import Pairs
 
 PHASES = (STAGING, WRITING, MAKING_DURABLE, RENAMING, PRUNING)
 _STEPS_BEFORE = 2

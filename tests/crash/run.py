@@ -7,8 +7,8 @@ import tempfile
 import time
 from collections import Counter
 
-from tests.checkpoint.processes import call
 from tests.crash.killing import CASES, PHASES, Report, kill_while_saving
+from tests.support.processes import call
 
 
 def crash(kills: int, seed: int = 0) -> list[Report]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.processes import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.processes import call
 from tests.crash.killing import CASES, PHASES, Case, kill_while_saving
+from tests.support.processes import call
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from danling_conf.build import context, gradients, mesh, precision, tensor
-from danling_conf.build.model import Assembled, assemble
-from danling_conf.build.passes import Passes
+from danling_conf.components import gradients, precision
 from danling_conf.groups.layout_names import parse_layout
+from danling_conf.parallel import context, mesh, tensor
+from danling_conf.parallel.forward_backward import Passes
+from danling_conf.parallel.model import Assembled, assemble
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig, OffloadPolicyConfig

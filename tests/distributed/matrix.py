@@ -20,7 +20,7 @@ from danling_conf.schema.parallel import PIPELINE_SCHEDULES
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import Context, violations_of
 from tests.distributed.cells import TOLERANCE, Cell, alone, joined, largest_error, offloaded, train
-from tests.distributed.spawn import RankFailed, run
+from tests.support.spawn import RankFailed, run
 
 LAYOUTS = (
     "ddp4", "fsdp4", "hsdp2x2",

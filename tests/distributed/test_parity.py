@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from danling_conf.build import gradients, precision
-from danling_conf.build.mesh import data_rank_and_degree, make
-from danling_conf.build.model import assemble
+from danling_conf.components import gradients, precision
+from danling_conf.parallel.mesh import data_rank_and_degree, make
+from danling_conf.parallel.model import assemble
 from danling_conf.schema import Layout
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig, OffloadPolicyConfig
-from tests.distributed.decoder import LENGTH, VOCABULARY, Decoder
-from tests.distributed.spawn import RankFailed, run
+from tests.support.decoder import LENGTH, VOCABULARY, Decoder
+from tests.support.spawn import RankFailed, run
 
 pytestmark = pytest.mark.slow
 

@@ -21,8 +21,8 @@ from danling_conf.groups.layout_names import parse_layout
 from danling_conf.schema.parallel import PIPELINE_SCHEDULES
 from danling_conf.topology.layout import rank_at
 from examples.models.decoder import Decoder, DecoderConfig
-from tests.distributed.spawn import run
-from tests.runner.small import runner
+from tests.support.small import runner
+from tests.support.spawn import run
 
 pytestmark = pytest.mark.slow
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from danling_conf.build import mesh as meshes
-from danling_conf.build.muon import ShardedMuon
+from danling_conf.components.muon import ShardedMuon
+from danling_conf.parallel import mesh as meshes
 from danling_conf.schema.layout import Layout
 from danling_conf.schema.torch_options import OPTIMIZERS
-from tests.distributed import spawn
+from tests.support import spawn
 
 CLOSE = 1e-5
 

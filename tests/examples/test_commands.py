@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from danling_conf.launch.ledger import Ledger
-from tests.launch.command import REPOSITORY, Result, attempts, run, runs, torchrun
+from danling_conf.records.ledger import Ledger
+from tests.support.commands import REPOSITORY, Result, attempts, run, runs, torchrun
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ import pytest
 
 import danling_conf
 from danling_conf import ConfigRefused, RunnerConfig
-from danling_conf.launch.command import warnings_of
-from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
-from danling_conf.resolution.identity import difference_from_defaults
-from tests.resolution.command_line import PLAIN, run, write_app, write_configs
+from danling_conf.config.check import warnings_of
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.identity import difference_from_defaults
+from tests.support.command_line import PLAIN, run, write_app, write_configs
 
 pytestmark = pytest.mark.composition
 

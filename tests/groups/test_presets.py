@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.identity import flatten
+from danling_conf.config.resolve import inspect
 from danling_conf.groups.presets import DEFAULT_CHOICES, GLOBAL, GROUPS
-from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
-from danling_conf.resolution.identity import flatten
-from danling_conf.resolution.resolve import inspect
 from danling_conf.topology.rules import Context, ineffective_settings
 
 pytestmark = pytest.mark.composition

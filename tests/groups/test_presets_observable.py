@@ -21,11 +21,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.utils.data import TensorDataset
 
 import danling_conf
-from danling_conf.build import compile as compilation
-from danling_conf.build import dataloader, fsdp, optimizer, process_group, scheduler
+from danling_conf.components import dataloader, optimizer, scheduler
+from danling_conf.config.check import warnings_of
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
-from danling_conf.launch.command import warnings_of
-from danling_conf.resolution.heartbeat_file import read_heartbeats
+from danling_conf.parallel import compile as compilation
+from danling_conf.parallel import fsdp, process_group
+from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.runner.progress import Progress
 from danling_conf.schema import RunnerConfig
 
@@ -65,7 +66,7 @@ def given_to_fully_shard(config: RunnerConfig) -> dict[str, Any]:
     """The options of torch's `fully_shard`, the same for the blocks and the root; the policy of dtypes without a
     `precision` and under bf16."""
     world = mock.MagicMock(mesh_dim_names=("shard",))
-    with mock.patch("danling_conf.build.fsdp.fully_shard") as fully_shard:
+    with mock.patch("danling_conf.parallel.fsdp.fully_shard") as fully_shard:
         for precision in (None, "bf16"):
             fsdp.shard(Model(), config.fsdp, world, precision=precision)
     calls = [call.kwargs for call in fully_shard.call_args_list]
@@ -184,7 +185,7 @@ def fit(config: RunnerConfig) -> danling_conf.Runner:
 
 def given_to_the_profiler(config: RunnerConfig) -> Any:
     """What torch's profiler is made with, and the traces of a run of ten steps."""
-    with mock.patch("danling_conf.build.profiler.profile", wraps=torch.profiler.profile) as made:
+    with mock.patch("danling_conf.components.profiler.profile", wraps=torch.profiler.profile) as made:
         run = fit(config).world.attempt.run_directory
     if not made.called:
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import APP, PLAIN_APP, Ranks, attempts, run, runs, started, torchrun
+from tests.support.commands import APP, PLAIN_APP, Ranks, attempts, run, runs, started, torchrun
 
 
 def settings(root: Path, do: str, *more: str) -> list[str]:

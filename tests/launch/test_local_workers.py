@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.command import APP, Ranks, alive, all_gone, attempts, run, runs, started
+from tests.support.commands import APP, Ranks, alive, all_gone, attempts, run, runs, started
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.launch.command import APP, PLAIN_APP, Ranks, attempts, run, runs, started, wait_for
+from tests.support.commands import APP, PLAIN_APP, Ranks, attempts, run, runs, started, wait_for
 
 
 def settings(root: Path, do: str = "nothing", *more: str) -> list[str | Path]:
@@ -220,9 +220,9 @@ def test_a_name_can_be_that_of_hydra_s_job(tmp_path: Path) -> None:
     done = run([APP, "steps=3", f"workspace_root={tmp_path}", *given], cwd=tmp_path)
     assert done.code == 0, done.text
     (directory,) = runs(tmp_path)
-    assert directory.parent == tmp_path / "app-3" / "app"
+    assert directory.parent == tmp_path / "rank_app-3" / "rank_app"
     (attempt,) = attempts(directory)
-    assert json.loads((attempt / "frozen.json").read_text())["config"]["data"]["a"]["b"] == [1, "app"]
+    assert json.loads((attempt / "frozen.json").read_text())["config"]["data"]["a"]["b"] == [1, "rank_app"]
 
 
 def test_composing_leaves_hydra_as_it_was() -> None:

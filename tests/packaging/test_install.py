@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.resolution.command_line import PLAIN, REPOSITORY, write_configs
+from tests.support.command_line import PLAIN, REPOSITORY, write_configs
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import danling_conf
 from danling_conf import ConfigRefused
-from tests.runner.small import CLASSES, Net, Pairs, config, equal, loss, losses_of, runner, weights
+from tests.support.small import CLASSES, Net, Pairs, config, equal, loss, losses_of, runner, weights
 
 
 def by_hand(model: nn.Module, dataset: Pairs, *, steps: int, batch_size: int = 4, accumulate: int = 1,

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import IterableDataset
 
-from danling_conf.build import dataloader
+from danling_conf.components import dataloader
 from danling_conf.runner.alignment import agreed_length, aligned
 from danling_conf.schema.dataloader import DataloaderConfig
-from tests.distributed.spawn import run
-from tests.runner.small import CLASSES, FEATURES, Pairs, loss, losses_of, runner
+from tests.support.small import CLASSES, FEATURES, Pairs, loss, losses_of, runner
+from tests.support.spawn import run
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -170,7 +170,7 @@ def test_a_single_process_takes_every_batch() -> None:
 
 
 def resumed_on_ranks(root: str) -> dict[str, Any]:
-    from tests.checkpoint.runs import train
+    from tests.support.resumed_runs import train
 
     torch.set_num_threads(1)
     found = {}

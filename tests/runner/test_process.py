@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runner.small import DropoutNet, Net, Pairs, equal, loss, losses_of, runner, weights
+from tests.support.small import DropoutNet, Net, Pairs, equal, loss, losses_of, runner, weights
 
 TRAIN = {"train": Pairs()}
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from danling_conf.build import profiler
-from danling_conf.build.profiler import exposed_communication
+from danling_conf.components import profiler
+from danling_conf.components.profiler import exposed_communication
 from danling_conf.groups.layout_names import parse_layout
 from danling_conf.schema.observability import ProfilingConfig
-from tests.distributed.spawn import run
 from tests.distributed.test_runner import LENGTH, VOCABULARY, Tokens
 from tests.distributed.test_runner import loss as token_loss
-from tests.runner.small import Net, Pairs, loss, runner
+from tests.support.small import Net, Pairs, loss, runner
+from tests.support.spawn import run
 
 
 def fit(root: Path, profiling: dict[str, Any], settings: dict[str, Any] | None = None) -> Any:

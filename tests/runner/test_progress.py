@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from danling_conf.resolution.heartbeat_file import STATES
+from danling_conf.records.heartbeats import STATES
 from danling_conf.runner.progress import Progress
-from tests.runner.small import Net, Pairs, loss, runner
+from tests.support.small import Net, Pairs, loss, runner
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch.distributed as distributed
 from torchmetrics.classification import MulticlassAccuracy
 
 from danling_conf import ConfigRefused
-from tests.distributed.spawn import run
-from tests.runner.small import CLASSES, DropoutNet, Net, Pairs, loss, losses_of, runner
+from tests.support.small import CLASSES, DropoutNet, Net, Pairs, loss, losses_of, runner
+from tests.support.spawn import run
 
 SIZES = (1, 2, 7, 8, 9, 13)
 """Of held-out splits with batches of four: no sample on rank 1, half a batch each, a batch more on one of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from danling_conf.build.fsdp import shard
+from danling_conf.parallel.fsdp import shard
 from danling_conf.runner.refusal import refused
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.topology.violation import ConfigRefused

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from danling_conf import ConfigRefused
-from tests.runner.small import Net, Pairs, loss, runner
+from tests.support.small import Net, Pairs, loss, runner
 
 DATASETS = {"train": Pairs(), "val": Pairs(8, seed=1)}  # 6 steps an epoch
 

@@ -10,8 +10,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from danling_conf import ConfigRefused
 from danling_conf.runner.score import infer_split
-from tests.runner.small import CLASSES, Net, Pairs, loss, runner
 from tests.runner.test_scheduler import Scripted
+from tests.support.small import CLASSES, Net, Pairs, loss, runner
 
 
 @pytest.mark.parametrize(

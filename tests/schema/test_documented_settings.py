@@ -11,13 +11,13 @@ from typing import Optional
 import pytest
 from omegaconf import OmegaConf
 
-from danling_conf.resolution.resolve import merge_leaves, resolve
-from danling_conf.resolution.typed import check_declarations
+from danling_conf.config.resolve import merge_leaves, resolve
+from danling_conf.config.typed import check_declarations
 from danling_conf.schema import RunnerConfig, facts_of
 from danling_conf.schema.docs import describe, field_docs
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.topology.rules import Context
-from tests.schema.settings import Row, documented, given, nested, sections, settings
+from tests.support.settings import Row, documented, given, nested, sections, settings
 
 pytestmark = pytest.mark.composition
 
@@ -136,7 +136,7 @@ def test_every_setting_has_a_doc(prefix, kind):
 
 
 BY_ITERATION = {
-    "danling_conf.build.dataloader": "fields(SplitDataloaderConfig)",
+    "danling_conf.components.dataloader": "fields(SplitDataloaderConfig)",
     "danling_conf.topology.layout": "degrees()",
 }
 """Modules that read all settings of their section in a loop over their names, and the words that show it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import ACCOUNTING_PROGRAMS, PROGRAMS, Cluster, missing
+from tests.support.slurm_cluster import ACCOUNTING_PROGRAMS, PROGRAMS, Cluster, missing
 
 _PREEMPTION = "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE"
 _PARTITIONS = (

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import started, wait_for
-from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import LIMIT, command, jobs_of, slurm_job, statuses, submit, sweep_of, write_recipes
+from tests.support.commands import started, wait_for
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_sweeps import LIMIT, command, jobs_of, slurm_job, statuses, submit, sweep_of, write_recipes
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import REPOSITORY, Result, run, started, wait_for
-from tests.resolution.command_line import poisoned_torch
-from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import LIMIT, command, jobs_of, statuses, submit, sweep_of
+from tests.support.command_line import poisoned_torch
+from tests.support.commands import REPOSITORY, Result, run, started, wait_for
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_sweeps import LIMIT, command, jobs_of, statuses, submit, sweep_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

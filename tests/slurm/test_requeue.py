@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
-from danling_conf.launch.ledger import Record
-from tests.launch.command import run, started, wait_for
-from tests.slurm.app import losses
-from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import APP, LIMIT, command, jobs_of, submit, write_recipes
+from danling_conf.records.ledger import Record
+from tests.support.commands import run, started, wait_for
+from tests.support.slurm_app import losses
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_sweeps import APP, LIMIT, command, jobs_of, submit, write_recipes
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

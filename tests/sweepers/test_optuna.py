@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from danling_conf.launch.ledger import Ledger
-from tests.launch.command import APP, REPOSITORY, run
+from danling_conf.records.ledger import Ledger
+from tests.support.commands import APP, REPOSITORY, run
 
 pytestmark = pytest.mark.sweeper
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import danling_conf
-from danling_conf.resolution.hydra_adapter import ConfigSearch, composer
-from danling_conf.resolution.resolve import inspect
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.resolve import inspect
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import Context, ineffective_settings
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from danling_conf.topology.machine import count_devices, this_machine
-from tests.resolution.command_line import fake_nvidia_smi
+from tests.support.command_line import fake_nvidia_smi
 
 pytestmark = pytest.mark.composition
 

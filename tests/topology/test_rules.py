@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from danling_conf.resolution.resolve import inspect, resolve
+from danling_conf.config.resolve import inspect, resolve
 from danling_conf.schema import facts_of
 from danling_conf.schema.process import FtConfig
 from danling_conf.topology.machine import Machine
@@ -31,7 +31,7 @@ from danling_conf.topology.rules import (
     world,
 )
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
-from tests.schema.settings import another_value, nested, settings
+from tests.support.settings import another_value, nested, settings
 
 pytestmark = pytest.mark.composition
 
@@ -465,7 +465,7 @@ def test_a_run_without_checkpoints_can_be_resumed_and_not_loaded(tmp_path):
 
 
 def test_a_run_is_known_by_the_file_that_is_written_of_it():
-    from danling_conf.resolution import run_directory
+    from danling_conf.records import run_directory
 
     assert run_directory.RUN_FILE == paths.RUN_FILE
 

@@ -10,16 +10,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, NODE_LOST, OUT_OF_MEMORY, PREEMPTED, TIMED_OUT
+from danling_conf.records.status import Status
 
 _SECONDS = 60
 """After so long a command of Slurm's is given up; its controller answers within milliseconds or not at all."""
 
 ENDS = {
-    "COMPLETED": COMPLETED, "FAILED": FAILED, "CANCELLED": CANCELLED, "TIMEOUT": TIMED_OUT, "DEADLINE": TIMED_OUT,
-    "OUT_OF_MEMORY": OUT_OF_MEMORY, "NODE_FAIL": NODE_LOST, "BOOT_FAIL": NODE_LOST, "PREEMPTED": PREEMPTED,
-    "REVOKED": CANCELLED,
-}  # fmt: skip
+    "COMPLETED": Status.COMPLETED,
+    "FAILED": Status.FAILED,
+    "CANCELLED": Status.CANCELLED,
+    "TIMEOUT": Status.TIMED_OUT,
+    "DEADLINE": Status.TIMED_OUT,
+    "OUT_OF_MEMORY": Status.OUT_OF_MEMORY,
+    "NODE_FAIL": Status.NODE_LOST,
+    "BOOT_FAIL": Status.NODE_LOST,
+    "PREEMPTED": Status.PREEMPTED,
+    "REVOKED": Status.CANCELLED,
+}
 """Slurm's final states, as the ledger calls them."""
 
 
@@ -47,7 +54,7 @@ class JobState:
     """What Slurm says of a job."""
 
     state: str
-    """In Slurm's words: `PENDING`, `RUNNING`, `COMPLETED`."""
+    """In Slurm's words: `PENDING`, `RUNNING`, `Status.COMPLETED`."""
     reason: str = ""
     exit_code: str = ""
 

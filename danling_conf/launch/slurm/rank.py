@@ -10,20 +10,20 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from danling_conf.launch.job_file import CLUSTER_VARIABLE, JobFile, is_consequence, write_error
-from danling_conf.launch.ledger import CANCELLED, COMPLETED, FAILED, REFUSED
-from danling_conf.launch.meeting import announce, await_configuration, await_others, meet, say_done
+from danling_conf.config.hydra_adapter import run_frozen
+from danling_conf.config.identity import differences, job_id, plain
 from danling_conf.launch.opening import open_job
-from danling_conf.launch.run_rank import run_rank, score_of
+from danling_conf.launch.rank import run_rank, score_of
 from danling_conf.launch.slurm import requeue
 from danling_conf.launch.slurm.queries import own_job
-from danling_conf.resolution.current import Current
-from danling_conf.resolution.frozen import FROZEN, take_part_in, thaw
-from danling_conf.resolution.hydra_adapter import run_frozen
-from danling_conf.resolution.identity import differences, job_id, plain
-from danling_conf.resolution.logs import rank_log, redirect_output
-from danling_conf.resolution.run_lock import LostRun
-from danling_conf.resolution.stopped import Stopped
+from danling_conf.launch.store import announce, await_configuration, await_others, meet, say_done
+from danling_conf.records.current import Current
+from danling_conf.records.frozen import FROZEN, take_part_in, thaw
+from danling_conf.records.job_file import CLUSTER_VARIABLE, JobFile, is_consequence, write_error
+from danling_conf.records.logs import rank_log, redirect_output
+from danling_conf.records.run_lock import LostRun
+from danling_conf.records.status import Status
+from danling_conf.records.stopped import Stopped
 from danling_conf.topology.rank_environment import RankEnvironment, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -31,7 +31,7 @@ _NOTICED_SECONDS = 400.0
 """More than Slurm takes to give up a node (SlurmdTimeout, 300 s by default)."""
 
 if TYPE_CHECKING:
-    from danling_conf.launch.command import App
+    from danling_conf.launch.app import App
 
 
 def run_slurm_rank(app: App, path: Path) -> Any:
@@ -53,7 +53,7 @@ def run_slurm_rank(app: App, path: Path) -> Any:
         sys.exit(1)
     except ConfigRefused as refusal:
         if ranks.main and not requeue.another_runs(job):
-            job.ledger.add(job.key, status=REFUSED, error=str(refusal))
+            job.ledger.add(job.key, status=Status.REFUSED, error=str(refusal))
         print(refusal.report(), file=sys.stderr)
         _leave_at_once(2)
     except BaseException as error:
@@ -65,12 +65,12 @@ def run_slurm_rank(app: App, path: Path) -> Any:
                 _await_the_end()
             _leave_at_once(1)
     if ranks.main and not requeue.superseded(job):
-        job.ledger.add(job.key, status=COMPLETED, score=score_of(value))
+        job.ledger.add(job.key, status=Status.COMPLETED, score=score_of(value))
     return value
 
 
 def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
-    if job.ledger.records()[job.key].status == CANCELLED:
+    if job.ledger.records()[job.key].status == Status.CANCELLED:
         print("the job was cancelled before it started", file=sys.stderr)
         _leave_at_once(1)
     start_number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -150,7 +150,7 @@ def _tell(job: JobFile, ranks: RankEnvironment, error: BaseException) -> None:
     if is_consequence(message) or requeue.superseded(job):
         return
     if not job.ledger.records()[job.key].ended:
-        job.ledger.add(job.key, status=FAILED, error=message.partition("\n")[0], rank=ranks.rank)
+        job.ledger.add(job.key, status=Status.FAILED, error=message.partition("\n")[0], rank=ranks.rank)
 
 
 def _await_the_end() -> None:

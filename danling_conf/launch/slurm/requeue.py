@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from danling_conf.launch.job_file import JobFile
-from danling_conf.launch.ledger import CANCELLED, FAILED, QUEUED, RUNNING, TIMED_OUT
 from danling_conf.launch.slurm.queries import SlurmUnavailable, own_job, run, show, time_of
-from danling_conf.resolution.stopped import Stopped
+from danling_conf.records.job_file import JobFile
+from danling_conf.records.status import Status
+from danling_conf.records.stopped import Stopped
 from danling_conf.topology.rank_environment import RankEnvironment
 
 Answer = TypeVar("Answer")
@@ -52,10 +52,10 @@ def cause_of(shown: Mapping[str, str], *, start: int, warning_seconds: float, no
         if preempted:
             return Cause(why=PREEMPTED, requeue=False)
         if shown.get("JobState") == "TIMEOUT" or shown.get("Reason") == "TimeLimit":
-            return Cause(why=TIMED_OUT, requeue=False)
+            return Cause(why=Status.TIMED_OUT, requeue=False)
         if int(shown.get("Restarts", "0")) > start:
             return Cause(why=REQUEUED, requeue=False)
-        return Cause(why=CANCELLED, requeue=False)
+        return Cause(why=Status.CANCELLED, requeue=False)
     if preempted:
         return Cause(why=PREEMPTED, requeue=True)
     end = time_of(shown.get("EndTime", ""))
@@ -77,10 +77,10 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
     try:
         shown = insist(lambda: show(name))
     except SlurmUnavailable as error:
-        _end(job, FAILED, f"{stopped}; whether to requeue cannot be asked: {error}", 128 + stopped.number)
+        _end(job, Status.FAILED, f"{stopped}; whether to requeue cannot be asked: {error}", 128 + stopped.number)
     warning = float(job.content["shape"]["signal_delay_s"])
     cause = cause_of(shown, start=start, warning_seconds=warning, now=time.time())
-    if cause.why in (CANCELLED, TIMED_OUT):
+    if cause.why in (Status.CANCELLED, Status.TIMED_OUT):
         _end(job, cause.why, f"{stopped}; {_WORDS[cause.why]}", 128 + stopped.number)
     if cause.why == TIME_LIMIT:
         reached = 1 + sum(line.get("why") == TIME_LIMIT for line in job.ledger.records()[job.key].since_queued())
@@ -88,14 +88,16 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
         if reached > most:
             times = "once" if reached == 1 else f"{reached} times"
             fix = "raise hydra.launcher.timeout_min or max_num_timeout"
-            _end(job, TIMED_OUT, f"it has reached its time limit {times}, and max_num_timeout is {most}: {fix}", 1)
-    job.ledger.add(job.key, status=QUEUED, why=cause.why, slurm=name, start=start)
+            _end(
+                job, Status.TIMED_OUT, f"it has reached its time limit {times}, and max_num_timeout is {most}: {fix}", 1
+            )
+    job.ledger.add(job.key, status=Status.QUEUED, why=cause.why, slurm=name, start=start)
     print(f"{cause.why} ({stopped}): the job goes back into the queue", flush=True)
     if cause.requeue:
         try:
             insist(lambda: requeue(name, start))
         except SlurmUnavailable as error:
-            _end(job, FAILED, f"{cause.why}, and Slurm does not requeue: {error}", 128 + stopped.number)
+            _end(job, Status.FAILED, f"{cause.why}, and Slurm does not requeue: {error}", 128 + stopped.number)
     time.sleep(_WAIT_SECONDS)
     sys.exit(128 + stopped.number)
 
@@ -127,18 +129,21 @@ def another_runs(job: JobFile) -> bool:
     """Whether another start of this job is under way."""
     record = job.ledger.records()[job.key]
     start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
-    return record.status == RUNNING and (record.facts.get("slurm"), record.facts.get("start")) != (name, start)
+    return record.status == Status.RUNNING and (record.facts.get("slurm"), record.facts.get("start")) != (name, start)
 
 
 def superseded(job: JobFile) -> bool:
     """Whether a later start of this job runs, which alone has a word to say: this one is on a node that was lost."""
     start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
     history = job.ledger.records()[job.key].history
-    starts = [(line.get("slurm"), line.get("start")) for line in history if line.get("status") == RUNNING]
+    starts = [(line.get("slurm"), line.get("start")) for line in history if line.get("status") == Status.RUNNING]
     return (name, start) in starts and starts[-1] != (name, start)
 
 
-_WORDS = {CANCELLED: "the job was cancelled", TIMED_OUT: "the job has reached its time limit"}
+_WORDS: dict[str, str] = {
+    Status.CANCELLED: "the job was cancelled",
+    Status.TIMED_OUT: "the job has reached its time limit",
+}
 
 
 def _end(job: JobFile, status: str, error: str, code: int) -> NoReturn:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.job_file import CLUSTER_VARIABLE, JOB_VARIABLE, JobFile
-from danling_conf.resolution.stopped import note_early_signals
+from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE, JobFile
+from danling_conf.records.stopped import note_early_signals
 
 
 def run_task(job_file: str) -> None:

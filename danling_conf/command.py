@@ -1,0 +1,100 @@
+"""The command line of a user's app: from its arguments to finished runs and a true exit code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.types import RunMode
+
+from danling_conf.config.check import check, compose_or_refuse
+from danling_conf.config.hydra_adapter import VERSION_BASE, Composer, ConfigSearch, composer, parse_arguments
+from danling_conf.launch.app import App, refuse
+from danling_conf.launch.workers import FROZEN_VARIABLE
+from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE
+from danling_conf.topology.rank_environment import started_rank
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+Inspector = Callable[["App", ConfigSearch, list[str]], Any]
+inspector: Inspector | None = None
+"""Takes over an app's command line instead of running it (`danling-conf explain KEY SCRIPT`)."""
+
+
+def run_command(app: App, arguments: Sequence[str]) -> Any:
+    """Do what a command line asks for; gives the value of the function where it ran in this process.
+
+    Exits with 2 when the configuration is refused, and with 1 when the run failed.
+    """
+    if FROZEN_VARIABLE in os.environ:
+        from danling_conf.launch.worker import run_local_worker
+
+        ranks = started_rank()
+        if ranks is None:
+            raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is no rank: unset it")
+        # Programs that the user's function starts are no workers of this run.
+        return run_local_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
+    if JOB_VARIABLE in os.environ:
+        return _run_job(app, Path(os.environ.pop(JOB_VARIABLE)))
+    parsed = parse_arguments(arguments)
+    if inspector is not None:
+        return inspector(app, app.search(parsed), list(parsed.overrides))
+    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
+        return _hand_to_hydra(app)
+    try:
+        if parsed.experimental_rerun is not None:
+            raise ConfigRefused([_no_rerun(parsed.experimental_rerun)])
+        ranks = started_rank()
+        if ranks is not None and ranks.world_size > 1:
+            from danling_conf.launch.joined import run_joined
+
+            return run_joined(app, app.search(parsed), parsed, ranks)
+        with composer(app.search(parsed)) as composing:
+            if parsed.multirun:
+                return _sweep(composing, app, parsed.overrides)
+            composed = compose_or_refuse(composing, parsed.overrides)
+            if composed.hydra.mode == RunMode.MULTIRUN:
+                return _sweep(composing, app, parsed.overrides)
+            if composed.hydra.runtime.choices.get("hydra/launcher") == "danling_slurm":
+                from danling_conf.sweep.submit import run_one
+
+                return run_one(app, composing, composed, parsed.overrides)
+            config = check(composing, composed, parsed.overrides)
+            from danling_conf.launch.execute import execute
+
+            return execute(app, composing, composed, config)
+    except ConfigRefused as refusal:
+        refuse(refusal)
+
+
+def _run_job(app: App, path: Path) -> Any:
+    """This process belongs to a job of a sweep: as a rank that Slurm started, or as the whole job on this machine."""
+    if os.environ.get(CLUSTER_VARIABLE) == "slurm":
+        from danling_conf.launch.slurm.rank import run_slurm_rank
+
+        return run_slurm_rank(app, path)
+    from danling_conf.launch.job_process import run_local_job
+
+    return run_local_job(app, path)
+
+
+def _no_rerun(file: str) -> Violation:
+    return Violation(
+        "--experimental-rerun", file, "it would run a pickled configuration unchecked", "use resume=RUN instead"
+    )
+
+
+def _sweep(composing: Composer, app: App, overrides: list[str]) -> Any:
+    from danling_conf.sweep.submit import run_sweep
+
+    return run_sweep(app, composing, overrides)
+
+
+def _hand_to_hydra(app: App) -> None:
+    """Flags that only show something are Hydra's own."""
+    import hydra
+
+    path = app.config_path
+    decorated = hydra.main(config_path=path, config_name=app.config_name, **VERSION_BASE)(app.function)
+    decorated()

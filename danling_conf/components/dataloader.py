@@ -1,0 +1,245 @@
+"""Data loaders: resumable at any batch, the same samples at any data degree."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from danling_conf.components.instantiate import section_from
+from danling_conf.components.samplers import DROP, REPEAT, UNEVEN, ShardedSampler, seed_of
+from danling_conf.schema.dataloader import OF_WORKERS, DataloaderConfig, SplitDataloaderConfig, without_workers
+from danling_conf.schema.setting import open_keys
+from danling_conf.schema.torch_options import nearest
+
+_SETTINGS = tuple(item.name for item in fields(SplitDataloaderConfig))
+
+
+def settings_for(section: DataloaderConfig, split: str) -> SplitDataloaderConfig:
+    """The settings of one split: its own, else those of all splits, else for `shuffle` and `drop_last` whether it is
+    trained on (`train`, or a name that starts so). What remains None is left to torch.
+
+    Raises:
+        ValueError: an unknown key of a split, or settings of workers where there are none, with the path.
+    """
+    own = _overrides(section, split)
+    merged = {name: own.get(name, getattr(section, name)) for name in _SETTINGS}
+    if not merged["num_workers"]:
+        faults = without_workers(section)
+        for name in OF_WORKERS:
+            path = f"dataloader.{split}" if name in own else "dataloader"
+            if f"{path}.{name}" in faults:
+                why = "it is a property of worker processes, and num_workers is 0"
+                fix = f"set {path}.num_workers=2, or {path}.{name}=null"
+                raise ValueError(f"{path}.{name}={merged[name]}: {why}: {fix}")
+            merged[name] = None
+    for name in ("shuffle", "drop_last"):
+        if merged[name] is None:
+            merged[name] = is_training(split)
+    return SplitDataloaderConfig(**merged)
+
+
+def is_training(split: str) -> bool:
+    """Whether a split of this name is trained on."""
+    return split.startswith("train")
+
+
+def make(
+    dataset: Dataset[Any],
+    section: DataloaderConfig,
+    split: str,
+    *,
+    data_rank: int = 0,
+    data_degree: int = 1,
+    seed: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> StatefulDataLoader[Any]:
+    """Build the loader of one split for one data rank. Call `set_epoch(loader, epoch)` before each epoch.
+
+    The batches of all data ranks at a step are, together, the batch of a single process with `data_degree` times the
+    batch size. Ranks have equally many batches of a training split: without `drop_last` a few samples are repeated to
+    that end. Other splits are dealt out without repetition, so that metrics are exact; a rank may have one batch more
+    than another, or none at all, which a loop with collectives inside has to expect.
+
+    Worker processes are seeded from `seed`, the data rank and the epoch. The state of the loader is exact with any
+    number of workers, in the middle and at the end of an epoch; random numbers that a worker draws in a sample start
+    anew when it is restarted.
+
+    An iterable data set deals itself out by `shard(num_shards=, index=)`, and to its own workers as torch's contract
+    has it (`torch.utils.data.get_worker_info`).
+
+    Raises:
+        ValueError: settings that contradict each other or the data set, with the path.
+        TypeError: a data set that has no length and is not iterable.
+    """
+    settings = settings_for(section, split)
+    generator = torch.Generator().manual_seed(seed_of(seed, data_rank, 0))
+    options = {name: value for name in _SETTINGS if (value := getattr(settings, name)) is not None}
+    shuffle = options.pop("shuffle")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        if _asks_for_shuffle(section, split):
+            why = f"an iterable data set ({type(dataset).__name__}) decides its own order"
+            fix = "shuffle in the data set and set it to null"
+            raise ValueError(f"{_path(section, split, 'shuffle')}=true: {why}: {fix}")
+        dataset = _shard(dataset, split, data_rank, data_degree)
+    else:
+        options["sampler"] = _sampler(dataset, section, split, data_rank, data_degree, shuffle, seed, generator)
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls what torch has deprecated; nobody here can do anything about it.
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        return StatefulDataLoader(
+            dataset, collate_fn=collate_fn, generator=generator, worker_init_fn=_own_process_group, **options
+        )
+
+
+def from_keywords(**keywords: Any) -> functools.partial[StatefulDataLoader[Any]]:
+    """The section's `_target_`: a partial of `make` that waits for `dataset` and, by keyword, `split`."""
+    return functools.partial(make, section=section_from(DataloaderConfig, keywords, path="dataloader"))
+
+
+def set_epoch(loader: StatefulDataLoader[Any], epoch: int) -> None:
+    """Choose the order of the next epoch and the seeds of its workers. Call it before the epoch, and before a state of
+    that epoch is loaded. An iterable data set is told by its own `set_epoch`, if it has one."""
+    for part in (loader.sampler, loader.dataset):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def go_on(loader: StatefulDataLoader[Any], state: Mapping[str, Any], *, data_degree: int) -> None:
+    """Let the next iteration go on where a saved one was, also under another data degree or number of workers.
+
+    The same degree and workers go on exactly, with the data set's own state where it has one. Otherwise the samples
+    that are left of the epoch are dealt out to the ranks that there are now: none is seen twice or never, but for what
+    `drop_last` leaves or repeats at the end of every epoch.
+
+    Args:
+        state: of a loader of the same split with the same batch size.
+        data_degree: that it was made under.
+
+    Raises:
+        ValueError: the data is iterable and deals itself out: its place is known for the same degree and workers only.
+    """
+    sampler, workers = loader.sampler, _snapshot(state).get("_num_workers", 0)
+    now = sampler.degree if isinstance(sampler, ShardedSampler) else data_degree
+    if (data_degree, workers) == (now, loader.num_workers):
+        loader.load_state_dict(dict(state))
+        return
+    if not isinstance(sampler, ShardedSampler):
+        raise ValueError(
+            f"dataloader.num_workers={loader.num_workers}: the place in an iterable data set was saved with {workers} "
+            "workers; use as many, or checkpoint.exclude_from_loading=dataloaders, which begins the epoch anew"
+        )
+    sampler.begin_at(taken_by_all(state, batch_size=loader.batch_size or 1, data_degree=data_degree))
+
+
+def taken_by_all(state: Mapping[str, Any], *, batch_size: int, data_degree: int) -> int:
+    """Samples of the epoch that all ranks together had taken when the state of a loader was saved."""
+    inner = _snapshot(state)["_sampler_iter_state"]
+    inner = inner.get("sampler_iter_state", inner)  # wrapped where samples are put into batches
+    since = state.get("_steps_since_snapshot", 0)
+    return int(inner["taken_by_all"]) + since * batch_size * data_degree
+
+
+def _snapshot(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a loader's state that tells of its sampler; with worker processes it lies deeper."""
+    return state["_snapshot"]["_main_snapshot"] if "_snapshot" in state else state
+
+
+def stop_workers(loader: StatefulDataLoader[Any]) -> None:
+    """End a loader's worker processes; the next iteration starts new ones.
+
+    Left to the garbage collector, which may take the workers' queues before it, that takes five seconds a worker.
+    """
+    iterator = loader._iterator
+    loader._iterator = None
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
+def _own_process_group(worker: int) -> None:
+    """Keep signals to the training process, which launchers and terminals send to its whole process group, from its
+    workers: it still needs them to come to the end of a step. They end when it does."""
+    os.setpgid(0, 0)
+
+
+def _overrides(section: DataloaderConfig, split: str) -> dict[str, Any]:
+    own = open_keys(section).get(split)
+    if own is None:
+        return {}
+    if isinstance(own, SplitDataloaderConfig):
+        own = {name: value for name in _SETTINGS if (value := getattr(own, name)) is not None}
+    if not isinstance(own, Mapping):
+        fix = f"write `dataloader.{split}.batch_size=...` and the like"
+        raise ValueError(f"dataloader.{split}={own!r}: it must be a mapping of settings of that split: {fix}")
+    for name, value in own.items():
+        if name not in _SETTINGS:
+            why = "a split has no such setting"
+            raise ValueError(f"dataloader.{split}.{name}={value!r}: {why}: {nearest(name, _SETTINGS)}")
+    return dict(own)
+
+
+def _path(section: DataloaderConfig, split: str, name: str) -> str:
+    return f"dataloader.{split}.{name}" if name in _overrides(section, split) else f"dataloader.{name}"
+
+
+def _asks_for_shuffle(section: DataloaderConfig, split: str) -> bool:
+    return bool(_overrides(section, split).get("shuffle", section.shuffle))
+
+
+def _shard(dataset: Any, split: str, data_rank: int, data_degree: int) -> Any:
+    if not isinstance(dataset, IterableDataset):
+        fix = "give it `__getitem__` and `__len__`, or make it a torch.utils.data.IterableDataset"
+        raise TypeError(f"the data set of split {split} ({type(dataset).__name__}) cannot be loaded from: {fix}")
+    if data_degree == 1:
+        return dataset
+    shard: Any = getattr(dataset, "shard", None)
+    if not callable(shard):
+        why = f"each of the {data_degree} data ranks would see all samples of {type(dataset).__name__}"
+        fix = "give it `shard(num_shards, index)`, which returns the data set of one rank, or use a data degree of 1"
+        raise ValueError(f"split {split}: an iterable data set cannot be dealt out to ranks: {why}: {fix}")
+    return shard(num_shards=data_degree, index=data_rank)
+
+
+def _sampler(
+    dataset: Any,
+    section: DataloaderConfig,
+    split: str,
+    data_rank: int,
+    data_degree: int,
+    shuffle: bool,
+    seed: int,
+    generator: torch.Generator,
+) -> ShardedSampler:
+    if not hasattr(dataset, "__len__"):
+        fix = "give it `__len__`, or make it a torch.utils.data.IterableDataset"
+        raise TypeError(f"the data set of split {split} ({type(dataset).__name__}) has no length: {fix}")
+    size, settings = len(dataset), settings_for(section, split)
+    batch_size = settings.batch_size or 1
+    remainder = UNEVEN
+    if is_training(split):
+        remainder = DROP if settings.drop_last else REPEAT
+        if size < (batch_size * data_degree if settings.drop_last else 1):
+            why = f"{size} samples give no batch: one takes {batch_size} on each of {data_degree} data ranks"
+            fix = "use a smaller batch_size or fewer data ranks, or set drop_last=false"
+            raise ValueError(f"dataloader.batch_size={batch_size}: split {split}: {why}: {fix}")
+    elif settings.drop_last and size <= (batch_size - 1) * data_degree:
+        why = f"split {split}: {size} samples give no whole batch of {batch_size} on any of {data_degree} data ranks"
+        fix = f"set dataloader.{split}.drop_last=false, which evaluates every sample, or use a smaller batch_size"
+        raise ValueError(f"{_path(section, split, 'drop_last')}=true: {why}: {fix}")
+    return ShardedSampler(
+        size,
+        rank=data_rank,
+        degree=data_degree,
+        shuffle=shuffle,
+        seed=seed,
+        remainder=remainder,
+        generator=generator,
+    )

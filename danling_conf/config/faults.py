@@ -1,0 +1,249 @@
+"""All faults of a command line that Hydra refuses: Hydra stops at its first, this goes on to the last."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from danling_conf.config.hydra_adapter import Composer, shadowed_settings
+from danling_conf.config.launcher_settings import PREFIX, launcher_in
+from danling_conf.config.resolve import inspect, merge_leaves
+from danling_conf.config.typed import unknown_key, wrong_type
+from danling_conf.groups.layout_names import GRAMMAR, LayoutNameError, looks_like_layout, parse_layout
+from danling_conf.groups.source import LAYOUTS
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.open_sections import open_sections
+from danling_conf.topology.rules import Context
+from danling_conf.topology.violation import ABSENT, Violation, unique
+
+
+def all_faults(
+    composer: Composer,
+    overrides: Sequence[str],
+    context: Context,
+    refusal: Exception,
+    *,
+    compose: Callable[[Sequence[str]], DictConfig] | None = None,
+    also: Callable[[RunnerConfig, DictConfig], list[Violation]] | None = None,
+) -> list[Violation]:
+    """Every fault of `overrides` that can be told.
+
+    Group choices are composed without the value overrides, which are then applied one by one; the rules see the result.
+
+    Args:
+        refusal: what Hydra raised; it is reported itself when nothing more precise is found.
+        compose: composes choices of groups; the composer does when None.
+        also: looks for further faults, in the configuration and in what was composed.
+    """
+    violations: list[Violation] = []
+    choices: list[str] = []
+    values: list[Override] = []
+    for text in overrides:
+        try:
+            parsed = OverridesParser.create().parse_overrides([text])[0]
+        except (OverrideParseException, HydraException):
+            violations.append(_unparsed(text))
+            continue
+        if not parsed.key_or_group:
+            violations.append(Violation(text, ABSENT, "it names no setting", "write KEY=VALUE"))
+        elif parsed.is_sweep_override():
+            violations.append(_sweep(parsed, text))
+        elif _is_choice(composer, parsed):
+            fault = _choice_fault(composer, parsed)
+            if fault is None:
+                choices.append(text)
+            else:
+                violations.append(fault)
+        elif parsed.is_hydra_override() and not parsed.key_or_group.startswith(PREFIX):
+            choices.append(text)
+        else:
+            values.append(parsed)
+    try:
+        config = (compose or composer.compose)(choices)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        hidden = shadowed_settings(composer, RunnerConfig)
+        sound, found = _what_files_say(composer, choices)
+        if sound is None or not found:
+            return _without_hidden(violations, hidden) or [_composition_fault(composer, error)]
+        config = sound
+        violations += found
+    declared = OmegaConf.get_type(config)
+    kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
+    violations = _without_hidden(violations, shadowed_settings(composer, kind))
+    known = {item.path for item in violations}
+    for override in values:
+        if override.key_or_group not in known:
+            violations += _apply(composer, override, config, kind)
+    faulty = {item.path for item in violations}
+    found = launcher_in(config)[1]
+    resolved, broken = inspect(config, kind=kind, context=context)
+    found += broken
+    if also is not None and resolved is not None:
+        found += also(resolved, config)
+    violations += [item for item in found if item.path not in faulty]
+    return unique(violations) or [_composition_fault(composer, refusal)]
+
+
+def _what_files_say(composer: Composer, choices: list[str]) -> tuple[DictConfig | None, list[Violation]]:
+    """What is sound of the configuration files, and each of their faults with its file; None where none is typed."""
+    node: DictConfig | None = None
+    violations: list[Violation] = []
+    try:
+        merged = composer.defaults(choices)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return None, []
+    for source, content in merged:
+        declared = OmegaConf.get_type(content)
+        if isinstance(declared, type) and issubclass(declared, RunnerConfig):
+            node = copy.deepcopy(content)
+            with open_dict(node):
+                node.pop("defaults", None)
+            open_sections(node)
+        elif node is not None:
+            given: Any = OmegaConf.to_container(content)
+            given.pop("hydra", None)
+            found = merge_leaves(node, given, OmegaConf.get_type(node) or RunnerConfig)
+            violations += [replace(item, rule=f"{item.rule} (in {source}.yaml)") for item in found]
+    return node, violations
+
+
+def _without_hidden(violations: list[Violation], hidden: list[Violation]) -> list[Violation]:
+    """Violations and those of hidden settings, which explain what else is wrong with the same names."""
+    paths = {item.path for item in hidden}
+    return [*hidden, *(item for item in violations if item.path not in paths)]
+
+
+def _is_choice(composer: Composer, override: Override) -> bool:
+    return override.package is not None or composer.group_exists(override.key_or_group)
+
+
+def _choice_fault(composer: Composer, override: Override) -> Violation | None:
+    group, value = override.key_or_group, override.value()
+    if override.is_delete():
+        return None
+    if value is None:
+        return Violation(group, None, "a group is chosen by a name", f"leave it out, or write ~{group}")
+    if not composer.group_exists(group):
+        return Violation(group, ABSENT, "there is no such group", "see --help for the groups")
+    for name in value if isinstance(value, list) else [value]:
+        if not isinstance(name, str):
+            return Violation(group, value, "a group is chosen by a name", "write a name")
+        if group == LAYOUTS and looks_like_layout(name):
+            try:
+                parse_layout(name)
+            except LayoutNameError as error:
+                rule, _, fix = str(error).partition("; ")
+                return Violation(group, name, rule, fix or f"write {GRAMMAR}")
+        elif not composer.config_exists(f"{group}/{name}"):
+            return _no_such_choice(composer, group, name)
+    return None
+
+
+def _apply(composer: Composer, override: Override, config: DictConfig, kind: type) -> list[Violation]:
+    path = override.key_or_group
+    null = _null_mapping(config, path)
+    try:
+        composer.apply(override, config)
+        return []
+    except HydraException as error:
+        cause = error.__cause__
+        if null is not None:
+            rule = "a mapping that is null cannot be given keys"
+            return [Violation(null, None, rule, "give it an empty one as its default: field(default_factory=dict)")]
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
+            return [_unknown(config, path, kind)]
+        if isinstance(cause, OmegaConfBaseException):
+            return [wrong_type(path, override.value(), cause)]
+        return [Violation(path, ABSENT, _first_line(error), "mend the override")]
+
+
+def _null_mapping(config: DictConfig, path: str) -> str | None:
+    """The part of a path that is a mapping and null."""
+    owner: Any = config
+    parts = path.split(".")
+    for index, part in enumerate(parts):
+        if not OmegaConf.is_dict(owner) or part not in owner:
+            return None
+        owner = owner._get_node(part)
+        if isinstance(owner, DictConfig) and owner._is_none():
+            return ".".join(parts[: index + 1])
+    return None
+
+
+def _unknown(config: DictConfig, path: str, kind: type) -> Violation:
+    """The fault of a path with an unknown part: the first part that is unknown is the one to mend."""
+    owner: Any = config
+    parts = path.split(".")
+    for index, part in enumerate(parts):
+        declared = OmegaConf.get_type(owner) if OmegaConf.is_dict(owner) else None
+        if not OmegaConf.is_dict(owner) or part not in owner:
+            section = declared if isinstance(declared, type) and declared is not dict else kind
+            return unknown_key(section, ".".join(parts[: index + 1]), kind)
+        owner = owner._get_node(part)
+    return unknown_key(kind, path, kind)
+
+
+def _unparsed(text: str) -> Violation:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return Violation(text, ABSENT, "it cannot be read as KEY=VALUE", f"write {text}=VALUE")
+    if not re.fullmatch(r"[+~]{0,2}[\w./@:$-]+", key):
+        return Violation(text, ABSENT, "it cannot be read as KEY=VALUE", "a key is a path such as optim.lr")
+    opened = f"close what is open in {value}, or " if re.search(r"[\[{(]", value) else ""
+    return Violation(key, value, "the value cannot be read", f"{opened}write it in quotes: '{key}=\"{value}\"'")
+
+
+def _sweep(override: Override, text: str) -> Violation:
+    text = text.partition("=")[2]
+    return Violation(
+        override.key_or_group,
+        text,
+        "several values are a sweep, and this is a single run",
+        f"add -m to sweep over them; a list is written [{text}]",
+    )
+
+
+def _composition_fault(composer: Composer, error: Exception) -> Violation:
+    """What Hydra says of a config file, as a violation."""
+    text = "\n".join(str(item) for item in (error, error.__cause__) if item is not None and str(item))
+    if twice := re.search(r"Multiple values for ([^\s.]+)\.", text):
+        fix = f"write {twice[1]}=NAME without + on a command line, 'override {twice[1]}: NAME' in a defaults list"
+        return Violation(twice[1], ABSENT, "it is chosen already", fix)
+    if choice := re.search(r"Could not find '([^']+)/([^']+)'", text):
+        return _no_such_choice(composer, choice[1], choice[2], " (in a defaults list)")
+    if layout := re.match(r"layout '([^']*)': ", text):
+        rule, _, fix = text.splitlines()[0].partition("; ")
+        return Violation(LAYOUTS, layout[1], f"{rule} (in a defaults list)", fix or f"write {GRAMMAR}")
+    if primary := re.match(r"Cannot find primary config '([^']*)'", text):
+        return Violation(
+            "--config-name", primary[1], "there is no such config", "name a file among the configs, or danling"
+        )
+    where = re.search(r"In '([^']+)'", text)
+    key = re.search(r"full_key: (\S+)", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "raised while" not in line]
+    mend = f"mend it in {where[1]}.yaml" if where else "mend the command line or the configuration files"
+    said = lines[0] if lines else type(error).__name__
+    return Violation(key[1] if key else "configuration", ABSENT, said, mend)
+
+
+def _no_such_choice(composer: Composer, group: str, name: str, where: str = "") -> Violation:
+    options = composer.options(group)
+    near = get_close_matches(name, options, n=1, cutoff=0.5)
+    listed = GRAMMAR if group == LAYOUTS else ", ".join(options)
+    fix = f"did you mean {group}={near[0]}? " if near else ""
+    return Violation(group, name, f"there is no such choice{where}", f"{fix}Choices: {listed}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,172 @@
+"""The one way out of OmegaConf: a composed configuration becomes a checked, read-only object of the user's class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import AnyNode, DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from danling_conf.config.hydra_adapter import hydra_of
+from danling_conf.config.readonly import freeze
+from danling_conf.config.typed import check_declarations, unknown_key, wrong_type
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.open_sections import open_sections
+from danling_conf.schema.setting import READONLY
+from danling_conf.topology.layout import fill, layout_of
+from danling_conf.topology.machine import this_machine
+from danling_conf.topology.rules import Context, violations_of
+from danling_conf.topology.violation import ConfigRefused, Violation, unique
+
+Config = TypeVar("Config", bound=RunnerConfig)
+
+
+def resolve(config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None) -> Any:
+    """A checked, read-only configuration.
+
+    Args:
+        config: what Hydra composed (a `DictConfig`), a mapping such as a loaded YAML file, or a configuration object.
+        kind: the configuration's class, where `config` does not carry one.
+        context: what rules may know beside the configuration; this machine when None.
+
+    Returns:
+        An instance of the configuration's class: aliases canonical, `stack` derived, degrees of -1 filled.
+
+    Raises:
+        ConfigRefused: with every violation, not only the first.
+    """
+    if getattr(config, READONLY, False):
+        return config
+    resolved, violations = inspect(config, kind=kind, context=context)
+    if violations:
+        raise ConfigRefused(violations)
+    return resolved
+
+
+def inspect(
+    config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None, spent: bool = False
+) -> tuple[Any, list[Violation]]:
+    """The resolved configuration and all its violations; the configuration is of use only when there are none.
+
+    Args:
+        spent: nobody needs what was composed afterwards, so that it need not be copied.
+    """
+    context = context or Context(machine=this_machine())
+    node, violations = _typed_copy(config, kind, spent)
+    node_kind = OmegaConf.get_type(node) or kind
+    violations += check_declarations(node, node_kind)
+    OmegaConf.resolve(node)
+    if _has_missing(node):
+        return None, unique(violations)
+    faulty = {item.path for item in violations}
+    resolved: Any = OmegaConf.to_object(node)
+    violations += [item for item in violations_of(resolved, context) if item.path not in faulty]
+    if not violations:
+        _derive(resolved, context)
+        freeze(resolved)
+    return resolved, unique(violations)
+
+
+def _has_missing(node: Node) -> bool:
+    """Whether `OmegaConf.missing_keys` of a resolved node names any, in a tenth of its time."""
+    value = node._value()
+    if isinstance(value, dict):
+        return any(map(_has_missing, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_missing, value))
+    return isinstance(value, str) and value == "???"
+
+
+def _typed_copy(config: Any, kind: type[RunnerConfig], spent: bool) -> tuple[DictConfig, list[Violation]]:
+    violations: list[Violation] = []
+    if isinstance(config, DictConfig):
+        node = _without_hydra(config, spent)
+        declared = OmegaConf.get_type(node)
+        if isinstance(declared, type) and issubclass(declared, RunnerConfig):
+            return node, violations
+        given: Any = OmegaConf.to_container(node)
+    elif is_dataclass(config) and not isinstance(config, type):
+        node = OmegaConf.structured(config)
+        open_sections(node)
+        return node, violations
+    elif isinstance(config, Mapping):
+        given = dict(config)
+    else:
+        raise TypeError(f"resolve takes a composed configuration, a mapping or a RunnerConfig, not {type(config)}")
+    node = OmegaConf.structured(kind)
+    open_sections(node)
+    violations += list(merge_leaves(node, given, kind))
+    return node, violations
+
+
+def _without_hydra(config: DictConfig, spent: bool) -> DictConfig:
+    """A copy, or what is spent itself, without Hydra's own node, whose values are given to what refers to them."""
+    hydra = config._get_node("hydra") if config and "hydra" in config else None
+    # Most configurations do not refer to it, and it is the larger half of what would be copied, twice.
+    left_out = hydra is not None and not refers_to_hydra(config)
+    node = config if spent else copy.deepcopy(config, {id(hydra): AnyNode(None)} if left_out else {})
+    OmegaConf.set_readonly(node, None)
+    with read_write(node), open_dict(node):
+        if hydra is not None and not left_out:
+            with hydra_of(node):
+                _resolve_hydra(node)
+        if hydra is not None:
+            node.pop("hydra")
+    return node
+
+
+def refers_to_hydra(node: Node) -> bool:
+    """Whether a value of a configuration, outside of Hydra's own node, is an interpolation that names Hydra."""
+    value = node._value()
+    if isinstance(value, str):
+        return "hydra" in value and node._is_interpolation()
+    if isinstance(value, dict):
+        return any(key != "hydra" and refers_to_hydra(child) for key, child in value.items())
+    return isinstance(value, list) and any(map(refers_to_hydra, value))
+
+
+def _resolve_hydra(node: DictConfig | ListConfig) -> None:
+    """Give the values of Hydra's own settings to what refers to them; what cannot be resolved is left to checking."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        child = None if key == "hydra" else node._get_node(key)
+        if not isinstance(child, Node) or child._is_none() or child._is_missing():
+            continue
+        if child._is_interpolation():
+            if "hydra" in str(child._value()):
+                with suppress(OmegaConfBaseException):
+                    node[key] = node[key]
+        elif isinstance(child, (DictConfig, ListConfig)):
+            _resolve_hydra(child)
+
+
+def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: str = "") -> list[Violation]:
+    """Merge a mapping into a typed node leaf by leaf, so that one bad value does not hide the others."""
+    violations: list[Violation] = []
+    for key, value in given.items():
+        path = f"{prefix}{key}"
+        child = node._get_node(key) if key in node else None
+        if isinstance(child, DictConfig) and isinstance(value, Mapping) and is_dataclass(OmegaConf.get_type(child)):
+            violations += merge_leaves(child, value, OmegaConf.get_type(child), f"{path}.")
+            continue
+        try:
+            # OmegaConf 2.4 warns of an integer that is assigned to a float, which YAML and JSON cannot tell apart.
+            node[key] = float(value) if isinstance(child, FloatNode) and type(value) is int else value
+        except OmegaConfBaseException as error:
+            known = key in node
+            violations.append(wrong_type(path, value, error) if known else unknown_key(kind, path, RunnerConfig))
+    return violations
+
+
+def _derive(config: RunnerConfig, context: Context) -> None:
+    """Fill what follows from the rest: degrees of -1, and the stack."""
+    axes = config.parallel.axes
+    layout = fill(layout_of(axes, config.fsdp.enabled), context.machine.fill_world_size)
+    for axis, degree in layout.degrees().items():
+        setattr(axes, axis, degree)
+    if config.stack == "auto":
+        replicated_only = layout.world_size == layout.replicate and not layout.fsdp
+        config.stack = "ddp" if replicated_only else "parallel"

@@ -1,0 +1,129 @@
+"""Composing the jobs of a sweep: once for each distinct choice of groups, values applied to copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
+
+from danling_conf.config.hydra_adapter import Composer, hydra_settings, override_facts, settings_of_job
+from danling_conf.config.resolve import refers_to_hydra
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Composed:
+    """What one choice of groups composes to, before values are applied."""
+
+    config: DictConfig
+    settings: Mapping[str, Any]
+    """Hydra's own node, as plain values."""
+    depends: bool
+    """Whether Hydra's node refers to settings where Hydra reads it while composing, so that values matter there."""
+    refers_to_hydra: bool
+    """Whether a setting refers to Hydra's node."""
+
+
+class SweepComposer:
+    """Composes jobs exactly as Hydra's own launchers do, in a tenth of the time.
+
+    Hydra composes anew for every job, although most jobs of a sweep differ in values alone, which it applies to what
+    it has composed. Which overrides are values is for Hydra's own classification to say. Jobs whose overrides reach
+    into Hydra's node, which only sweepers of other packages give, are composed by Hydra itself.
+    """
+
+    def __init__(self, composing: Composer, master: DictConfig) -> None:
+        """Raises Hydra's errors."""
+        self._composing, self._master = composing, master
+        self._values_among = composing.classifier(master)
+        self._parser = OverridesParser.create()
+        self._parsed: dict[str, Override] = {}
+        self._composed: dict[tuple[str, ...], _Composed] = {}
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """What `load_sweep_config(master, overrides)` gives. Raises Hydra's errors."""
+        parsed, values, composed = self._classify(overrides)
+        if composed is None:
+            return self._composing.sweep_config(self._master, overrides)
+        config = self._applied(composed, values)
+        written = config.hydra.overrides.task
+        while len(written):
+            written.pop()
+        for item in parsed:
+            written.append(str(item.input_line))
+        config.hydra.job.update(override_facts(config, parsed))
+        OmegaConf.copy_cache(from_config=self._master, to_config=config)
+        return config
+
+    def compose_job(self, overrides: Sequence[str], number: int) -> tuple[DictConfig, dict[str, Any]]:
+        """A job's configuration with its number, and Hydra's own node of it as plain values (`hydra_settings`).
+
+        The configuration has no `hydra` where nothing refers to it: it is the larger half, and the same for all jobs.
+        The plain values are shared between jobs: they are not to be written to. Raises Hydra's errors.
+        """
+        identity = {"num": number, "id": str(number)}
+        parsed, values, composed = self._classify(overrides)
+        if composed is None or composed.refers_to_hydra or any("hydra" in text for text in overrides):
+            config = self.compose(overrides)
+            with open_dict(config):
+                config.hydra.job.update(identity)
+            return config, hydra_settings(config, None)
+        config = self._applied(composed, values, hydra=False)
+        OmegaConf.copy_cache(from_config=self._master, to_config=config)
+        facts = override_facts(composed.config, parsed)
+        lines = [str(item.input_line) for item in parsed]
+        return config, settings_of_job(composed.settings, task=lines, **facts, **identity)
+
+    def _classify(self, overrides: Sequence[str]) -> tuple[list[Override], list[Override], _Composed | None]:
+        """A job's overrides, those of them that are values, and what the others compose to; None where only Hydra
+        itself can say what comes of them."""
+        try:
+            parsed = [self._parse(text) for text in overrides]
+        except OverrideParseException:  # its message names all overrides, Hydra's own included
+            return [], [], None
+        if any(map(_reaches_into_hydra, parsed)):
+            return parsed, [], None
+        values = self._values_among(parsed)
+        applied = {id(item) for item in values}
+        composed = self._of_choices(tuple(str(item.input_line) for item in parsed if id(item) not in applied))
+        return parsed, values, None if composed.depends else composed
+
+    def _applied(self, composed: _Composed, values: Sequence[Override], *, hydra: bool = True) -> DictConfig:
+        left_out = {} if hydra else {id(composed.config._get_node("hydra")): AnyNode(None)}
+        config = copy.deepcopy(composed.config, left_out)
+        if not hydra:
+            with open_dict(config):
+                config.pop("hydra")
+        for item in values:
+            self._composing.apply(item, config)
+        return config
+
+    def _of_choices(self, choices: tuple[str, ...]) -> _Composed:
+        if choices not in self._composed:
+            config = self._composing.sweep_config(self._master, choices)
+            settings = hydra_settings(config, None)
+            read = [settings["job"]["env_copy"], settings["job"]["config"]]
+            self._composed[choices] = _Composed(
+                config=config,
+                settings=settings,
+                depends="${" in str(read),
+                refers_to_hydra=refers_to_hydra(config),
+            )
+        return self._composed[choices]
+
+    def _parse(self, text: str) -> Override:
+        # A grid has few distinct overrides, and parsing one takes as long as applying several.
+        if text not in self._parsed:
+            (self._parsed[text],) = self._parser.parse_overrides([text])
+        return self._parsed[text]
+
+
+def _reaches_into_hydra(override: Override) -> bool:
+    """Whether an override may change what Hydra reads while it composes; a sweep of values is refused by Hydra."""
+    key = override.key_or_group
+    return override.is_sweep_override() or not key or "[" in key or key.partition(".")[0].partition("/")[0] == "hydra"

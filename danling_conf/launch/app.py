@@ -1,0 +1,46 @@
+"""A user's app: its function and where its configuration is; and how a refused configuration ends its process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from danling_conf.config.hydra_adapter import ConfigSearch
+from danling_conf.topology.violation import ConfigRefused
+
+REFUSED = 2
+"""Exit code of a refused configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class App:
+    """A user's function and where its configuration is."""
+
+    function: Callable[[Any], Any]
+    """Called on every rank with the resolved configuration."""
+    script: Path
+    """File of the function."""
+    config_path: str | None
+    """Absolute directory, or `pkg://` module, of the app's configs."""
+    config_name: str
+
+    def search(self, arguments: Any) -> ConfigSearch:
+        """Where the configuration comes from, given the flags of a command line."""
+        path = arguments.config_path or self.config_path
+        if path is not None and "://" not in path:
+            path = str(self.script.parent.joinpath(path).resolve())
+        return ConfigSearch(
+            config_name=arguments.config_name or self.config_name,
+            config_path=path,
+            config_dir=arguments.config_dir,
+            job_name=self.script.stem,
+        )
+
+
+def refuse(refusal: ConfigRefused) -> NoReturn:
+    """Show a refusal and exit."""
+    print(refusal.report(), file=sys.stderr)
+    sys.exit(REFUSED)

@@ -1,0 +1,149 @@
+"""Several ranks on this machine: torch elastic starts them, one log a rank, and the first error is what is shown."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from danling_conf.records.logs import rank_log
+from danling_conf.records.stopped import STOPPING, is_stop
+
+FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
+"""Environment variable that names the frozen configuration of a worker."""
+
+
+RAISED_AT = "raised_at"
+"""Key of a rank's error file: when the error was raised, in seconds."""
+_NOTICED_SECONDS = 2.0
+_SAVING_SECONDS = 24 * 3600
+
+
+class WorkersFailed(RuntimeError):
+    """A rank failed; the others were stopped."""
+
+    def __init__(self, rank: int, exit_code: int, message: str, log: Path) -> None:
+        self.rank, self.exit_code, self.log = rank, exit_code, log
+        self.refused = message.startswith("ConfigRefused: ")
+        super().__init__(message.removeprefix("ConfigRefused: "))
+
+
+class WorkersInterrupted(RuntimeError):
+    """The workers were stopped by a signal."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path) -> None:
+    """Run `command` as `world_size` ranks on this machine and wait for them.
+
+    Rank 0 keeps this process's output; every other rank writes to its log in `attempt`.
+
+    Raises:
+        WorkersFailed: a rank ended with an error; it is the one that failed first.
+        WorkersInterrupted: this process was told to stop.
+    """
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    class RankLogs(LogsSpecs):
+        """One file a rank for output and errors; rank 0 keeps the terminal."""
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            paths = {rank: "" if rank == 0 else str(rank_log(attempt, rank)) for rank in envs}
+            errors = {rank: str(attempt / f"error-{rank}.json") for rank in envs}
+            for rank, environment in envs.items():
+                environment["TORCHELASTIC_ERROR_FILE"] = errors[rank]
+            return LogsDest(stdouts=paths, stderrs=dict(paths), error_files=errors)
+
+        @property
+        def root_log_dir(self) -> str:
+            return str(attempt)
+
+    environment = {FROZEN_VARIABLE: str(frozen), **_threads(world_size)}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=attempt.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=RankLogs(),
+        signals_to_handle=",".join([*STOPPING, "SIGHUP", "SIGQUIT"]),
+        # What a signal stops has to be saved first; a second signal ends it at once.
+        shutdown_timeout=_SAVING_SECONDS,
+    )
+    before = {name: os.environ.get(name) for name in environment}
+    # Elastic puts its own handlers in place and leaves them there.
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in config.signals_to_handle.split(",")}
+    os.environ.update(environment)
+    # What elastic logs of a failure is said better by WorkersFailed.
+    elastic_log = logging.getLogger("torch.distributed.elastic")
+    level = elastic_log.level
+    elastic_log.setLevel(logging.CRITICAL + 1)
+    for name in ("multiprocessing.api", "agent.server.api", "agent.server.local_elastic_agent"):
+        logging.getLogger(f"{elastic_log.name}.{name}").setLevel(logging.NOTSET)
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
+        if is_stop(failure.exitcode):  # a rank got the signal, and all left together
+            raise WorkersInterrupted(failure.exitcode - 128) from None
+        raise WorkersFailed(rank, failure.exitcode, _message(failure), rank_log(attempt, rank)) from None
+    except SignalException as error:
+        raise WorkersInterrupted(error.sigval) from None
+    finally:
+        elastic_log.setLevel(level)
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def worker_command() -> list[str]:
+    """The command line of this process, to be run again as a worker."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        name = spec.name.removesuffix(".__main__")
+        return [sys.executable, "-u", "-m", name, *sys.argv[1:]]
+    return [sys.executable, "-u", str(Path(sys.argv[0]).absolute()), *sys.argv[1:]]
+
+
+def _threads(world_size: int) -> dict[str, str]:
+    """Threads per rank: the cores divided among the ranks, unless the user decided."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // world_size))}
+
+
+def _when(failure: Any) -> float:
+    """When a rank failed, to tell the cause from its consequences (elastic knows whole seconds only)."""
+    if RAISED_AT in failure.error_file_data:
+        return failure.error_file_data[RAISED_AT]
+    if failure.exitcode == -signal.SIGTERM:
+        return math.inf  # stopped by elastic, since another had failed
+    # It left without a word (killed, or by its own exit): noticed at once, and before anybody can have missed it.
+    return failure.timestamp - _NOTICED_SECONDS
+
+
+def _message(failure: Any) -> str:
+    content = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
+    if isinstance(content, dict):
+        callstack = content.get("extraInfo", {}).get("py_callstack", "")
+        text = content.get("message", "")
+        return text if text.startswith("ConfigRefused: ") else f"{text}\n{callstack}".strip()
+    if failure.exitcode < 0:
+        return f"ended by {signal.Signals(-failure.exitcode).name}"
+    return str(content) if failure.error_file_data else f"ended with exit code {failure.exitcode}"

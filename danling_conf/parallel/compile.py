@@ -1,0 +1,81 @@
+"""`torch.compile` of a model."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from danling_conf.components.instantiate import section_from
+from danling_conf.parallel.activation_checkpointing import COMPILED, is_recomputed
+from danling_conf.parallel.blocks import repeated_blocks
+from danling_conf.schema.compile import CompileConfig
+
+_OPTIONS = ("backend", "fullgraph", "dynamic", "mode", "options")
+
+
+def apply(model: nn.Module, section: CompileConfig, *, inside_recomputation: bool = False) -> nn.Module:
+    """Compile `model` in place: each repeated block, or the whole model with `scope: model`. Names do not change.
+
+    A block that recomputes its activations is compiled with its recomputation, or else `inside_recomputation` (torch
+    2.13 cannot compile the recomputation of tensor-parallel layers).
+
+    A model without repeated blocks is compiled whole. Only the options that are set are passed to torch, so that the
+    others keep its defaults. A whole model is compiled after it is wrapped by DDP or FSDP2, blocks before.
+
+    Raises ValueError for options that exclude each other and for what torch does not know.
+    """
+    if not section.enable:
+        return model
+    if section.mode is not None and section.options is not None:
+        raise ValueError(
+            f"compile.mode={section.mode} and compile.options={section.options}: a mode stands for options; set one"
+        )
+    configure(section)
+    options = {name: getattr(section, name) for name in _OPTIONS if getattr(section, name) is not None}
+    known = torch.compiler.list_backends(exclude_tags=())
+    if section.backend is not None and section.backend not in known:
+        raise ValueError(f"compile.backend={section.backend}: torch knows {', '.join(known)}")
+    modules = [block for _, block in repeated_blocks(model)] if is_per_block(model, section) else [model]
+    for module in modules:
+        try:
+            if inside_recomputation and is_recomputed(module):
+                setattr(module, COMPILED, torch.compile(type(module).forward, **options))
+            else:
+                module.compile(**options)
+        except RuntimeError as error:
+            # torch checks mode and options here, before anything is compiled.
+            given = ", ".join(f"compile.{name}={value}" for name, value in options.items())
+            raise ValueError(f"{given}: torch.compile refuses them: {error}") from error
+    return model
+
+
+def is_per_block(model: nn.Module, section: CompileConfig) -> bool:
+    """Whether `apply` compiles the blocks of `model` one by one."""
+    return section.scope == "block" and bool(repeated_blocks(model))
+
+
+def configure(section: CompileConfig) -> None:
+    """Set what compilation takes from the process rather than the model: the cache directory and how dynamo treats
+    DDP. Call it before DDP wraps the model: `python_reducer` changes what DDP sets up."""
+    if not section.enable:
+        return
+    use_shared_cache()
+    if section.optimize_ddp is not None:
+        torch._dynamo.config.optimize_ddp = section.optimize_ddp  # type: ignore[assignment]
+
+
+def use_shared_cache() -> None:
+    """Keep inductor's cache between runs and ranks, in `$XDG_CACHE_HOME` or `~/.cache`; torch's default, a directory
+    for temporary files, is often emptied with the job. A `TORCHINDUCTOR_CACHE_DIR` of the user's own stays."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "danling_conf" / "inductor"))
+
+
+def from_keywords(**keywords: Any) -> partial[nn.Module]:
+    """`compile` as `hydra.utils.instantiate` reads it: a partial that waits for the model."""
+    return partial(apply, section=section_from(CompileConfig, keywords, path="compile"))

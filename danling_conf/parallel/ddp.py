@@ -1,0 +1,56 @@
+"""Data parallelism with replicated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from danling_conf import _torch_private
+from danling_conf.parallel.blocks import repeated_blocks, shares_parameters
+from danling_conf.parallel.mesh import axes_of, batch_mesh
+
+
+def is_plain(mesh: DeviceMesh | None) -> bool:
+    """Whether ranks differ in the samples they see and nothing else, which is what DDP is for."""
+    return axes_of(mesh) in ((), ("replicate",))
+
+
+def replicate(model: nn.Module, mesh: DeviceMesh | None) -> nn.Module:
+    """`model`, on its device and with values, wrapped by `DistributedDataParallel` over the replicate axis of `mesh`;
+    without a mesh, over all ranks of the default process group.
+
+    Gradients are views of the buckets they are reduced in, which saves a copy of them in memory and in time. Rank 0's
+    weights and buffers go to the others.
+    """
+    if (mesh is None and not (dist.is_initialized() and dist.get_world_size() > 1)) or not is_plain(mesh):
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(
+        model,
+        device_ids=None if device.type == "cpu" else [device.index],
+        process_group=dist.group.WORLD if mesh is None else mesh["replicate"].get_group(),
+        gradient_as_bucket_view=True,
+    )
+
+
+def replicate_blocks(
+    model: nn.Module, mesh: DeviceMesh | None, *, experts: Sequence[str] = (), expert_mesh: DeviceMesh | None = None
+) -> nn.Module:
+    """Average the gradients of `model` over the ranks that see other tokens (the replicate and context axes), block by
+    block, in place: for weights that tensor, expert or pipeline axes have a part of, which DDP does not take.
+
+    The modules named `experts` are averaged over the replicate axis of `expert_mesh` alone: tokens of other context
+    ranks come to them. Unchanged where all ranks see the same.
+    """
+    batch = batch_mesh(mesh)
+    if batch is None:
+        return model
+    for name in experts if expert_mesh is not None else ():
+        _torch_private.replicate(model.get_submodule(name), mesh=expert_mesh["replicate"])  # type: ignore[index]
+    for block in (block for _, block in reversed(repeated_blocks(model)) if not shares_parameters(model, block)):
+        _torch_private.replicate(block, mesh=batch)
+    return _torch_private.replicate(model, mesh=batch)

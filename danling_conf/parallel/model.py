@@ -1,0 +1,279 @@
+"""A model made ready for training under a layout."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from danling_conf.parallel import activation_checkpointing as recomputation
+from danling_conf.parallel import compile as compilation
+from danling_conf.parallel import context as context_axis
+from danling_conf.parallel import ddp, hugging_face
+from danling_conf.parallel import expert as expert_axis
+from danling_conf.parallel import fsdp as sharding
+from danling_conf.parallel import stages as stages_of
+from danling_conf.parallel import tensor as tensor_axis
+from danling_conf.parallel.blocks import repeated_blocks
+from danling_conf.parallel.context import ContextParallel
+from danling_conf.parallel.init_plan import Blueprint, blueprint_of, draw, made_by, named_tensors, shortened
+from danling_conf.parallel.initialize import materialize, seeded
+from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
+from danling_conf.parallel.pipeline import Pipeline
+from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
+from danling_conf.schema.compile import CompileConfig
+from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.schema.layout import WORLD_AXES, Layout
+from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.layout import coordinates
+
+_log = logging.getLogger(__name__)
+
+_OWN_AXES = ("tensor", "context")
+"""Axes that a model with a `parallelize(mesh)` of its own lays itself out over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """A model made ready for training, and what a pass through it needs to know (see `build.passes`)."""
+
+    parts: tuple[nn.Module, ...]
+    """The model; in a pipeline, the models of this rank's stages, each with the names of the whole."""
+    whole: nn.Module
+    """The whole model, not for computing: in a pipeline it may be on the meta device."""
+    pipeline: Pipeline | None = None
+    context: ContextParallel | None = None
+    sharded_logits: bool = False
+    """Whether logits stay sharded over the tensor axis for a loss that takes them so."""
+    batch: DeviceMesh | None = None
+    """The ranks that see different tokens; None where all see the same."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model. Raises ValueError in a pipeline, where no rank has it whole."""
+        if self.pipeline is not None:
+            raise ValueError("parallel.axes.pipeline: no rank has the whole model: use parts, or set the degree to 1")
+        return self.parts[0]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of this rank, each once."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def train(self, mode: bool = True) -> None:
+        for part in self.parts:
+            part.train(mode)
+
+
+def assemble(
+    model: nn.Module | Callable[[], nn.Module],
+    *,
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    seed: int,
+    fsdp: FsdpConfig,
+    compile: CompileConfig,
+    activation_checkpointing: ActivationCheckpointingConfig,
+    parallel: ParallelConfig | None = None,
+    expert_mesh: DeviceMesh | None = None,
+    precision: str | None = None,
+) -> Assembled:
+    """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
+
+    `model` is a factory without arguments, which is called on the meta device so that no rank holds the whole model, or
+    a module, which is taken over with rank 0's weights. A factory's weights depend on `seed` alone: where the modules'
+    own initialisers cannot repeat what the constructor did, the model is built in full on the CPU of every rank, under
+    one seed and with rank 0's weights, and the log says which modules are to blame.
+
+    The order: cut into pipeline stages, plans of the tensor, expert and context axes, activation checkpointing, compile
+    per block, FSDP2 or data parallelism, values, compile of a whole model. (DDP takes values before it wraps.)
+    `precision` reaches FSDP's policy; elsewhere it is the caller's autocast.
+
+    Raises ValueError where the layout asks for what nothing implements, or shards without FSDP.
+    """
+    parallel = parallel or ParallelConfig()
+    _check(layout, mesh, fsdp)
+    blueprint: Blueprint | None = None
+    if not isinstance(model, nn.Module):
+        built, blueprint = _build(model, seed)
+    else:
+        built = model
+        if any(tensor.device.type == "meta" for _, tensor in named_tensors(model)):
+            blueprint = blueprint_of(model)
+    hugging_face.prepare(built)
+    plain = ddp.is_plain(mesh) and not fsdp.enabled
+    if blueprint is None and not plain:
+        _share_weights(built, device)
+    context = context_axis.make(parallel, mesh)
+    plan = tensor_axis.plan_for(built, parallel, layout.tensor) if _planned(built, layout, "tensor") else None
+    if _planned(built, layout, "context"):
+        context_axis.check(built, layout.context)
+    if expert_mesh is not None:
+        expert_axis.check(built, layout)
+    recomputed = recomputation.chosen(built, activation_checkpointing)
+    if fsdp.enabled and fsdp.module_classes is not None:
+        repeated_blocks(built, fsdp.module_classes)  # names are checked before stages have a part of the classes each
+    stages, placement, names = _cut(built, layout, parallel)
+    blocks = [name for name, _ in repeated_blocks(built)]
+    parts = stages or {0: built}
+    offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
+    sharded_logits = False
+    for index, part in parts.items():
+        experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context)
+        sharded_logits = sharded_logits or sharded
+        if context is not None and not stages and _own_method(part) is None:
+            context_axis.give_positions(part, context)
+        recomputation.apply(part, activation_checkpointing, recomputed)
+        per_block = compilation.is_per_block(part, compile)
+        compilation.configure(compile)
+        if per_block:
+            compilation.apply(part, compile, inside_recomputation=layout.tensor > 1)
+        if fsdp.enabled:
+            sharding.shard(
+                part, fsdp, mesh, precision=precision, experts=experts, expert_mesh=expert_mesh, pipelined=bool(stages)
+            )
+        elif not plain:
+            ddp.replicate_blocks(part, mesh, experts=experts, expert_mesh=expert_mesh)
+        if blueprint is not None:
+            materialize(part, device=device, seed=seed, blueprint=blueprint, parameter_device=offloaded)
+        elif not fsdp.enabled:
+            part.to(device)
+        wrapped = ddp.replicate(part, mesh) if plain else part
+        # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
+        parts[index] = wrapped if per_block or stages else compilation.apply(wrapped, compile)
+    pipeline = None
+    if stages:
+        pipeline = Pipeline(
+            parts,
+            placement,
+            parallel,
+            mesh["pipeline"],  # type: ignore[index]
+            device,
+            names=names,
+            blocks=blocks if len({name.rpartition(".")[0] for name in blocks}) == 1 else [],
+            several_data_ranks=layout.data_degree > 1,
+            positions=_positions if context is None else context.positions,
+            policy=sharding.mixed_precision_policy(fsdp, precision) if fsdp.enabled else None,
+        )
+    return Assembled(
+        parts=tuple(part for _, part in sorted(parts.items())),
+        whole=blueprint.model if blueprint is not None else built,
+        pipeline=pipeline,
+        context=context,
+        sharded_logits=sharded_logits,
+        batch=batch_mesh(mesh),
+    )
+
+
+def _planned(model: nn.Module, layout: Layout, axis: str) -> bool:
+    """Whether an axis needs a plan: its degree is above 1, and the model does not lay itself out."""
+    return getattr(layout, axis) > 1 and _own_method(model) is None
+
+
+def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
+    """A model's own `parallelize(mesh)`. (Older models of transformers have a method of this name that takes a map of
+    devices.)"""
+    method = getattr(model, "parallelize", None)
+    return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
+
+
+def _cut(
+    model: nn.Module, layout: Layout, parallel: ParallelConfig
+) -> tuple[dict[int, nn.Module] | None, list[int], stages_of.Names]:
+    """The stages of this rank, by index, and the rank and the names of every stage; None for no pipeline."""
+    degree = layout.pipeline
+    if degree == 1:
+        return None, [], []
+    names = parallel.module_fqns_per_model_part
+    if names is None:
+        names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule))
+    stages_of.check(model, names)
+    placement = stages_of.placement(parallel.pipeline_schedule, degree, len(names))
+    own = coordinates(layout, dist.get_rank())["pipeline"]
+    mine = [index for index, rank in enumerate(placement) if rank == own]
+    return {index: stages_of.stage_model(model, names, index) for index in mine}, placement, names
+
+
+def _lay_out(
+    part: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    expert_mesh: DeviceMesh | None,
+    parallel: ParallelConfig,
+    plan: dict[str, str] | None,
+    context: ContextParallel | None,
+) -> tuple[list[str], bool]:
+    """Apply the plans of the tensor, expert and context axes: gives the names of the modules that hold experts, and
+    whether logits may stay sharded."""
+    own = _own_method(part)
+    if own is not None and mesh is not None and any(getattr(layout, name) > 1 for name in _OWN_AXES):
+        own(mesh)
+    sharded = False
+    if plan is not None:
+        tensor = mesh["tensor"]  # type: ignore[index]
+        sharded = tensor_axis.parallelize(part, plan, tensor, loss_parallel=parallel.loss_parallel)
+    experts: list[str] = []
+    if expert_mesh is not None:
+        experts = expert_axis.parallelize(part, layout, expert_mesh, axis(mesh, "tensor"))
+    if context is not None and own is None:
+        context_axis.parallelize(part, context)
+    return experts, sharded
+
+
+def _positions(length: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(length, device=device)
+
+
+def _check(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
+    if layout.shard > 1 and not fsdp.enabled:
+        raise ValueError(
+            f"fsdp.enabled=false: a layout with parallel.axes.shard={layout.shard} shards by FSDP; choose it by name "
+            f"(parallel=fsdp{layout.shard}), or use the replicate axis for DDP"
+        )
+    absent = [name for name in WORLD_AXES if getattr(layout, name) > 1 and name not in axes_of(mesh)]
+    if absent == ["replicate"] and mesh is None and dist.is_initialized():
+        return  # parallel.use_device_mesh=false
+    if absent:
+        raise ValueError(
+            f"parallel.axes.{absent[0]}={getattr(layout, absent[0])}: the mesh has no {absent[0]} axis; make it from "
+            f"the same layout (build.mesh.make)"
+        )
+
+
+def _build(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Blueprint | None]:
+    """The factory's model: on the meta device with its blueprint, or else in full on the CPU."""
+    try:
+        with seeded(seed):  # what it draws outside torch is drawn on meta too
+            model, blueprint = draw(factory)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        # The constructor needs values (`.item()`, `.numpy()`), which meta tensors lack. If something else is wrong, the
+        # build on the CPU says so.
+        _log.info("model: built in full on the CPU of every rank, since it cannot be built on meta: %s", error)
+    else:
+        if not blueprint.missing:
+            return model, blueprint
+        _log.info(
+            "model: built in full on the CPU of every rank. For a build on the meta device, give these modules a "
+            "reset_parameters() that sets the tensor and that the constructor calls last: %s",
+            shortened(blueprint.missing),
+        )
+    with torch.device("cpu"), seeded(seed):
+        return made_by(factory), None
+
+
+def _share_weights(model: nn.Module, device: torch.device) -> None:
+    """Give every rank rank 0's values: FSDP2 cuts out of each rank's own, which need not be the same."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    with torch.no_grad():
+        for tensor in {id(tensor): tensor for _, tensor in named_tensors(model)}.values():
+            shared = tensor.detach().to(device, copy=True)
+            dist.broadcast(shared, src=0)
+            tensor.copy_(shared)

@@ -1,0 +1,117 @@
+"""The default process group and its time limits."""
+
+from __future__ import annotations
+
+import gc
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from danling_conf._torch_private import process_groups, set_timeout
+from danling_conf.schema.process import CommConfig
+
+_waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
+"""The group for slow work, and the default group that it was made beside."""
+
+
+_separate: list[dist.ProcessGroup] = []
+"""Groups whose time limit stays: they wait for disks, not for training."""
+_FOR_DISKS = timedelta(days=1)
+
+
+def start(
+    section: CommConfig,
+    device_type: str,
+    *,
+    store: dist.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> None:
+    """Initialise the default process group, with `comm.init_timeout_seconds` as the time limit of its collectives.
+
+    CPU tensors always go over gloo; an accelerator has its own backend beside it (`cpu:gloo,cuda:nccl`). Without a
+    `store`, ranks meet as the launcher's environment says (`MASTER_ADDR`, `RANK`, ...); without a launcher this process
+    is a world of one.
+
+    Raises ValueError where a store comes without rank and world size.
+    """
+    backend = (
+        "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
+    )
+    seconds = section.init_timeout_seconds
+    timeout = None if seconds is None else timedelta(seconds=seconds)
+    # A world of one meets nobody: it needs no address, which a shell inside an allocation does not have.
+    if store is None and rank is None and ("RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"):
+        store, rank, world_size = dist.HashStore(), 0, 1
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    if rank is None or world_size is None:
+        raise ValueError(f"rank={rank}, world_size={world_size}: a store needs both; pass them with it")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def tighten(section: CommConfig) -> None:
+    """Apply `comm.train_timeout_seconds` to every process group there is. Collective: every rank calls it.
+
+    Meant for once, after the first optimizer step: what is slow only at the start (compilation, connections) is over.
+    Work of a single rank that may take longer is waited for with `wait_for_all`, which keeps the limit of the start.
+    """
+    global _waiting
+    if section.train_timeout_seconds is None or not dist.is_initialized():
+        return
+    # A rank still under way to here must not be measured by the new limit.
+    dist.barrier()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    groups = process_groups()
+    kept = _waiting_group()
+    if kept is None:
+        seconds = section.init_timeout_seconds
+        timeout = None if seconds is None else timedelta(seconds=seconds)
+        _waiting = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout))
+    for group in groups:
+        if group is not kept and not any(group is other for other in _separate):
+            set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
+
+
+def wait_for_all() -> None:
+    """Wait until every rank is here, within the time limit of the start: for what one rank does alone, such as writing
+    files, while others have nothing to do. Collective; nothing where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier(_waiting_group())
+
+
+def separate(backend: str) -> dist.ProcessGroup | None:
+    """A group of all ranks for what goes on beside training, whose collectives it neither delays nor is timed by. A
+    lost rank is noticed by its connection. Collective; None where there is one process."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    group = dist.new_group(backend=backend, timeout=_FOR_DISKS)
+    _separate.append(group)
+    return group
+
+
+def waiting() -> dist.ProcessGroup | None:
+    """The group that `wait_for_all` waits on; None is the default group."""
+    return _waiting_group() if dist.is_initialized() else None
+
+
+def _waiting_group() -> dist.ProcessGroup | None:
+    """The group that `tighten` made, if the default group is still the same; None stands for the default group."""
+    if _waiting is None or _waiting[0] is not dist.group.WORLD:
+        return None
+    return _waiting[1]
+
+
+def stop() -> None:
+    """Destroy every process group, if there are any."""
+    global _waiting
+    _waiting = None
+    _separate.clear()
+    if dist.is_initialized():
+        # Sharded models in reference cycles that outlive their groups make torch 2.13 crash now and then.
+        gc.collect()
+        dist.destroy_process_group()

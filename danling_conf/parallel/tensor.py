@@ -1,0 +1,267 @@
+"""Tensor parallelism: each weight matrix shared out over the ranks of the tensor axis, by a plan of names to styles."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from danling_conf.parallel import hugging_face
+from danling_conf.parallel.blocks import repeated_blocks
+from danling_conf.parallel.inside_step import sharded_logits
+from danling_conf.parallel.pass_through import PassThrough
+from danling_conf.parallel.plan import matches, plan_of, unmatched
+from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.schema.tensor_styles import TENSOR_STYLES
+from danling_conf.schema.torch_options import nearest
+
+_SEQUENCE = Shard(1)
+_GATHERING = ("colwise_gather_output", "colwise_rep", "colwise_gather_output_sequence")
+
+
+def plan_for(model: nn.Module, section: ParallelConfig, degree: int) -> dict[str, str]:
+    """The plan of a whole model: `section.tensor_plan`, else the model's `tp_plan` (Hugging Face's are read as they
+    are); with `section.sequence_parallel`, the entries of the model's `sequence_plan` replace or join it.
+
+    Raises ValueError without a plan, for a name of a configured plan that matches nothing, and for numbers of heads
+    that the degree does not divide.
+    """
+    kind = type(model).__name__
+    if section.tensor_plan is not None:
+        plan = dict(section.tensor_plan)
+        if absent := unmatched(model, plan):
+            raise ValueError(
+                f"parallel.tensor_plan: {absent[0]}: {kind} has no module of this name: mend the name or remove it"
+            )
+    else:
+        own = plan_of(model, "tp_plan")
+        if own is None:
+            raise ValueError(
+                f"parallel.axes.tensor={degree}: nothing lays {kind} out over the tensor axis: give the model a "
+                f"tp_plan (names to styles) or a method parallelize(mesh), set parallel.tensor_plan, or set the degree "
+                f"to 1"
+            )
+        plan = own
+    if next(matches(model, plan), None) is None:
+        raise ValueError(
+            f"parallel.axes.tensor={degree}: no name in the tp_plan of {kind} stands for one of its modules: mend the "
+            f"names, or set the degree to 1"
+        )
+    if section.sequence_parallel:
+        sequence = plan_of(model, "sequence_plan")
+        if sequence is None:
+            raise ValueError(
+                f"parallel.sequence_parallel=true: {kind} has no sequence_plan (names to styles): give it one, or set "
+                f"it to false"
+            )
+        plan = {**plan, **sequence}
+    own_divisors: Mapping[str, int] = getattr(model, "tensor_divisors", None) or hugging_face.tensor_divisors(model)
+    for setting, number in own_divisors.items():
+        if number % degree:
+            raise ValueError(
+                f"parallel.axes.tensor={degree}: must divide {setting}={number}: choose a divisor of it, or change it"
+            )
+    return plan
+
+
+def parallelize(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, loss_parallel: bool) -> bool:
+    """Shard `model`, or a part of it, over the tensor axis `mesh`, in place, and say whether its logits may stay
+    sharded in a step (`build.inside_step`).
+
+    Parameters outside the plan stay whole and the same on all ranks. Tied parameters stay tied.
+
+    Raises ValueError for an unknown style, and for features that the degree does not divide.
+    """
+    styles = _styles()
+    ties = _ties(model)
+    outside = _outside_blocks(model)
+    sharded = False
+    for name, style, is_parameter in list(matches(model, plan)):
+        if style not in TENSOR_STYLES or is_parameter:
+            # Styles of a library's own models (mixtures of experts, latent attention) are that library's to apply.
+            if not hugging_face.apply_style(model, name, style, mesh, is_parameter=is_parameter):
+                fix = nearest(style, TENSOR_STYLES)
+                raise ValueError(f"tensor plan of {type(model).__name__}: {name}: there is no style {style}: {fix}")
+            continue
+        module = model.get_submodule(name)
+        if isinstance(module, PassThrough):
+            continue
+        _check_features(name, module, style, mesh.size())
+        is_head = name in outside and style in _GATHERING
+        if is_head and loss_parallel:
+            sharded = True
+            made: ParallelStyle = ShardedHead(_SEQUENCE if style.endswith("_sequence") else Replicate())
+        else:
+            made = styles[style]()
+        parallelize_module(module, mesh, made)
+        if name in outside and not is_head:
+            # An output that a collective is still filling, fed to a compiled block under FSDP2, makes the gradient of
+            # this module exactly 0 (torch 2.13): a copy is an ordinary tensor.
+            module.register_forward_hook(copied)
+    _tie(model, ties)
+    return sharded
+
+
+def _styles() -> dict[str, Callable[[], ParallelStyle]]:
+    made: dict[str, Callable[[], ParallelStyle]] = {
+        "colwise": ColwiseParallel,
+        "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+        "colwise_gather_output_sequence": lambda: ColwiseParallel(input_layouts=_SEQUENCE, output_layouts=Replicate()),
+        "rowwise": RowwiseParallel,
+        "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+        "rowwise_sequence": lambda: RowwiseParallel(output_layouts=_SEQUENCE),
+        "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+        "embedding_rowwise_sequence": EmbeddingToSequence,
+        "embedding_colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
+        "replicated_with_grad_allreduce": BetweenShards,
+        "sequence_parallel": lambda: SequenceParallel(use_local_output=True),
+        "gather_sequence": GatherSequence,
+        "whole_sequence": WholeSequence,
+    }
+    made["colwise_rep"], made["rowwise_rep"] = made["colwise_gather_output"], made["rowwise_split_input"]
+    return made
+
+
+class EmbeddingToSequence(ParallelStyle):
+    """An embedding whose rows are shared out, and its output along the sequence, whose length must allow it."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(lambda _, inputs: _check_sequence(inputs[0], device_mesh.size()))
+        style = RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE)
+        return parallelize_module(module, device_mesh, style)
+
+
+class ShardedHead(ParallelStyle):
+    """A head whose logits stay sharded in a step that can use them so, and are gathered for everybody else."""
+
+    def __init__(self, input_layout: Replicate | Shard) -> None:
+        super().__init__()
+        self.input_layout = input_layout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style = ColwiseParallel(input_layouts=self.input_layout, output_layouts=Shard(-1), use_local_output=False)
+        made = parallelize_module(module, device_mesh, style)
+        made.register_forward_hook(lambda _, inputs, output: output if sharded_logits() else _whole(output))
+        return made
+
+
+class BetweenShards(ParallelStyle):
+    """A layer on activations of which each rank holds some heads (a norm of queries and keys): its parameters stay
+    whole, and their gradients are summed over the ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            # Heads are next to last; whatever the dim, the layer itself works along another.
+            return DTensor.from_local(inputs[0], mesh, [Shard(inputs[0].ndim - 2)], run_check=False), *inputs[1:]
+
+        return distribute_module(module, device_mesh, None, enter, lambda _, output, mesh: output.to_local())
+
+
+class GatherSequence(ParallelStyle):
+    """Joins the first input of a module, shared out along the sequence, for the sharded layers inside it."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return _from_parts(inputs[0], device_mesh), *inputs[1:]
+
+        module.register_forward_pre_hook(enter)
+        return module
+
+
+class WholeSequence(ParallelStyle):
+    """Joins the first input of a module that no style shards, and shares its output out along the sequence again."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return _from_parts(inputs[0], device_mesh).to_local(), *inputs[1:]
+
+        def leave(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            whole = DTensor.from_local(output, device_mesh, [Replicate()], run_check=False)
+            return whole.redistribute(placements=[_SEQUENCE]).to_local()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
+
+
+def copied(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A hook that gives a copy of a module's output."""
+    return output.clone()
+
+
+def _from_parts(part: Tensor, mesh: DeviceMesh) -> DTensor:
+    joined = part if isinstance(part, DTensor) else DTensor.from_local(part, mesh, [_SEQUENCE], run_check=False)
+    return joined.redistribute(placements=[Replicate()])
+
+
+def _whole(output: Any) -> Any:
+    if not isinstance(output, DTensor):
+        return output
+    return output.redistribute(placements=[Replicate()]).to_local()
+
+
+def _check_sequence(tokens: Tensor, degree: int) -> None:
+    if tokens.shape[1] % degree:
+        raise ValueError(
+            f"parallel.sequence_parallel=true: a sequence of {tokens.shape[1]} tokens cannot be shared out evenly over "
+            f"the tensor degree, {degree}: make its length a multiple, or set sequence_parallel to false"
+        )
+
+
+def _outside_blocks(model: nn.Module) -> set[str]:
+    """Names of all modules outside of the repeated blocks, the head among them."""
+    blocks = {id(module) for _, block in repeated_blocks(model) for module in block.modules()}
+    return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) not in blocks}
+
+
+def _check_features(name: str, module: nn.Module, style: str, degree: int) -> None:
+    if not isinstance(module, nn.Linear):
+        return
+    features = module.out_features if style.startswith("colwise") else module.in_features
+    if style.startswith(("colwise", "rowwise")) and features % degree:
+        what = "output" if style.startswith("colwise") else "input"
+        raise ValueError(
+            f"parallel.axes.tensor={degree}: must divide the {features} {what} features of {name} ({style}): choose a "
+            f"divisor of them, or change the model"
+        )
+
+
+def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places of each parameter that is in several."""
+    places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module, name, parameter in _places(model):
+        places[id(parameter)].append((module, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield module, name, parameter
+
+
+def _tie(model: nn.Module, ties: list[list[tuple[nn.Module, str]]]) -> None:
+    """Let tied parameters be one again; sharding gives each place a parameter of its own."""
+    for places in ties:
+        parameters = [getattr(module, name) for module, name in places]
+        layouts = {item.placements if isinstance(item, DTensor) else None for item in parameters}
+        if len(layouts) > 1:
+            kinds = " and ".join(type(module).__name__ for module, _ in places)
+            raise ValueError(
+                f"parallel.tensor_plan: {kinds} share a parameter, and the plan shards it in one place and not in the "
+                f"other: give both a style that shards rows, such as embedding_rowwise and colwise_gather_output"
+            )
+        for module, name in places[1:]:
+            setattr(module, name, parameters[0])

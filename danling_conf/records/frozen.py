@@ -1,0 +1,111 @@
+"""The frozen configuration of an attempt: written once where the command is given, read by every rank."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from danling_conf.config.files import save
+from danling_conf.config.hydra_adapter import take_part
+from danling_conf.config.identity import canonical, difference_from_defaults, job_id, plain
+from danling_conf.config.readonly import freeze
+from danling_conf.config.resolve import inspect
+from danling_conf.records.code import code_identity
+from danling_conf.records.run_directory import Attempt, owner_of, write_whole
+from danling_conf.schema import RunnerConfig, declared_class
+from danling_conf.topology.machine import Machine
+from danling_conf.topology.rules import Context
+
+FROZEN = "frozen.json"
+
+
+def freeze_attempt(
+    config: RunnerConfig, attempt: Attempt, script: Path, hydra: Mapping[str, Any] | None = None
+) -> None:
+    """Write what an attempt consists of: its configuration in three forms, its code, its command line.
+
+    Args:
+        hydra: Hydra's own settings (`hydra_adapter.hydra_settings`), for ranks that compose nothing themselves.
+    """
+    folder = attempt.directory
+    code = code_identity(script.parent)
+    save(config, folder / "config.yaml")
+    write_whole(folder / "canonical.json", canonical(config) + "\n")
+    write_whole(folder / "difference.yaml", OmegaConf.to_yaml(OmegaConf.create(difference_from_defaults(config))))
+    if code.diff:
+        write_whole(folder / "git.diff", code.diff)
+    write_whole(folder / FROZEN, frozen_content(config, attempt, code.code_id, hydra))
+
+
+def frozen_content(config: RunnerConfig, attempt: Attempt, code_id: str, hydra: Mapping[str, Any] | None = None) -> str:
+    """The frozen configuration as JSON: all that a rank needs to join."""
+    content = {**frozen_job(config, hydra), "code_id": code_id, "attempt": attempt.to_json()}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def frozen_job(config: RunnerConfig, hydra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of a frozen configuration that all attempts share."""
+    kind = declared_class(config)
+    return {
+        "job_id": job_id(config),
+        "class": [kind.__module__, kind.__qualname__],
+        "config": plain(config),
+        "hydra": hydra,
+    }
+
+
+def thaw(content: str, kind: type[RunnerConfig] | None = None) -> tuple[Any, Attempt]:
+    """The configuration and attempt of `frozen_content`, as the rank that wrote it had them.
+
+    Raises ValueError when the configuration that results is not the one that was frozen.
+    """
+    frozen = json.loads(content)
+    return thaw_job(frozen, kind), Attempt.from_json(frozen["attempt"])
+
+
+def thaw_job(frozen: Mapping[str, Any], kind: type[RunnerConfig] | None = None) -> Any:
+    """The configuration of `frozen_job`. Raises ValueError as `thaw`."""
+    kind = kind or _class_of(*frozen["class"])
+    # The rules were applied where the command was given; here only the same object must come out of the file.
+    config, _ = inspect(frozen["config"], kind=kind, context=Context(machine=Machine()))
+    config = freeze(config)
+    if job_id(config) != frozen["job_id"]:
+        raise ValueError(
+            f"the frozen configuration has job id {frozen['job_id']}, and this process reads {job_id(config)} from it: "
+            f"its {kind.__name__} differs from that of the process that wrote it"
+        )
+    return config
+
+
+def take_part_in(content: str) -> DictConfig | None:
+    """Be in the Hydra job of `frozen_content`; gives Hydra's own node, None where no job of Hydra's was frozen."""
+    frozen = json.loads(content)
+    return None if frozen["hydra"] is None else take_part(frozen["hydra"], frozen["config"])
+
+
+def earlier_code(attempt: Attempt) -> str | None:
+    """The code identity of the attempt before this one; None for the first."""
+    folders = sorted(folder for folder in attempt.directory.parent.iterdir() if folder.is_dir())
+    earlier = [folder for folder in folders if folder.name < attempt.directory.name and (folder / FROZEN).is_file()]
+    if not earlier or owner_of(earlier[-1]) is None:
+        return None
+    return json.loads((earlier[-1] / FROZEN).read_text())["code_id"]
+
+
+def code_of(attempt: Attempt) -> str | None:
+    """The code identity of an attempt; None where nothing was frozen."""
+    path = attempt.directory / FROZEN
+    return json.loads(path.read_text())["code_id"] if path.is_file() else None
+
+
+def _class_of(module: str, qualname: str) -> type[RunnerConfig]:
+    found: Any = sys.modules.get(module) or importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,332 @@
+"""A run's directory: found or claimed once, locked while an attempt lives, never overwritten.
+
+`workspace_root/lineage/experiment/<run id>` is the same on every rank and for every attempt. The run id is the
+`config_id`; a fresh start of a configuration that has a run already gets the next number (`<config id>.2`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
+from danling_conf.records.run_lock import RunLock
+from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.topology.layout import layout_of
+from danling_conf.topology.violation import ConfigRefused, Violation, show
+
+RUN_FILE = "run.json"
+_LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
+_OF_A_START = ("pretrained", "checkpoint.exclude_from_loading")
+"""Settings that say what a run starts from; they change nothing when it goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a run."""
+
+    run_directory: Path
+    """Directory of the run."""
+    directory: Path
+    """Folder of this attempt, in the run."""
+    seed: int
+    """The run's seed: as configured, or drawn when the run was made."""
+    restore: Path | None = None
+    """Run directory or checkpoint that this attempt goes on from; None for a fresh start."""
+    command: tuple[str, ...] = ()
+    """Script and overrides that started it."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told about how the directory was chosen."""
+
+    @property
+    def run_id(self) -> str:
+        return self.run_directory.name
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_directory": str(self.run_directory),
+            "directory": str(self.directory),
+            "seed": self.seed,
+            "restore": str(self.restore) if self.restore else None,
+            "command": list(self.command),
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Attempt:
+        return cls(
+            run_directory=Path(content["run_directory"]),
+            directory=Path(content["directory"]),
+            seed=content["seed"],
+            restore=Path(content["restore"]) if content["restore"] else None,
+            command=tuple(content["command"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """The run that a configuration goes on with, and what from; all attempts of a job share it."""
+
+    run_directory: Path
+    restore: Path | None = None
+    """Run directory or checkpoint to go on from; None for a fresh start."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told about how the directory was chosen."""
+
+    def to_json(self) -> dict[str, Any]:
+        restore = str(self.restore) if self.restore else None
+        return {"run_directory": str(self.run_directory), "restore": restore, "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Binding:
+        restore = Path(content["restore"]) if content["restore"] else None
+        return cls(run_directory=Path(content["run_directory"]), restore=restore, notes=tuple(content["notes"]))
+
+
+def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[Attempt, RunLock]:
+    """Find the run that this configuration goes on with, or make a new one, lock it, and open an attempt in it.
+
+    Args:
+        command: script and overrides; this process's own when None.
+
+    Raises ConfigRefused when the run cannot be resumed under this configuration, is live, or cannot be written.
+    """
+    return begin(bind(config), config, sys.argv if command is None else command)
+
+
+def bind(config: RunnerConfig) -> Binding:
+    """Find the run that this configuration goes on with, or make a new one. Raises ConfigRefused as `claim`."""
+    with _writing(config):
+        return _bind(config)
+
+
+def begin(
+    binding: Binding,
+    config: RunnerConfig,
+    command: Sequence[str],
+    *,
+    again: bool = False,
+    fence: tuple[str, int] | None = None,
+) -> tuple[Attempt, RunLock]:
+    """Lock a bound run and open an attempt in it.
+
+    Args:
+        command: script and overrides.
+        again: whether an earlier attempt of the same binding may have got somewhere, from where this one goes on.
+        fence: see `RunLock`.
+
+    Raises ConfigRefused when the run is live or cannot be written.
+    """
+    with _writing(config):
+        run = binding.run_directory
+        lock = RunLock(run, fence)
+        restore = binding.restore
+        if again and any((run / config.checkpoint.dir_name).glob("ckpt-*")):
+            restore = run
+        return Attempt(
+            run_directory=run, directory=_make_attempt(run), seed=read_run(run)["seed"], restore=restore,
+            command=tuple(command), notes=binding.notes,
+        ), lock  # fmt: skip
+
+
+@contextmanager
+def _writing(config: RunnerConfig) -> Iterator[None]:
+    """Refuses a workspace that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        rule = f"the run's directory cannot be made: {error.strerror}: {error.filename}"
+        fix = "choose a directory to write to"
+        raise ConfigRefused([Violation("workspace_root", config.workspace_root, rule, fix)]) from error
+
+
+def _bind(config: RunnerConfig) -> Binding:
+    root = (Path(config.workspace_root).expanduser() / config.lineage / config.experiment).absolute()
+    identity = config_id(config)
+    run: Path | None = None
+    restore: Path | None = None
+    parent: Path | None = None
+    notes: tuple[str, ...] = ()
+    if config.resume is not None:
+        restore = Path(config.resume).expanduser().absolute()
+        owner = owner_of(restore)
+        if owner is None:
+            parent = restore
+        elif restore == owner:
+            notes = _refuse_other_semantics(config, owner)
+            run = owner
+        elif read_run(owner)["config_id"] == identity and is_latest(restore):
+            run = owner
+        else:
+            # Going on from an older checkpoint in the same run would overwrite what came after it.
+            parent = owner
+            notes = (f"this is a new run, which goes on from {restore} of another one",)
+    elif config.auto_resume:
+        run = newest_run(root, identity)
+        restore = run
+        if run is None:
+            notes = _runs_of_other_layouts(root, config)
+    if run is None:
+        run = _make_run(root, identity, config, parent)
+    return Binding(run_directory=run, restore=restore, notes=notes)
+
+
+def owner_of(path: Path) -> Path | None:
+    """The run directory that is `path` or holds it; None when there is none."""
+    for folder in (path, *path.parents):
+        if (folder / RUN_FILE).is_file():
+            return folder
+    return None
+
+
+def is_latest(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the one that its run would go on from."""
+    return (checkpoint.parent / "latest").resolve() == checkpoint.resolve()
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What a run's directory says of the run. Raises ConfigRefused when its file is broken."""
+    try:
+        content = json.loads((run / RUN_FILE).read_text())
+        return {name: content[name] for name in ("run_id", "config_id", "seed", "parent", "created", "settings")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigRefused(
+            [Violation("resume", str(run), f"{RUN_FILE} is broken", "start a new run: drop resume and auto_resume")]
+        ) from error
+
+
+def newest_run(root: Path, identity: str) -> Path | None:
+    """The newest run of a configuration below `root`."""
+    runs = [folder for folder in root.glob(f"{identity}*") if re.fullmatch(rf"{identity}(\.[0-9]+)?", folder.name)]
+    runs = [folder for folder in runs if (folder / RUN_FILE).is_file()]
+    return max(runs, key=_number_of, default=None)
+
+
+def _number_of(run: Path) -> int:
+    return int(run.name.partition(".")[2] or 1)
+
+
+def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        run = root / (identity if number == 1 else f"{identity}.{number}")
+        try:
+            run.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    content = {
+        "run_id": run.name,
+        "config_id": identity,
+        "seed": _seed(config, parent),
+        "parent": str(parent) if parent else None,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": semantic(config),
+    }
+    write_whole(run / RUN_FILE, json.dumps(content, indent=1) + "\n")
+    return run
+
+
+def _seed(config: RunnerConfig, parent: Path | None) -> int:
+    """The configured seed, else that of the run that this one goes on from, else a drawn one."""
+    if config.seed is not None:
+        return config.seed
+    if parent is not None and (parent / RUN_FILE).is_file():
+        return int(read_run(parent)["seed"])
+    return secrets.randbelow(2**31)
+
+
+def _make_attempt(run: Path) -> Path:
+    attempts = run / "attempts"
+    attempts.mkdir(exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    number = 1
+    while True:
+        attempt = attempts / (stamp if number == 1 else f"{stamp}.{number}")
+        try:
+            attempt.mkdir()
+            return attempt
+        except FileExistsError:
+            number += 1
+
+
+def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
+    """Refuse a run that was made under other settings, all of them named; insisted on, they are notes for the user."""
+    made = read_run(run)["settings"]
+    changed = {
+        path: values for path, values in differences(semantic(config), made).items() if not path.startswith(_OF_A_START)
+    }
+    layout = {path for path in changed if path.startswith(_LAYOUT_PATHS)}
+    violations = []
+    if layout and not config.parallel.allow_degree_change:
+        theirs, mine = _layout_in(made), layout_name(layout_of(config.parallel.axes, config.fsdp.enabled))
+        violations.append(
+            Violation(
+                "parallel",
+                mine,
+                f"the run was made under the layout {theirs}",
+                "choose its layout, or parallel.allow_degree_change=true",
+            )
+        )
+    for path in sorted(changed.keys() - layout):
+        mine, theirs = changed[path]
+        violations.append(
+            Violation(
+                path,
+                mine,
+                f"the run {run.name} was made with {theirs}",
+                "resume with the run's own setting, start a new run from one of its checkpoints, or insist by "
+                "force_resume=true",
+            )
+        )
+    if config.force_resume:
+        insisted = [item for item in violations if item.path != "parallel"]
+        violations = [item for item in violations if item.path == "parallel"]
+        notes = tuple(f"{item.path}={show(item.value)}: {item.rule}; force_resume=true insists" for item in insisted)
+    else:
+        notes = ()
+    if violations:
+        raise ConfigRefused(violations)
+    return notes
+
+
+def _layout_in(settings: dict[str, Any]) -> str:
+    """The name of the layout that a run's settings describe."""
+    axes = flatten(settings.get("parallel", {}).get("axes", {}))
+    known = {axis: degree for axis, degree in axes.items() if axis in Layout().degrees()}
+    return layout_name(Layout(**known, fsdp=bool(settings.get("fsdp", {}).get("enabled", False))))
+
+
+def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
+    mine = semantic(config)
+    for run in sorted(root.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+        if (run / RUN_FILE).is_file():
+            try:
+                changed = differences(mine, read_run(run)["settings"])
+            except ConfigRefused:
+                continue
+            if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
+                return (
+                    f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
+                    f"(resume={run} parallel.allow_degree_change=true goes on with it)",
+                )
+    return ()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is seen whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,108 @@
+"""A sweep's directory: what was asked, a file for every job, and the ledger of what has become of them.
+
+sweep.json           the command, how its app is started, the launcher's settings
+git.diff             the code's difference from its commit, when there was one
+jobs.jsonl           the ledger
+jobs/<key>/job.json  one frozen job
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danling_conf.config.identity import layout_name
+from danling_conf.config.job import Job
+from danling_conf.records.code import CodeIdentity
+from danling_conf.records.job_file import JOB_FILE, JobFile, Program
+from danling_conf.records.ledger import Ledger, Record
+from danling_conf.records.run_directory import bind, write_whole
+from danling_conf.records.status import Status
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepDirectory:
+    """A directory of a sweep, which exists."""
+
+    path: Path
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.path)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What was asked for: command, program, cluster, launcher."""
+        content: dict[str, Any] = json.loads((self.path / SWEEP_FILE).read_text())
+        return content
+
+    def jobs(self) -> dict[str, JobFile]:
+        """The frozen jobs by key, in the sweep's order."""
+        return {key: self.job(key) for key in self.ledger.records()}
+
+    def job(self, key: str) -> JobFile:
+        return JobFile.read(self.path / "jobs" / key / JOB_FILE)
+
+    def ask(
+        self, *, command: Sequence[str], program: Program, code: CodeIdentity, cluster: str, launcher: Mapping[str, Any]
+    ) -> None:
+        """Write down what is asked for; once, also where a sweeper asks for more and more jobs."""
+        if (self.path / SWEEP_FILE).exists():
+            return
+        content = {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": list(command),
+            "program": program.to_json(),
+            "cluster": cluster,
+            "launcher": dict(launcher),
+        }
+        write_whole(self.path / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
+        if code.diff:
+            write_whole(self.path / "git.diff", code.diff)
+
+    def plan(
+        self, jobs: Sequence[Job], program: Program, shapes: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> dict[str, JobFile]:
+        """Bind every job to a run of its own, freeze it, and enter it in the ledger; gives the job files by key.
+
+        Args:
+            shapes: what each job takes of a cluster, by its number.
+
+        Raises ConfigRefused where two jobs would go on with the same run.
+        """
+        ledger = self.ledger
+        files: dict[str, JobFile] = {}
+        lines: list[tuple[str, dict[str, Any]]] = []
+        owners = {record.run: record.number for record in ledger.records().values() if not record.ended}
+        for job in jobs:
+            binding = bind(job.config)
+            owner = owners.setdefault(binding.run_directory, job.number)
+            if owner != job.number:
+                rule = f"job #{owner} and job #{job.number} would go on with the same run, {binding.run_directory}"
+                raise ConfigRefused([Violation("sweep", " ".join(job.overrides), rule, "let one of them be another")])
+            key = _free_key(job.job_id, files, ledger.records())
+            shape = None if shapes is None else shapes[job.number]
+            files[key] = JobFile.write(self.path, key, job, binding, program, shape)
+            facts = {
+                "job": job.number, "job_id": job.job_id, "config_id": job.config_id, "status": Status.PLANNED,
+                "overrides": list(job.overrides), "run": str(binding.run_directory),
+                "layout": layout_name(job.layout), "steps": job.config.steps, "epochs": job.config.epochs,
+            }  # fmt: skip
+            lines.append((key, facts))
+        ledger.add_all(lines)
+        return files
+
+
+def _free_key(job_id: str, taken: Mapping[str, Any], known: Mapping[str, Record]) -> str:
+    """The job's id; with a number behind it where the sweep has the same job already."""
+    number = 1
+    while (key := job_id if number == 1 else f"{job_id}.{number}") in taken or key in known:
+        number += 1
+    return key

@@ -1,0 +1,160 @@
+"""A collective that timed out: which ranks did not come, instead of what a library's socket says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from danling_conf.records.heartbeats import read_heartbeats
+from danling_conf.records.run_directory import Attempt, write_whole
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rank_environment import RankEnvironment
+
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|connect(ion)? fail", re.IGNORECASE)
+_GRACE_SECONDS = 3.0
+"""How long a rank waits for the notes of others, whose limits end a little later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this rank was."""
+
+    step: int = 0
+    starting: bool = True
+    """Whether the limit of the start still holds: until the first step is done."""
+    waited_for: dict[str, Any] | None = None
+    """The collective that it was seen to wait in, where somebody looked."""
+
+
+class CollectiveTimedOut(RuntimeError):
+    """Some ranks did not come to a collective within its time limit. The message names them."""
+
+
+def named(method: Callable[..., Result]) -> Callable[..., Result]:
+    """For a method of the runner: where a collective in it times out, the error names the ranks that did not come."""
+
+    @wraps(method)
+    def called(runner: Any, *arguments: Any, **options: Any) -> Result:
+        try:
+            return method(runner, *arguments, **options)
+        except RuntimeError as error:
+            explain(error, runner.world.attempt, runner.world.ranks, runner.config, runner.place())
+            raise
+
+    return called
+
+
+def explain(error: RuntimeError, attempt: Attempt, ranks: RankEnvironment, config: RunnerConfig, place: Place) -> None:
+    """Raise CollectiveTimedOut where `error` is that of a collective that timed out.
+
+    Every rank that waited leaves a note in the attempt's folder; those without one did not come. Their last step is
+    that of their heartbeat.
+    """
+    text = str(error)
+    timed_out = bool(_TIMED_OUT.search(text))
+    if ranks.world_size == 1 or isinstance(error, CollectiveTimedOut) or not (timed_out or _LOST.search(text)):
+        return
+    note = {"rank": ranks.rank, "step": place.step, "time": time.time(), "collective": None}
+    try:
+        write_whole(_note(attempt.directory, ranks.rank), json.dumps(note) + "\n")
+    except OSError as fault:
+        _log.warning("no note could be left for the other ranks: %s", fault)
+    if not timed_out:
+        return
+    _log.error("a collective timed out: %s", text)
+    notes = _notes_of(attempt.directory, ranks.world_size)
+    limit = None if place.starting else config.comm.train_timeout_seconds
+    setting = "comm.train_timeout_seconds" if limit else "comm.init_timeout_seconds"
+    limit = limit or config.comm.init_timeout_seconds
+    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
+    beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.directory.name}
+    # What failed is under way no longer; the heartbeat has seen it.
+    notes[ranks.rank] = {**note, "collective": place.waited_for}
+    said = message(notes, beats, ranks.world_size, limit=limit, setting=setting, now=time.time())
+    raise CollectiveTimedOut(said) from None
+
+
+def message(
+    notes: dict[int, dict[str, Any]], beats: dict[int, dict[str, Any]], world_size: int, *, limit: int | None,
+    setting: str, now: float,
+) -> str:  # fmt: skip
+    """Which ranks did not come, with the last that is known of each; and where those that came are.
+
+    Args:
+        notes: of the ranks that waited, by rank.
+        beats: heartbeats, by rank; {} where none are written.
+        limit: seconds after which the collective timed out, by `setting`; None for torch's own.
+    """
+    missing = [rank for rank in range(world_size) if rank not in notes]
+    came = sorted(notes)
+    within = f"within {limit} s ({setting})" if limit else f"within torch's own time limit ({setting} sets another)"
+    steps = {notes[rank]["step"] for rank in came}
+    where = f"step {steps.pop()}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
+    what = next((notes[rank]["collective"] for rank in came if notes[rank].get("collective")), None)
+    lines = [f"{_name(what)} timed out: not all ranks came to it {within}"]
+    lines += [f"  rank {rank} did not come: {_last_of(beats.get(rank), now)}" for rank in missing]
+    if not missing:
+        lines.append("  every rank was waiting: they wait in different collectives, or one came too late")
+        held = {rank: notes[rank].get("collective") or beats.get(rank, {}).get("collective") for rank in came}
+        lines += [f"  rank {rank} waited in {_name(each)}" for rank, each in held.items() if each]
+    waited = "rank" if len(came) == 1 else "ranks"
+    lines.append(f"  {waited} {', '.join(map(str, came))} waited, after {where}")
+    if missing and not beats:
+        lines.append("  heartbeat=default would say where a rank was last")
+    elif missing:
+        lines.append("  see what a rank that still runs does with: py-spy dump --pid PID, on its host")
+    return "\n".join(lines)
+
+
+def late(attempt: Attempt, config: RunnerConfig, world_size: int, collective: dict[str, Any], waited: float) -> str:
+    """Which ranks have not come to a collective that will time out soon, as far as heartbeats say."""
+    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
+    lines = [f"{_name(collective)} is waited for since {waited:.0f} s, and will time out"]
+    for rank in range(world_size):
+        beat = beats.get(rank)
+        if beat is None or not beat["state"].startswith("waiting"):
+            lines.append(f"  rank {rank} has not come: {_last_of(beat, time.time())}")
+    return "\n".join(lines)
+
+
+def _name(collective: dict[str, Any] | None) -> str:
+    if collective is None:
+        return "a collective"
+    return f"{collective['name']} number {collective['number']} of {collective['group']}"
+
+
+def _last_of(beat: dict[str, Any] | None, now: float) -> str:
+    if beat is None:
+        return "nothing more is known of it"
+    ago = now - beat["written"]
+    silent = f", silent for {ago:.0f} s" if ago > 2 * beat["interval"] else ""
+    total = f"/{beat['total_steps']}" if beat.get("total_steps") else ""
+    return f"last at step {beat['step']}{total}, {beat['state']}, on {beat['host']}, pid {beat['pid']}{silent}"
+
+
+def _notes_of(attempt: Path, world_size: int) -> dict[int, dict[str, Any]]:
+    """Of all ranks that leave one soon."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while True:
+        found = {}
+        for rank in range(world_size):
+            path = _note(attempt, rank)
+            if path.is_file():
+                found[rank] = json.loads(path.read_text())
+        if len(found) == world_size or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def _note(attempt: Path, rank: int) -> Path:
+    return attempt / f"waited-rank-{rank}.json"

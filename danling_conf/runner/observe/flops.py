@@ -1,0 +1,95 @@
+"""How much arithmetic a model's step takes, and what share of the device's peak a run reaches (MFU)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from danling_conf.components.device_peaks import peak_flops
+from danling_conf.runner.batch import count_samples
+
+_log = logging.getLogger(__name__)
+
+
+class Utilisation:
+    """Model FLOPs utilisation: the FLOPs that the model itself needs over those that the devices could do.
+
+    The FLOPs are counted once, with the first batch, on a twin of the model on the meta device: forward and backward of
+    the whole model, whatever the layout, without what activation checkpointing computes again. Where the device's peak
+    is not known, as on a CPU, or the twin cannot run on the meta device, there is no utilisation.
+
+    Args:
+        model: the factory or module that the run trains.
+        devices: how many there are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        forward: Callable[[Any, Any], Any],
+        loss: Callable[[Any, Any], Any],
+        *,
+        device: torch.device,
+        precision: str | None,
+        devices: int,
+    ) -> None:
+        self.peak = peak_flops(device, precision)
+        self.flops_per_sample: float | None = None
+        self._devices = devices
+        self._forward, self._loss = forward, loss
+        # A module is changed when it is laid out over ranks: its twin is made before that.
+        self._twin = None if self.peak is None else _twin(model)
+
+    def count(self, batch: Any) -> None:
+        """Count with the first batch; later calls do nothing."""
+        if self._twin is None:
+            return
+        twin, self._twin = self._twin, None
+        try:
+            flops = model_flops(twin, self._forward, self._loss, batch)
+            self.flops_per_sample = flops / count_samples(batch)
+        except Exception as error:  # of the user's model on a device that it was not written for
+            _log.info("the model's FLOPs are not known, since it does not run on the meta device: %s", error)
+
+    def of(self, samples_per_second: float) -> float | None:
+        """The share of the peak at a speed of all ranks together; None where it is not known."""
+        if self.peak is None or self.flops_per_sample is None:
+            return None
+        return samples_per_second * self.flops_per_sample / (self.peak * self._devices)
+
+
+def model_flops(
+    twin: nn.Module, forward: Callable[[Any, Any], Any], loss: Callable[[Any, Any], Any], batch: Any
+) -> int:
+    """FLOPs of forward and backward of one batch, by a model on the meta device. Raises what the model raises there."""
+    on_meta = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, batch)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        found = loss(forward(twin, on_meta), on_meta)
+        (found[0] if isinstance(found, tuple) else found).backward()
+    return counter.get_total_flops()
+
+
+def _twin(model: nn.Module | Callable[[], nn.Module]) -> nn.Module | None:
+    """The same model on the meta device, without its weights being copied; None where it cannot be made."""
+    try:
+        if isinstance(model, nn.Module):
+            tensors = [*model.parameters(), *model.buffers()]
+            memo: dict[int, Any] = {id(item): _like(item) for item in tensors}
+            return copy.deepcopy(model, memo)
+        with torch.device("meta"):
+            return model()
+    except Exception as error:  # of the user's model
+        _log.info("the model's FLOPs are not known, since there can be no copy of it on the meta device: %s", error)
+        return None
+
+
+def _like(item: Tensor) -> Tensor:
+    empty = torch.empty_like(item, device="meta")
+    return nn.Parameter(empty, requires_grad=item.requires_grad) if isinstance(item, nn.Parameter) else empty

@@ -1,0 +1,64 @@
+"""Running means that cost no synchronisation until they are read."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from danling_conf.parallel.forward_backward import Measured
+
+
+class LossMeter:
+    """Mean of losses. Appending does not wait for the device; reading reduces over ranks and waits once."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count: Tensor | float = 0.0
+
+    def append(self, loss: Measured) -> None:
+        """Take a loss into the mean. It is not kept: the output of a CUDA graph is overwritten by the next step."""
+        if self._total is None:
+            self._total = loss.total.to(torch.float64, copy=True)
+        else:
+            self._total += loss.total
+        self._count = self._count + loss.weight
+
+    def mean(self) -> float | None:
+        """Mean over everything since the last reset, of all ranks; None when there was nothing. Collective."""
+        if self._total is None:
+            return None
+        count = torch.as_tensor(self._count, dtype=self._total.dtype, device=self._total.device)
+        return reduce_sum(torch.stack([self._total, count])).ratio()
+
+    def sums(self, device: torch.device) -> Tensor:
+        """Total and count of this rank, (2,) in float64; zeros where there was nothing."""
+        if self._total is None:
+            return torch.zeros(2, dtype=torch.float64, device=device)
+        return torch.stack([self._total, torch.as_tensor(self._count, dtype=torch.float64, device=device)])
+
+    def reset(self) -> None:
+        self._total, self._count = None, 0.0
+
+
+class Sums:
+    """A sum and its weight, reduced over all ranks."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def ratio(self) -> float | None:
+        """Sum over weight; None where the weight is zero."""
+        total, weight = self.values
+        return total / weight if weight else None
+
+
+def reduce_sum(values: Tensor) -> Sums:
+    """A (2,) tensor of a sum and its weight, summed over all ranks. Collective; waits for the device.
+
+    Ranks that share samples (tensor) hold the same two numbers, which cancel in the ratio; those of other pipeline
+    stages hold zeros.
+    """
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(values)
+    return Sums(values.tolist())

@@ -1,0 +1,65 @@
+"""Metrics as JSON lines in the run's own directory: always there, read by every command that shows a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import IO
+
+from danling_conf.records.metrics import metrics_file
+from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
+
+
+class JsonLines:
+    """Appends a line a record to `metrics.jsonl`; see `resolution.metrics_file`."""
+
+    name = "the run's metrics file"
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+        self._attempt = ""
+
+    def start(self, facts: RunFacts) -> None:
+        path = metrics_file(facts.attempt.run_directory)
+        self._attempt = facts.attempt.directory.name
+        torn = _ends_within_a_line(path)
+        self._file = open(path, "a")  # noqa: SIM115  open for as long as the run lasts
+        if torn:
+            self._file.write("\n")
+
+    def begin(self, step: int, epoch: int, time: float) -> None:
+        """Mark where the attempt starts."""
+        self._write({"time": time, "attempt": self._attempt, "step": step, "epoch": epoch})
+
+    def log(self, record: Record) -> None:
+        self._write(
+            {
+                "time": record.time,
+                "attempt": self._attempt,
+                "step": record.step,
+                "epoch": record.epoch,
+                **record.scalars,
+            }
+        )
+
+    def finish(self, status: str, score: float | None) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: dict[str, object]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()  # whoever watches reads it now
+
+
+def _ends_within_a_line(path: str | os.PathLike[str]) -> bool:
+    """Whether a process was killed while it wrote the last line."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,62 @@
+"""The one interface of everything that metrics go to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from danling_conf.records.run_directory import Attempt
+
+TRAINING, EVALUATION, END = "training", "evaluation", "end"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What was measured at one step."""
+
+    kind: str
+    """`training`: over the steps since the last such record. `evaluation`: of the splits as the model is now. `end`: of
+    the whole run."""
+    scalars: Mapping[str, float | None]
+    """Values by dotted name; None for what is no finite number."""
+    step: int
+    epoch: int
+    time: float
+    """Seconds since 1970."""
+    note: str = ""
+    """For a person."""
+
+    def finite(self) -> dict[str, float]:
+        """The scalars that have a value."""
+        return {name: value for name, value in self.scalars.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a tracker may know of the run."""
+
+    attempt: Attempt
+    settings: Mapping[str, Any]
+    """The whole configuration, flat: dotted path and value."""
+    lineage: str
+    experiment: str
+    step: int
+    """The step that the attempt goes on from."""
+    score_key: str
+    """Name of the metric that the score is."""
+
+
+class Tracker(Protocol):
+    """Takes metrics. It may raise: `Guarded` says so once and goes on without it."""
+
+    name: str
+
+    def start(self, facts: RunFacts) -> None:
+        """Open what is written to. The attempt may go on with a run that was tracked before."""
+
+    def log(self, record: Record) -> None:
+        """Take a record."""
+
+    def finish(self, status: str, score: float | None) -> None:
+        """Close it. `status` is completed, stopped or failed; the score is the best so far."""

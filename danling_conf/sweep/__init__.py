@@ -1,0 +1,1 @@
+"""Many runs: pre-flight, submission, monitor, tables."""

@@ -1,0 +1,140 @@
+"""Jobs of a sweep on this machine: each a process with devices of its own, as many at once as there is room for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from danling_conf.records.job_file import JOB_VARIABLE, JobFile
+from danling_conf.records.ledger import Record
+from danling_conf.records.status import Status
+from danling_conf.sweep.backend import Ending
+from danling_conf.topology.machine import count_devices
+
+OUTPUT = "output.log"
+"""What a job's processes print, in the job's folder."""
+
+
+@dataclass
+class _Running:
+    job: JobFile
+    process: subprocess.Popen[bytes]
+    devices: list[str]
+    ranks_on_cpu: int
+
+
+class LocalJobs:
+    """Runs jobs as processes of this machine.
+
+    Args:
+        parallel_jobs: the most at once; None for as many as there is room for.
+    """
+
+    interval = 0.1
+    patience = 0.0  # what a process has written is there when it has ended
+
+    def __init__(self, parallel_jobs: int | None, environment: Mapping[str, str] = os.environ) -> None:
+        self._most = parallel_jobs
+        self._free = _devices(environment)
+        self._all_devices = len(self._free)
+        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._environment = environment
+        self._waiting: deque[JobFile] = deque()
+        self._running: dict[str, _Running] = {}
+        self._ended: dict[str, Ending] = {}
+        self._at_once = 1
+
+    def submit(self, jobs: Sequence[JobFile]) -> None:
+        for job in jobs:
+            job.ledger.add(job.key, status=Status.QUEUED)
+            self._ended.pop(job.key, None)
+        self._waiting.extend(jobs)
+        widest = max(job.world_size for job in jobs)
+        room = max(1, self._cores // widest)
+        self._at_once = min(len(self._waiting) + len(self._running), self._most or room)
+        self._start_what_fits()
+
+    def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
+        for key, running in list(self._running.items()):
+            code = running.process.poll()
+            if code is not None:
+                self._free += running.devices
+                del self._running[key]
+                self._ended[key] = _ending(code)
+        return {record.key: self._ended[record.key] for record in unfinished if record.key in self._ended}
+
+    def proceed(self) -> None:
+        self._start_what_fits()
+
+    def cancel(self, records: Sequence[Record]) -> None:
+        keys = {record.key for record in records}
+        for job in [job for job in self._waiting if job.key in keys]:
+            self._waiting.remove(job)
+            self._ended[job.key] = Ending(status=Status.CANCELLED, error="not started: the sweep was stopped")
+        for running in self._running.values():
+            if running.job.key in keys and running.process.poll() is None:
+                running.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait for the processes that still run."""
+        for running in self._running.values():
+            running.process.wait()
+
+    def _start_what_fits(self) -> None:
+        while self._waiting and (self._most is None or len(self._running) < self._most):
+            job = self._waiting[0]
+            if job.ledger.records()[job.key].status == Status.CANCELLED:  # by another command, while it waited
+                self._waiting.popleft()
+                continue
+            on_cpu = not self._all_devices or job.content["config"]["parallel"]["mesh_device_type"] == "cpu"
+            if on_cpu:
+                busy = sum(running.ranks_on_cpu for running in self._running.values())
+                # A layout of more ranks than cores runs too, alone.
+                if busy and busy + job.world_size > self._cores and self._most is None:
+                    return
+                self._start(job, [], job.world_size)
+            elif len(self._free) >= job.world_size:
+                devices, self._free = self._free[: job.world_size], self._free[job.world_size :]
+                self._start(job, devices, 0)
+            else:
+                return
+            self._waiting.popleft()
+
+    def _start(self, job: JobFile, devices: list[str], ranks_on_cpu: int) -> None:
+        environment = {**self._environment, JOB_VARIABLE: str(job.path)}
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        elif self._at_once > 1:
+            threads = max(1, self._cores // (self._at_once * job.world_size))
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        with open(job.folder / OUTPUT, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-u", *job.words], env=environment, cwd=job.directory,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True,  # Ctrl-C is for whoever looks after the sweep, who tells the jobs
+            )  # fmt: skip
+        self._running[job.key] = _Running(job, process, devices, ranks_on_cpu)
+
+
+def _devices(environment: Mapping[str, str]) -> list[str]:
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    count = count_devices(visible)
+    return [str(index) for index in range(count)] if visible is None else visible.split(",")[:count]
+
+
+def _ending(code: int) -> Ending:
+    """What an exit code says of a job that said nothing itself."""
+    if code == 0:
+        return Ending(status=Status.COMPLETED)
+    if -code in (signal.SIGTERM, signal.SIGINT):
+        return Ending(status=Status.INTERRUPTED, error=f"ended by {signal.Signals(-code).name}")
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (by the system, when memory runs out)" if name == "SIGKILL" else ""
+        return Ending(status=Status.FAILED, error=f"ended by {name}{hint}")
+    return Ending(status=Status.FAILED, error=f"ended with exit code {code}")

@@ -1,0 +1,131 @@
+"""Processes of jobs on this machine, seen by somebody who has not started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from danling_conf.records.job_file import JOB_FILE, JOB_VARIABLE, JobFile
+from danling_conf.records.ledger import LEDGER, Record
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.sweep.backend import Ending
+
+GONE = "its process is gone, and has left no word"
+NOT_STARTED = "not started: the command that looked after the sweep is gone"
+_PROC = Path("/proc")
+
+
+def is_here(record: Record) -> bool:
+    """Whether a job was last started on this machine."""
+    return record.facts.get("host") == os.uname().nodename
+
+
+def running_here() -> dict[Path, int]:
+    """The processes of jobs on this machine, by job file. A number in a ledger may be another process's by now; what a
+    process was started for stays."""
+    found: dict[Path, int] = {}
+    for path in _PROC.glob("[0-9]*"):
+        job = _job_of(path)
+        # What a job has forked has its environment as well.
+        if job is not None and (job not in found or _job_of(_PROC / str(_parent(path))) != job):
+            found[job] = int(path.name)
+    return found
+
+
+def process_of(record: Record, sweep: Path, running: dict[Path, int] | None = None) -> int | None:
+    """The process of a job on this machine; None where there is none.
+
+    Args:
+        running: what `running_here` gives, where it is asked for many jobs.
+    """
+    job = (sweep / "jobs" / record.key / JOB_FILE).resolve()
+    if _PROC.is_dir():
+        return (running_here() if running is None else running).get(job)
+    # Where the system does not say what a process was started for, that there is one must do.
+    pid = record.facts.get("pid") if record.status == Status.RUNNING and is_here(record) else None
+    return pid if pid is not None and _answers(pid) else None
+
+
+def tell_to_stop(pid: int) -> bool:
+    """Tell a job to save and leave; says whether it was still there."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class LeftLocalJobs:
+    """Jobs on this machine, looked at by a process that has not started them; it starts none either.
+
+    While the command that started them lives, that one knows best how they end.
+
+    Args:
+        sweep: the sweep's directory.
+    """
+
+    interval = 0.5
+    patience = 2.0
+
+    def __init__(self, sweep: Path) -> None:
+        self._sweep = sweep
+        self._lock = FollowingLock(sweep)
+
+    def submit(self, jobs: Sequence[JobFile]) -> None:
+        raise NotImplementedError("jobs are started by the command that asked for them, or by danling-conf resume")
+
+    def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
+        """Jobs whose process is gone; and those that nobody will start any more."""
+        if not self._lock.is_free() or not os.access(self._sweep / LEDGER, os.W_OK):
+            return {}
+        running, found = running_here(), {}
+        for record in unfinished:
+            elsewhere = record.status == Status.RUNNING and not is_here(record)
+            if elsewhere or process_of(record, self._sweep, running) is not None:
+                continue
+            if record.status == Status.RUNNING:
+                found[record.key] = Ending(status=Status.LOST, error=GONE)
+            else:
+                found[record.key] = Ending(status=Status.CANCELLED, error=NOT_STARTED)
+        return found
+
+    def proceed(self) -> None:
+        """Nothing: it starts none."""
+
+    def cancel(self, records: Sequence[Record]) -> None:
+        running = running_here()
+        for record in records:
+            process = process_of(record, self._sweep, running)
+            if process is not None:
+                tell_to_stop(process)
+
+
+def _job_of(process: Path) -> Path | None:
+    """The job file that a live process was started for."""
+    try:
+        if (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+            return None
+        content = (process / "environ").read_bytes()
+    except (OSError, IndexError):
+        return None  # of somebody else, or just gone
+    prefix = f"{JOB_VARIABLE}=".encode()
+    found = next((item for item in content.split(b"\0") if item.startswith(prefix)), None)
+    return None if found is None else Path(os.fsdecode(found[len(prefix) :])).resolve()
+
+
+def _parent(process: Path) -> str:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[1]
+    except (OSError, IndexError):
+        return "0"
+
+
+def _answers(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True

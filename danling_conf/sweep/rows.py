@@ -1,0 +1,182 @@
+"""The jobs of a sweep as rows of a table: settings, state, progress, score, attempts, times."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from danling_conf.config.identity import flatten
+from danling_conf.records.heartbeats import read_heartbeats
+from danling_conf.records.ledger import Record
+from danling_conf.records.metrics import BASE, metrics_file, read_metrics
+from danling_conf.records.status import ENDED, Status
+from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.sweep.backend import Ending
+
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(kw_only=True)
+class Row:
+    """A job of a sweep, or a run that belongs to none."""
+
+    sweep: Path | None = None
+    number: int | None = None
+    key: str | None = None
+    job_id: str | None = None
+    config_id: str | None = None
+    overrides: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted paths and values."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Those that differ among the rows of a table, by the name that a user gives them."""
+    state: str
+    error: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: int | None = None
+    epochs: int | None = None
+    score: float | None = None
+    smaller_is_better: bool = True
+    attempts: int = 0
+    started: float | None = None
+    ended: float | None = None
+    seconds: float | None = None
+    """How long its attempts took."""
+    run: Path | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.state in (Status.QUEUED, Status.RUNNING)
+
+
+def rows_of_sweep(sweep: SweepDirectory, seen: Mapping[str, Ending] | None = None) -> list[Row]:
+    """A row for each job, in the sweep's order, with the settings that differ.
+
+    Args:
+        seen: ends that are not in the ledger, by key.
+    """
+    rows = [row_of_job(sweep, record, (seen or {}).get(record.key)) for record in sweep.ledger.records().values()]
+    set_swept(rows)
+    return rows
+
+
+def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None) -> Row:
+    """The row of one job. A job file that is broken leaves its settings out."""
+    try:
+        job: Mapping[str, Any] = sweep.job(record.key).content
+        config = flatten(job["config"])
+    except (ValueError, KeyError, AttributeError):
+        config = {}
+    facts = record.facts
+    row = Row(
+        sweep=sweep.path, number=record.number, key=record.key, job_id=facts.get("job_id"),
+        config_id=facts.get("config_id"), overrides=facts.get("overrides", ()), config=config,
+        state=seen.status if seen else record.status, error=seen.error if seen else facts.get("error"),
+        epochs=facts.get("epochs"), score=record.score, attempts=record.attempts, run=record.run,
+    )  # fmt: skip
+    row.started, row.ended, row.seconds = _times(record, row.state in ENDED)
+    if record.run is not None and record.attempts:
+        row.step, row.total_steps, row.epoch = progress(record.run)
+    row.total_steps = row.total_steps or facts.get("steps")
+    row.smaller_is_better = smaller_is_better(config, record.run, record.score)
+    return row
+
+
+def best_first(rows: Iterable[Row]) -> list[Row]:
+    """The best score first; then what has none, in the order of the sweep."""
+
+    def order(row: Row) -> tuple[bool, float]:
+        score = row.score if row.score is not None else 0.0
+        return row.score is None, score if row.smaller_is_better else -score
+
+    return sorted(rows, key=order)
+
+
+def set_swept(rows: Sequence[Row]) -> list[str]:
+    """Give each row the settings that were given for the jobs and differ among them, named as they were given
+    (`optim.lr`, and `parallel` for the layout's name); returns the names."""
+    given = [_given(row.overrides) for row in rows]
+    names = [name for name in dict.fromkeys(name for each in given for name in each) if not name.startswith("hydra")]
+    kept = []
+    for name in names:
+        values = [row.config.get(name, each.get(name)) for row, each in zip(rows, given, strict=True)]
+        if any(value != values[0] for value in values[1:]):
+            kept.append(name)
+            for row, value in zip(rows, values, strict=True):
+                row.settings[name] = value
+    return kept
+
+
+def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float | None) -> bool:
+    """Which way a job's score goes. Where only the metric knows, its history tells which of the values became the
+    score; a metric is better when it is larger, as far as nothing says otherwise."""
+    mode, name = config.get("score_mode"), config.get("score_name", "loss")
+    if mode is not None or name == "loss":
+        return mode != "max"
+    if run is None or score is None:
+        return False
+    values = [
+        value
+        for line in read_metrics(run)
+        for key, value in line.items()
+        if key.partition(".")[2] == name and isinstance(value, (int, float))
+    ]
+    return len(values) > 1 and score == min(values) != max(values)
+
+
+def progress(run: Path) -> tuple[int | None, int | None, int | None]:
+    """The newest step of a run, of how many, and its epoch; None for what nothing says."""
+    beats = read_heartbeats(run).values()
+    signs = [(beat["written"], beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
+    line = _last_line(run)
+    if line is not None:
+        total = next((sign[2] for sign in signs), None)
+        signs.append((line["time"], line["step"], total, line["epoch"]))
+    return max(signs, key=lambda sign: sign[0])[1:] if signs else (None, None, None)
+
+
+def _last_line(run: Path) -> dict[str, Any] | None:
+    """The last whole line of the metrics; only the end of a file that may be long is read."""
+    try:
+        with open(metrics_file(run), "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and all(key in found for key in BASE):
+            return found
+    return None
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    pairs = (item.lstrip("+").partition("=") for item in overrides)
+    return {name: value for name, _, value in pairs}
+
+
+def _times(record: Record, ended: bool) -> tuple[float | None, float | None, float | None]:
+    """When a job was first started, when it ended, and for how long it ran."""
+    started = last = None
+    since: float | None = None
+    seconds = 0.0
+    for line in record.history:
+        moment = line.get("time")
+        if not isinstance(moment, (int, float)) or "status" not in line:
+            continue
+        if since is not None:
+            seconds += max(0.0, moment - since)
+        since = moment if line["status"] == Status.RUNNING else None
+        started = started if started is not None or since is None else moment
+        last = moment
+    if since is not None and not ended:
+        seconds += max(0.0, time.time() - since)
+    return started, last if ended else None, seconds if started is not None else None

@@ -1,0 +1,208 @@
+"""Jobs of a sweep on Slurm: submitted through submitit, one array for all of one shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from danling_conf.launch.slurm import queries
+from danling_conf.launch.slurm.queries import ENDS, JobState, SlurmUnavailable
+from danling_conf.launch.slurm.srun_log import first_death
+from danling_conf.launch.slurm.task import run_task
+from danling_conf.records.job_file import JobFile
+from danling_conf.records.ledger import Record
+from danling_conf.records.status import Status
+from danling_conf.sweep.backend import Ending
+
+FOLDER = "slurm"
+"""Folder of a sweep for what submitit writes and for what tasks print."""
+_UNREACHABLE_SECONDS = 600.0
+_HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT")
+_NEVER = re.compile(r"DependencyNeverSatisfied|BadConstraints|requeued.held|HoldMaxRequeue|PerJob")
+"""Reasons for which a job waits in vain."""
+_OF_THIS_PROCESS = re.compile(
+    r"(MASTER_|LOCAL_|SUBMITIT_|DANLING_CONF_|TORCHELASTIC_|SLURM_(?!CONF$|CLUSTERS$))|(RANK|WORLD_SIZE|GROUP_RANK)$"
+)
+"""Variables that say what this process is a part of, an allocation for instance; a job is something else."""
+_WORDS = {
+    Status.CANCELLED: "cancelled in Slurm",
+    Status.TIMED_OUT: "it has reached its time limit",
+    Status.OUT_OF_MEMORY: "it took more memory than it had asked for",
+    Status.NODE_LOST: "a node was lost",
+}
+
+
+class SlurmJobs:
+    """Submits jobs, and reads from Slurm how they end.
+
+    Args:
+        sweep: the sweep's directory.
+    """
+
+    interval = 2.0
+    patience = 10.0  # file systems of a cluster may show other nodes' lines late
+
+    def __init__(self, sweep: Path) -> None:
+        if shutil.which("sbatch") is None:
+            raise SlurmUnavailable("sbatch is not installed here: submit from a machine of the cluster")
+        self._folder = sweep / FOLDER
+        self._unreachable_since: float | None = None
+
+    def submit(self, jobs: Sequence[JobFile]) -> None:
+        """Queue jobs, those of one shape in one array. Raises SlurmUnavailable with what `sbatch` complains of."""
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        most = queries.largest_array()
+        for parameters, group in _by_parameters(jobs).items():
+            for start in range(0, len(group), most):
+                part = group[start : start + most]
+                executor = submitit.SlurmExecutor(folder=self._folder)
+                executor.update_parameters(**json.loads(parameters))
+                paths = [str(job.path) for job in part]
+                with _uninterrupted(), own_environment():
+                    try:
+                        submitted = executor.map_array(run_task, paths)
+                    except (FailedJobError, FailedSubmissionError) as error:
+                        raise SlurmUnavailable(f"sbatch: {error}") from error
+                    ids = [item.job_id for item in submitted]
+                    part[0].ledger.add_all(
+                        [
+                            (job.key, {"status": Status.QUEUED, "slurm": job_id})
+                            for job, job_id in zip(part, ids, strict=True)
+                        ]
+                    )
+
+    def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
+        """Raises SlurmUnavailable when Slurm has not answered for ten minutes."""
+        by_id = {record.facts["slurm"]: record for record in unfinished if "slurm" in record.facts}
+        try:
+            found = queries.states(by_id)
+        except SlurmUnavailable as error:
+            now = time.monotonic()
+            if self._unreachable_since is None:
+                self._unreachable_since = now
+                print(f"Slurm does not answer, and is asked again: {error}", file=sys.stderr, flush=True)
+            if now - self._unreachable_since > _UNREACHABLE_SECONDS:
+                raise
+            return {}
+        self._unreachable_since = None
+        endings = {}
+        for job_id, record in by_id.items():
+            ending = _ending(job_id, found.get(job_id))
+            if ending is not None and ending.status == Status.FAILED:
+                log = self._folder / f"{job_id}_0_log.err"
+                said = first_death(log, int(record.facts.get("printed", 0)))
+                ending = ending if said is None else Ending(status=Status.FAILED, error=said)
+            if ending is not None:
+                endings[record.key] = ending
+        return endings
+
+    def proceed(self) -> None:
+        """Nothing: the queue is Slurm's."""
+
+    def cancel(self, records: Sequence[Record]) -> None:
+        ids = [record.facts["slurm"] for record in records if "slurm" in record.facts]
+        for start in range(0, len(ids), 500):
+            queries.run("scancel", *ids[start : start + 500])
+
+
+def _ending(job_id: str, state: JobState | None) -> Ending | None:
+    if state is None:
+        return Ending(status=Status.LOST, error="Slurm no longer knows the job, and it has left no word")
+    if state.state in _HELD or (state.state == "PENDING" and _NEVER.search(state.reason)):
+        queries.run("scancel", job_id)
+        return Ending(status=Status.FAILED, error=f"Slurm will never start it: {state.reason}")
+    status = ENDS.get(state.state)
+    if status is None:
+        return None
+    if status == Status.FAILED:
+        return Ending(status=Status.FAILED, error=_failure(job_id, state))
+    return Ending(status=status, error=_WORDS.get(status))
+
+
+def _failure(job_id: str, state: JobState) -> str:
+    """What there is to say of a job that failed without a word of its own."""
+    code = state.exit_code
+    if not code:
+        try:
+            code = queries.show(job_id).get("ExitCode", "")
+        except SlurmUnavailable:
+            return "it failed, and has left no word"
+    status, _, number = code.partition(":")
+    if status == "137" or number == "9":
+        return "a rank was killed (SIGKILL): memory may have run out"
+    return f"it ended with exit code {status}" + (f", by signal {number}" if number not in ("", "0") else "")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals come afterwards: what is queued must be in the ledger."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """`sbatch` hands this process's environment to the job: without what only holds here."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _OF_THIS_PROCESS.match(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _by_parameters(jobs: Sequence[JobFile]) -> dict[str, list[JobFile]]:
+    groups: dict[str, list[JobFile]] = {}
+    for job in jobs:
+        groups.setdefault(json.dumps(parameters_of(job.content), sort_keys=True), []).append(job)
+    return groups
+
+
+def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What submitit is told of a job: its shape, and what the launcher's settings say beside it."""
+    launcher, shape = job["launcher"], job["shape"]
+    parameters: dict[str, Any] = {
+        "job_name": launcher["name"],
+        "time": launcher["timeout_min"],
+        "nodes": shape["nodes"],
+        "ntasks_per_node": shape["tasks_per_node"],
+        "signal_delay_s": shape["signal_delay_s"],
+        # Whatever a sweep asks for, its jobs can be preempted and requeued, and a rank that fails fails the job.
+        "additional_parameters": _additional(launcher["additional_parameters"]),
+        "srun_args": ["--kill-on-bad-exit=1", *(launcher["srun_args"] or [])],
+    }
+    for name in ("partition", "qos", "account", "constraint", "exclude", "nodelist", "gres", "gpus_per_task",
+                 "cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment", "dependency", "exclusive", "setup",
+                 "array_parallelism"):  # fmt: skip
+        if launcher[name] not in (None, False):
+            parameters[name] = launcher[name]
+    if launcher["mem_gb"] is not None:
+        parameters["mem"] = f"{round(launcher['mem_gb'] * 1024)}MB"
+    if shape["gpus_per_node"] and launcher["gres"] is None and launcher["gpus_per_task"] is None:
+        parameters["gpus_per_node"] = shape["gpus_per_node"]
+    if shape["cpus_per_task"] and launcher["cpus_per_gpu"] is None:
+        parameters["cpus_per_task"] = shape["cpus_per_task"]
+        # Since Slurm 22.05 srun no longer takes it from the job.
+        parameters["srun_args"].append(f"--cpus-per-task={shape['cpus_per_task']}")
+    return parameters
+
+
+def _additional(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Further options of `sbatch`; one that is false is one that is not given."""
+    options = {name.replace("_", "-"): value for name, value in given.items()}
+    if "no-requeue" not in options:
+        options.setdefault("requeue", True)
+    return {name: value for name, value in options.items() if value is not False}

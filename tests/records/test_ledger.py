@@ -1,0 +1,188 @@
+"""The ledger of a sweep: several writers, torn lines, the newest word; and the lock of whoever looks after it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from danling_conf.records.job_file import JobFile
+from danling_conf.records.ledger import Ledger, Record
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.sweep.backend import Ending
+from danling_conf.sweep.monitor import Following
+from danling_conf.sweep.policy import parse_on_failure
+
+_FORK = multiprocessing.get_context("spawn")
+
+
+def planned(folder: Path, count: int = 1) -> Ledger:
+    ledger = Ledger(folder)
+    ledger.add_all([(f"k{number}", {"job": number, "status": Status.PLANNED}) for number in range(count)])
+    return ledger
+
+
+def _write_many(folder: str, name: str) -> None:
+    ledger = Ledger(Path(folder))
+    for number in range(200):
+        ledger.add("k0", **{name: number})
+
+
+def _settle(folder: str, status: str) -> None:
+    Ledger(Path(folder)).settle("k0", status=status)
+
+
+def test_two_writers_lose_nothing(tmp_path: Path) -> None:
+    ledger = planned(tmp_path)
+    writers = [_FORK.Process(target=_write_many, args=(str(tmp_path), name)) for name in ("first", "second")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
+    for name in ("first", "second"):
+        assert [line[name] for line in lines if name in line] == list(range(200))
+    assert ledger.records()["k0"].facts["first"] == 199
+
+
+def test_a_torn_line_stays_by_itself(tmp_path: Path) -> None:
+    ledger = planned(tmp_path, 2)
+    assert len(ledger.records()) == 2
+    with open(ledger.path, "a") as file:
+        file.write('{"key": "k0", "status": "compl')
+    assert ledger.records()["k0"].status == Status.PLANNED
+    ledger.add("k1", status=Status.QUEUED)
+    assert [record.status for record in ledger.records().values()] == [Status.PLANNED, Status.QUEUED]
+    assert [record.status for record in Ledger(tmp_path).records().values()] == [Status.PLANNED, Status.QUEUED]
+
+
+def test_a_job_whose_first_line_is_torn_is_unknown(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.path.write_text('{"key": "k0", "job": 0, "sta\n{"key": "k0", "status": "running"}\n7\nnull\n')
+    assert ledger.records() == {}
+    ledger.add("k0", job=0)
+    assert ledger.records()["k0"].status == Status.RUNNING
+
+
+def test_the_first_word_on_an_end_stays(tmp_path: Path) -> None:
+    ledger = planned(tmp_path)
+    ledger.add("k0", status=Status.RUNNING)
+    writers = [
+        _FORK.Process(target=_settle, args=(str(tmp_path), status))
+        for status in (Status.LOST, Status.FAILED, Status.CANCELLED)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    ends = [
+        line["status"]
+        for line in ledger.records()["k0"].history
+        if line["status"] not in (Status.PLANNED, Status.RUNNING)
+    ]
+    assert len(ends) == 1
+    assert not ledger.settle("k0", status=Status.COMPLETED)
+    ledger.add("k0", status=Status.QUEUED)
+    assert ledger.settle("k0", status=Status.COMPLETED)
+
+
+def test_a_new_start_forgets_what_was_of_the_earlier_one(tmp_path: Path) -> None:
+    ledger = planned(tmp_path)
+    ledger.add("k0", status=Status.RUNNING)
+    ledger.add("k0", told=Status.CANCELLED)
+    ledger.add("k0", status=Status.FAILED, error="broken", rank=2)
+    record = ledger.records()["k0"]
+    assert (record.facts["told"], record.facts["error"]) == (Status.CANCELLED, "broken")
+    ledger.add("k0", status=Status.QUEUED, why="preempted")
+    assert "told" in ledger.records()["k0"].facts
+    ledger.add("k0", status=Status.QUEUED)
+    assert not {"told", "error", "rank"} & ledger.records()["k0"].facts.keys()
+    assert (record.attempts, record.queued) == (1, 1)
+
+
+class Backend:
+    """Jobs that end as they are told."""
+
+    interval = patience = 0.0
+
+    def __init__(self, ledger: Ledger, endings: Mapping[str, Ending]) -> None:
+        self._ledger, self._endings = ledger, endings
+        self.submitted: list[str] = []
+        self.cancelled: list[str] = []
+
+    def submit(self, jobs: Sequence[JobFile]) -> None:
+        for job in jobs:
+            self.submitted.append(job.key)
+            self._ledger.add(job.key, status=Status.QUEUED)
+
+    def proceed(self) -> None:
+        pass
+
+    def endings(self, unfinished: Sequence[Record]) -> Mapping[str, Ending]:
+        return {record.key: self._endings[record.key] for record in unfinished if record.key in self._endings}
+
+    def cancel(self, records: Sequence[Record]) -> None:
+        self.cancelled += [record.key for record in records]
+
+
+def follow(ledger: Ledger, endings: Mapping[str, Ending], policy: str, *, acts: bool = True) -> Backend:
+    """One look at jobs that all run."""
+    backend = Backend(ledger, endings)
+    jobs = {key: JobFile(path=ledger.directory / key, content={"key": key}) for key in ledger.records()}
+    Following(ledger, backend, jobs, parse_on_failure(policy), may_act=lambda: acts).look()  # type: ignore[arg-type]
+    return backend
+
+
+@pytest.mark.parametrize("status", [Status.CANCELLED, Status.INTERRUPTED, Status.COMPLETED])
+def test_what_was_stopped_has_not_failed(tmp_path: Path, status: str) -> None:
+    ledger = planned(tmp_path, 2)
+    ledger.add_all([("k0", {"status": Status.QUEUED}), ("k1", {"status": Status.QUEUED})])
+    backend = follow(ledger, {"k0": Ending(status=status)}, "stop")
+    assert backend.cancelled == []
+
+
+def test_what_was_told_to_stop_is_not_retried(tmp_path: Path) -> None:
+    ledger = planned(tmp_path, 2)
+    ledger.add_all(
+        [("k0", {"status": Status.QUEUED}), ("k1", {"status": Status.QUEUED}), ("k0", {"told": Status.CANCELLED})]
+    )
+    backend = follow(ledger, {key: Ending(status=Status.FAILED) for key in ("k0", "k1")}, "retry 2")
+    assert backend.submitted == ["k1"]
+    assert ledger.records()["k0"].status == Status.CANCELLED
+
+
+def test_who_only_looks_writes_nothing(tmp_path: Path) -> None:
+    ledger = planned(tmp_path, 2)
+    ledger.add_all([("k0", {"status": Status.QUEUED}), ("k1", {"status": Status.QUEUED})])
+    before = ledger.path.read_text()
+    for policy in ("retry", "stop"):
+        backend = follow(ledger, {"k0": Ending(status=Status.FAILED)}, policy, acts=False)
+        assert (backend.submitted, backend.cancelled) == ([], [])
+    assert ledger.path.read_text() == before
+
+
+def test_one_process_looks_after_a_sweep(tmp_path: Path) -> None:
+    first, second = FollowingLock(tmp_path), FollowingLock(tmp_path)
+    assert first.is_free()
+    assert list(tmp_path.iterdir()) == []  # who only asks leaves nothing behind
+    assert first.acquire()
+    assert first.acquire()
+    assert first.is_free()
+    assert not second.acquire()
+    assert not second.is_free()
+    assert second.holder == f"process {os.getpid()} on {os.uname().nodename}"
+    first.release()
+    assert second.is_free()
+    with second:
+        assert second.acquire()
+        assert not first.acquire()
+    assert first.acquire()
+
+
+def test_where_nothing_can_be_written_one_only_looks(tmp_path: Path) -> None:
+    assert not FollowingLock(tmp_path / "gone").acquire()

@@ -1,0 +1,320 @@
+"""A run's directory: found or claimed once, locked while it lives, never overwritten."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import danling_conf
+from danling_conf import ConfigRefused
+from danling_conf.config.identity import config_id
+from danling_conf.records.run_directory import RUN_FILE, Attempt, claim, newest_run, owner_of, read_run, write_whole
+
+pytestmark = pytest.mark.composition
+
+CLAIM = """
+import sys, danling_conf
+from danling_conf.records.run_directory import claim
+config = danling_conf.compose(sys.argv[1:])
+print("ready", flush=True)
+sys.stdin.readline()
+attempt, lock = claim(config)
+print(attempt.run_directory, attempt.directory, attempt.seed, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "runs"
+
+
+def config(root: Path, *overrides: str):
+    return danling_conf.compose(["steps=3", f"workspace_root={root}", *overrides])
+
+
+def claimed(root: Path, *overrides: str) -> Attempt:
+    """Claim, and let go at once."""
+    attempt, lock = claim(config(root, *overrides))
+    lock.release()
+    return attempt
+
+
+def checkpoint_in(run: Path, name: str = "ckpt-1") -> Path:
+    """What stands for a run's newest checkpoint: its content is not looked at here."""
+    saved = run / "checkpoints" / name
+    saved.mkdir(parents=True)
+    (saved / "checkpoint.json").touch()
+    latest = saved.with_name("latest")
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(saved.name)
+    return saved
+
+
+def test_a_new_run(root):
+    attempt = claimed(root, "lineage=a", "experiment=b", "seed=7")
+    identity = config_id(config(root, "seed=7"))
+    assert attempt.run_directory == root / "a" / "b" / identity
+    assert attempt.directory.parent == attempt.run_directory / "attempts"
+    assert (attempt.run_id, attempt.seed, attempt.restore, attempt.notes) == (identity, 7, None, ())
+    assert read_run(attempt.run_directory)["config_id"] == identity
+    assert read_run(attempt.run_directory)["parent"] is None
+    assert Attempt.from_json(json.loads(json.dumps(attempt.to_json()))) == attempt
+
+
+def test_every_fresh_start_has_a_directory_of_its_own(root):
+    names = [claimed(root).run_directory.name for _ in range(3)]
+    assert names == [names[0], f"{names[0]}.2", f"{names[0]}.3"]
+    other = claimed(root, "optim.lr=0.5").run_directory.name
+    assert other not in names
+
+
+def test_a_drawn_seed_belongs_to_the_run(root):
+    first, second = claimed(root), claimed(root)
+    assert first.seed != second.seed
+    assert claimed(root, f"resume={first.run_directory}").seed == first.seed
+    assert claimed(root, "auto_resume=true").seed == second.seed
+
+
+def test_auto_resume_takes_the_newest(root):
+    names = [claimed(root).run_directory for _ in range(11)]  # .11 is newer than .2, not before it
+    again = claimed(root, "auto_resume=true")
+    assert again.run_directory == again.restore == names[-1]
+    # A longer budget, another name in the logs, other workers: the same run.
+    longer = claimed(root, "auto_resume=true", "steps=99", "dataloader.num_workers=2", "log_interval=1")
+    assert longer.run_directory == names[-1]
+    assert longer.directory != again.directory
+
+
+def test_auto_resume_without_a_run_makes_one(root):
+    attempt = claimed(root, "auto_resume=true")
+    assert attempt.restore is None
+    assert attempt.notes == ()
+    assert attempt.run_directory.is_dir()
+
+
+def test_auto_resume_says_when_only_the_layout_differs(root):
+    first = claimed(root, "parallel=ddp2")
+    claimed(root, "optim.lr=0.5")
+    attempt = claimed(root, "auto_resume=true")
+    assert attempt.run_directory != first.run_directory
+    (note,) = attempt.notes
+    assert f"resume={first.run_directory} parallel.allow_degree_change=true" in note
+
+
+def test_copies_and_unfinished_directories_are_no_runs(root):
+    first = claimed(root).run_directory
+    for name in (f"{first.name}.bak", f"{first.name}x"):
+        folder = first.with_name(name)
+        folder.mkdir()
+        (folder / RUN_FILE).write_text((first / RUN_FILE).read_text())
+    first.with_name(f"{first.name}.7").mkdir()  # its process ended before it wrote what it is
+    assert newest_run(first.parent, first.name) == first
+    assert claimed(root, "auto_resume=true").run_directory == first
+
+
+def test_a_broken_file_of_another_run_is_passed_over(root):
+    other = claimed(root, "parallel=ddp2").run_directory
+    (other / RUN_FILE).write_text('{"settings": ')
+    attempt = claimed(root, "auto_resume=true")
+    assert attempt.notes == ()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_a_broken_file_of_the_run_itself_is_named(root, content):
+    run = claimed(root).run_directory
+    (run / RUN_FILE).write_text(content)
+    for override in ("auto_resume=true", f"resume={run}"):
+        with pytest.raises(ConfigRefused, match=r"run\.json is broken") as caught:
+            claim(config(root, override))
+        assert str(run) in str(caught.value)
+
+
+def test_resuming_a_live_run_is_refused(root):
+    attempt, lock = claim(config(root))
+    for override in ("auto_resume=true", f"resume={attempt.run_directory}"):
+        with pytest.raises(ConfigRefused, match=r"the run is live: process [0-9]+ on ") as caught:
+            claim(config(root, override))
+        assert str(attempt.run_directory) in str(caught.value)
+    # No attempt was opened, and a fresh start is another run.
+    assert len(list((attempt.run_directory / "attempts").iterdir())) == 1
+    assert claimed(root).run_directory != attempt.run_directory
+    lock.release()
+    assert claimed(root, f"resume={attempt.run_directory}").run_directory == attempt.run_directory
+
+
+def start(root: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A process that is ready to claim."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLAIM, "steps=3", f"workspace_root={root}", *overrides],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def test_a_killed_process_holds_nothing(root):
+    process = start(root)
+    go(process)
+    run = Path(process.stdout.readline().split()[0])
+    try:
+        with pytest.raises(ConfigRefused, match=f"process {process.pid} on"):
+            claim(config(root, f"resume={run}"))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert claimed(root, f"resume={run}").run_directory == run
+    finally:
+        end(process)
+
+
+def test_processes_that_claim_at_once_get_directories_of_their_own(root):
+    processes = [start(root) for _ in range(4)]
+    try:
+        for process in processes:
+            go(process)
+        lines = [process.stdout.readline().split() for process in processes]
+        runs, attempts, seeds = zip(*lines, strict=True)
+        assert len(set(runs)) == len(set(attempts)) == len(set(seeds)) == 4
+        identity = config_id(config(root))
+        assert {Path(run).name for run in runs} == {identity, *(f"{identity}.{number}" for number in (2, 3, 4))}
+    finally:
+        for process in processes:
+            end(process)
+
+
+def test_of_processes_that_resume_at_once_one_does(root):
+    run = claimed(root).run_directory
+    processes = [start(root, f"resume={run}") for _ in range(3)]
+    try:
+        for process in processes:
+            go(process)
+        lines = [process.stdout.readline() for process in processes]
+        assert sum(str(run) in line for line in lines) == 1
+        assert len(list((run / "attempts").iterdir())) == 2
+    finally:
+        for process in processes:
+            end(process)
+
+
+def test_another_layout_is_refused_and_allowed_when_asked(root):
+    run = claimed(root).run_directory
+    with pytest.raises(ConfigRefused) as caught:
+        claim(config(root, f"resume={run}", "parallel=fsdp2"))
+    (violation,) = caught.value.violations
+    assert violation.path == "parallel"
+    assert "made under the layout single" in violation.rule
+    assert "parallel.allow_degree_change=true" in violation.fix
+    attempt = claimed(root, f"resume={run}", "parallel=fsdp2", "parallel.allow_degree_change=true")
+    assert attempt.run_directory == attempt.restore == run
+    # The permission is for layouts alone.
+    with pytest.raises(ConfigRefused) as caught:
+        claim(config(root, f"resume={run}", "parallel=fsdp2", "parallel.allow_degree_change=true", "optim.lr=0.5"))
+    assert [item.path for item in caught.value.violations] == ["optim.lr"]
+
+
+def test_a_run_of_other_settings_is_refused_with_all_of_them(root):
+    run = claimed(root).run_directory
+    with pytest.raises(ConfigRefused) as caught:
+        claim(config(root, f"resume={run}", "optim.lr=0.5", "model.width=3", "parallel=ddp2"))
+    assert {item.path for item in caught.value.violations} == {"optim.lr", "model.width", "parallel"}
+    assert f"the run {run.name} was made with 0.001" in caught.value.report()
+
+
+def test_the_newest_checkpoint_of_the_same_run_goes_on_in_it(root):
+    run = claimed(root).run_directory
+    saved = checkpoint_in(run)
+    for source in (saved, saved.with_name("latest")):
+        attempt = claimed(root, f"resume={source}")
+        assert (attempt.run_directory, attempt.restore) == (run, source)
+
+
+def test_an_older_checkpoint_starts_a_new_run_so_that_nothing_is_overwritten(root):
+    first = claimed(root)
+    older, _ = checkpoint_in(first.run_directory), checkpoint_in(first.run_directory, "ckpt-2")
+    attempt = claimed(root, f"resume={older}")
+    assert attempt.run_directory.name == f"{first.run_directory.name}.2"
+    assert attempt.restore == older
+    assert read_run(attempt.run_directory)["parent"] == str(first.run_directory)
+    assert attempt.seed == first.seed
+
+
+def test_a_checkpoint_of_a_foreign_run_starts_a_new_one_that_names_its_parent(root):
+    parent = claimed(root, "optim.lr=0.5").run_directory
+    saved = checkpoint_in(parent)
+    attempt = claimed(root, f"resume={saved}")
+    assert attempt.run_directory != parent
+    assert attempt.restore == saved
+    assert read_run(attempt.run_directory)["parent"] == str(parent)
+    assert str(saved) in attempt.notes[0]
+
+
+def test_a_checkpoint_that_no_run_owns_starts_a_new_run(root, tmp_path):
+    saved = tmp_path / "found"
+    saved.mkdir()
+    (saved / "checkpoint.json").touch()
+    attempt = claimed(root, f"resume={saved}")
+    assert attempt.restore == saved
+    assert read_run(attempt.run_directory)["parent"] == str(saved)
+
+
+def test_a_run_elsewhere_is_resumed_where_it_is(root, tmp_path):
+    run = claimed(tmp_path / "elsewhere").run_directory
+    assert claimed(root, f"resume={run}").run_directory == run
+    assert not root.exists()
+
+
+def test_a_relative_path_and_a_link_find_the_run(root, tmp_path, monkeypatch):
+    run = claimed(root).run_directory
+    monkeypatch.chdir(tmp_path)
+    assert claimed(root, f"resume={run.relative_to(tmp_path)}").run_directory == run
+
+
+def test_attempts_within_a_second_differ(root):
+    run = claimed(root).run_directory
+    attempts = {claimed(root, f"resume={run}").directory for _ in range(3)}
+    assert len(attempts) == 3
+
+
+def test_owner(root, tmp_path):
+    run = claimed(root).run_directory
+    assert owner_of(run) == owner_of(run / "checkpoints" / "not" / "there") == run
+    assert owner_of(tmp_path) is None
+
+
+def test_a_root_that_is_a_file_is_refused(root, tmp_path):
+    blocked = replace(config(root), workspace_root=str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigRefused) as caught:
+        claim(blocked)
+    (violation,) = caught.value.violations
+    assert violation.path == "workspace_root"
+    assert "cannot be made" in violation.rule
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
