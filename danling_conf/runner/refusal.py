@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
 
 _OURS = __name__.partition(".")[0]
 
@@ -21,6 +21,8 @@ def refused() -> Iterator[None]:
         yield
     except ConfigRefused:
         raise
+    except SettingError as error:
+        raise ConfigRefused([error.violation]) from error
     except (ValueError, TypeError) as error:
         if not _raised_here(error.__traceback__):
             raise

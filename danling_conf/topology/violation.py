@@ -45,6 +45,25 @@ def show(value: Any) -> str:
     return str(value)
 
 
+class SettingError(ValueError):
+    """A builder cannot do what a setting asks. Carries the violation; `str()` is its one line.
+
+    Args:
+        path: of the setting, or the argument's name.
+        value: what it is; ABSENT where naming it says nothing.
+        rule: what does not hold.
+        fix: what to do.
+    """
+
+    def __init__(self, path: str, value: Any, rule: str, fix: str) -> None:
+        self.violation = Violation(path, value, rule, fix)
+        super().__init__(str(self.violation))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        item = self.violation
+        return type(self), (item.path, item.value, item.rule, item.fix)
+
+
 class ConfigRefused(ValueError):
     """The configuration breaks rules; `violations` holds all of them."""
 
