@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
+from danling_conf.topology.violation import SettingError
 
 # Matrix products and attention. An operator that this torch does not have is left out.
 _EXPENSIVE = (
@@ -38,7 +39,7 @@ COMPILED = "_compiled_forward"
 def chosen(model: nn.Module, section: ActivationCheckpointingConfig) -> list[str]:
     """Names of the blocks that recompute their activations, as `section.mode` says: all, or the n-th, 2n-th, ... one.
 
-    Raises ValueError where the model has no repeated blocks, or fewer than `every_n`.
+    Raises SettingError where the model has no repeated blocks, or fewer than `every_n`.
     """
     if section.mode == "none":
         return []
@@ -46,14 +47,18 @@ def chosen(model: nn.Module, section: ActivationCheckpointingConfig) -> list[str
     if section.mode == "every_n":
         found, blocks = len(blocks), blocks[section.every_n - 1 :: section.every_n]
         if found and not blocks:
-            raise ValueError(
-                f"activation_checkpointing.every_n={section.every_n}: {type(model).__name__} has {found} repeated "
-                f"blocks, so that none is recomputed; choose a number up to {found}"
+            raise SettingError(
+                "activation_checkpointing.every_n",
+                section.every_n,
+                f"{type(model).__name__} has {found} repeated blocks, so that none is recomputed",
+                f"choose a number up to {found}",
             )
     if not blocks:
-        raise ValueError(
-            f"activation_checkpointing.mode={section.mode}: {type(model).__name__} has no repeated blocks to "
-            f"recompute; keep them in a ModuleList of one class, or use activation_checkpointing=none"
+        raise SettingError(
+            "activation_checkpointing.mode",
+            section.mode,
+            f"{type(model).__name__} has no repeated blocks to recompute",
+            "keep them in a ModuleList of one class, or use activation_checkpointing=none",
         )
     return blocks
 
@@ -62,7 +67,7 @@ def apply(model: nn.Module, section: ActivationCheckpointingConfig, names: Seque
     """Recompute activations of the model's repeated blocks in the backward pass, as `section.mode` says. In place.
 
     A block's `forward` is replaced, the block is not wrapped: names, classes and state-dict keys stay as they were.
-    `names` are the blocks `chosen` of the whole model, where `model` is a stage of it. Raises ValueError as `chosen`
+    `names` are the blocks `chosen` of the whole model, where `model` is a stage of it. Raises SettingError as `chosen`
     does.
     """
     names = chosen(model, section) if names is None else names
@@ -105,9 +110,11 @@ def _operators(names: Sequence[str] | None) -> frozenset[Any]:
     for index, name in enumerate(names):
         overloads = _overloads(name)
         if not overloads:
-            raise ValueError(
-                f"activation_checkpointing.keep_ops[{index}]={name}: torch.ops has no such operator; write "
-                f"namespace.operator or namespace.operator.overload, such as aten.mm.default"
+            raise SettingError(
+                f"activation_checkpointing.keep_ops[{index}]",
+                name,
+                "torch.ops has no such operator",
+                "write namespace.operator or namespace.operator.overload, such as aten.mm.default",
             )
         kept.update(overloads)
     return frozenset(kept)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from danling_conf.parallel.pass_through import PassThrough
+from danling_conf.topology.violation import SettingError
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -21,7 +22,7 @@ def repeated_blocks(model: nn.Module, module_classes: Sequence[str] | None = Non
     several containers (encoder, decoder) are all found. A model without any gives an empty list.
 
     With `module_classes`, the modules of those classes instead, wherever they are; these may nest, outer ones first.
-    Raises ValueError where a name matches nothing.
+    Raises SettingError where a name matches nothing.
     """
     if module_classes is not None:
         return _of_classes(model, module_classes)
@@ -72,9 +73,11 @@ def _of_classes(model: nn.Module, module_classes: Sequence[str]) -> list[tuple[s
     present = {type(module).__name__ for name, module in model.named_modules() if name}
     absent = sorted(set(module_classes) - present)
     if absent:
-        raise ValueError(
-            f"fsdp.module_classes={list(module_classes)}: {', '.join(absent)} matches no module of "
-            f"{type(model).__name__}; its classes are {', '.join(sorted(present))}"
+        raise SettingError(
+            "fsdp.module_classes",
+            list(module_classes),
+            f"{type(model).__name__} has no module of the class {' or '.join(absent)}",
+            f"choose among its classes: {', '.join(sorted(present))}",
         )
     return [
         (name, module) for name, module in model.named_modules() if name and type(module).__name__ in module_classes

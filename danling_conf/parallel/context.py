@@ -21,6 +21,7 @@ from danling_conf.parallel import hugging_face, inside_step
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.plan import matches, plan_of, unmatched
 from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.violation import ABSENT, SettingError
 
 CAUSAL = "causal_attention"
 """The style of a plan: the module's forward takes queries, keys and values of (batch, heads, sequence, features), keys
@@ -48,9 +49,11 @@ class ContextParallel:
         self.pieces = 2 * self.degree if balance and method != "ulysses" else self.degree
         if method == "ring":
             if mesh.device_type != "cuda":
-                raise ValueError(
-                    f"parallel.context_method=ring: torch's ring attention needs CUDA, and the mesh is of "
-                    f"{mesh.device_type}: choose gather or ulysses"
+                raise SettingError(
+                    "parallel.context_method",
+                    "ring",
+                    f"torch's ring attention needs CUDA, and the mesh is of {mesh.device_type}",
+                    "choose gather or ulysses",
                 )
             _torch_private.enable_ring(balance)
 
@@ -63,16 +66,18 @@ class ContextParallel:
         """This rank's part of a batch: of each tensor with a sequence (the second dim), its pieces.
 
         A sequence is the second dim of the first tensor that has two; tensors whose second dim is of another length,
-        and those with one dim, stay whole. Raises ValueError where it cannot be cut evenly.
+        and those with one dim, stay whole. Raises SettingError where it cannot be cut evenly.
         """
         length = sequence_length(batch)
         if length is None:
             return batch
         if length % self.pieces:
             how = f"{self.pieces} pieces, two for each rank" if self.pieces > self.degree else f"{self.pieces} pieces"
-            raise ValueError(
-                f"parallel.axes.context={self.degree}: a sequence of {length} tokens cannot be cut into {how}: "
-                f"make its length a multiple of {self.pieces}"
+            raise SettingError(
+                "parallel.axes.context",
+                self.degree,
+                f"a sequence of {length} tokens cannot be cut into {how}",
+                f"make its length a multiple of {self.pieces}",
             )
         return tree_map(partial(self._cut, length=length), batch)
 
@@ -116,9 +121,11 @@ class ContextParallel:
         """Each rank gets the whole sequence for its share of the heads, attends, and gives the outputs back
         (DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509)."""
         if queries.shape[1] % self.degree:
-            raise ValueError(
-                f"parallel.context_method=ulysses: the context degree, {self.degree}, must divide the "
-                f"{queries.shape[1]} query heads of a rank: choose context_method=gather, or another degree"
+            raise SettingError(
+                "parallel.context_method",
+                "ulysses",
+                f"the context degree, {self.degree}, must divide the {queries.shape[1]} query heads of a rank",
+                "choose context_method=gather, or another degree",
             )
         if keys.shape[1] % self.degree:
             keys, values = _repeated(queries, keys, values)
@@ -155,20 +162,26 @@ def make(section: ParallelConfig, mesh: DeviceMesh | None) -> ContextParallel | 
 
 def check(model: nn.Module, degree: int) -> None:
     """Refuse a whole model that does not say how it is laid out over the context axis, or where its tokens stand: each
-    rank would attend to its own part alone, or count its positions from 0. Raises ValueError."""
-    kind, where = type(model).__name__, f"parallel.axes.context={degree}"
+    rank would attend to its own part alone, or count its positions from 0. Raises SettingError."""
+    kind, path = type(model).__name__, "parallel.axes.context"
     plan = plan_of(model, "cp_plan")
     if plan is None and not hugging_face.is_model(model):
-        raise ValueError(
-            f"{where}: nothing lays {kind} out over the context axis: give the model a cp_plan (names of its "
-            f"attention to {CAUSAL}) and an argument positions, or set the degree to 1"
+        raise SettingError(
+            path,
+            degree,
+            f"nothing lays {kind} out over the context axis",
+            f"give the model a cp_plan (names of its attention to {CAUSAL}) and an argument positions, or set the "
+            f"degree to 1",
         )
-    for name in unmatched(model, plan or {}):
-        raise ValueError(f"{where}: cp_plan of {kind}: {name}: it has no module of this name: mend the name")
+    if absent := list(unmatched(model, plan or {})):
+        rule = f"the cp_plan of {kind} names what is no module of it: {', '.join(absent)}"
+        raise SettingError(path, degree, rule, "correct the names")
     if positions_argument(model) is None:
-        raise ValueError(
-            f"{where}: {kind} has no argument positions, by which it would learn where its tokens stand: give its "
-            f"forward one (it may leave it unread), or set the degree to 1"
+        raise SettingError(
+            path,
+            degree,
+            f"{kind} has no argument positions, by which it would learn where its tokens stand",
+            "give its forward one (it may leave it unread), or set the degree to 1",
         )
 
 
@@ -183,8 +196,11 @@ def parallelize(model: nn.Module, context: ContextParallel) -> None:
     if plan is not None:
         for name, style, _ in matches(model, plan):
             if style != CAUSAL:
-                raise ValueError(
-                    f"cp_plan of {type(model).__name__}: {name}: there is no style {style}: the only one is {CAUSAL}"
+                raise SettingError(
+                    "parallel.axes.context",
+                    ABSENT,
+                    f"the cp_plan of {type(model).__name__} gives {name} the style {style}, which does not exist",
+                    f"use {CAUSAL}, the only style of a cp_plan",
                 )
             module = model.get_submodule(name)
             if not isinstance(module, PassThrough):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from danling_conf.parallel.plan import owner
+from danling_conf.topology.violation import ABSENT, SettingError
 
 _numbers = itertools.count()
 """One for each attention that is registered: models on different meshes may live in one process."""
@@ -68,7 +69,7 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
     """Let every attention layer of the model call `attention(queries, keys, values, scale=)`, all of shape (batch,
     heads, sequence, features), while `active()`; else it computes as before.
 
-    Raises ValueError for a model whose attention is more than causal (a sliding window).
+    Raises SettingError for a model whose attention is more than causal (a sliding window).
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -77,9 +78,12 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
     config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
-        raise ValueError(
-            f"parallel.axes.context: {type(model).__name__} attends by {', '.join(sorted(kinds))}, and context "
-            f"parallelism to all that came before: set the degree to 1, or the model's sliding_window to null"
+        raise SettingError(
+            "parallel.axes.context",
+            ABSENT,
+            f"{type(model).__name__} attends by {', '.join(sorted(kinds))}, and context parallelism to all that came "
+            f"before",
+            "set the degree to 1, or the model's sliding_window to null",
         )
     whole, whole_mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -87,15 +91,22 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
         if not active():
             return whole(module, query, key, value, mask, **options)
         if options.get("is_causal", getattr(module, "is_causal", True)) is False or key.shape[2] != query.shape[2]:
-            raise ValueError(
-                f"parallel.axes.context: {type(module).__name__} attends to what comes later, or to another sequence, "
-                f"and context parallelism to what came before: set the degree to 1"
+            raise SettingError(
+                "parallel.axes.context",
+                ABSENT,
+                f"{type(module).__name__} attends to what comes later, or to another sequence, and context "
+                f"parallelism to what came before",
+                "set the degree to 1",
             )
         given = [name for name in _UNSUPPORTED if options.get(name) is not None]
         if options.get("dropout") or given:
-            raise ValueError(
-                f"parallel.axes.context: {type(module).__name__} asks for {given[0] if given else 'dropout'} in its "
-                f"attention, which context parallelism does not do: set the degree to 1, or switch it off"
+            asked = [*given, "dropout"] if options.get("dropout") else given
+            raise SettingError(
+                "parallel.axes.context",
+                ABSENT,
+                f"{type(module).__name__} asks for {' and '.join(asked)} in its attention, which context parallelism "
+                f"does not do",
+                "set the degree to 1, or switch it off",
             )
         return attention(query, key, value, scale=options.get("scaling")).transpose(1, 2).contiguous(), None
 
@@ -104,9 +115,11 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
         if not active():
             return whole_mask(*args, **options)
         if padding is not None and not bool(padding.all()):
-            raise ValueError(
-                "parallel.axes.context: the batch has an attention_mask with padding, and context parallelism masks "
-                "only what comes later: give whole sequences of one length, or set the degree to 1"
+            raise SettingError(
+                "parallel.axes.context",
+                ABSENT,
+                "the batch has an attention_mask with padding, and context parallelism masks only what comes later",
+                "use whole sequences of one length, or set the degree to 1",
             )
         return None
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from danling_conf._torch_private import storage_identity
+from danling_conf.topology.violation import SettingError
 
 INITIALIZERS = ("reset_parameters", "_reset_parameters", "init_weights")
 """Methods, callable without arguments, by which a module sets its parameters and buffers; the first it has counts."""
@@ -101,10 +102,15 @@ def draw(factory: Callable[[], nn.Module]) -> tuple[nn.Module, Blueprint]:
 
 
 def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
-    """The model of a factory. Raises TypeError where it returns something else."""
+    """The model of a factory. Raises SettingError where it returns something else."""
     model = factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={factory!r}: returned a {type(model).__name__}; a model factory returns an nn.Module")
+        raise SettingError(
+            "model",
+            factory,
+            f"it returned a {type(model).__name__}, and a model factory returns an nn.Module",
+            "return the model from it",
+        )
     return model
 
 

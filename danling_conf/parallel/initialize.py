@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from danling_conf.parallel.init_plan import Blueprint, Unit, named_tensors, shortened
+from danling_conf.topology.violation import ABSENT, SettingError
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -35,13 +36,15 @@ def materialize(
 
     `parameter_device` is where parameters live if not on `device` (FSDP's CPU offload).
 
-    Raises ValueError where the blueprint says that initialisers are missing.
+    Raises SettingError where the blueprint says that initialisers are missing.
     """
     if blueprint.missing:
-        raise ValueError(
-            f"model: {len(blueprint.missing)} tensors cannot be initialised after a build on the meta device: "
-            f"{shortened(blueprint.missing)}. Give their modules a reset_parameters() that sets them and "
-            f"that the constructor calls"
+        raise SettingError(
+            "model",
+            ABSENT,
+            f"{len(blueprint.missing)} tensors cannot be initialised after a build on the meta device: "
+            f"{shortened(blueprint.missing)}",
+            "give their modules a reset_parameters() that sets them and that the constructor calls",
         )
     _allocate(model, device, parameter_device or device)
     targets = {_unwrapped(name): tensor for name, tensor in named_tensors(model)}

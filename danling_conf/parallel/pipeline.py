@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.violation import ABSENT, SettingError
 
 Forward = Callable[[Any, Any], Any]
 """Runs a model on a (micro)batch: `forward(model, batch)`."""
@@ -92,14 +93,16 @@ class Pipeline:
     def microbatches(self, batch: Any) -> list[Any]:
         """A batch cut along its first dim into microbatches, as many as the section says.
 
-        Raises ValueError where that does not divide the batch.
+        Raises SettingError where that does not divide the batch.
         """
         size = batch_size(batch)
         path, divisor = _cut_by(self.section)
         if size % divisor:
-            raise ValueError(
-                f"{path}={divisor}: a batch of {size} samples cannot be cut evenly: choose a divisor, or set "
-                f"dataloader.train.drop_last=true, which leaves out an incomplete batch"
+            raise SettingError(
+                path,
+                divisor,
+                f"a batch of {size} samples cannot be cut evenly",
+                "choose a divisor, or set dataloader.train.drop_last=true, which leaves out an incomplete batch",
             )
         count = self.section.pipeline_n_microbatches or size // divisor
         return [_rows(batch, slice(start, start + size // count), size) for start in range(0, size, size // count)]
@@ -172,9 +175,12 @@ class Pipeline:
         key = (count, _signature(batch))
         if key not in self._schedules:
             if self._schedules and self._several_data_ranks:
-                raise ValueError(
-                    f"parallel.axes.pipeline: a batch of other shapes than before, {_signature(batch)}: torch finds "
-                    f"out anew what stages send, and data ranks would not do so together: pad batches to one shape"
+                raise SettingError(
+                    "parallel.axes.pipeline",
+                    ABSENT,
+                    f"a batch has other shapes than the ones before, {_signature(batch)}; torch would find out anew "
+                    f"what stages send, and data ranks would not do so together",
+                    "pad batches to one shape, or set the degree to 1",
                 )
             kind = get_schedule_class(self.section.pipeline_schedule)
             stages = [
@@ -287,9 +293,12 @@ def _connect(part: nn.Module, stage: _Stage, blocks: Sequence[str], earlier: Seq
 
 def _refuse_tuples(block: nn.Module, args: Any, output: Any) -> None:
     if not isinstance(output, Tensor):
-        raise TypeError(
-            f"parallel.axes.pipeline: {type(block).__name__} gives a {type(output).__name__}, and a pipeline is cut "
-            f"between blocks that give one tensor: let it give one, or set the degree to 1"
+        raise SettingError(
+            "parallel.axes.pipeline",
+            ABSENT,
+            f"{type(block).__name__} returns a {type(output).__name__}, and a pipeline is cut between blocks that "
+            f"return one tensor",
+            "let it return one, or set the degree to 1",
         )
 
 
@@ -339,11 +348,16 @@ class _StandIn:
 
 
 def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor. Raises ValueError where it has none."""
+    """Samples in a batch: the length of its first tensor. Raises SettingError where it has none."""
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
-    raise ValueError("parallel.axes.pipeline: a batch without tensors cannot be cut into microbatches: give it some")
+    raise SettingError(
+        "parallel.axes.pipeline",
+        ABSENT,
+        "a batch without tensors cannot be cut into microbatches",
+        "let the data set return tensors, or set the degree to 1",
+    )
 
 
 def passes(section: ParallelConfig, samples: int, largest: int) -> int:
@@ -360,7 +374,12 @@ def _hidden(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     found = logits if logits is not None else output[0]
     if not isinstance(found, Tensor):
-        raise TypeError(f"a pipeline stage gave a {type(output).__name__}: it must give a tensor, or one as its first")
+        raise SettingError(
+            "parallel.axes.pipeline",
+            ABSENT,
+            f"a stage's model returns a {type(output).__name__}, of which no tensor can be sent to the next stage",
+            "let the model return a tensor, or one as its first item, or set the degree to 1",
+        )
     return found
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.schema.parallel import MULTI_STAGE_SCHEDULES, V_SCHEDULES
+from danling_conf.topology.violation import ABSENT, SettingError
 
 Names = list[list[str]]
 """Fully qualified names of the modules of each stage."""
@@ -32,7 +33,7 @@ def deal_out(model: nn.Module, count: int) -> Names:
     """Cut a model into `count` stages by its repeated blocks, as evenly as their number allows, the first stages having
     one more. Modules defined before the blocks go to the first stage, those after them to the last.
 
-    Raises ValueError for a model whose blocks are too few, or are not one after another in one container, and for a
+    Raises SettingError for a model whose blocks are too few, or are not one after another in one container, and for a
     parameter that no module below the root's containers holds.
     """
     blocks = [name for name, _ in repeated_blocks(model)]
@@ -40,14 +41,11 @@ def deal_out(model: nn.Module, count: int) -> Names:
     fix = "name the modules of each stage in parallel.module_fqns_per_model_part"
     if len(containers) != 1:
         found = f"has blocks in {', '.join(containers)}" if containers else "has no repeated blocks"
-        raise ValueError(
-            f"parallel.axes.pipeline: {type(model).__name__} {found}, which does not say how to cut it: {fix}"
-        )
+        rule = f"{type(model).__name__} {found}, which does not say how to cut it"
+        raise SettingError("parallel.axes.pipeline", ABSENT, rule, fix)
     if len(blocks) < count:
-        raise ValueError(
-            f"parallel.axes.pipeline: {type(model).__name__} has {len(blocks)} repeated blocks for {count} stages: "
-            f"choose a smaller degree or a deeper model"
-        )
+        rule = f"{type(model).__name__} has {len(blocks)} repeated blocks for {count} stages"
+        raise SettingError("parallel.axes.pipeline", ABSENT, rule, "choose a smaller degree or a deeper model")
     before, after = _around(model, containers[0], fix)
     size, more = divmod(len(blocks), count)
     stages: Names = []
@@ -62,30 +60,38 @@ def deal_out(model: nn.Module, count: int) -> Names:
 
 
 def check(model: nn.Module, stages: Sequence[Sequence[str]]) -> None:
-    """Refuse a division that leaves a parameter out, has it twice, or parts tied ones. Raises ValueError."""
+    """Refuse a division that leaves a parameter out, has it twice, or parts tied ones. Raises SettingError."""
     path = "parallel.module_fqns_per_model_part"
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     stage_of: dict[str, int] = {}
     for index, names in enumerate(stages):
         for name in names:
             if name not in modules or not name:
-                raise ValueError(f"{path}: {name}: {type(model).__name__} has no module of this name: mend it")
+                raise SettingError(
+                    f"{path}[{index}]", name, f"{type(model).__name__} has no module of this name", "correct the name"
+                )
             if name in stage_of:
-                raise ValueError(f"{path}: {name}: it is in stages {stage_of[name]} and {index}: name it once")
+                raise SettingError(
+                    f"{path}[{index}]", name, f"it is in stages {stage_of[name]} and {index}", "name it once"
+                )
             stage_of[name] = index
     stages_of: defaultdict[int, dict[int, str]] = defaultdict(dict)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners = [prefix for prefix in _prefixes(name) if prefix in stage_of]
         if len(owners) != 1:
             why = f"is in {' and '.join(owners)}" if owners else "is in no stage"
-            raise ValueError(f"{path}: the parameter {name} {why}: let each module be part of exactly one stage")
+            raise SettingError(
+                path, ABSENT, f"the parameter {name} {why}", "let each module be part of exactly one stage"
+            )
         stages_of[id(parameter)].setdefault(stage_of[owners[0]], name)
     for places in stages_of.values():
         if len(places) > 1:
             first, second = list(places.values())[:2]
-            raise ValueError(
-                f"parallel.axes.pipeline: {first} and {second} are one tied parameter, and the pipeline has them on "
-                f"different stages: untie them in the model's settings, or set the degree to 1"
+            raise SettingError(
+                "parallel.axes.pipeline",
+                ABSENT,
+                f"{first} and {second} are one tied parameter, and the pipeline has them on different stages",
+                "untie them in the model's settings, or set the degree to 1",
             )
 
 
@@ -114,10 +120,12 @@ def _around(model: nn.Module, container: str, fix: str) -> tuple[list[str], list
     for part in container.split("."):
         own = [name for name, _ in module.named_parameters(recurse=False)]
         if own:
-            raise ValueError(
-                f"parallel.axes.pipeline: {f'{path}.' if path else ''}{own[0]} is a parameter beside the blocks of "
-                f"{type(model).__name__}, and no stage alone would have it: put it into a module, or set the "
-                f"degree to 1"
+            raise SettingError(
+                "parallel.axes.pipeline",
+                ABSENT,
+                f"{f'{path}.' if path else ''}{own[0]} is a parameter beside the blocks of {type(model).__name__}, "
+                f"and no stage alone would have it",
+                "put it into a module, or set the degree to 1",
             )
         names = [name for name, _ in module.named_children()]
         place = names.index(part)

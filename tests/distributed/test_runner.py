@@ -204,9 +204,9 @@ def decoder(**settings: Any) -> Any:
          "parallel.module_fqns_per_model_part", "head.weight is in no stage", "exactly one"),
         ("pp2", decoder(),
          {"module_fqns_per_model_part": [["embedding", "layers.0"], ["layers.0", "layers.1", "head"]]},
-         "parallel.module_fqns_per_model_part", "in stages 0 and 1", "once"),
+         "parallel.module_fqns_per_model_part[1]=layers.0", "in stages 0 and 1", "once"),
         ("pp2", decoder(), {"module_fqns_per_model_part": [["embed"], ["layers", "norm", "head"]]},
-         "parallel.module_fqns_per_model_part", "no module of this name", "mend"),
+         "parallel.module_fqns_per_model_part[0]=embed", "no module of this name", "correct"),
         ("fsdp2_ep2", decoder(experts=3), {}, "parallel.axes.expert=2", "must divide the 3 experts", "divisor"),
     ],
 )  # fmt: skip
@@ -291,7 +291,7 @@ def misnamed() -> Misnamed:
     ("name", "model", "rule"),
     [
         ("tp2", misnamed, "no name in the tp_plan of Misnamed stands for one of its modules"),
-        ("cp2", misnamed, "cp_plan of Misnamed: layers.*.attention.inner: it has no module of this name"),
+        ("cp2", misnamed, "the cp_plan of Misnamed names what is no module of it: layers.*.attention.inner"),
         ("cp2", WithoutPositions, "WithoutPositions has no argument positions"),
     ],
 )

@@ -94,10 +94,10 @@ class ParameterBeside(nn.Module):
 @pytest.mark.parametrize(
     ("model", "count", "message"),
     [
-        (nn.Linear(2, 2), 2, "no repeated blocks.*module_fqns_per_model_part"),
-        (TwoContainers(), 2, "blocks in decoder, encoder.*module_fqns_per_model_part"),
+        (nn.Linear(2, 2), 2, "(?s)no repeated blocks.*module_fqns_per_model_part"),
+        (TwoContainers(), 2, "(?s)blocks in decoder, encoder.*module_fqns_per_model_part"),
         (ParameterBeside(), 2, "token is a parameter beside the blocks"),
-        (decoder(2), 4, "2 repeated blocks for 4 stages.*deeper model"),
+        (decoder(2), 4, "(?s)2 repeated blocks for 4 stages.*deeper model"),
     ],
 )
 def test_models_that_do_not_say_how_to_be_cut(model: nn.Module, count: int, message: str) -> None:
