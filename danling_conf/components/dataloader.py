@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from danling_conf._torch_private import shut_down_workers
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.samplers import DROP, REPEAT, UNEVEN, ShardedSampler, seed_of
 from danling_conf.schema.dataloader import OF_WORKERS, DataloaderConfig, SplitDataloaderConfig, without_workers
@@ -157,11 +158,7 @@ def stop_workers(loader: StatefulDataLoader[Any]) -> None:
 
     Left to the garbage collector, which may take the workers' queues before it, that takes five seconds a worker.
     """
-    iterator = loader._iterator
-    loader._iterator = None
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
+    shut_down_workers(loader)
 
 
 def _own_process_group(worker: int) -> None:

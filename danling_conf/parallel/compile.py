@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from danling_conf._torch_private import optimize_ddp
 from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.activation_checkpointing import COMPILED, is_recomputed
 from danling_conf.parallel.blocks import repeated_blocks
@@ -66,7 +67,7 @@ def configure(section: CompileConfig) -> None:
         return
     use_shared_cache()
     if section.optimize_ddp is not None:
-        torch._dynamo.config.optimize_ddp = section.optimize_ddp  # type: ignore[assignment]
+        optimize_ddp(section.optimize_ddp)
 
 
 def use_shared_cache() -> None:

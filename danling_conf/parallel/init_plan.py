@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from danling_conf._torch_private import storage_identity
+from danling_conf._torch_private import TorchDispatchMode, is_operator, is_view, storage_identity, written_arguments
 from danling_conf.topology.violation import SettingError
 
 INITIALIZERS = ("reset_parameters", "_reset_parameters", "init_weights")
@@ -67,7 +66,7 @@ class WriteRecord(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
+        if not is_operator(func):
             return result
         operator = str(func.overloadpacket)
         written = list(_written(func, args, kwargs))
@@ -259,15 +258,13 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
+    for position, name in written_arguments(func):
+        yield from _tensors(args[position] if position < len(args) else kwargs.get(name))
 
 
 def _is_view(func: Any) -> bool:
     # `lift_fresh` is a view by its schema, but it is how a tensor made from Python numbers first appears.
-    returns = func._schema.returns
-    return bool(returns) and returns[0].alias_info is not None and func is not torch.ops.aten.lift_fresh.default
+    return is_view(func) and func is not torch.ops.aten.lift_fresh.default
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torch.utils._pytree import tree_leaves, tree_map
 
+from danling_conf._torch_private import tree_leaves, tree_map
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.schema.parallel import ParallelConfig
