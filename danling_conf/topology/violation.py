@@ -82,6 +82,16 @@ class ConfigRefused(ValueError):
         return "\n".join(lines)
 
 
+def refuse(violations: Iterable[Violation]) -> None:
+    """Raise what builders raise: nothing without a violation, SettingError for one, ConfigRefused for several."""
+    found = list(violations)
+    if len(found) == 1:
+        (item,) = found
+        raise SettingError(item.path, item.value, item.rule, item.fix)
+    if found:
+        raise ConfigRefused(found)
+
+
 def unique(violations: Iterable[Violation]) -> list[Violation]:
     """Violations in order, without repeats."""
     seen: dict[tuple[str, str], Violation] = {}
