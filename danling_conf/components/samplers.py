@@ -1,4 +1,4 @@
-"""One sampler for every split: the order of an epoch, dealt out to the data ranks, resumable at any sample."""
+"""Sampler of every split: the order of an epoch, sharded over the data ranks, resumable at any sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DROP = "drop"
 
 
 class ShardedSampler(Sampler[int]):
-    """Deals the order of an epoch out to data ranks: rank `r` of `degree` takes the samples at `r`, `r + degree`, ...
+    """Shards the order of an epoch over data ranks: rank `r` of `degree` takes the samples at `r`, `r + degree`, ...
 
     So the batches of all ranks at a step are, together, the batch that one process with a batch of `degree` times the
     size would take. The order is that of `torch.utils.data.DistributedSampler`.

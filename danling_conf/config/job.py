@@ -47,4 +47,4 @@ class Job:
 
     @property
     def layout(self) -> Layout:
-        return layout_of(self.config.parallel.axes, self.config.fsdp.enabled)
+        return layout_of(self.config)

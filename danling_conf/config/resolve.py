@@ -164,7 +164,7 @@ def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: 
 def _derive(config: RunnerConfig, context: Context) -> None:
     """Fill what follows from the rest: degrees of -1, and the stack."""
     axes = config.parallel.axes
-    layout = fill(layout_of(axes, config.fsdp.enabled), context.machine.fill_world_size)
+    layout = fill(layout_of(config), context.machine.fill_world_size)
     for axis, degree in layout.degrees().items():
         setattr(axes, axis, degree)
     if config.stack == "auto":

@@ -68,7 +68,7 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
         WorkersFailed, WorkersInterrupted: from the workers.
         Exception: what the user's function raised in this process.
     """
-    world_size = layout_of(config.parallel.axes, config.fsdp.enabled).world_size
+    world_size = layout_of(config).world_size
     command, started_in = worker_command(), os.getcwd()
 
     def task(_: DictConfig) -> Any:

@@ -13,7 +13,7 @@ from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.device import device_type as usable_device_type
 from danling_conf.schema.layout import DATA_AXES, WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.topology.layout import expert_axes, fill, layout_of, mesh_axes
+from danling_conf.topology.layout import expert_axes, fill, layout_of_axes, mesh_axes
 from danling_conf.topology.violation import ABSENT, SettingError
 
 DATA = "data"
@@ -136,6 +136,6 @@ def from_keywords(**keywords: Any) -> partial[DeviceMesh | None]:
 
 
 def _make_from_section(section: ParallelConfig, *, fsdp: bool | None = None) -> DeviceMesh | None:
-    layout = layout_of(section.axes, section.axes.shard != 1 if fsdp is None else fsdp)
+    layout = layout_of_axes(section.axes, fsdp=section.axes.shard != 1 if fsdp is None else fsdp)
     layout = fill(layout, dist.get_world_size() if dist.is_initialized() else 1)
     return make(layout, usable_device_type(section.mesh_device_type), use_device_mesh=section.use_device_mesh)

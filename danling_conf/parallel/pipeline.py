@@ -20,6 +20,7 @@ from danling_conf._torch_private import tree_leaves, tree_map
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.rules.pipeline import divisor_of_batch
 from danling_conf.topology.violation import ABSENT, SettingError
 
 Forward = Callable[[Any, Any], Any]
@@ -96,7 +97,7 @@ class Pipeline:
         Raises SettingError where that does not divide the batch.
         """
         size = batch_size(batch)
-        path, divisor = _cut_by(self.section)
+        path, divisor = divisor_of_batch(self.section)
         if size % divisor:
             raise SettingError(
                 path,
@@ -400,9 +401,3 @@ def _rows(batch: Any, rows: slice, size: int) -> Any:
 
 def _signature(batch: Any) -> tuple[Any, ...]:
     return tuple((item.shape, item.dtype) for item in tree_leaves(batch) if isinstance(item, Tensor))
-
-
-def _cut_by(section: ParallelConfig) -> tuple[str, int]:
-    if section.pipeline_n_microbatches is not None:
-        return "parallel.pipeline_n_microbatches", section.pipeline_n_microbatches
-    return "parallel.pipeline_microbatch_size", section.pipeline_microbatch_size

@@ -80,11 +80,8 @@ def plan_for(model: nn.Module, section: ParallelConfig, degree: int) -> dict[str
             )
         plan = {**plan, **sequence}
     own_divisors: Mapping[str, int] = getattr(model, "tensor_divisors", None) or hugging_face.tensor_divisors(model)
-    refuse(
-        Violation(path, degree, f"it must divide {setting}={number}", "choose a divisor of it, or change it")
-        for setting, number in own_divisors.items()
-        if number % degree
-    )
+    if odd := [f"{setting}={number}" for setting, number in own_divisors.items() if number % degree]:
+        raise SettingError(path, degree, f"it must divide {' and '.join(odd)}", "choose a divisor, or change the model")
     return plan
 
 

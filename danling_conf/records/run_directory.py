@@ -268,7 +268,7 @@ def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
     layout = {path for path in changed if path.startswith(_LAYOUT_PATHS)}
     violations = []
     if layout and not config.parallel.allow_degree_change:
-        theirs, mine = _layout_in(made), layout_name(layout_of(config.parallel.axes, config.fsdp.enabled))
+        theirs, mine = _layout_in(made), layout_name(layout_of(config))
         violations.append(
             Violation(
                 "parallel",

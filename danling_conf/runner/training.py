@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.components import dataloader as loaders
 from danling_conf.components import gradients, optimizer, precision
-from danling_conf.components.target import model_factory
+from danling_conf.components.instantiate import model_factory
 from danling_conf.config.identity import layout_name
 from danling_conf.config.resolve import resolve
 from danling_conf.parallel import compile as compilation

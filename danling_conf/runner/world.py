@@ -65,7 +65,7 @@ def join(config: RunnerConfig) -> World:
     """
     started = current()
     ranks = started.ranks if started is not None else started_rank() or SINGLE
-    layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+    layout = layout_of(config)
     if layout.world_size != ranks.world_size:
         raise ConfigRefused([_wrong_size(layout, ranks)])
     kind = device_type(config.parallel.mesh_device_type)

@@ -7,12 +7,20 @@ from math import prod
 
 from danling_conf.schema.layout import DATA_AXES, FILL, WORLD_AXES, Layout
 from danling_conf.schema.parallel import AxesConfig
+from danling_conf.schema.runner import RunnerConfig
 
 
-def layout_of(axes: AxesConfig, fsdp_enabled: bool) -> Layout:
-    """The layout that a configuration's axes describe; a degree of -1 stays to be filled."""
-    degrees = {axis: getattr(axes, axis) for axis in Layout().degrees()}
-    return Layout(fsdp=fsdp_enabled, **degrees)
+def layout_of(config: RunnerConfig) -> Layout:
+    """The layout of a configuration; before it is resolved, a degree may be -1, to be filled.
+
+    A function and not a property of RunnerConfig: a subclass may well have a setting called `layout`.
+    """
+    return layout_of_axes(config.parallel.axes, fsdp=config.fsdp.enabled)
+
+
+def layout_of_axes(axes: AxesConfig, *, fsdp: bool) -> Layout:
+    """The layout of some degrees, with or without FSDP."""
+    return Layout(fsdp=fsdp, **{axis: getattr(axes, axis) for axis in Layout().degrees()})
 
 
 def fill(layout: Layout, world_size: int) -> Layout:

@@ -105,7 +105,7 @@ def whole_graphs(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 
 def _degrees(config: RunnerConfig) -> Layout:
-    return layout_of(config.parallel.axes, config.fsdp.enabled)
+    return layout_of(config)
 
 
 def _filled(config: RunnerConfig, context: Context) -> Layout | None:

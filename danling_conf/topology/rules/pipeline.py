@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from danling_conf.schema import RunnerConfig, open_keys
-from danling_conf.schema.parallel import SINGLE_STAGE_SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES
+from danling_conf.schema.parallel import (
+    SINGLE_STAGE_SCHEDULES,
+    SPLIT_BACKWARD_SCHEDULES,
+    V_SCHEDULES,
+    ParallelConfig,
+)
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import ABSENT, Violation
 
@@ -18,7 +23,7 @@ def microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     if config.parallel.axes.pipeline <= 1:
         return
     where, batch = _batch_of_training(config)
-    path, divisor = _cut_by(config)
+    path, divisor = divisor_of_batch(config.parallel)
     if batch % divisor:
         yield Violation(
             path,
@@ -77,7 +82,7 @@ def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Viol
     """Schedules need some number of microbatches to be in flight."""
     degree, schedule = config.parallel.axes.pipeline, config.parallel.pipeline_schedule
     where, batch = _batch_of_training(config)
-    path, divisor = _cut_by(config)
+    path, divisor = divisor_of_batch(config.parallel)
     if degree <= 1 or batch % divisor:
         return
     count = config.parallel.pipeline_n_microbatches or batch // divisor
@@ -139,7 +144,8 @@ def _batch_of_training(config: RunnerConfig) -> tuple[str, int]:
     return "dataloader.batch_size", config.dataloader.batch_size or 1
 
 
-def _cut_by(config: RunnerConfig) -> tuple[str, int]:
-    if config.parallel.pipeline_n_microbatches is not None:
-        return "parallel.pipeline_n_microbatches", config.parallel.pipeline_n_microbatches
-    return "parallel.pipeline_microbatch_size", config.parallel.pipeline_microbatch_size
+def divisor_of_batch(section: ParallelConfig) -> tuple[str, int]:
+    """The setting that cuts a batch into microbatches, and its value, which must divide the batch."""
+    if section.pipeline_n_microbatches is not None:
+        return "parallel.pipeline_n_microbatches", section.pipeline_n_microbatches
+    return "parallel.pipeline_microbatch_size", section.pipeline_microbatch_size

@@ -121,7 +121,7 @@ def reshard_divides(config: RunnerConfig, context: Context) -> Iterator[Violatio
 
 def known_layout(config: RunnerConfig) -> Layout | None:
     """The layout of a configuration; None where its degrees cannot be made sense of (`whole_degrees` says so)."""
-    layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+    layout = layout_of(config)
     degrees = [getattr(layout, axis) for axis in WORLD_AXES]
     return None if 0 in degrees or degrees.count(FILL) > 1 else layout
 
