@@ -1,4 +1,4 @@
-"""Data loaders: resumable at any batch, the same samples at any data degree."""
+"""Data loaders: resumable at any batch, with the same samples at any data degree."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def make(
 
     The batches of all data ranks at a step are, together, the batch of a single process with `data_degree` times the
     batch size. Ranks have equally many batches of a training split: without `drop_last` a few samples are repeated to
-    that end. Other splits are dealt out without repetition, so that metrics are exact; a rank may have one batch more
+    that end. Other splits are sharded without repetition, so that metrics are exact; a rank may have one batch more
     than another, or none at all, which a loop with collectives inside has to expect.
 
     Worker processes are seeded from `seed`, the data rank and the epoch. The state of the loader is exact with any
     number of workers, in the middle and at the end of an epoch; random numbers that a worker draws in a sample start
-    anew when it is restarted.
+    again when it is restarted.
 
-    An iterable data set deals itself out by `shard(num_shards=, index=)`, and to its own workers as torch's contract
-    has it (`torch.utils.data.get_worker_info`).
+    An iterable data set shards itself by `shard(num_shards=, index=)`, and over its own workers by torch's contract
+    (`torch.utils.data.get_worker_info`).
 
     Raises:
         SettingError: settings that contradict each other or the data set, or a data set that has no length and is not
@@ -113,18 +113,18 @@ def from_keywords(**keywords: Any) -> functools.partial[StatefulDataLoader[Any]]
 
 def set_epoch(loader: StatefulDataLoader[Any], epoch: int) -> None:
     """Choose the order of the next epoch and the seeds of its workers. Call it before the epoch, and before a state of
-    that epoch is loaded. An iterable data set is told by its own `set_epoch`, if it has one."""
+    that epoch is loaded. An iterable data set's own `set_epoch` is called, if it has one."""
     for part in (loader.sampler, loader.dataset):
         if callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
 
 
 def go_on(loader: StatefulDataLoader[Any], state: Mapping[str, Any], *, data_degree: int) -> None:
-    """Let the next iteration go on where a saved one was, also under another data degree or number of workers.
+    """Let the next iteration continue where a saved one was, also under another data degree or number of workers.
 
-    The same degree and workers go on exactly, with the data set's own state where it has one. Otherwise the samples
-    that are left of the epoch are dealt out to the ranks that there are now: none is seen twice or never, but for what
-    `drop_last` leaves or repeats at the end of every epoch.
+    With the same degree and workers it continues exactly, with the data set's own state where it has one. Otherwise the
+    samples that are left of the epoch are sharded over the present ranks: none is seen twice or never, except for what
+    `drop_last` leaves out or repeats at the end of every epoch.
 
     Args:
         state: of a loader of the same split with the same batch size.
@@ -158,21 +158,24 @@ def taken_by_all(state: Mapping[str, Any], *, batch_size: int, data_degree: int)
 
 
 def _snapshot(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a loader's state that tells of its sampler; with worker processes it lies deeper."""
+    """The part of a loader's state that holds its sampler's; with worker processes it lies deeper."""
     return state["_snapshot"]["_main_snapshot"] if "_snapshot" in state else state
 
 
 def stop_workers(loader: StatefulDataLoader[Any]) -> None:
     """End a loader's worker processes; the next iteration starts new ones.
 
-    Left to the garbage collector, which may take the workers' queues before it, that takes five seconds a worker.
+    The garbage collector may free the workers' queues before the iterator, which then waits five seconds for each.
     """
     shut_down_workers(loader)
 
 
 def _own_process_group(worker: int) -> None:
-    """Keep signals to the training process, which launchers and terminals send to its whole process group, from its
-    workers: it still needs them to come to the end of a step. They end when it does."""
+    """Put a worker into a process group of its own.
+
+    Launchers and terminals send signals to the whole process group of the training process. That process still needs
+    its workers to finish a step, and they end when it does.
+    """
     os.setpgid(0, 0)
 
 

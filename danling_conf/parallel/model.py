@@ -120,7 +120,7 @@ def assemble(
     #  2. Check the plans and choose the blocks on the whole model: a stage has a part of the names only.
     #  3. Cut into stages. Each following step works on what this rank holds.
     #  4. Plans of the tensor, expert and context axes: they replace parameters by DTensors, which FSDP2 then shards
-    #     again. It does not work the other way round.
+    #     again. The other way round, they would find parameters that are sharded already.
     #  5. Recompute activations, then compile each block: the recomputation is compiled with the block.
     #  6. FSDP2 or data parallelism, whose hooks must stay outside of the compiled code.
     #  7. Values: after sharding, so that no rank allocates a whole parameter that it only keeps a part of.

@@ -255,7 +255,7 @@ def _check_features(name: str, module: nn.Module, style: str, degree: int) -> No
 
 
 def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places of each parameter that is in several."""
+    """The places of each parameter that several modules share."""
     places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module, name, parameter in _places(model):
         places[id(parameter)].append((module, name))
