@@ -24,8 +24,8 @@ def train(config: danling_conf.RunnerConfig) -> float:
     from danling_conf.parallel import process_group as processes
     from danling_conf.topology.layout import layout_of
     from danling_conf.topology.rank_environment import SINGLE, started_rank
-    from examples.models.mlp import MLP, MLPConfig
-    from examples.tasks.digits import digits
+    from models.mlp import MLP, MLPConfig
+    from tasks.digits import digits
 
     # Where this process stands: `hydra.utils.instantiate(config.parallel)()` makes the mesh as well.
     ranks, layout = started_rank() or SINGLE, layout_of(config.parallel.axes, config.fsdp.enabled)

@@ -20,7 +20,7 @@ class TrainConfig(danling_conf.RunnerConfig):
 def train(config: TrainConfig) -> float:
     """Train one task; the best score is the run's."""
     # Imported here, so that a refused configuration costs no import of torch.
-    from examples.tasks.task import build_task
+    from tasks.task import build_task
 
     task = build_task(config.task_name, config.model, config.data)
     return danling_conf.Runner(config).fit(

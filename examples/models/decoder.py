@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.models.experts import MixtureOfExperts
+from models.experts import MixtureOfExperts
 
 
 @dataclass(kw_only=True)

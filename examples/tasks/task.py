@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from examples.models.decoder import Decoder, DecoderConfig
-from examples.models.mlp import MLP, MLPConfig
-from examples.tasks.digits import CLASSES, PIXELS, digits
-from examples.tasks.text import VOCAB_SIZE, Windows, bigram_loss, corpus, split, unigram_loss
+from models.decoder import Decoder, DecoderConfig
+from models.mlp import MLP, MLPConfig
+from tasks.digits import CLASSES, PIXELS, digits
+from tasks.text import VOCAB_SIZE, Windows, bigram_loss, corpus, split, unigram_loss
 
 Batch = tuple[Tensor, Tensor]
 Section = TypeVar("Section")
