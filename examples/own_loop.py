@@ -1,4 +1,4 @@
-"""The builders in a loop of one's own, without the Runner: digits, in one process or in several.
+"""The builders in a loop of your own, without the Runner: digits, in one process or in several.
 
     python examples/own_loop.py
     torchrun --nproc-per-node 2 examples/own_loop.py parallel=fsdp
@@ -13,7 +13,7 @@ import danling_conf
 
 @danling_conf.main(config_path="../conf", config_name="own_loop")
 def train(config: danling_conf.RunnerConfig) -> float:
-    """Train, and give the accuracy."""
+    """Train; returns the accuracy."""
     from itertools import islice
 
     import torch
@@ -39,9 +39,16 @@ def train(config: danling_conf.RunnerConfig) -> float:
     # Built on the meta device, compiled, under FSDP2 or DDP, with weights that do not depend on the layout. Parts of it
     # can be had alone: `fsdp.shard(net, config.fsdp, world)`, or `instantiate(config.fsdp)(net, mesh=world)`.
     assembled = model.assemble(
-        lambda: MLP(MLPConfig()), layout=layout, mesh=world, device=here, seed=config.seed, precision=config.precision,
-        fsdp=config.fsdp, compile=config.compile, activation_checkpointing=config.activation_checkpointing,
-    )  # fmt: skip
+        lambda: MLP(MLPConfig()),
+        layout=layout,
+        mesh=world,
+        device=here,
+        seed=config.seed,
+        precision=config.precision,
+        fsdp=config.fsdp,
+        compile=config.compile,
+        activation_checkpointing=config.activation_checkpointing,
+    )
     net = assembled.module
     data = digits(val_fraction=0.2)
     shares = {"data_rank": data_rank, "data_degree": data_degree, "seed": config.seed}

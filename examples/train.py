@@ -10,7 +10,7 @@ import danling_conf
 @danling_conf.register
 @dataclass(kw_only=True)
 class TrainConfig(danling_conf.RunnerConfig):
-    """Ours, and one setting of this script's own."""
+    """Settings of a run, and one of this script's own."""
 
     task_name: str = "lm"
     """What is trained: `lm` or `digits`. Chosen with its settings by `task=`."""
