@@ -61,7 +61,7 @@ $(VENV)/installed: pyproject.toml constraints/hydra-1.3.txt
 $(VENV_HYDRA_14)/installed: pyproject.toml constraints/hydra-1.4.txt
 	$(PYTHON) -m venv $(VENV_HYDRA_14)
 	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --constraint constraints/hydra-1.4.txt \
-		hydra-core rich pytest hypothesis
+		hydra-core rich pytest hypothesis editables
 	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -69,7 +69,7 @@ $(VENV_OPTUNA)/installed: pyproject.toml constraints/hydra-optuna.txt
 	$(PYTHON) -m venv $(VENV_OPTUNA)
 	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt torch
 	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt \
-		hydra-core hydra-optuna-sweeper torchdata rich scikit-learn torchmetrics pytest
+		hydra-core hydra-optuna-sweeper torchdata rich scikit-learn torchmetrics pytest editables
 	$(VENV_OPTUNA)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

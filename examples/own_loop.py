@@ -1,4 +1,4 @@
-"""The builders in a loop of one's own, without the Runner: digits, in one process or in several.
+"""The builders in a loop of your own, without the Runner: digits, in one process or in several.
 
     python examples/own_loop.py
     torchrun --nproc-per-node 2 examples/own_loop.py parallel=fsdp
@@ -13,7 +13,7 @@ import danling_conf
 
 @danling_conf.main(config_path="../conf", config_name="own_loop")
 def train(config: danling_conf.RunnerConfig) -> float:
-    """Train, and give the accuracy."""
+    """Train; returns the accuracy."""
     from itertools import islice
 
     import torch
@@ -21,8 +21,8 @@ def train(config: danling_conf.RunnerConfig) -> float:
 
     from danling_conf import builders
     from danling_conf.topology.rank_environment import SINGLE
-    from examples.models.mlp import MLP, MLPConfig
-    from examples.tasks.digits import digits
+    from models.mlp import MLP, MLPConfig
+    from tasks.digits import digits
 
     # Where this process stands: `hydra.utils.instantiate(config.parallel)()` makes the mesh as well.
     ranks, layout = builders.started_rank() or SINGLE, builders.layout_of(config)

@@ -22,8 +22,7 @@ from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.inside_step import sharded_logits
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.plan import matches, plan_of, unmatched
-from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.schema.tensor_styles import TENSOR_STYLES
+from danling_conf.schema.parallel import TENSOR_STYLES, ParallelConfig
 from danling_conf.schema.torch_options import nearest
 from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
 

@@ -1,4 +1,4 @@
-"""Degrees: filled from the world size, and the mesh axes and rank coordinates that follow from them."""
+"""Degrees of a layout, and what follows from them: mesh axes, coordinates of a rank, data ranks, random streams."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def mesh_axes(layout: Layout) -> dict[str, int]:
     """Axes of the device mesh, outermost first, and their degrees; axes of degree 1 are left out, but for the shard
     axis of a layout with FSDP."""
     degrees = {axis: getattr(layout, axis) for axis in WORLD_AXES}
+    # FSDP takes a mesh on one rank too, so that fsdp1 and fsdp8 are the same code.
     return {axis: degree for axis, degree in degrees.items() if degree > 1 or (axis == "shard" and layout.fsdp)}
 
 

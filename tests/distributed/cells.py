@@ -22,7 +22,7 @@ from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig, OffloadPolicyConfig
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import data_rank
-from examples.models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder, DecoderConfig
 
 GLOBAL_BATCH, STEPS, LENGTH, VOCABULARY = 16, 3, 16, 32
 IGNORED = -100

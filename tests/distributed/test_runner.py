@@ -20,7 +20,7 @@ from danling_conf import ConfigRefused
 from danling_conf.groups.layout_names import parse_layout
 from danling_conf.schema.parallel import PIPELINE_SCHEDULES
 from danling_conf.topology.layout import rank_at
-from examples.models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder, DecoderConfig
 from tests.support.small import runner
 from tests.support.spawn import run
 

@@ -1,4 +1,4 @@
-"""What the chosen optimizer and scheduler accept."""
+"""Rules of optimizers and schedulers: whether they exist, and take the options that are given."""
 
 from __future__ import annotations
 

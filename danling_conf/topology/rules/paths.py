@@ -1,4 +1,4 @@
-"""Directories and files that a run needs."""
+"""Rules of directories and files that a run needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
 RUN_FILE, FACTS = "run.json", "checkpoint.json"
-"""What a run's directory and a checkpoint are known by: of `resolution.run_directory` and `checkpoint.manifest`."""
+"""Files that mark a run's directory and a checkpoint: of `records.run_directory` and `checkpoint.manifest`."""
 _WEIGHTS = "*.safetensors"
 
 
@@ -54,7 +54,7 @@ def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violati
             continue
         folder = Path(source).expanduser()
         checkpoints = folder / config.checkpoint.dir_name
-        # Within a run also what lacks its facts: it is told below what is wrong with it.
+        # A broken checkpoint of a run passes here: loading names what is wrong with it.
         inside = [folder] if folder.name.startswith("ckpt-") else []
         marks = [folder / is_run, folder / FACTS, *checkpoints.glob(f"[!.]*/{FACTS}")]
         if key == "pretrained":

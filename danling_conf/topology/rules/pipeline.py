@@ -1,4 +1,4 @@
-"""Whether a pipeline can be cut as the settings say, and run by the schedule that they name."""
+"""Rules of pipelines: whether stages and microbatches can be cut as configured, and run by the schedule."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Viol
 
 
 def split_backward(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """Gradients of inputs and of weights cannot be computed apart in compiled code."""
+    """Gradients of inputs and of weights cannot be computed separately in compiled code."""
     schedule = config.parallel.pipeline_schedule
     if config.parallel.axes.pipeline <= 1 or schedule not in SPLIT_BACKWARD_SCHEDULES:
         return
@@ -117,13 +117,13 @@ def split_backward(config: RunnerConfig, context: Context) -> Iterator[Violation
         yield Violation(
             _SCHEDULE,
             schedule,
-            "it computes the gradients of inputs and of weights apart, which torch cannot do in compiled code",
+            "it computes the gradients of inputs and of weights separately, which torch cannot do in compiled code",
             f"compile=none, or {_SCHEDULE}=Interleaved1F1B",
         )
 
 
 def stages_are_not_compiled(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """A schedule works inside of a stage's forward, so that blocks can be compiled and stages cannot."""
+    """A schedule works inside a stage's forward, so blocks can be compiled and stages cannot."""
     if config.parallel.axes.pipeline > 1 and config.compile.enable and config.compile.scope == "model":
         yield Violation(
             "compile.scope", "model", "a pipeline has no whole model to compile, only blocks", "compile.scope=block"
@@ -131,7 +131,7 @@ def stages_are_not_compiled(config: RunnerConfig, context: Context) -> Iterator[
 
 
 def _of_training(config: RunnerConfig, name: str) -> Any:
-    """What the training split says of a setting of its own; None where it says nothing."""
+    """A setting of the training split itself; None where it has none."""
     own = open_keys(config.dataloader).get("train") or {}
     return own.get(name) if isinstance(own, dict) else getattr(own, name, None)
 
