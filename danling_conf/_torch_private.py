@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from datetime import timedelta
 from typing import Any, cast
 
@@ -279,3 +279,26 @@ def record_memory_history(record: bool) -> None:
 def dump_memory_snapshot(path: str) -> None:
     """Write what was recorded."""
     torch.cuda.memory._dump_snapshot(path)
+
+
+def saved_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers that a module's state holds, each once; torch does not publish which ones it leaves out."""
+    found = (
+        buffer
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    )
+    return list({id(buffer): buffer for buffer in found}.values())
+
+
+def without_compile(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` has wrapped, or the module itself."""
+    return cast(nn.Module, getattr(module, "_orig_mod", module))
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """Apply a function to every tensor of nested lists, tuples and mappings; anything else stays."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda item: function(item) if isinstance(item, torch.Tensor) else item, tree)

@@ -62,7 +62,8 @@ def tighten(section: CommConfig) -> None:
     """Apply `comm.train_timeout_seconds` to every process group there is. Collective: every rank calls it.
 
     Meant for once, after the first optimizer step: what is slow only at the start (compilation, connections) is over.
-    Work of a single rank that may take longer is waited for with `wait_for_all`, which keeps the limit of the start.
+    Work of a single rank that may take longer is waited for on the group of `slow_work`, which keeps the limit of the
+    start.
     """
     global _waiting
     if section.train_timeout_seconds is None or not dist.is_initialized():
@@ -82,13 +83,6 @@ def tighten(section: CommConfig) -> None:
             set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
 
 
-def wait_for_all() -> None:
-    """Wait until every rank is here, within the time limit of the start: for what one rank does alone, such as writing
-    files, while others have nothing to do. Collective; nothing where there is one process."""
-    if is_distributed():
-        dist.barrier(_waiting_group())
-
-
 def separate(backend: str) -> dist.ProcessGroup | None:
     """A group of all ranks for work in the background, such as writing a checkpoint. It does not delay the collectives
     of training, and their timeout does not apply: a lost rank is noticed by its connection. Collective; None in a
@@ -100,8 +94,9 @@ def separate(backend: str) -> dist.ProcessGroup | None:
     return group
 
 
-def waiting() -> dist.ProcessGroup | None:
-    """The group that `wait_for_all` waits on; None is the default group."""
+def slow_work() -> dist.ProcessGroup | None:
+    """The group on which ranks wait for what one of them does alone, such as writing files: it keeps the time limit of
+    the start. None is the default group."""
     return _waiting_group() if dist.is_initialized() else None
 
 
