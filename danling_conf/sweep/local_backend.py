@@ -114,7 +114,7 @@ class LocalJobs:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         with open(job.folder / OUTPUT, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-u", *job.words], env=environment, cwd=job.directory,
+                [sys.executable, "-u", *job.argv], env=environment, cwd=job.directory,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,  # Ctrl-C is for whoever looks after the sweep, who tells the jobs
             )  # fmt: skip

@@ -83,8 +83,6 @@ class Following:
             since = self._ended_since.setdefault(record.key, now)
             if now - since < self._backend.patience:
                 continue  # its own word may still be on its way
-            self._ledger.records()  # it may just have been told to stop
-            ending = as_told(record, ending)
             self._ledger.settle(record.key, status=ending.status, error=ending.error)
             del self._ended_since[record.key]
 
@@ -117,10 +115,3 @@ class Following:
                 self._said = True
                 print(f"a failed job cannot be submitted again yet: {error}", file=sys.stderr, flush=True)
             time.sleep(self._backend.interval)
-
-
-def as_told(record: Record, ending: Ending) -> Ending:
-    """How a job ended that left no word: where it had been told to stop, it did not fail."""
-    if "told" in record.facts and ending.status in (Status.FAILED, Status.LOST):
-        return Ending(status=Status.CANCELLED, error=ending.error)
-    return ending

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,11 @@ from typing import Any
 from danling_conf.config.identity import flatten
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.ledger import Record
-from danling_conf.records.metrics import BASE, metrics_file, read_metrics
+from danling_conf.records.metrics import metrics_file, parse_line, read_metrics
+from danling_conf.records.reading import warn_of_damage
 from danling_conf.records.status import ENDED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.files import Damaged, read_regular
 from danling_conf.sweep.backend import Ending
 
 _TAIL_BYTES = 1 << 16
@@ -68,9 +69,9 @@ def rows_of_sweep(sweep: SweepDirectory, seen: Mapping[str, Ending] | None = Non
 def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None) -> Row:
     """The row of one job. A job file that is broken leaves its settings out."""
     try:
-        job: Mapping[str, Any] = sweep.job(record.key).content
-        config = flatten(job["config"])
-    except (ValueError, KeyError, AttributeError):
+        config = flatten(sweep.job(record.key).content.get("config", {}))
+    except Damaged as damage:
+        warn_of_damage(damage.path, damage.reason)
         config = {}
     facts = record.facts
     row = Row(
@@ -142,20 +143,15 @@ def progress(run: Path) -> tuple[int | None, int | None, int | None]:
 
 def _last_line(run: Path) -> dict[str, Any] | None:
     """The last whole line of the metrics; only the end of a file that may be long is read."""
+    path = metrics_file(run)
     try:
-        with open(metrics_file(run), "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            lines = file.read().splitlines()
+        lines = read_regular(path, limit=None, start=max(0, path.stat().st_size - _TAIL_BYTES)).splitlines()
     except OSError:
         return None
-    for line in reversed(lines):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and all(key in found for key in BASE):
-            return found
-    return None
+    except Damaged as damage:
+        warn_of_damage(damage.path, damage.reason)
+        return None
+    return next((found for found in map(parse_line, reversed(lines)) if found is not None), None)
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:

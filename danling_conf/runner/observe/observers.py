@@ -26,7 +26,7 @@ from danling_conf.parallel import expert
 from danling_conf.records import logs
 from danling_conf.records.metrics import PRODUCTIVE, goodput
 from danling_conf.records.run_directory import Attempt
-from danling_conf.records.stopped import Stopped
+from danling_conf.records.status import Status, outcome_of
 from danling_conf.runner.observe import collective_timeout as stuck
 from danling_conf.runner.observe import memory
 from danling_conf.runner.observe.heartbeat import Heartbeat
@@ -204,13 +204,12 @@ class Observers:
             if self._relay is not None:
                 stack.callback(self._relay.stop)
             if self._trackers is not None:
-                status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
-                stack.callback(self._finish, self._trackers, status)
+                stack.callback(self._finish, self._trackers, outcome_of(error).status)
             if self._profiler is not None:
                 stack.callback(self._profiler.stop)
             self._profiler, self._relay, self._heartbeat = None, None, None
 
-    def _finish(self, trackers: Trackers, status: str) -> None:
+    def _finish(self, trackers: Trackers, status: Status) -> None:
         assert self._runner is not None
         world = self._runner.world
         share = goodput(world.attempt.run_directory) if world.ranks.main else None
