@@ -15,6 +15,7 @@ from danling_conf.records.state import state_of
 from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.sweep.backend import Backend
+from danling_conf.sweep.ends import settle_ends
 from danling_conf.sweep.orphans import is_here, process_of, running_here, tell_to_stop
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -38,6 +39,7 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
     else:
         sweep = one_sweep(found)
     asked = asked_of(sweep)
+    settle_ends(sweep)  # what has ended already is not cancelled
     named = [job_named(sweep, name) for name in dict.fromkeys(jobs)] or list(sweep.ledger.records().values())
     for record in named:
         if record.ended and jobs:

@@ -64,7 +64,7 @@ def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
 def folder_of(run: Path) -> Path:
     """The run's folder of checkpoints: the one that its attempts are configured with."""
     for attempt in reversed(attempts_in(run)):
-        configured = read_fields(attempt / FROZEN).table("config").table("checkpoint").text("dir_name")
+        configured = read_fields(attempt / FROZEN, "config").table("config").table("checkpoint").text("dir_name")
         if configured and Path(configured).name == configured and "\0" not in configured:
             return run / configured
     found = sorted(path.parent.parent for path in run.glob(f"*/ckpt-*/{FACTS}"))

@@ -65,7 +65,7 @@ def report(run: Path) -> str:
     state = standing_of(run)
     history, attempts = read_metrics(run), attempts_of(run, state)
     newest = attempts[-1] if attempts else None
-    made = read_fields(run / RUN_FILE)
+    made = read_fields(run / RUN_FILE, "config_id", "created")
     heading = Html(
         f"{badge(state.status, KINDS.get(state.status, 'bad'))} {text(run)}"
         f" &middot; config {text(made.text('config_id') or '?')} &middot; made {text(made.text('created') or '?')}"

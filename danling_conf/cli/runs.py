@@ -140,12 +140,13 @@ def facts_of(row: Row) -> dict[str, object]:
 def row_of_run(run: Path) -> Row:
     """The row of a run that belongs to no sweep."""
     attempt, attempts = newest_attempt(run), attempts_in(run)
-    frozen = read_fields(attempt / FROZEN) if attempt is not None else Fields(run)
+    frozen = read_fields(attempt / FROZEN, "config") if attempt is not None else Fields(run)
     settings = frozen.table("config")
     config = flatten(dict(settings.values))
     state = standing_of(run)
+    made = read_fields(run / RUN_FILE, "config_id", "settings")
     row = Row(
-        job_id=frozen.text("job_id"), config_id=read_fields(run / RUN_FILE).text("config_id"), config=config,
+        job_id=frozen.text("job_id"), config_id=made.text("config_id"), config=config,
         state=state.status, error=state.error, overrides=frozen.table("attempt").texts("command")[1:], run=run,
         score=state.score, epochs=settings.integer("epochs"),
         attempts=sum((folder / FROZEN).exists() for folder in attempts),

@@ -129,7 +129,7 @@ def asked_of(sweep: SweepDirectory) -> Asked:
 def reachable_or_refuse(sweep: SweepDirectory, asked: Asked) -> None:
     """Raises ConfigRefused where this user, or this machine, can do nothing for a sweep's jobs."""
     if not os.access(sweep.path, os.W_OK) or not os.access(sweep.path / LEDGER, os.W_OK):
-        rule, fix = "its ledger cannot be written by this user", "ask whoever started the sweep"
+        rule, fix = f"its ledger, {LEDGER}, cannot be written by this user", "ask whoever started the sweep"
     elif asked.on_slurm and shutil.which("squeue") is None:
         rule, fix = "its jobs are Slurm's, whose commands are not installed here", "go to a machine of the cluster"
     else:

@@ -82,7 +82,7 @@ def _ends(run: Path, folders: Sequence[Path], lines: dict[str, list[dict[str, An
 
 
 def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], state: RunState) -> AttemptFacts:
-    frozen = read_fields(folder / FROZEN)
+    frozen = read_fields(folder / FROZEN, "config")
     times = [line["time"] for line in lines] + signs
     times += [path.stat().st_mtime for path in (folder / FROZEN, folder / RESULT) if path.is_file()]
     steps = [line["step"] for line in lines]

@@ -24,7 +24,9 @@ def heartbeat_file(folder: Path, rank: int) -> Path:
 def heartbeat_settings(run: Path) -> Fields:
     """The section `heartbeat` of the newest attempt; empty where nothing was frozen."""
     attempt = newest_attempt(run)
-    return Fields(run) if attempt is None else read_fields(attempt / FROZEN).table("config").table("heartbeat")
+    return (
+        Fields(run) if attempt is None else read_fields(attempt / FROZEN, "config").table("config").table("heartbeat")
+    )
 
 
 def heartbeat_folder(run: Path) -> Path:

@@ -85,11 +85,12 @@ class JobFile:
         except Damaged as damage:
             raise Damaged(path, f"the job cannot be read: {damage.reason}") from damage
         wrong = [name for name, kinds in _CONTENT.items() if name in content and not isinstance(content[name], kinds)]
+        wrong += [] if "config" in content else ["config"]
         texts = {"overrides": content.get("overrides", ()), "program.words": _inside(content, "program", "words"),
                  "binding.notes": _inside(content, "binding", "notes")}  # fmt: skip
         wrong += [name for name, found in texts.items() if not all(isinstance(text, str) for text in found)]
         if wrong:
-            raise Damaged(path, f"the job cannot be read: {', '.join(wrong)} of another type")
+            raise Damaged(path, f"the job cannot be read: {', '.join(wrong)} missing or of another type")
         return cls(path=path, content=content)
 
     def require_startable(self) -> JobFile:

@@ -115,20 +115,31 @@ class Fields:
         warn_of_damage(self.path, f"{self.prefix}{name} is not {called}, and is left out")
 
 
-def read_fields(path: Path) -> Fields:
-    """The object in a JSON file; empty where there is no such file, and, with a warning, where it is damaged."""
-    return Fields(path, read_json(path))
+def read_fields(path: Path, *needed: str) -> Fields:
+    """The object in a JSON file; empty where there is no such file, and, with a warning, where it is damaged.
+
+    Args:
+        needed: names that every such file has; one that lacks them is damaged, and the rest of it is read.
+    """
+    found = read_json(path)
+    missing = [name for name in needed if name not in found]
+    if found and missing:
+        warn_of_damage(path, f"{', '.join(missing)} missing")
+    return Fields(path, found)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file as it is; {} where there is none."""
     try:
-        return read_object(path)
+        found = read_object(path)
     except FileNotFoundError:
         return {}
     except Damaged as damage:
         warn_of_damage(damage.path, damage.reason)
         return {}
+    if not found:
+        warn_of_damage(path, "there is nothing in it")
+    return found
 
 
 def read_text(path: Path, limit: int | None = LARGEST_BYTES) -> str:

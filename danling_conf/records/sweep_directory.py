@@ -40,7 +40,7 @@ class SweepDirectory:
     @property
     def asked(self) -> Fields:
         """What was asked for: created, command, program, cluster, launcher; empty where it cannot be read."""
-        return read_fields(self.path / SWEEP_FILE)
+        return read_fields(self.path / SWEEP_FILE, "cluster", "launcher")
 
     def jobs(self) -> dict[str, JobFile]:
         """The frozen jobs by key, in the sweep's order."""

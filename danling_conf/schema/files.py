@@ -83,17 +83,19 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except OSError as error:
         raise Damaged(path, f"it cannot be read: {error.strerror}") from error
-    with open(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise Damaged(path, f"it is {_kind(found.st_mode)}, not a file")
         if limit is not None and found.st_size > limit:
             raise Damaged(path, f"it has {found.st_size} bytes, and no more than {limit} are read")
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             file.seek(start)
             return file.read() if limit is None else file.read(limit)
-        except OSError as error:
-            raise Damaged(path, f"it cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise Damaged(path, f"it cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
 
 
 def read_object(path: Path) -> dict[str, Any]:
