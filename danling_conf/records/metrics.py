@@ -7,6 +7,9 @@ attempt starts: at the step that it resumes from. A line with `status` is the at
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ STATUS = "status"
 """The key of the line with which an attempt ends."""
 PRODUCTIVE = "train.productive_seconds"
 """Seconds since the line before that went into steps: without evaluation, checkpoints and compilation."""
+_TAIL_BYTES = 1 << 16
 
 
 def metrics_file(run: Path) -> Path:
@@ -70,6 +74,34 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     kept = {name: value for name, value in found.items() if name in BASE or value is None or is_number(value)}
     status = written_status(found.get(STATUS))
     return kept if status is None else {**kept, STATUS: status}
+
+
+def last_line(run: Path) -> dict[str, Any] | None:
+    """The last record of a run; None where there is none. Only the end of a file that may be long is read."""
+    path = metrics_file(run)
+    try:
+        lines = read_regular(path, limit=None, start=max(0, path.stat().st_size - _TAIL_BYTES)).splitlines()
+    except OSError:
+        return None
+    except Damaged as damage:
+        warn_of_damage(damage.path, damage.reason)
+        return None
+    return next((found for found in map(parse_line, reversed(lines)) if found is not None), None)
+
+
+def end_metrics(run: Path, attempt: str, status: Status) -> None:
+    """Write how an attempt ended as its last record, unless the runner has; nothing where it measured nothing.
+
+    A loop of the user's own that raises never comes to the runner's last call; and a function can fail after it.
+    """
+    last = last_line(run)
+    if last is None or last["attempt"] != attempt or last.get(STATUS) == status:
+        return
+    line = {"time": time.time(), "attempt": attempt, "step": last["step"], "epoch": last["epoch"], STATUS: status}
+    with open(metrics_file(run), "ab+") as file:
+        file.seek(-1, os.SEEK_END)
+        torn = file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 
 def ends_in_metrics(lines: list[dict[str, Any]]) -> dict[str, Status]:

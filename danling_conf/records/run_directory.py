@@ -21,6 +21,7 @@ from typing import Any
 
 from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
+from danling_conf.records.metrics import end_metrics
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
@@ -289,13 +290,14 @@ def attempt_order(attempt: str) -> tuple[str, int]:
 
 
 def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
-    """Write how an attempt ended.
+    """Write how an attempt ended: as its result, and as the last record of its metrics.
 
     Args:
         value: what the user's function returned.
     """
     content = {"status": outcome.status, "score": score_of(value), "error": outcome.message or None}
     write_whole(attempt / RESULT, json.dumps(content) + "\n")
+    end_metrics(attempt.parent.parent, attempt.name, outcome.status)
 
 
 def score_of(value: Any) -> float | None:

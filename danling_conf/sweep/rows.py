@@ -11,14 +11,12 @@ from typing import Any
 from danling_conf.config.identity import flatten
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.ledger import Record
-from danling_conf.records.metrics import metrics_file, parse_line, read_metrics
+from danling_conf.records.metrics import last_line, read_metrics
 from danling_conf.records.reading import warn_of_damage
 from danling_conf.records.status import ENDED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.schema.files import Damaged, read_regular
+from danling_conf.schema.files import Damaged
 from danling_conf.sweep.backend import Ending
-
-_TAIL_BYTES = 1 << 16
 
 
 @dataclass(kw_only=True)
@@ -134,24 +132,11 @@ def progress(run: Path) -> tuple[int | None, int | None, int | None]:
     """The newest step of a run, of how many, and its epoch; None for what nothing says."""
     beats = read_heartbeats(run).values()
     signs = [(beat["written"], beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
-    line = _last_line(run)
+    line = last_line(run)
     if line is not None:
         total = next((sign[2] for sign in signs), None)
         signs.append((line["time"], line["step"], total, line["epoch"]))
     return max(signs, key=lambda sign: sign[0])[1:] if signs else (None, None, None)
-
-
-def _last_line(run: Path) -> dict[str, Any] | None:
-    """The last whole line of the metrics; only the end of a file that may be long is read."""
-    path = metrics_file(run)
-    try:
-        lines = read_regular(path, limit=None, start=max(0, path.stat().st_size - _TAIL_BYTES)).splitlines()
-    except OSError:
-        return None
-    except Damaged as damage:
-        warn_of_damage(damage.path, damage.reason)
-        return None
-    return next((found for found in map(parse_line, reversed(lines)) if found is not None), None)
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:

@@ -115,7 +115,9 @@ def test_a_run_whose_parent_is_killed(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_a_rank_refuses(tmp_path: Path, capsys: Any) -> None:
-    words = command(tmp_path, "data.do=refuse in a collective", f"data.ranks={tmp_path}", "parallel=ddp2", app=APP)
+    words = command(
+        tmp_path, "steps=3", "data.do=refuse in a collective", f"data.ranks={tmp_path}", "parallel=ddp2", app=APP
+    )
     assert run(words, cwd=tmp_path).code == 2
     (made,) = runs(tmp_path)
     assert judged(made, capsys) == Status.REFUSED
