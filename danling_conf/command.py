@@ -35,13 +35,13 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
     Exits with 2 when the configuration is refused, and with 1 when the run failed.
     """
     if FROZEN_VARIABLE in os.environ:
-        from danling_conf.launch.worker import run_local_worker
+        from danling_conf.launch.rank import run_worker
 
         ranks = started_rank()
         if ranks is None:
             raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is no rank: unset it")
         # Removed from the environment: programs that the user's function starts are no workers of this run.
-        return run_local_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
+        return run_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
     if JOB_VARIABLE in os.environ:
         return _run_job(app, Path(os.environ.pop(JOB_VARIABLE)))
     parsed = parse_arguments(arguments)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -18,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
+from danling_conf.records.metrics import end_metrics
 from danling_conf.records.run_lock import RunLock
+from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.schema.files import ATTEMPTS, RESULT, RUN_FILE, Damaged, read_object
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
-RUN_FILE = "run.json"
 _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 _OF_A_START = ("pretrained", "checkpoint.exclude_from_loading")
 """Settings that say what a run starts from; they change nothing when it goes on."""
@@ -99,7 +103,7 @@ def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[A
 
     Raises ConfigRefused when the run cannot be resumed under this configuration, is live, or cannot be written.
     """
-    return begin(bind(config), config, sys.argv if command is None else command)
+    return start(bind(config), config, sys.argv if command is None else command)
 
 
 def bind(config: RunnerConfig) -> Binding:
@@ -108,7 +112,7 @@ def bind(config: RunnerConfig) -> Binding:
         return _bind(config)
 
 
-def begin(
+def start(
     binding: Binding,
     config: RunnerConfig,
     command: Sequence[str],
@@ -192,15 +196,24 @@ def is_latest(checkpoint: Path) -> bool:
     return (checkpoint.parent / "latest").resolve() == checkpoint.resolve()
 
 
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "run_id": str, "config_id": str, "seed": int, "parent": (str, type(None)), "created": str, "settings": dict,
+}  # fmt: skip
+"""What a run's file says, and the types."""
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """What a run's directory says of the run. Raises ConfigRefused when its file is broken."""
     try:
-        content = json.loads((run / RUN_FILE).read_text())
-        return {name: content[name] for name in ("run_id", "config_id", "seed", "parent", "created", "settings")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigRefused(
-            [Violation("resume", str(run), f"{RUN_FILE} is broken", "start a new run: drop resume and auto_resume")]
-        ) from error
+        content = read_object(run / RUN_FILE)
+        wrong = [name for name, kinds in _FACTS.items() if name not in content or not isinstance(content[name], kinds)]
+        if wrong:
+            raise Damaged(run / RUN_FILE, f"{', '.join(wrong)} missing or of another type")
+    except (OSError, Damaged) as error:
+        reason = error.reason if isinstance(error, Damaged) else "there is none"
+        fix = "start a new run: drop resume and auto_resume"
+        raise ConfigRefused([Violation("resume", str(run), f"{RUN_FILE} is broken: {reason}", fix)]) from error
+    return {name: content[name] for name in _FACTS}
 
 
 def newest_run(root: Path, identity: str) -> Path | None:
@@ -246,7 +259,7 @@ def _seed(config: RunnerConfig, parent: Path | None) -> int:
 
 
 def _make_attempt(run: Path) -> Path:
-    attempts = run / "attempts"
+    attempts = run / ATTEMPTS
     attempts.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     number = 1
@@ -257,6 +270,46 @@ def _make_attempt(run: Path) -> Path:
             return attempt
         except FileExistsError:
             number += 1
+
+
+def attempts_in(run: Path) -> list[Path]:
+    """The folders of a run's attempts, in the order in which they started."""
+    folders = [folder for folder in (run / ATTEMPTS).glob("*") if folder.is_dir()]
+    return sorted(folders, key=lambda folder: attempt_order(folder.name))
+
+
+def newest_attempt(run: Path) -> Path | None:
+    """The folder of the attempt that started last; None for a run without one."""
+    return next(reversed(attempts_in(run)), None)
+
+
+def attempt_order(attempt: str) -> tuple[str, int]:
+    """Sort key of attempts' names. Those of one second are numbered: 20260102-030405, 20260102-030405.2, ..."""
+    stamp, _, number = attempt.partition(".")
+    return stamp, int(number) if number.isdecimal() and len(number) < 10 else 1
+
+
+def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
+    """Write how an attempt ended: as its result, and as the last record of its metrics.
+
+    Args:
+        value: what the user's function returned.
+    """
+    content = {"status": outcome.status, "score": score_of(value), "error": outcome.message or None}
+    write_whole(attempt / RESULT, json.dumps(content) + "\n")
+    end_metrics(attempt.parent.parent, attempt.name, outcome.status)
+
+
+def score_of(value: Any) -> float | None:
+    """What a user's function returned, as the run's score; None for what is no finite number, which JSON cannot say."""
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def warn(attempt: Attempt, config: RunnerConfig) -> None:
+    """Print what the user should know of an accepted configuration and of the run that it got."""
+    for line in (*attempt.notes, *warnings_of(config)):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:

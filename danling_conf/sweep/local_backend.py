@@ -115,7 +115,7 @@ class LocalJobs:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         with open(job.folder / OUTPUT, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-u", *job.words],
+                [sys.executable, "-u", *job.argv],
                 env=environment,
                 cwd=job.directory,
                 stdin=subprocess.DEVNULL,

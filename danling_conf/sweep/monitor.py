@@ -111,8 +111,6 @@ class Monitor:
             since = self._ended_since.setdefault(record.key, now)
             if now - since < self._backend.patience:
                 continue  # its own line may not be visible here yet
-            self._ledger.records()  # read again: it may have been asked to stop since
-            ending = as_told(record, ending)
             self._ledger.settle(record.key, status=ending.status, error=ending.error)
             del self._ended_since[record.key]
 
@@ -148,12 +146,4 @@ class Monitor:
 
 def _has_failed(record: Record) -> bool:
     """Whether a job ended otherwise than it should have; one that was asked to stop has not failed."""
-    stop_requested = "told" in record.facts
-    return record.ended and record.status not in (Status.COMPLETED, Status.CANCELLED) and not stop_requested
-
-
-def as_told(record: Record, ending: Ending) -> Ending:
-    """The end of a job that did not record it: where it had been asked to stop, it was cancelled, not lost."""
-    if "told" in record.facts and ending.status in (Status.FAILED, Status.LOST):
-        return Ending(status=Status.CANCELLED, error=ending.error)
-    return ending
+    return record.ended and record.status not in (Status.COMPLETED, Status.CANCELLED) and not record.stop_requested

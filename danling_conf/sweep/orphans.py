@@ -11,13 +11,14 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from danling_conf.records.job_file import JOB_FILE, JOB_VARIABLE, JobFile
-from danling_conf.records.ledger import LEDGER, Record
+from danling_conf.records.job_file import JOB_VARIABLE, JobFile
+from danling_conf.records.ledger import Record
+from danling_conf.records.state import GONE
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.schema.files import JOB_FILE, LEDGER
 from danling_conf.sweep.backend import Ending
 
-GONE = "its process is gone and recorded no end"
 NOT_STARTED = "not started: the command that monitored the sweep is gone"
 _PROC = Path("/proc")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,12 @@ from typing import Any
 from danling_conf.config.identity import flatten
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.ledger import Record
-from danling_conf.records.metrics import BASE, metrics_file, read_metrics
+from danling_conf.records.metrics import last_line, read_metrics
+from danling_conf.records.reading import warn_of_damage
 from danling_conf.records.status import ENDED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.files import Damaged
 from danling_conf.sweep.backend import Ending
-
-_TAIL_BYTES = 1 << 16
 
 
 @dataclass(kw_only=True)
@@ -68,9 +67,9 @@ def rows_of_sweep(sweep: SweepDirectory, seen: Mapping[str, Ending] | None = Non
 def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None) -> Row:
     """The row of one job. A job file that is broken leaves its settings out."""
     try:
-        job: Mapping[str, Any] = sweep.job(record.key).content
-        config = flatten(job["config"])
-    except (ValueError, KeyError, AttributeError):
+        config = flatten(sweep.job(record.key).content.get("config", {}))
+    except Damaged as damage:
+        warn_of_damage(damage.path, damage.reason)
         config = {}
     facts = record.facts
     row = Row(
@@ -147,29 +146,11 @@ def progress(run: Path) -> tuple[int | None, int | None, int | None]:
     """The newest step of a run, the number of steps, and the epoch; None for what is not recorded."""
     beats = read_heartbeats(run).values()
     signs = [(beat["written"], beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
-    line = _last_line(run)
+    line = last_line(run)
     if line is not None:
         total = next((sign[2] for sign in signs), None)
         signs.append((line["time"], line["step"], total, line["epoch"]))
     return max(signs, key=lambda sign: sign[0])[1:] if signs else (None, None, None)
-
-
-def _last_line(run: Path) -> dict[str, Any] | None:
-    """The last whole line of the metrics; only the end of a file that may be long is read."""
-    try:
-        with open(metrics_file(run), "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and all(key in found for key in BASE):
-            return found
-    return None
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from danling_conf.launch.slurm import queries
-from danling_conf.launch.slurm.queries import ENDS, JobState, SlurmUnavailable
-from danling_conf.launch.slurm.srun_log import first_death
-from danling_conf.launch.slurm.task import run_task
+from danling_conf.launch.slurm.queries import ENDS, JobState, SlurmUnavailable, first_death
+from danling_conf.launch.slurm.rank import run_task
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status

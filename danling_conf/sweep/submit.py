@@ -147,7 +147,7 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     launcher = jobs[0].launcher
     argv = worker_command()[2 : -len(sys.argv[1:]) or None]  # without the interpreter, and without overrides
     code = code_identity(sweep.app.script.parent)
-    program = Program(words=tuple(argv), directory=Path.cwd(), code_id=code.code_id)
+    program = Program(argv=tuple(argv), directory=Path.cwd(), code_id=code.code_id)
     files = directory.plan(jobs, program, shapes)
     directory.ask(command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from danling_conf.cli.main import main
-from danling_conf.cli.runs_found import sweep_of
+from danling_conf.records.find import sweep_of
 from danling_conf.records.metrics import read_lines
 from danling_conf.records.sweep_lock import FollowingLock
 from tests.support.commands import APP, alive, run, runs, started, wait_for

@@ -29,7 +29,7 @@ from danling_conf.parallel.waiting import waiting
 from danling_conf.records import logs
 from danling_conf.records.metrics import PRODUCTIVE, goodput
 from danling_conf.records.run_directory import Attempt
-from danling_conf.records.stopped import Stopped
+from danling_conf.records.status import Status, outcome_of
 from danling_conf.runner.display import Display
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.heartbeat import Heartbeat
@@ -221,13 +221,12 @@ class Observers:
             if self._relay is not None:
                 stack.callback(self._relay.stop)
             if self._trackers is not None:
-                status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
-                stack.callback(self._finish, self._trackers, status)
+                stack.callback(self._finish, self._trackers, outcome_of(error).status)
             if self._profiler is not None:
                 stack.callback(self._profiler.stop)
             self._profiler, self._relay, self._heartbeat = None, None, None
 
-    def _finish(self, trackers: Trackers, status: str) -> None:
+    def _finish(self, trackers: Trackers, status: Status) -> None:
         assert self._world is not None
         assert self._setup is not None
         world = self._world

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.files import CHECKPOINT_FILE, RUN_FILE
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
-RUN_FILE, FACTS = "run.json", "checkpoint.json"
-"""Files that mark a run's directory and a checkpoint: of `records.run_directory` and `checkpoint.manifest`."""
 _WEIGHTS = "*.safetensors"
 
 
@@ -48,7 +47,7 @@ def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """What is resumed or loaded exists, and is a run or a checkpoint."""
-    for key, is_run in (("resume", RUN_FILE), ("pretrained", FACTS)):
+    for key, is_run in (("resume", RUN_FILE), ("pretrained", CHECKPOINT_FILE)):
         source = getattr(config, key)
         if source is None:
             continue
@@ -56,7 +55,7 @@ def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violati
         checkpoints = folder / config.checkpoint.dir_name
         # A broken checkpoint of a run passes here: loading names what is wrong with it.
         inside = [folder] if folder.name.startswith("ckpt-") else []
-        marks = [folder / is_run, folder / FACTS, *checkpoints.glob(f"[!.]*/{FACTS}")]
+        marks = [folder / is_run, folder / CHECKPOINT_FILE, *checkpoints.glob(f"[!.]*/{CHECKPOINT_FILE}")]
         if key == "pretrained":
             marks += [*folder.glob(_WEIGHTS), *(checkpoints / "export").glob(_WEIGHTS)]
             marks += [folder] if folder.suffix == ".safetensors" else []
