@@ -20,7 +20,7 @@ from danling_conf.schema.activation_checkpointing import ActivationCheckpointing
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig, OffloadPolicyConfig
 from tests.support.decoder import LENGTH, VOCABULARY, Decoder
-from tests.support.spawn import RankFailed, run
+from tests.support.spawn import RankFailed, run, shared
 
 pytestmark = pytest.mark.slow
 
@@ -51,10 +51,6 @@ class Cell:
 
 
 CELLS = {
-    "ddp4": Cell(layout=DDP4),
-    "fsdp4": Cell(layout=FSDP4),
-    "hsdp2x2": Cell(layout=HSDP2X2),
-    "ddp4, accumulation and clipping": Cell(layout=DDP4, accumulate=2, max_norm=0.1),
     "fsdp4, accumulation and clipping": Cell(layout=FSDP4, accumulate=2, max_norm=0.1),
     "hsdp2x2, accumulation and clipping": Cell(layout=HSDP2X2, accumulate=2, max_norm=0.1),
     "ddp4, recompute every block": Cell(layout=DDP4, recompute={"mode": "full"}),
@@ -189,7 +185,7 @@ def overflow_on_one_rank() -> bool:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return run(train_all, WORLD_SIZE, timeout=150)[0]
+    return shared(train_all, WORLD_SIZE, timeout=150)[0]
 
 
 @pytest.fixture(scope="module")
