@@ -7,7 +7,7 @@ section has a `_target_`, `hydra.utils.instantiate(section)` returns a partial o
 Where this process stands:
     device_type, local_device: the kind of device of the run, and the one of this process.
     layout_of: degrees of all axes.
-    started_rank: rank and world size, as the launcher gives them.
+    started_rank: rank and world size, as the launcher sets them.
     start_process_group, stop_process_groups, is_distributed: the default process group.
     make_mesh, make_expert_mesh: the device mesh of a layout, and that of its experts.
     data_rank_and_degree: which share of the samples this rank reads.

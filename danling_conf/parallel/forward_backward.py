@@ -128,8 +128,8 @@ class Passes:
         def take(output: Any, part: Any) -> None:
             if counts:
                 value = self._measured(output, part)
-                weight = value.weight if self._gives_count(value) else batch_size(part)
-                total = value.total if self._gives_count(value) else value.total * weight
+                weight = value.weight if self._has_count(value) else batch_size(part)
+                total = value.total if self._has_count(value) else value.total * weight
                 found.append(Measured(total.double(), weight))
                 if use is not None:
                     use(output, part)
@@ -187,7 +187,7 @@ class Passes:
         found = found[-(cut // micro_batches) :]
         if not found:
             return Measured(torch.zeros((), device=self.device), 0.0)
-        if not self._gives_count(found[0]):
+        if not self._has_count(found[0]):
             return Measured(torch.stack([item.total for item in found]).mean(), 1.0)
         for item in found:
             self._count(item)
@@ -195,7 +195,7 @@ class Passes:
 
     def _scaled(self, measured: Measured, cut: int, *, count: bool = True) -> Tensor:
         """The scalar to call `backward` on."""
-        if self._gives_count(measured):
+        if self._has_count(measured):
             if count:
                 self._count(measured)
             value = measured.total
@@ -208,7 +208,7 @@ class Passes:
         self._counted = weight.clone() if self._counted is None else self._counted + weight
 
     @staticmethod
-    def _gives_count(measured: Measured) -> bool:
+    def _has_count(measured: Measured) -> bool:
         return not isinstance(measured.weight, float)
 
     def _agreed(self, mine: bool) -> bool:

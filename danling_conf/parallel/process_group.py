@@ -22,7 +22,7 @@ _FOR_DISKS = timedelta(days=1)
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several: a world of one has nobody to talk to, though it may have a group."""
+    """Whether this process is one of several: a world of one may have a process group all the same."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 

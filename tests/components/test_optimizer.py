@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from danling_conf.components.muon import MuonAdamW
 from danling_conf.components.optimizer import from_keywords, make
 from danling_conf.schema.optim import OptimConfig
-from danling_conf.topology.violation import SettingError
+from danling_conf.topology.violation import ConfigRefused, SettingError
 
 
 def section(**settings):
@@ -430,3 +430,16 @@ def test_sharded_muon_trains_as_a_single_process_does(world_size, training, tmp_
         assert algorithms == algorithm_of(single, optimizer)
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(value), rtol=0, atol=2e-5, msg=name)
+
+
+def test_all_faults_of_groups_are_reported_at_once():
+    groups = [{"pattern": "nowhere"}, {"pattern": "norm"}, {"pattern": "neither"}]
+    with pytest.raises(ConfigRefused) as refused:
+        make(model(), section(param_groups=groups))
+    assert [item.path for item in refused.value.violations] == [
+        "optim.param_groups[0].pattern",
+        "optim.param_groups[2].pattern",
+    ]
+    with pytest.raises(SettingError) as alone:
+        make(model(), section(param_groups=groups[:2]))
+    assert alone.value.violation == refused.value.violations[0]
