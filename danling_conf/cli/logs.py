@@ -13,7 +13,7 @@ from danling_conf.records.ledger import Record
 from danling_conf.records.logs import rank_log
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.sweep.reporting import logs_of
+from danling_conf.sweep.live_table import logs_of
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 _SECONDS = 0.3

@@ -33,7 +33,7 @@ from danling_conf.records.sweep_lock import FollowingLock
 from danling_conf.schema import Layout
 from danling_conf.sweep.monitor import as_told
 from danling_conf.sweep.orphans import GONE, LeftLocalJobs, is_here, process_of, running_here
-from danling_conf.sweep.run import backend_for, follow
+from danling_conf.sweep.supervise import backend_for, supervise
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 FAILED = 1
@@ -91,7 +91,7 @@ def _resume(sweep: SweepDirectory, only: str | None) -> int:
                 files = {key: file for key, file in files.items() if key not in live}
             if launcher.get("detach"):
                 return 0
-            follow(sweep, backend, files, launcher, lock=lock)
+            supervise(sweep, backend, files, launcher, lock=lock)
         except SlurmUnavailable as error:
             fix = "resume from a machine of the cluster"
             raise ConfigRefused([Violation("DIR", str(sweep.path), str(error), fix)]) from error

@@ -11,7 +11,7 @@ from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.sweep.live_table import drawn
 from danling_conf.sweep.orphans import LeftLocalJobs
-from danling_conf.sweep.run import backend_for, follow
+from danling_conf.sweep.supervise import backend_for, supervise
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 FAILED = 1
@@ -25,11 +25,11 @@ def watch_runs(directory: str) -> int:
     """
     found = find(directory)
     if len(found.sweeps) == 1 and not found.runs and is_own(found.sweeps[0]):
-        return _follow(found.sweeps[0])
+        return _supervise(found.sweeps[0])
     return _look_on(directory)
 
 
-def _follow(sweep: SweepDirectory) -> int:
+def _supervise(sweep: SweepDirectory) -> int:
     records = sweep.ledger.records()
     if not records:
         raise ConfigRefused([Violation("DIR", str(sweep.path), "its ledger holds no job", "start the sweep anew")])
@@ -42,7 +42,7 @@ def _follow(sweep: SweepDirectory) -> int:
     else:
         # Jobs on this machine are started by the command that asked for them, or by `resume`.
         backend, launcher["on_failure"] = LeftLocalJobs(sweep.path), "continue"
-    ended = follow(sweep, backend, files, launcher)
+    ended = supervise(sweep, backend, files, launcher)
     return 0 if all(record.status == Status.COMPLETED for record in ended) else FAILED
 
 

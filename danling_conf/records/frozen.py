@@ -11,11 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from danling_conf.config.files import save
 from danling_conf.config.hydra_adapter import take_part
 from danling_conf.config.identity import canonical, difference_from_defaults, job_id, plain
 from danling_conf.config.readonly import freeze
-from danling_conf.config.resolve import inspect
+from danling_conf.config.resolve import inspect, save
 from danling_conf.records.code import code_identity
 from danling_conf.records.run_directory import Attempt, owner_of, write_whole
 from danling_conf.schema import RunnerConfig, declared_class

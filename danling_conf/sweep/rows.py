@@ -1,4 +1,4 @@
-"""The jobs of a sweep as rows of a table: settings, state, progress, score, attempts, times."""
+"""Rows of a table of jobs: settings, state, progress, score, attempts, times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(kw_only=True)
 class Row:
-    """A job of a sweep, or a run that belongs to none."""
+    """A job of a sweep, or a run outside of any sweep."""
 
     sweep: Path | None = None
     number: int | None = None
@@ -33,7 +33,7 @@ class Row:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Dotted paths and values."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Those that differ among the rows of a table, by the name that a user gives them."""
+    """Settings that differ among the rows of a table, by their names on the command line."""
     state: str
     error: str | None = None
     step: int | None = None
@@ -74,11 +74,20 @@ def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None
         config = {}
     facts = record.facts
     row = Row(
-        sweep=sweep.path, number=record.number, key=record.key, job_id=facts.get("job_id"),
-        config_id=facts.get("config_id"), overrides=facts.get("overrides", ()), config=config,
-        state=seen.status if seen else record.status, error=seen.error if seen else facts.get("error"),
-        epochs=facts.get("epochs"), score=record.score, attempts=record.attempts, run=record.run,
-    )  # fmt: skip
+        sweep=sweep.path,
+        number=record.number,
+        key=record.key,
+        job_id=facts.get("job_id"),
+        config_id=facts.get("config_id"),
+        overrides=facts.get("overrides", ()),
+        config=config,
+        state=seen.status if seen else record.status,
+        error=seen.error if seen else facts.get("error"),
+        epochs=facts.get("epochs"),
+        score=record.score,
+        attempts=record.attempts,
+        run=record.run,
+    )
     row.started, row.ended, row.seconds = _times(record, row.state in ENDED)
     if record.run is not None and record.attempts:
         row.step, row.total_steps, row.epoch = progress(record.run)
@@ -88,7 +97,7 @@ def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None
 
 
 def best_first(rows: Iterable[Row]) -> list[Row]:
-    """The best score first; then what has none, in the order of the sweep."""
+    """Sort by score, the best first; rows without one follow in the order of the sweep."""
 
     def order(row: Row) -> tuple[bool, float]:
         score = row.score if row.score is not None else 0.0
@@ -98,8 +107,10 @@ def best_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def set_swept(rows: Sequence[Row]) -> list[str]:
-    """Give each row the settings that were given for the jobs and differ among them, named as they were given
-    (`optim.lr`, and `parallel` for the layout's name); returns the names."""
+    """Set `settings` of each row to the overrides that differ among the rows. Returns their names.
+
+    Names are those of the command line: `optim.lr`, and `parallel` for the layout's name.
+    """
     given = [_given(row.overrides) for row in rows]
     names = [name for name in dict.fromkeys(name for each in given for name in each) if not name.startswith("hydra")]
     kept = []
@@ -113,8 +124,11 @@ def set_swept(rows: Sequence[Row]) -> list[str]:
 
 
 def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float | None) -> bool:
-    """Which way a job's score goes. Where only the metric knows, its history tells which of the values became the
-    score; a metric is better when it is larger, as far as nothing says otherwise."""
+    """Whether a smaller score is better.
+
+    Where only the metric's own object knows, the metric's history shows it: the score is the smallest or the largest of
+    its values. Without a history, larger is better.
+    """
     mode, name = config.get("score_mode"), config.get("score_name", "loss")
     if mode is not None or name == "loss":
         return mode != "max"
@@ -130,7 +144,7 @@ def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float 
 
 
 def progress(run: Path) -> tuple[int | None, int | None, int | None]:
-    """The newest step of a run, of how many, and its epoch; None for what nothing says."""
+    """The newest step of a run, the number of steps, and the epoch; None for what is not recorded."""
     beats = read_heartbeats(run).values()
     signs = [(beat["written"], beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
     line = _last_line(run)

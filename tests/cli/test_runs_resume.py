@@ -108,7 +108,7 @@ def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -
         watched = run([*CLI, "runs", tmp_path, "--watch"], cwd=tmp_path)
     assert watched.code == 1
     assert "#0 lost: its process is gone" in watched.out
-    assert "#1 cancelled: not started: the command that looked after the sweep is gone" in watched.out
+    assert "#1 cancelled: not started: the command that monitored the sweep is gone" in watched.out
     assert main(["resume", str(tmp_path)]) == 0
 
 
