@@ -31,7 +31,6 @@ from hydra.core.utils import run_job, setup_globals
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -174,7 +173,8 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
 
 def knows_all_jobs(master: DictConfig) -> bool:
     """Whether the sweeper of a sweep is Hydra's own, which knows all jobs before the first one starts."""
-    return get_class(master.hydra.sweeper._target_) is BasicSweeper
+    # By name: Hydra's discovery of plugins executes their modules again, so that there may be two classes of this name.
+    return bool(master.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
 import danling_conf
-from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.hydra_adapter import ConfigSearch, composer, knows_all_jobs
 from danling_conf.sweep.hydra_launcher import LaunchesJobs
 
 pytestmark = pytest.mark.composition
@@ -31,12 +31,13 @@ class Sweep(LaunchesJobs):
 
     def __init__(self) -> None:
         self.jobs: list[list[str]] = []
+        self.known = False
 
     def __call__(self, config: DictConfig) -> Any:
         raise AssertionError("our launchers never call the task function")
 
     def launch(self, master: DictConfig, jobs: list[list[str]], first: int) -> list[JobReturn]:
-        self.jobs = jobs
+        self.jobs, self.known = jobs, knows_all_jobs(master)
         raise Reached
 
 
@@ -60,6 +61,7 @@ def test_jobs_that_do_not_compose_reach_the_launcher(tmp_path: Path) -> None:
     with composer(ConfigSearch(config_name="danling")) as composing, pytest.raises(Reached):
         composing.multirun(arguments(tmp_path), sweep)
     assert sweep.jobs == [["steps=3", f"optim.lr={value}"] for value in ("0.1", "fast", "slow")]
+    assert sweep.known
     assert Sweeper.validate_batch_is_legal is validate
 
 
