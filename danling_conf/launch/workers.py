@@ -151,11 +151,11 @@ def _threads(world_size: int) -> dict[str, str]:
 def _when(failure: Any) -> float:
     """When a rank failed, to tell the cause from its consequences (elastic knows whole seconds only)."""
     if RAISED_AT in failure.error_file_data:
-        return failure.error_file_data[RAISED_AT]
+        return float(failure.error_file_data[RAISED_AT])
     if failure.exitcode == -signal.SIGTERM:
         return math.inf  # stopped by elastic, since another had failed
     # Killed, or gone by its own exit: elastic notices that at once, before another rank can have missed it.
-    return failure.timestamp - _NOTICED_SECONDS
+    return float(failure.timestamp) - _NOTICED_SECONDS
 
 
 def _message(failure: Any) -> str:

@@ -106,6 +106,25 @@ def test_the_order_has_no_circle():
         done |= ready
 
 
+def test_no_circle_of_modules():
+    """Nor among the modules of one part."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for part, path in parts()
+        if part != "__init__"  # it imports nothing before a name is used
+    }
+    below = {
+        name: {found for item in imported(ast.parse(path.read_text())) for found in (item, item.rpartition(".")[0])}
+        & (modules.keys() - {name})
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+    while done != modules.keys():
+        ready = {name for name in modules.keys() - done if below[name] <= done}
+        assert ready, f"a circle among {sorted(modules.keys() - done)}"
+        done |= ready
+
+
 @pytest.mark.parametrize(("part", "path"), [case for case in parts() if case[0] in TORCH_FREE],
                          ids=lambda value: value if isinstance(value, str) else value.stem)  # fmt: skip
 def test_no_torch_in_what_needs_none(part, path):
