@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 import danling_conf
-from danling_conf.cli.main import REFUSED
-from danling_conf.records.status import Status
-from danling_conf.records.stopped import Stopped
+from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED, Status, exit_code_of_signal
 from tests.support.command_line import REPOSITORY
 
 pytestmark = pytest.mark.composition
@@ -66,6 +64,8 @@ def test_status_words_are_the_codes_own():
 
 def test_exit_codes_are_the_codes_own():
     documented = rows("docs/architecture.md", "Exit codes")
-    assert list(documented) == ["0", "1", str(REFUSED), "128 + n"]
-    for code, name in re.findall(r"(\d+)(?: and \d+)? by (SIG\w+)", documented["128 + n"]):
-        assert Stopped(getattr(signal, name)).code == int(code)
+    assert list(documented) == ["0", str(EXIT_FAILED), str(EXIT_REFUSED), f"{exit_code_of_signal(0)} + n"]
+    named = re.findall(r"(\d+) (?:by|and \d+ by) (SIG\w+)", documented["128 + n"])
+    assert named
+    for code, name in named:
+        assert exit_code_of_signal(getattr(signal, name)) == int(code)
