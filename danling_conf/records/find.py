@@ -37,9 +37,9 @@ def sweep_of(run: Path) -> tuple[SweepDirectory, Record] | None:
     attempt = newest_attempt(run)
     if attempt is not None:
         hydra = read_fields(attempt / FROZEN).table("hydra")
-        cwd, folder = hydra.table("runtime").text("cwd"), hydra.table("sweep").text("dir")
-        if cwd and folder and "\0" not in cwd + folder:  # it may have been put elsewhere
-            folders.add(Path(cwd) / folder)
+        cwd, named = hydra.table("runtime").text("cwd"), hydra.table("sweep").text("dir")
+        if cwd and named and "\0" not in cwd + named:  # it may have been put elsewhere
+            folders.add(Path(cwd) / named)
     for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
         with contextlib.suppress(OSError):  # it was moved or removed
             found = (folder / LEDGER).stat()
