@@ -1,4 +1,4 @@
-"""A user's app without running it: its script is executed up to the point where its `main` would start."""
+"""Inspection of an app without running it: its script is executed up to the point where its `main` would start."""
 
 from __future__ import annotations
 

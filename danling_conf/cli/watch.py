@@ -18,10 +18,12 @@ from danling_conf.cli.report import duration
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.ranks import RankSeen, RunSeen, look_at
 from danling_conf.records.status import EXIT_FAILED, Status
-from danling_conf.sweep.ends import standing_of
+from danling_conf.sweep.ends import Standings
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 _WIDE = 240
+_ENDS_SECONDS = 10.0
+"""Between two times at which Slurm is asked which jobs have ended: a live view must not be a load."""
 _COLOURS: dict[str, str] = {
     Status.RUNNING: "green", Status.QUEUED: "yellow", Status.PLANNED: "yellow", Status.EMPTY: "yellow",
     Status.COMPLETED: "blue", Status.INTERRUPTED: "yellow",
@@ -47,7 +49,7 @@ def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
         raise ConfigRefused([Violation("--json", ABSENT, "it is one look, and not a live view", "add --once")])
     runs = runs_or_refuse(directory)
     if once:
-        seen = _look(runs)
+        seen = _look(runs, Standings())
         if as_json:
             print(json.dumps({"time": time.time(), "runs": [each.to_json() for each in seen]}, indent=1))
         else:
@@ -57,8 +59,8 @@ def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
     return _live(directory, runs, interval)
 
 
-def _look(runs: Sequence[Path]) -> list[RunSeen]:
-    return [look_at(run, state=standing_of(run)) for run in runs]
+def _look(runs: Sequence[Path], standings: Standings) -> list[RunSeen]:
+    return [look_at(run, state=state) for run, state in zip(runs, standings.of(runs), strict=True)]
 
 
 def _exit_code(seen: Sequence[RunSeen]) -> int:
@@ -66,11 +68,11 @@ def _exit_code(seen: Sequence[RunSeen]) -> int:
 
 
 def _live(directory: str, runs: list[Path], interval: float) -> int:
-    console = Console()
+    console, standings = Console(), Standings(every=_ENDS_SECONDS)
     with Live(console=console, auto_refresh=False, screen=False) as live:
         try:
             while True:
-                seen = _look(runs)
+                seen = _look(runs, standings)
                 live.update(view(seen), refresh=True)
                 if not any(each.status.live for each in seen):
                     return _exit_code(seen)

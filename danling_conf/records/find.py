@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from danling_conf.records.ledger import Ledger, Record
@@ -35,14 +37,27 @@ def sweep_of(run: Path) -> tuple[SweepDirectory, Record] | None:
     attempt = newest_attempt(run)
     if attempt is not None:
         hydra = read_fields(attempt / FROZEN).table("hydra")
-        cwd, folder = hydra.table("runtime").text("cwd"), hydra.table("sweep").text("dir")
-        if cwd and folder and "\0" not in cwd + folder:  # it may have been put elsewhere
-            folders.add(Path(cwd) / folder)
-    for sweep in (SweepDirectory(path=path) for path in sorted(folders, key=lambda path: path.name, reverse=True)):
-        for record in sweep.ledger.records().values():
-            if record.run is not None and record.run.resolve() == run.resolve():
-                return sweep, record
+        cwd, named = hydra.table("runtime").text("cwd"), hydra.table("sweep").text("dir")
+        if cwd and named and "\0" not in cwd + named:  # it may have been put elsewhere
+            folders.add(Path(cwd) / named)
+    for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
+        with contextlib.suppress(OSError):  # it was moved or removed
+            found = (folder / LEDGER).stat()
+            record = _jobs_by_run(folder, found.st_size, found.st_mtime_ns).get(run.resolve())
+            if record is not None:
+                return SweepDirectory(path=folder), record
     return None
+
+
+@lru_cache(maxsize=32)
+def _jobs_by_run(sweep: Path, size: int, changed: int) -> Mapping[Path, Record]:
+    """The jobs of a sweep by their runs, read anew when the ledger has changed: a view of a thousand runs asks for
+    each of them, every second."""
+    found: dict[Path, Record] = {}
+    for record in Ledger(sweep).records().values():
+        if record.run is not None:
+            found.setdefault(record.run.resolve(), record)
+    return found
 
 
 def runs_or_refuse(directory: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A run's directory: found or claimed once, locked while an attempt lives, never overwritten.
+"""Directory of a run: found or claimed once, locked while an attempt lives, never overwritten.
 
 `workspace_root/lineage/experiment/<run id>` is the same on every rank and for every attempt. The run id is the
 `config_id`; a fresh start of a configuration that has a run already gets the next number (`<config id>.2`).
@@ -31,7 +31,7 @@ from danling_conf.topology.violation import ConfigRefused, Violation, show
 
 _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 _OF_A_START = ("pretrained", "checkpoint.exclude_from_loading")
-"""Settings that say what a run starts from; they change nothing when it goes on."""
+"""Settings that say what a run starts from; they change nothing when it resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class Attempt:
     seed: int
     """The run's seed: as configured, or drawn when the run was made."""
     restore: Path | None = None
-    """Run directory or checkpoint that this attempt goes on from; None for a fresh start."""
+    """Run directory or checkpoint that this attempt resumes from; None for a fresh start."""
     command: tuple[str, ...] = ()
     """Script and overrides that started it."""
     notes: tuple[str, ...] = ()
-    """What the user should be told about how the directory was chosen."""
+    """What the user should know about how the directory was chosen."""
 
     @property
     def run_id(self) -> str:
@@ -77,13 +77,13 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """The run that a configuration goes on with, and what from; all attempts of a job share it."""
+    """The run that a configuration belongs to, and what it resumes from; all attempts of a job share it."""
 
     run_directory: Path
     restore: Path | None = None
-    """Run directory or checkpoint to go on from; None for a fresh start."""
+    """Run directory or checkpoint to resume from; None for a fresh start."""
     notes: tuple[str, ...] = ()
-    """What the user should be told about how the directory was chosen."""
+    """What the user should know about how the directory was chosen."""
 
     def to_json(self) -> dict[str, Any]:
         restore = str(self.restore) if self.restore else None
@@ -96,7 +96,7 @@ class Binding:
 
 
 def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[Attempt, RunLock]:
-    """Find the run that this configuration goes on with, or make a new one, lock it, and open an attempt in it.
+    """Find the run that this configuration resumes, or make a new one, lock it, and open an attempt in it.
 
     Args:
         command: script and overrides; this process's own when None.
@@ -107,7 +107,7 @@ def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[A
 
 
 def bind(config: RunnerConfig) -> Binding:
-    """Find the run that this configuration goes on with, or make a new one. Raises ConfigRefused as `claim`."""
+    """Find the run that this configuration resumes, or make a new one. Raises ConfigRefused as `claim`."""
     with _writing(config):
         return _bind(config)
 
@@ -124,7 +124,7 @@ def start(
 
     Args:
         command: script and overrides.
-        again: whether an earlier attempt of the same binding may have got somewhere, from where this one goes on.
+        again: whether an earlier attempt of the same binding may have saved a checkpoint, to resume from.
         fence: see `RunLock`.
 
     Raises ConfigRefused when the run is live or cannot be written.
@@ -170,7 +170,7 @@ def _bind(config: RunnerConfig) -> Binding:
         elif read_run(owner)["config_id"] == identity and is_latest(restore):
             run = owner
         else:
-            # Going on from an older checkpoint in the same run would overwrite what came after it.
+            # To resume an older checkpoint in the same run would overwrite what came after it.
             parent = owner
             notes = (f"this is a new run, which goes on from {restore} of another one",)
     elif config.auto_resume:
@@ -192,7 +192,7 @@ def owner_of(path: Path) -> Path | None:
 
 
 def is_latest(checkpoint: Path) -> bool:
-    """Whether a checkpoint is the one that its run would go on from."""
+    """Whether a checkpoint is the one that its run would resume from."""
     return (checkpoint.parent / "latest").resolve() == checkpoint.resolve()
 
 
@@ -231,6 +231,7 @@ def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | No
     root.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
+        # mkdir is the lock: of two processes that start the same configuration, one gets each number.
         run = root / (identity if number == 1 else f"{identity}.{number}")
         try:
             run.mkdir()
@@ -250,7 +251,7 @@ def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | No
 
 
 def _seed(config: RunnerConfig, parent: Path | None) -> int:
-    """The configured seed, else that of the run that this one goes on from, else a drawn one."""
+    """The configured seed, else that of the run that this one resumes from, else a drawn one."""
     if config.seed is not None:
         return config.seed
     if parent is not None and (parent / RUN_FILE).is_file():
@@ -377,6 +378,7 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is seen whole or not at all."""
+    # Renamed only when its content is on the disk: after a power cut, a rename can be there without the content.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w") as file:
         file.write(text)

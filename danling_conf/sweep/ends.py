@@ -5,9 +5,11 @@ Whatever command looks first, every command then finds the same end in the ledge
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from danling_conf.launch.slurm.queries import SlurmUnavailable
@@ -42,17 +44,40 @@ def cluster_of(sweep: SweepDirectory) -> str:
 
 def standing_of(run: Path) -> RunState:
     """How a run stands: `state_of`, after the end of its job is written where nobody has."""
-    state = state_of(run)
-    owner = sweep_of(run)
-    if state.status is Status.RUNNING and (owner is None or cluster_of(owner[0]) != "slurm"):
-        return state
-    if owner is None or owner[1].ended or not covers(owner[1], newest_attempt(run)):
-        return state
-    sweep, record = owner
-    unstarted, _ = settle_ends(sweep)
-    if record.key in unstarted:
-        return RunState(status=Status(unstarted[record.key].status))
-    return state_of(run)
+    return Standings().of([run])[0]
+
+
+class Standings:
+    """How runs stand, look after look: `state_of` each, after the ends of their jobs are written where nobody has.
+
+    Args:
+        every: seconds between two times at which the system, or Slurm, is asked for ends.
+    """
+
+    def __init__(self, every: float = 0.0) -> None:
+        self._every = every
+        self._asked = -math.inf
+        self._unstarted: set[tuple[Path, str]] = set()
+
+    def of(self, runs: Sequence[Path]) -> list[RunState]:
+        """How each of some runs stands now."""
+        if time.monotonic() - self._asked >= self._every:
+            self._asked = time.monotonic()
+            self._settle(runs)
+        return [self._of(run) for run in runs]
+
+    def _settle(self, runs: Sequence[Path]) -> None:
+        # Once for all jobs of a sweep: each time is a call of squeue, or a look at all processes.
+        owners = [owner for owner in map(sweep_of, runs) if owner is not None and not owner[1].ended]
+        sweeps = {sweep.path: sweep for sweep, _ in owners}
+        self._unstarted = {(path, key) for path, sweep in sweeps.items() for key in settle_ends(sweep)[0]}
+
+    def _of(self, run: Path) -> RunState:
+        owner = sweep_of(run)
+        if owner is None or owner[1].ended or (owner[0].path, owner[1].key) not in self._unstarted:
+            return state_of(run)
+        is_next = covers(owner[1], newest_attempt(run))
+        return RunState(status=Status.NOT_STARTED) if is_next else state_of(run)
 
 
 def settle_ends(sweep: SweepDirectory) -> tuple[dict[str, Ending], list[str]]:
