@@ -105,4 +105,5 @@ def _class_of(module: str, qualname: str) -> type[RunnerConfig]:
     found: Any = sys.modules.get(module) or importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
-    return found
+    kind: type[RunnerConfig] = found
+    return kind

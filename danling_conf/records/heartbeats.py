@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-_FACTS = {
+_FACTS: dict[str, Callable[[Any], bool]] = {
     "attempt": _is_text, "rank": _is_count, "world_size": lambda value: _is_count(value) and value < 1 << 24,
     "host": _is_text, "pid": _is_count, "step": _is_count, "epoch": _is_count, "state": _is_text,
     "state_since": is_moment, "written": is_moment, "interval": is_number, "memory_bytes": is_number,
