@@ -236,6 +236,7 @@ class Loop:
         self.saver.checkpoints.check()
         number = self.stop_request.signal_on_any_rank()
         if number and not self._done():  # a run that is complete ends as such
+            self.state.interrupted = True
             self.saver.stop(number)
 
     def _evaluate_due_splits(self, *, final: bool) -> bool:

@@ -37,6 +37,8 @@ class TrainState:
     """The first optimizer step of this attempt."""
     stopped_early: bool = False
     """Whether the score has stopped improving."""
+    interrupted: bool = False
+    """Whether this attempt left because a signal asked it to."""
     training_loss: LossMeter = field(default_factory=LossMeter)
     """The loss since the last log line."""
 

@@ -222,8 +222,8 @@ class Observers:
                 stack.callback(self._relay.stop)
             if self._trackers is not None:
                 # A loop may catch Stopped and close the runner afterwards, when no exception is in flight any more.
-                stopped = error is None and self._runner is not None and bool(self._runner.stop_request.number)
-                status = Status.INTERRUPTED if stopped else outcome_of(error).status
+                interrupted = error is None and self._state.interrupted
+                status = Status.INTERRUPTED if interrupted else outcome_of(error).status
                 stack.callback(self._finish, self._trackers, status)
             if self._profiler is not None:
                 stack.callback(self._profiler.stop)
