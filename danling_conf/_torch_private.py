@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -140,3 +142,55 @@ def record_memory_history(record: bool) -> None:
 def dump_memory_snapshot(path: str) -> None:
     """Write what was recorded."""
     torch.cuda.memory._dump_snapshot(path)
+
+
+def fake_tensors() -> AbstractContextManager[object]:
+    """Tensors made inside have a shape, a dtype and the device that was asked for, and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory, since `fake_tensors` was on when it was made."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def fake_errors() -> tuple[type[Exception], ...]:
+    """What an operator raises on fake tensors where its result depends on their values."""
+    from torch._subclasses import fake_tensor
+
+    return fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """Inside of `fake_tensors` or any other dispatch mode: operators run as if there were none."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+@contextmanager
+def truncated_normal(call: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let `nn.init.trunc_normal_` go through `call(function, tensor, *arguments)`. From torch 2.13 on it draws again
+    until every value is inside, so that a value decides what is run."""
+    original = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = partial(call, original)
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = original
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """What was set on a tensor by attribute; of a fake one, without what makes it fake."""
+    found = vars(tensor)
+    if not is_fake(tensor):
+        return dict(found)
+    with tensor.fake_mode:  # type: ignore[attr-defined]
+        bare = vars(torch.empty(0))
+    return {
+        name: value for name, value in found.items() if name not in bare and name not in ("_is_param", "_is_buffer")
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,8 +21,8 @@ from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import tensor as tensor_axis
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel
-from danling_conf.parallel.init_plan import Blueprint, blueprint_of, draw, made_by, named_tensors, shortened
-from danling_conf.parallel.initialize import materialize, seeded
+from danling_conf.parallel.init_plan import Source, build, named_tensors, refuse_meta
+from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
 from danling_conf.parallel.pipeline import Pipeline
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
@@ -32,8 +31,6 @@ from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import coordinates
-
-_log = logging.getLogger(__name__)
 
 _OWN_AXES = ("tensor", "context")
 """Axes that a model with a `parallelize(mesh)` of its own lays itself out over."""
@@ -87,10 +84,9 @@ def assemble(
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
-    `model` is a factory without arguments, which is called on the meta device so that no rank holds the whole model, or
-    a module, which is taken over with rank 0's weights. A factory's weights depend on `seed` alone: where the modules'
-    own initialisers cannot repeat what the constructor did, the model is built in full on the CPU of every rank, under
-    one seed and with rank 0's weights, and the log says which modules are to blame.
+    `model` is a factory without arguments, or a module, which is taken over with rank 0's weights. A factory's weights
+    are, bit for bit, those that it gives when it is called under `seed` on the CPU, whatever the layout; no rank holds
+    the whole model for it (see `init_plan`).
 
     The order: cut into pipeline stages, plans of the tensor, expert and context axes, activation checkpointing, compile
     per block, FSDP2 or data parallelism, values, compile of a whole model. (DDP takes values before it wraps.)
@@ -100,16 +96,15 @@ def assemble(
     """
     parallel = parallel or ParallelConfig()
     _check(layout, mesh, fsdp)
-    blueprint: Blueprint | None = None
-    if not isinstance(model, nn.Module):
-        built, blueprint = _build(model, seed)
-    else:
+    source: Source | None = None
+    if isinstance(model, nn.Module):
+        refuse_meta(model)
         built = model
-        if any(tensor.device.type == "meta" for _, tensor in named_tensors(model)):
-            blueprint = blueprint_of(model)
+    else:
+        built, source = build(model, seed, device)
     hugging_face.prepare(built)
     plain = ddp.is_plain(mesh) and not fsdp.enabled
-    if blueprint is None and not plain:
+    if source is None and not plain:
         _share_weights(built, device)
     context = context_axis.make(parallel, mesh)
     plan = tensor_axis.plan_for(built, parallel, layout.tensor) if _planned(built, layout, "tensor") else None
@@ -125,7 +120,8 @@ def assemble(
     parts = stages or {0: built}
     offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
     sharded_logits = False
-    for index, part in parts.items():
+    per_block = False
+    for part in parts.values():
         experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context)
         sharded_logits = sharded_logits or sharded
         if context is not None and not stages and _own_method(part) is None:
@@ -141,10 +137,11 @@ def assemble(
             )
         elif not plain:
             ddp.replicate_blocks(part, mesh, experts=experts, expert_mesh=expert_mesh)
-        if blueprint is not None:
-            materialize(part, device=device, seed=seed, blueprint=blueprint, parameter_device=offloaded)
-        elif not fsdp.enabled:
+        if source is None and not fsdp.enabled:
             part.to(device)
+    if source is not None:
+        materialize(list(parts.values()), device=device, source=source, parameter_device=offloaded)
+    for index, part in parts.items():
         wrapped = ddp.replicate(part, mesh) if plain else part
         # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
         parts[index] = wrapped if per_block or stages else compilation.apply(wrapped, compile)
@@ -164,7 +161,7 @@ def assemble(
         )
     return Assembled(
         parts=tuple(part for _, part in sorted(parts.items())),
-        whole=blueprint.model if blueprint is not None else built,
+        whole=source.model if source is not None else built,
         pipeline=pipeline,
         context=context,
         sharded_logits=sharded_logits,
@@ -245,27 +242,6 @@ def _check(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
             f"parallel.axes.{absent[0]}={getattr(layout, absent[0])}: the mesh has no {absent[0]} axis; make it from "
             f"the same layout (build.mesh.make)"
         )
-
-
-def _build(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Blueprint | None]:
-    """The factory's model: on the meta device with its blueprint, or else in full on the CPU."""
-    try:
-        with seeded(seed):  # what it draws outside torch is drawn on meta too
-            model, blueprint = draw(factory)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        # The constructor needs values (`.item()`, `.numpy()`), which meta tensors lack. If something else is wrong, the
-        # build on the CPU says so.
-        _log.info("model: built in full on the CPU of every rank, since it cannot be built on meta: %s", error)
-    else:
-        if not blueprint.missing:
-            return model, blueprint
-        _log.info(
-            "model: built in full on the CPU of every rank. For a build on the meta device, give these modules a "
-            "reset_parameters() that sets the tensor and that the constructor calls last: %s",
-            shortened(blueprint.missing),
-        )
-    with torch.device("cpu"), seeded(seed):
-        return made_by(factory), None
 
 
 def _share_weights(model: nn.Module, device: torch.device) -> None:
