@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -194,3 +195,19 @@ def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
     return {
         name: value for name, value in found.items() if name not in bare and name not in ("_is_param", "_is_buffer")
     }
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Without torch's own report of an operator that has no rule for fake tensors, which raises all the same, and
+    without its warning where a fake tensor is copied."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # A deep copy of a tensor looks at its pointer, to find that it has none.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -13,7 +13,6 @@ import logging
 import random
 import socket
 import sys
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
@@ -120,9 +119,7 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     Raises NotReplayable, and what the factory raises on fake tensors.
     """
     mode = _torch_private.fake_tensors()
-    with seeded(seed), warnings.catch_warnings():
-        # A deep copy of a tensor looks at its pointer, to find that it has none.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    with seeded(seed), _torch_private.quiet_fake_tensors():
         recording = Recording()
         with mode, recording, _torch_private.truncated_normal(recording.call):
             model = made_by(factory)

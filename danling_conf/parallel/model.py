@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,18 +21,21 @@ from danling_conf.parallel import expert as expert_axis
 from danling_conf.parallel import fsdp as sharding
 from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import tensor as tensor_axis
+from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel
 from danling_conf.parallel.init_plan import Source, build, named_tensors, refuse_meta
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
-from danling_conf.parallel.pipeline import Pipeline
+from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
+from danling_conf.parallel.trial import Trial
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import coordinates
+from danling_conf.topology.violation import ABSENT, SettingError
 
 _OWN_AXES = ("tensor", "context")
 """Axes that a model with a `parallelize(mesh)` of its own lays itself out over."""
@@ -81,6 +86,8 @@ def assemble(
     parallel: ParallelConfig | None = None,
     expert_mesh: DeviceMesh | None = None,
     precision: str | None = None,
+    example: Callable[[], Any] | None = None,
+    forward: Forward | None = None,
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
@@ -91,6 +98,10 @@ def assemble(
     The order: cut into pipeline stages, plans of the tensor, expert and context axes, activation checkpointing, compile
     per block, FSDP2 or data parallelism, values, compile of a whole model. (DDP takes values before it wraps.)
     `precision` reaches FSDP's policy; elsewhere it is the caller's autocast.
+
+    With `example`, which returns a small batch, a pipeline tries `forward(model, batch)` before the model is cut, and
+    puts modules where they are used. Without it they are put where they are defined, and the first step tries whether
+    that is right.
 
     Raises ValueError where the layout asks for what nothing implements, or shards without FSDP.
     """
@@ -115,8 +126,8 @@ def assemble(
     recomputed = recomputation.chosen(built, activation_checkpointing)
     if fsdp.enabled and fsdp.module_classes is not None:
         repeated_blocks(built, fsdp.module_classes)  # names are checked before stages have a part of the classes each
-    stages, placement, names = _cut(built, layout, parallel)
-    blocks = [name for name, _ in repeated_blocks(built)]
+    cut = _cut(built, layout, parallel, example, forward)
+    stages = None if cut is None else cut.parts
     parts = stages or {0: built}
     offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
     sharded_logits = False
@@ -146,17 +157,23 @@ def assemble(
         # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
         parts[index] = wrapped if per_block or stages else compilation.apply(wrapped, compile)
     pipeline = None
-    if stages:
+    if cut is not None:
+        # Only what is sent between stages may be a part of a sequence: else the model numbers the tokens itself.
+        positions = _positions if parallel.sequence_parallel else None
+        if context is not None:
+            positions = context.positions
         pipeline = Pipeline(
             parts,
-            placement,
+            cut.placement,
             parallel,
             mesh["pipeline"],  # type: ignore[index]
             device,
-            names=names,
-            blocks=blocks if len({name.rpartition(".")[0] for name in blocks}) == 1 else [],
+            names=cut.names,
+            blocks=cut.blocks,
+            trial=cut.trial,
+            prove=None if cut.trial is not None else cut.prove,
             several_data_ranks=layout.data_degree > 1,
-            positions=_positions if context is None else context.positions,
+            positions=positions,
             policy=sharding.mixed_precision_policy(fsdp, precision) if fsdp.enabled else None,
         )
     return Assembled(
@@ -181,21 +198,76 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A model cut into stages."""
+
+    parts: dict[int, nn.Module]
+    """The stages of this rank, by index."""
+    placement: list[int]
+    names: stages_of.Names
+    blocks: list[str]
+    trial: Trial | None
+    prove: Callable[[Forward, Any], None]
+
+
 def _cut(
-    model: nn.Module, layout: Layout, parallel: ParallelConfig
-) -> tuple[dict[int, nn.Module] | None, list[int], stages_of.Names]:
-    """The stages of this rank, by index, and the rank and the names of every stage; None for no pipeline."""
+    model: nn.Module,
+    layout: Layout,
+    parallel: ParallelConfig,
+    example: Callable[[], Any] | None,
+    forward: Forward | None,
+) -> _Cut | None:
+    """The stages of a model; None for no pipeline. Collective with an example: the whole model is tried before it is
+    cut, so that its modules go where they are used."""
     degree = layout.pipeline
     if degree == 1:
-        return None, [], []
+        return None
     names = parallel.module_fqns_per_model_part
     if names is None:
-        names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule))
+        blocks = stages_of.blocks_of(model)
+    else:
+        stages_of.check(model, names)
+        found = [name for name, _ in repeated_blocks(model)]
+        blocks = found if len({name.rpartition(".")[0] for name in found}) == 1 else []
+
+    def tried(forward: Forward, batch: Any) -> Trial:
+        chain = blocks or stages_of.called(model, names or [])
+        around = [name for side in stages_of.around(model, blocks) for name in side] if blocks else []
+        return trials.run(model, chain, around, forward, batch, alone=not blocks)
+
+    def proven(names: stages_of.Names, trial: Trial, forward: Forward, batch: Any) -> None:
+        stages_of.check(model, names)
+        stages_of.check_used(model, names, trial)
+        rehearse(trial, names, blocks, forward, batch)
+
+    trial = None
+    if example is not None and forward is not None:
+        batch = example()
+        trial = trials.together(partial(tried, forward, batch))
+    if names is None:
+        names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule), trial)
     stages_of.check(model, names)
+    if trial is not None and forward is not None:
+        trials.together(partial(proven, names, trial, forward, batch))
+
+    def prove(forward: Forward, batch: Any) -> None:
+        def check() -> None:
+            found = tried(forward, batch)
+            for block, length in zip(found.blocks, found.returns, strict=True):
+                if length:
+                    raise SettingError(
+                        trials.PATH, ABSENT, f"{block} returns a tuple of {length}", "pass example= to assemble"
+                    )
+            proven(names, found, forward, batch)
+
+        trials.together(check)
+
     placement = stages_of.placement(parallel.pipeline_schedule, degree, len(names))
     own = coordinates(layout, dist.get_rank())["pipeline"]
     mine = [index for index, rank in enumerate(placement) if rank == own]
-    return {index: stages_of.stage_model(model, names, index) for index in mine}, placement, names
+    parts = {index: stages_of.stage_model(model, names, index, trial) for index in mine}
+    return _Cut(parts, placement, names, blocks, trial, prove)
 
 
 def _lay_out(

@@ -92,14 +92,14 @@ class Recording(TorchDispatchMode):
     Args:
         draws: what to do where that value was drawn (`if torch.rand(()) < p`): with True, draws count as 0; with False,
             NotReplayable is raised.
-        on_step: called with every operator's storages: those it reads, and those it makes or changes.
+        on_step: called with every operator and its storages: those it reads, and those it makes or changes.
 
     Attributes:
         failure: why there can be no replay, also where the function survived the exception.
     """
 
     def __init__(
-        self, *, draws: bool = False, on_step: Callable[[frozenset[int], frozenset[int]], None] | None = None
+        self, *, draws: bool = False, on_step: Callable[[Any, frozenset[int], frozenset[int]], None] | None = None
     ) -> None:
         super().__init__()
         self.failure: NotReplayable | None = None
@@ -143,7 +143,8 @@ class Recording(TorchDispatchMode):
             if not _torch_private.is_fake(tensor):
                 with _torch_private.real_tensors():
                     self._constants[len(self._alive)] = tensor.detach().untyped_storage().clone()
-                if sum(storage.nbytes() for storage in self._constants.values()) > LARGEST_CONSTANTS:
+                given = sum(storage.nbytes() for storage in self._constants.values())
+                if given > LARGEST_CONSTANTS and not self._draws:
                     raise NotReplayable(f"it takes over more than {LARGEST_CONSTANTS >> 20} MiB of given values")
             self._add(tensor)
         return _ref(self._numbers[identity], tensor)
@@ -170,7 +171,7 @@ class Recording(TorchDispatchMode):
         written = frozenset(self._numbers[storage_identity(item)] for item in _written(func, args, kwargs))
         results, made = self._results(result)
         if self._on_step is not None:
-            self._on_step(read, written | made)
+            self._on_step(func, read, written | made)
         if made or written:  # else it is a view, or has nothing to do with tensors
             if made and any(item.alias_info is not None for item in func._schema.returns):
                 self._aliased |= made | read

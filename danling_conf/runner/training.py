@@ -28,7 +28,14 @@ from danling_conf.runner import events, garbage_collection, saving, seeds
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
 from danling_conf.runner.cadence import cadence_of
 from danling_conf.runner.conclusion import conclusion
-from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, in_step, make_loaders
+from danling_conf.runner.data import (
+    batches_per_epoch,
+    check_sequences,
+    evaluated_splits,
+    example_of,
+    in_step,
+    make_loaders,
+)
 from danling_conf.runner.environment import record_environment
 from danling_conf.runner.evaluation import evaluate
 from danling_conf.runner.observe import collective_timeout as stuck
@@ -193,6 +200,8 @@ class Runner:
                 parallel=config.parallel,
                 expert_mesh=world.expert_mesh,
                 precision=config.precision,
+                example=example_of(self.loaders["train"], world.attempt.seed),
+                forward=forward or default_forward,
             )
             check_sequences(self.loaders, self.assembled, world.layout, config.parallel)
             if loss is None and self.assembled.context is not None:
