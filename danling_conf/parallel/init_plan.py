@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -170,6 +170,16 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def to_meta(model: nn.Module) -> None:
     """Let every parameter and buffer of a model be on the meta device, in place."""
     replace_tensors(model, lambda item: torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="meta"))
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model with its parameters and buffers on the meta device, without a copy of their values."""
+    memo: dict[int, Any] = {}
+    for _, tensor in named_tensors(model):
+        if id(tensor) not in memo:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            memo[id(tensor)] = _like(tensor, made, isinstance(tensor, nn.Parameter))
+    return copy.deepcopy(model, memo)
 
 
 def replace_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:

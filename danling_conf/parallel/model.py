@@ -24,7 +24,7 @@ from danling_conf.parallel import tensor as tensor_axis
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel
-from danling_conf.parallel.init_plan import Source, build, named_tensors, refuse_meta
+from danling_conf.parallel.init_plan import Source, build, meta_copy, named_tensors, refuse_meta
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
 from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
@@ -55,6 +55,9 @@ class Assembled:
     """Whether logits stay sharded over the tensor axis for a loss that takes them so."""
     batch: DeviceMesh | None = None
     """The ranks that see different tokens; None where all see the same."""
+    check_attention: Callable[[Forward, Any], None] | None = None
+    """To be called once with the first batch, whole, where no example was given: raises SettingError on every rank
+    where a block's attention does not reach over the context axis."""
 
     @property
     def module(self) -> nn.Module:
@@ -119,8 +122,13 @@ def assemble(
         _share_weights(built, device)
     context = context_axis.make(parallel, mesh)
     plan = tensor_axis.plan_for(built, parallel, layout.tensor) if _planned(built, layout, "tensor") else None
+    check_attention: Callable[[Forward, Any], None] | None = None
     if _planned(built, layout, "context"):
         context_axis.check(built, layout.context)
+        check_attention = partial(_check_attention, meta_copy(built), layout.context)
+        if example is not None and forward is not None:
+            check_attention(forward, example())
+            check_attention = None
     if expert_mesh is not None:
         expert_axis.check(built, layout)
     recomputed = recomputation.chosen(built, activation_checkpointing)
@@ -183,7 +191,12 @@ def assemble(
         context=context,
         sharded_logits=sharded_logits,
         batch=batch_mesh(mesh),
+        check_attention=check_attention,
     )
+
+
+def _check_attention(model: nn.Module, degree: int, forward: Forward, batch: Any) -> None:
+    trials.together(lambda: context_axis.check_attention(model, degree, forward, batch))
 
 
 def _planned(model: nn.Module, layout: Layout, axis: str) -> bool:

@@ -275,11 +275,11 @@ def rehearse(trial: Trial, names: Sequence[Sequence[str]], blocks: Sequence[str]
     Raises SettingError.
     """
     work = _Work(microbatches=[to_cpu(batch)], forward=forward)
-    kind = type(trial.model).__name__
+    kind = type(trial.twin.model).__name__
     sent: Any = None
-    with torch.no_grad(), trial.fake, quiet_fake_tensors(), Recording(draws=True):
+    with torch.no_grad(), trial.twin.fake, quiet_fake_tensors(), Recording(draws=True):
         for index in range(len(names)):
-            part = stage_model(trial.model, names, index, trial)
+            part = stage_model(trial.twin.model, names, index, trial)
             _make_stage(part, index, names, blocks, work, None, None, tuples=True)
             try:
                 sent = part(sent)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from danling_conf import _torch_private
+from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.init_plan import named_tensors
 from danling_conf.parallel.program import Recording
 from danling_conf.topology.violation import ABSENT, SettingError
@@ -35,7 +35,50 @@ _BY_SHAPE = frozenset(
 """Operators that look at the shape of their argument only."""
 
 
-@dataclass
+class Twin:
+    """A copy of a model on fake tensors.
+
+    Attributes:
+        model: the copy.
+        fake: the context in which it can be called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.fake = _torch_private.fake_tensors()
+        with self.fake, _torch_private.quiet_fake_tensors():
+            self.model = _fake_copy(model)
+            for _, block in repeated_blocks(self.model):
+                block.forward = MethodType(_or_alike, block)
+
+    def call(
+        self,
+        forward: Callable[[Any, Any], Any],
+        batch: Any,
+        *,
+        path: str,
+        recording: Recording | None = None,
+        start: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """`forward(model, batch)`. Raises SettingError with this path where the model does not run."""
+        batch = to_cpu(batch)
+        recording = recording or Recording(draws=True)
+        try:
+            with torch.no_grad(), self.fake, _torch_private.quiet_fake_tensors(), recording:
+                start()
+                return forward(self.model, batch)
+        except SettingError:
+            raise
+        except Exception as error:  # of the user's model, which may fail on fake tensors in any way
+            raise SettingError(
+                path,
+                ABSENT,
+                f"{type(self.model).__name__} does not run on tensors without values, by which it is shown that it can "
+                f"be laid out so ({type(error).__name__}: {error})",
+                "set the degree to 1",
+            ) from error
+
+
+@dataclass(frozen=True)
 class Trial:
     """How a model used its blocks.
 
@@ -45,17 +88,16 @@ class Trial:
         shapes: by block, of what goes on.
         before, after: names of the parameters that were used before the first block, and after the last one.
         direct: whether the first block reads nothing of what is before it but its first input.
+        twin: the model on fake tensors.
     """
 
     blocks: tuple[str, ...]
-    returns: tuple[int, ...] = ()
-    shapes: tuple[torch.Size, ...] = ()
-    before: frozenset[str] = frozenset()
-    after: frozenset[str] = frozenset()
-    direct: bool = True
-    model: nn.Module = field(default_factory=nn.Module)
-    """The model on fake tensors."""
-    fake: AbstractContextManager[object] = field(default_factory=_torch_private.fake_tensors)
+    returns: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+    before: frozenset[str]
+    after: frozenset[str]
+    direct: bool
+    twin: Twin
 
 
 def run(
@@ -77,31 +119,22 @@ def run(
 
     Raises SettingError where a pipeline would not compute what the model does.
     """
-    batch = to_cpu(batch)
-    trial = Trial(tuple(blocks))
-    with torch.no_grad(), trial.fake, _torch_private.quiet_fake_tensors():
-        trial.model = _fake_copy(model)
-        watch = _Watch(trial.model, blocks, around, alone=alone)
-        try:
-            with watch.recording:
-                watch.start()
-                forward(trial.model, batch)
-        except SettingError:
-            raise
-        except Exception as error:  # of the user's model, which may fail on fake tensors in any way
-            raise SettingError(
-                PATH,
-                ABSENT,
-                f"{type(model).__name__} does not run on tensors without values, by which it is shown that it can be "
-                f"cut ({type(error).__name__}: {error})",
-                "set the degree to 1",
-            ) from error
-        finally:
-            watch.stop()
+    twin = Twin(model)
+    watch = _Watch(twin.model, blocks, around, alone=alone)
+    try:
+        twin.call(forward, batch, path=PATH, recording=watch.recording, start=watch.start)
+    finally:
+        watch.stop()
     watch.finish()
-    trial.returns, trial.shapes = tuple(watch.returns), tuple(watch.shapes)
-    trial.before, trial.after, trial.direct = watch.used_before(), watch.used_after(), watch.direct
-    return trial
+    return Trial(
+        tuple(blocks),
+        tuple(watch.returns),
+        tuple(watch.shapes),
+        watch.used_before(),
+        watch.used_after(),
+        watch.direct,
+        twin,
+    )
 
 
 def to_cpu(batch: Any) -> Any:
@@ -171,7 +204,6 @@ class _Watch:
             self._parameters.setdefault(self.recording.ref(parameter).storage, []).append(name)
         for place, name in enumerate(self._blocks):
             block = self._model.get_submodule(name)
-            block.forward = MethodType(_or_alike, block)
             enter = self._handle(block.register_forward_pre_hook)
             enter(lambda _, args, kwargs, place=place: self._enter(place, args, kwargs), with_kwargs=True)
             self._handle(block.register_forward_hook)(lambda _, args, output, place=place: self._leave(place, output))

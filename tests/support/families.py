@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +115,11 @@ FAMILIES = {
     "BioGPT": _decoder("BioGpt", layerdrop=0.0, activation_dropout=0.0, **_NO_DROPOUT),
     "Mixtral": _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2, **_KV),
     "Qwen3-MoE": _decoder("Qwen3Moe", num_experts=4, **_EXPERTS, **_KV),
+    "Llama 4": Family(
+        "Llama4TextConfig", "Llama4ForCausalLM",
+        {"num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": LENGTH,
+         "interleave_moe_layer_step": 2, **_KV},
+    ),
     "Mamba": _decoder("Mamba", state_size=8, num_hidden_layers=LAYERS),
     "Mamba-2": _decoder("Mamba2", state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
     "BERT": _decoder("Bert", "ForMaskedLM", **_BERT),
@@ -230,8 +234,8 @@ class Recurrent(nn.Module):
                 nn.init.zeros_(parameter)
                 parameter.data[WIDTH : 2 * WIDTH].fill_(1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.cells(self.embedding(tokens))[0])
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(self.embedding(x))[0])
 
 
 class Seq2Seq(nn.Module):
@@ -243,8 +247,8 @@ class Seq2Seq(nn.Module):
         self.transformer = nn.Transformer(WIDTH, HEADS, 2, 2, 48, dropout=0.0, batch_first=True)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        embedded = self.embedding(tokens)
+    def forward(self, x: Tensor) -> Tensor:
+        embedded = self.embedding(x)
         return self.head(self.transformer(embedded, embedded))
 
 
@@ -285,22 +289,30 @@ class Tied(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)
 
 
-def _tokens(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"x": torch.randint(VOCABULARY, (size, LENGTH), generator=generator)}
-
-
-def _images(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"x": torch.randn(size, 3, 8, 8, generator=generator)}
-
-
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "ConvNet": ConvNet, "U-Net": UNet, "LSTM": Recurrent, "nn.Transformer": Seq2Seq, "Handmade": Handmade,
-    "Tied": Tied, "Linear": partial(nn.Linear, 3, 4),
+    "Tied": Tied,
 }  # fmt: skip
+
+
+def module_batch(name: str, size: int, seed: int) -> dict[str, Tensor]:
+    """Inputs `x` and `targets` of one of the `MODULES`."""
+    generator = torch.Generator().manual_seed(seed)
+    if name in ("ConvNet", "U-Net"):
+        images = torch.randn(size, 3, 8, 8, generator=generator)
+        classes = torch.randint(CLASSES, (size,), generator=generator)
+        return {"x": images, "targets": classes if name == "ConvNet" else images.flip(3)}
+    if name == "Handmade":
+        x = torch.randn(size, WIDTH, generator=generator)
+        return {"x": x, "targets": torch.randint(CLASSES, (size,), generator=generator)}
+    return {
+        "x": torch.randint(VOCABULARY, (size, LENGTH), generator=generator),
+        "targets": torch.randint(VOCABULARY, (size, LENGTH), generator=generator),
+    }
