@@ -1,4 +1,8 @@
-"""Everything of torch that has no public name, in one place."""
+"""Adapter of torch's private names: nothing else in the package uses one.
+
+All of it was run with torch 2.13, on the CPU (gloo) and, where a note says so, on CUDA. Each note says what breaks when
+torch changes the name, and thus what to test with a new version of torch.
+"""
 
 from __future__ import annotations
 
@@ -19,99 +23,90 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import lr_scheduler
 
+# Trees of tensors, and the hook into the dispatcher; neither module is documented. Without them batches cannot be moved
+# or cut, and nothing records what the constructor of a model on the meta device does.
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "TorchDispatchMode",
+    "all_gather",
+    "all_to_all",
+    "argument_names",
+    "default_store",
+    "dump_memory_snapshot",
+    "enable_ring",
+    "fake_errors",
+    "fake_tensors",
+    "flatten_mesh",
+    "is_fake",
+    "is_operator",
+    "is_view",
+    "keep_quiet_about_order",
+    "operators",
+    "optimize_ddp",
+    "outstanding_collective",
+    "own_attributes",
+    "process_groups",
+    "quiet_fake_tensors",
+    "real_tensors",
+    "record_collectives",
+    "record_memory_history",
+    "replicate",
+    "scheduled_rates",
+    "set_timeout",
+    "shut_down_workers",
+    "split_mesh",
+    "storage_identity",
+    "tree_leaves",
+    "tree_map",
+    "truncated_normal",
+    "written_arguments",
+]
+
+
+# Process groups.
+
 
 def process_groups() -> list[ProcessGroup]:
-    """Every process group this rank is a member of; torch keeps the list but does not publish it."""
+    """Every process group that this rank is a member of; torch keeps the list but does not publish it.
+
+    If `_world.pg_map` moves, `comm.train_timeout_seconds` fails with an AttributeError.
+    """
     return list(distributed_c10d._world.pg_map)
 
 
 def set_timeout(group: ProcessGroup, timeout: timedelta) -> None:
-    """Change the time limit of a group's later collectives; torch publishes it for new groups only."""
+    """Change the timeout of a group's later collectives; torch publishes it for new groups only.
+
+    If `_set_pg_timeout` goes or takes other arguments, `comm.train_timeout_seconds` fails after the first step.
+    """
     distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def scheduled_rates(scheduler: Any) -> list[float]:
-    """The learning rates of a schedule at its current position, not computed from those before it."""
-    if hasattr(scheduler, "_get_closed_form_lr"):
-        return list(scheduler._get_closed_form_lr())
-    with lr_scheduler._enable_get_lr_call(scheduler):
-        return scheduler.get_lr()
+def default_store() -> Store | None:
+    """The store that the ranks met at; None where there is no process group.
 
-
-def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """The axes of `mesh` as one axis called `name`; its process group is made once and kept by the root mesh."""
-    return mesh._flatten(name)
-
-
-def split_mesh(mesh: DeviceMesh, axes: dict[str, int]) -> DeviceMesh:
-    """A mesh of one axis as several, outermost first; tensors on it and on other meshes of the same root combine."""
-    return mesh._unflatten(0, tuple(axes.values()), tuple(axes))
-
-
-def keep_quiet_about_order() -> None:
-    """Switch off a warning that every rank gives when it gathers a tensor that both FSDP2 and another axis shard: their
-    order is FSDP2's own, and nobody who reads the warning can change it."""
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-
-
-def replicate(module: nn.Module, **options: Any) -> nn.Module:
-    """Data parallelism with FSDP2's machinery and whole weights, for parameters that other axes shard (`DTensor`s),
-    which DDP does not take."""
-    from torch.distributed._composable.replicate_with_fsdp import replicate
-
-    return cast(nn.Module, replicate(module, **options))
-
-
-def all_gather(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
-    """The group's tensors joined along `dim`; differentiable: gradients are summed and dealt back. (The all-gather of
-    `torch.distributed.nn` gives wrong gradients on gloo where they are not contiguous.)"""
-    return functional.all_gather_tensor_autograd(tensor.contiguous(), dim, group)
-
-
-def all_to_all(tensor: torch.Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> torch.Tensor:
-    """Rows of (sum of `sent`, ...) to their ranks, rows from all ranks back: (sum of `received`, ...). Differentiable.
-
-    (torch's own differentiable one gives a tensor that the collective is still filling; a compiled function that takes
-    it gives it a gradient of 0.)
+    Without `_get_default_store`, warnings of other ranks do not reach the terminal.
     """
-    return _AllToAll.apply(tensor, received, sent, group)
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Any:
-        ctx.sizes, ctx.group = (received, sent), group
-        return functional.wait_tensor(functional.all_to_all_single(tensor.contiguous(), received, sent, group))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        received, sent = ctx.sizes
-        back = functional.all_to_all_single(gradient.contiguous(), sent, received, ctx.group)
-        return functional.wait_tensor(back), None, None, None
-
-
-def enable_ring(balance: bool) -> None:
-    """Let attention on tensors that are sharded along the sequence go around the ranks (torch 2.13, CUDA only).
-    `balance` says whether each rank has an early and a late piece."""
-    from torch.distributed.tensor.experimental._context_parallel import _attention
-
-    _attention._cp_options.enable_load_balance = balance
-    _attention._enable_context_parallel_dispatcher()
-
-
-def storage_identity(tensor: torch.Tensor) -> int:
-    """What views and `.data` of one tensor have in common; meta tensors have no address to compare."""
-    return tensor.untyped_storage()._cdata
+    return distributed_c10d._get_default_store() if torch.distributed.is_initialized() else None
 
 
 def record_collectives(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let process groups that are made from now on remember their latest collectives (torch's flight recorder)."""
+    """Let process groups that are made from now on remember their latest collectives (torch's flight recorder).
+
+    Older versions read TORCH_NCCL_TRACE_BUFFER_SIZE instead. Where the name is not read, nothing is recorded, and a
+    timeout cannot name its collective.
+    """
     environment.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
 
 
 def outstanding_collective() -> dict[str, Any] | None:
-    """The oldest collective that this rank has begun and that has not ended: `name`, `number` in its group, `group` and
-    `since` (seconds since 1970). None where there is none or nothing is recorded."""
+    """The oldest collective that this rank has started and that has not ended: `name`, `number` in its group, `group`
+    and `since` (seconds since 1970). None where there is none or nothing is recorded.
+
+    The keys of an entry are those of 2.13's flight recorder; another version of its format raises KeyError here.
+    """
     from torch._C import _distributed_c10d
 
     dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)  # not in a torch without collectives
@@ -130,23 +125,147 @@ def outstanding_collective() -> dict[str, Any] | None:
     }
 
 
-def default_store() -> Store | None:
-    """The store that the ranks met at; None where there is no process group."""
-    return distributed_c10d._get_default_store() if torch.distributed.is_initialized() else None
+# Collectives.
 
 
-def record_memory_history(record: bool) -> None:
-    """Begin or end recording what CUDA's allocator does, for a snapshot."""
-    torch.cuda.memory._record_memory_history("all" if record else None)
+def all_gather(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
+    """The group's tensors joined along `dim`. Differentiable: gradients are summed and scattered back.
+
+    The public one, of `torch.distributed.nn`, returns wrong gradients on gloo where they are not contiguous; the parity
+    tests of context parallelism show it. Without this one, context parallelism by gather fails.
+    """
+    return functional.all_gather_tensor_autograd(tensor.contiguous(), dim, group)
 
 
-def dump_memory_snapshot(path: str) -> None:
-    """Write what was recorded."""
-    torch.cuda.memory._dump_snapshot(path)
+def all_to_all(tensor: torch.Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> torch.Tensor:
+    """Rows of (sum of `sent`, ...) to their ranks, rows from all ranks back: (sum of `received`, ...). Differentiable.
+
+    torch's own differentiable one returns a tensor that the collective is still filling, and a compiled function that
+    takes it gives it a gradient of 0. So the wait is inside. Without `all_to_all_single`, expert parallelism fails.
+    """
+    return _AllToAll.apply(tensor, received, sent, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Any:
+        ctx.sizes, ctx.group = (received, sent), group
+        return functional.wait_tensor(functional.all_to_all_single(tensor.contiguous(), received, sent, group))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        received, sent = ctx.sizes
+        back = functional.all_to_all_single(gradient.contiguous(), sent, received, ctx.group)
+        return functional.wait_tensor(back), None, None, None
+
+
+# Meshes and wrappers.
+
+
+def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """The axes of `mesh` as one axis called `name`; its process group is made once and kept by the root mesh.
+
+    Without `_flatten` no layout of two data axes, or of shard and context, can be made.
+    """
+    return mesh._flatten(name)
+
+
+def split_mesh(mesh: DeviceMesh, axes: dict[str, int]) -> DeviceMesh:
+    """A mesh of one axis as several, outermost first; tensors on it and on other meshes of the same root combine.
+
+    `_unflatten` is younger than `_flatten`. A second `init_device_mesh` is no way out: tensors on meshes of two roots
+    cannot be clipped together. Without it expert axes fail.
+    """
+    return mesh._unflatten(0, tuple(axes.values()), tuple(axes))
+
+
+def keep_quiet_about_order() -> None:
+    """Switch off a warning that every rank logs when it gathers a tensor that both FSDP2 and another axis shard: their
+    order is FSDP2's own, and no reader of the warning can change it. Under another logger's name it comes back."""
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def replicate(module: nn.Module, **options: Any) -> nn.Module:
+    """Data parallelism with FSDP2's machinery and whole weights, for parameters that other axes shard (`DTensor`s),
+    which DDP does not take.
+
+    Experimental in 2.13. Without it, layouts that replicate next to tensor, context, expert or pipeline axes fail.
+    """
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    return cast(nn.Module, replicate(module, **options))
+
+
+def enable_ring(balance: bool) -> None:
+    """Let attention on tensors that are sharded along the sequence go around the ranks; CUDA only. `balance` says
+    whether each rank has an early and a late piece.
+
+    Experimental in 2.13, and the most likely of all to move. Without it `parallel.context_method=ring` fails; `gather`
+    and `ulysses` do not need it.
+    """
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    _attention._cp_options.enable_load_balance = balance
+    _attention._enable_context_parallel_dispatcher()
+
+
+def optimize_ddp(value: bool | str) -> None:
+    """Choose how dynamo treats DDP. `torch._dynamo.config` is documented but has no public path; another name there
+    raises AttributeError for `compile.optimize_ddp`."""
+    torch._dynamo.config.optimize_ddp = value  # type: ignore[assignment]
+
+
+# Operators.
+
+
+def is_operator(function: object) -> bool:
+    """Whether a dispatched function is an overload of an operator (`aten.mm.default`)."""
+    return isinstance(function, torch._ops.OpOverload)
+
+
+def operators(found: object) -> list[Any]:
+    """The operators that an attribute of `torch.ops` stands for: one, or all overloads of one. Empty where it is none.
+
+    Without these classes `activation_checkpointing.keep_ops` and mode `selective` fail.
+    """
+    if isinstance(found, torch._ops.OpOverloadPacket):
+        return [getattr(found, overload) for overload in found.overloads()]
+    return [found] if isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) else []
+
+
+def written_arguments(operator: Any) -> Iterator[tuple[int, str]]:
+    """Position and name of the arguments that an operator writes to, by its schema.
+
+    `_schema` is how torch's own modes read it. Without it no model can be built on the meta device.
+    """
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield position, argument.name
+
+
+def argument_names(operator: Any) -> list[str]:
+    """The names of an operator's arguments, by its schema."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def is_view(operator: Any) -> bool:
+    """Whether an operator returns a view of its input, by its schema."""
+    returns = operator._schema.returns
+    return bool(returns) and returns[0].alias_info is not None
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """What views and `.data` of one tensor have in common; meta tensors have no address to compare. Without `_cdata`
+    no model can be built on the meta device."""
+    return tensor.untyped_storage()._cdata
+
+
+# Fake tensors.
 
 
 def fake_tensors() -> AbstractContextManager[object]:
-    """Tensors made inside have a shape, a dtype and the device that was asked for, and no memory."""
+    """Tensors made inside have a shape, a dtype and the device that was asked for, and no memory. Without it no model
+    of several ranks can be built other than on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -211,3 +330,63 @@ def quiet_fake_tensors() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+# Schedulers, loaders, memory.
+
+
+def scheduled_rates(scheduler: Any) -> list[float]:
+    """The learning rates of a schedule at its current position, not computed from those before it.
+
+    `get_lr` warns when it is called outside of `step`, unless this context is entered. If either name goes, resuming
+    with a longer schedule fails.
+    """
+    if hasattr(scheduler, "_get_closed_form_lr"):
+        return list(scheduler._get_closed_form_lr())
+    with lr_scheduler._enable_get_lr_call(scheduler):
+        return scheduler.get_lr()
+
+
+def shut_down_workers(loader: Any) -> None:
+    """End the worker processes of a loader of torchdata 0.11; its next iteration starts new ones.
+
+    If the attributes move, workers end when the garbage collector finds them, which can take five seconds each.
+    """
+    iterator, loader._iterator = loader._iterator, None
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
+def record_memory_history(record: bool) -> None:
+    """Start or stop recording what CUDA's allocator does, for a snapshot. torch's documentation of memory snapshots
+    names both private functions; without them `profiling.profile_memory` fails on CUDA."""
+    torch.cuda.memory._record_memory_history("all" if record else None)
+
+
+def dump_memory_snapshot(path: str) -> None:
+    """Write what was recorded."""
+    torch.cuda.memory._dump_snapshot(path)
+
+
+def saved_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers that a module's state holds, each once; torch does not publish which ones it leaves out."""
+    found = (
+        buffer
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    )
+    return list({id(buffer): buffer for buffer in found}.values())
+
+
+def without_compile(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` has wrapped, or the module itself."""
+    return cast(nn.Module, getattr(module, "_orig_mod", module))
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """Apply a function to every tensor of nested lists, tuples and mappings; anything else stays."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda item: function(item) if isinstance(item, torch.Tensor) else item, tree)

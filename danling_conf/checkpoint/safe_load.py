@@ -1,4 +1,4 @@
-"""Reading what somebody else may have written: nothing in a checkpoint is executed.
+"""Safe loading of files that someone else may have written: nothing in a checkpoint is executed.
 
 torch.distributed.checkpoint reads its `.metadata` by plain unpickling, and bytes in a shard by `torch.load` without
 restriction. Here the metadata may construct what describes tensors and nothing else, and bytes are not read at all.
@@ -16,19 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from danling_conf.checkpoint.manifest import Broken
 
 METADATA = ".metadata"
 _DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
+# Private names among them are those that torch writes into the file; they are not used otherwise.
 _ALLOWED = {
-    *((_DESCRIPTIONS, name) for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )),
+    *(
+        (_DESCRIPTIONS, name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -37,7 +48,7 @@ _ALLOWED = {
     # Python 3.13 moved the classes.
     *(("pathlib._local", name) for name in ("Path", "PosixPath", "PurePosixPath")),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-}  # fmt: skip
+}
 
 
 class _Unpickler(pickle.Unpickler):

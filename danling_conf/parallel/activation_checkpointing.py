@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from danling_conf._torch_private import operators
 from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
@@ -130,6 +131,4 @@ def _overloads(name: str) -> list[Any]:
         found = getattr(found, part, None)
         if found is None:
             return []
-    if isinstance(found, torch._ops.OpOverloadPacket):
-        return [getattr(found, overload) for overload in found.overloads()]
-    return [found] if isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) else []
+    return operators(found)

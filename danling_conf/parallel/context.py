@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils._pytree import tree_map
 
 from danling_conf import _torch_private
 from danling_conf.parallel import hugging_face, inside_step, trial
@@ -80,7 +79,7 @@ class ContextParallel:
                 f"a sequence of {length} tokens cannot be cut into {how}",
                 f"make its length a multiple of {self.pieces}",
             )
-        return tree_map(partial(self._cut, length=length), batch)
+        return _torch_private.tree_map(partial(self._cut, length=length), batch)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Where the tokens of this rank's part of `length` stand in the whole sequence: (length,)."""
@@ -289,7 +288,7 @@ def _give_positions(
 
 def sequence_length(batch: Any) -> int | None:
     """The second dim of the first tensor of a batch that has two; None where there is none."""
-    leaves = torch.utils._pytree.tree_leaves(batch)
+    leaves = _torch_private.tree_leaves(batch)
     return next((item.shape[1] for item in leaves if isinstance(item, Tensor) and item.ndim >= 2), None)
 
 

@@ -1,4 +1,4 @@
-"""Passes through an assembled model: forward and backward of a micro-batch, and forward alone, under any layout."""
+"""Forward and backward passes of an assembled model, under any layout."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from danling_conf.components import gradients
 from danling_conf.parallel import inside_step
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.pipeline import batch_size, passes
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import rank_at
+from danling_conf.topology.violation import ABSENT, SettingError
 
 Forward = Callable[[Any, Any], Any]
 """Runs a model on a batch: `forward(model, batch)`."""
 
 Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, Tensor | int]"]
-"""`loss(output, batch)`: a mean; or a sum and how many it is of, such as tokens that are not masked."""
+"""`loss(output, batch)`: a mean; or a sum and its count, such as the number of tokens that are not masked."""
 
 _NOTE = (
     "The logits are sharded over the vocabulary (parallel.loss_parallel=true), which torch's cross-entropy can take; "
@@ -34,7 +36,7 @@ _NOTE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A loss of this rank: a total and its weight; total / weight is the mean. Both 0 where another stage has it."""
+    """A loss of this rank: a total and its weight, whose ratio is the mean. Both are 0 where another stage has it."""
 
     total: Tensor
     weight: Tensor | float
@@ -49,9 +51,9 @@ class Measured:
 class Passes:
     """Trains and evaluates an assembled model with a loss.
 
-    A loss that gives a mean is averaged over micro-batches, microbatches and ranks, so that batches weigh the same. One
-    that gives a sum and a count is divided by the count of all of them together: each token weighs the same however
-    unequally they are spread (the mean of means would be another number).
+    A loss that returns a mean is averaged over micro-batches, microbatches and ranks, so that batches weigh the same.
+    One that returns a sum and a count is divided by the total count, so that tokens weigh the same however unevenly
+    ranks have them; a mean of means would be another number.
 
     Args:
         forward, loss: see `Forward` and `Loss`; called with this rank's part of the batch.
@@ -84,7 +86,7 @@ class Passes:
 
     def train(self, batch: Any, *, micro_batches: int = 1, last: bool = True) -> Measured:
         """Forward and backward of one micro-batch of an optimizer step; gradients are communicated at the `last`.
-        Gives its loss, detached and not waited for. Collective."""
+        Returns its loss, detached and not waited for. Collective."""
         if self._check_attention is not None:
             self._check_attention(self.forward, batch)
             self._check_attention = None
@@ -98,7 +100,7 @@ class Passes:
                 return self._train_whole(batch, micro_batches)
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        """After the last micro-batch of a step: divide the gradients by the count, where the loss gives one.
+        """Divide the gradients by the count, where the loss returns one; call it after the last micro-batch of a step.
         Collective."""
         if self._weighted is None:
             self._weighted = self._agreed(self._counted is not None)
@@ -106,7 +108,7 @@ class Passes:
             return
         counted = torch.zeros((), device=self.device) if self._counted is None else self._counted
         self._counted = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             dist.all_reduce(counted)
         # Gradients are means over the ranks with tokens of their own, of sums; tensor ranks counted the same tokens.
         factor = self._ranks_of_batch * self._copies / counted.clamp(min=1)
@@ -120,7 +122,8 @@ class Passes:
 
         Args:
             largest: samples of the largest batch that a rank evaluates now.
-            counts: whether the outcome is used; a rank without a batch takes part with any other.
+            counts: whether the outcome is used. A rank that has run out of batches takes part with any other one, since
+                the collectives inside need every rank.
             use: called with each output and its (micro)batch, on ranks that have them. Outputs are whole then.
         """
         batch = self.part(batch)
@@ -129,8 +132,8 @@ class Passes:
         def take(output: Any, part: Any) -> None:
             if counts:
                 value = self._measured(output, part)
-                weight = value.weight if self._gives_count(value) else batch_size(part)
-                total = value.total if self._gives_count(value) else value.total * weight
+                weight = value.weight if self._has_count(value) else batch_size(part)
+                total = value.total if self._has_count(value) else value.total * weight
                 found.append(Measured(total.double(), weight))
                 if use is not None:
                     use(output, part)
@@ -184,19 +187,19 @@ class Passes:
             return self._scaled(measured, cut, count=False)
 
         pipeline.train(batch, self.forward, objective, self.autocast)
-        # The first pass of all is one more: torch finds out by it what stages send.
+        # The first pass of all runs one microbatch more: torch learns from it the shapes that stages send.
         found = found[-(cut // micro_batches) :]
         if not found:
             return Measured(torch.zeros((), device=self.device), 0.0)
-        if not self._gives_count(found[0]):
+        if not self._has_count(found[0]):
             return Measured(torch.stack([item.total for item in found]).mean(), 1.0)
         for item in found:
             self._count(item)
         return Measured(sum(item.total for item in found), sum(item.weight for item in found))  # type: ignore[arg-type]
 
     def _scaled(self, measured: Measured, cut: int, *, count: bool = True) -> Tensor:
-        """What gradients are of."""
-        if self._gives_count(measured):
+        """The scalar to call `backward` on."""
+        if self._has_count(measured):
             if count:
                 self._count(measured)
             value = measured.total
@@ -209,11 +212,11 @@ class Passes:
         self._counted = weight.clone() if self._counted is None else self._counted + weight
 
     @staticmethod
-    def _gives_count(measured: Measured) -> bool:
+    def _has_count(measured: Measured) -> bool:
         return not isinstance(measured.weight, float)
 
     def _agreed(self, mine: bool) -> bool:
-        """Whether any rank's loss gives a count: in a pipeline, only the last stage's rank knows."""
+        """Whether any rank's loss returns a count: in a pipeline, only the rank of the last stage knows."""
         if self.model.pipeline is None:
             return mine
         flag = torch.tensor(int(mine), device=self.device)
@@ -226,8 +229,11 @@ def _measured(value: Any) -> Measured:
     is_pair = isinstance(value, tuple)
     total, weight = value if is_pair else (value, 1.0)
     if not isinstance(total, Tensor):
-        raise TypeError(
-            f"loss: it gave a {type(total).__name__}: a loss gives a scalar tensor, or a pair of a sum and its count"
+        raise SettingError(
+            "loss",
+            ABSENT,
+            f"it returned a {type(total).__name__}",
+            "return a scalar tensor, or a pair of a sum and its count",
         )
     if isinstance(total, DTensor):
         total = total.redistribute(placements=[Replicate()] * total.device_mesh.ndim).to_local()

@@ -1,9 +1,12 @@
-"""A model made ready for training under a layout."""
+"""Assembly of a model: laid out, wrapped, compiled and initialised for a layout.
+
+The order of the steps matters, and is written down in `assemble`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from danling_conf.parallel import activation_checkpointing as recomputation
 from danling_conf.parallel import compile as compilation
@@ -28,6 +32,7 @@ from danling_conf.parallel.init_plan import Source, build, meta_copy, named_tens
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
 from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.trial import Trial
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
@@ -35,7 +40,7 @@ from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import coordinates
-from danling_conf.topology.violation import ABSENT, SettingError
+from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
 
 _OWN_AXES = ("tensor", "context")
 """Axes that a model with a `parallelize(mesh)` of its own lays itself out over."""
@@ -43,7 +48,8 @@ _OWN_AXES = ("tensor", "context")
 
 @dataclass(frozen=True, kw_only=True)
 class Assembled:
-    """A model made ready for training, and what a pass through it needs to know (see `build.passes`)."""
+    """A model made ready for training, and what a pass through it needs to know (see
+    `parallel.forward_backward`)."""
 
     parts: tuple[nn.Module, ...]
     """The model; in a pipeline, the models of this rank's stages, each with the names of the whole."""
@@ -61,9 +67,11 @@ class Assembled:
 
     @property
     def module(self) -> nn.Module:
-        """The model. Raises ValueError in a pipeline, where no rank has it whole."""
+        """The model. Raises SettingError in a pipeline, where no rank has it whole."""
         if self.pipeline is not None:
-            raise ValueError("parallel.axes.pipeline: no rank has the whole model: use parts, or set the degree to 1")
+            raise SettingError(
+                "parallel.axes.pipeline", ABSENT, "no rank has the whole model", "use its parts, or set the degree to 1"
+            )
         return self.parts[0]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -94,100 +102,78 @@ def assemble(
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
-    `model` is a factory without arguments, or a module, which is taken over with rank 0's weights. A factory's weights
-    are, bit for bit, those that it gives when it is called under `seed` on the CPU, whatever the layout; no rank holds
-    the whole model for it (see `init_plan`).
+    A factory's weights are, bit for bit, those that it returns when it is called under `seed` on the CPU, whatever the
+    layout; no rank holds the whole model for it (see `parallel.init_plan`).
 
-    The order: cut into pipeline stages, plans of the tensor, expert and context axes, activation checkpointing, compile
-    per block, FSDP2 or data parallelism, values, compile of a whole model. (DDP takes values before it wraps.)
-    `precision` reaches FSDP's policy; elsewhere it is the caller's autocast.
+    Args:
+        model: a factory without arguments; or a module, which is taken over, with rank 0's weights.
+        layout: the degrees of the run, without one to be filled.
+        mesh: the mesh of the layout (`parallel.mesh.make`); None in a single process and for DDP without a mesh.
+        device: of this rank.
+        seed: of the weights.
+        fsdp: the section `fsdp`; likewise `compile`, `activation_checkpointing` and `parallel`.
+        expert_mesh: the mesh of the experts (`parallel.mesh.make_expert`), where the layout has expert axes.
+        precision: dtype of the computation, for FSDP's policy; without FSDP it is the caller's autocast.
+        example: returns a small batch. With it, a pipeline tries the model before it is cut and puts modules where they
+            are used, and attention is checked for the context axis. Without it, modules are put where they are defined,
+            and the first step checks both.
+        forward: runs the model on the example.
 
-    With `example`, which returns a small batch, a pipeline tries `forward(model, batch)` before the model is cut, and
-    puts modules where they are used. Without it they are put where they are defined, and the first step tries whether
-    that is right.
-
-    Raises ValueError where the layout asks for what nothing implements, or shards without FSDP.
+    Raises:
+        SettingError: the layout asks for what the model does not implement, or shards without FSDP.
+        ConfigRefused: the same, with several faults.
     """
+    # The order, and what breaks in another one:
+    #  1. Check layout and mesh, build the whole model, share rank 0's weights (DDP does that itself).
+    #  2. Check the plans and choose the blocks on the whole model: a stage has a part of the names only.
+    #  3. Cut into stages. Each following step works on what this rank holds.
+    #  4. Plans of the tensor, expert and context axes: they replace parameters by DTensors, which FSDP2 then shards
+    #     again. The other way round, they would find parameters that are sharded already.
+    #  5. Recompute activations, then compile each block: the recomputation is compiled with the block.
+    #  6. FSDP2 or data parallelism, whose hooks must stay outside of the compiled code.
+    #  7. Values: after sharding, so that no rank allocates a whole parameter that it only keeps a part of.
+    #  8. DDP, which broadcasts values; last the compilation of a whole model, which sees DDP's buckets.
     parallel = parallel or ParallelConfig()
-    _check(layout, mesh, fsdp)
-    source: Source | None = None
-    if isinstance(model, nn.Module):
-        refuse_meta(model)
-        built = model
-    else:
-        built, source = build(model, seed, device)
-    hugging_face.prepare(built)
-    plain = ddp.is_plain(mesh) and not fsdp.enabled
-    if source is None and not plain:
-        _share_weights(built, device)
+    _check_layout(layout, mesh, fsdp)
+    whole, source = _whole_model(model, seed, device)
+    hugging_face.prepare(whole)
+    by_ddp = ddp.is_plain(mesh) and not fsdp.enabled
+    if source is None and not by_ddp:
+        _share_weights(whole, device)
+
     context = context_axis.make(parallel, mesh)
-    plan = tensor_axis.plan_for(built, parallel, layout.tensor) if _planned(built, layout, "tensor") else None
-    check_attention: Callable[[Forward, Any], None] | None = None
-    if _planned(built, layout, "context"):
-        context_axis.check(built, layout.context)
-        check_attention = partial(_check_attention, meta_copy(built), layout.context)
-        if example is not None and forward is not None:
-            check_attention(forward, example())
-            check_attention = None
-    if expert_mesh is not None:
-        expert_axis.check(built, layout)
-    recomputed = recomputation.chosen(built, activation_checkpointing)
-    if fsdp.enabled and fsdp.module_classes is not None:
-        repeated_blocks(built, fsdp.module_classes)  # names are checked before stages have a part of the classes each
-    cut = _cut(built, layout, parallel, example, forward)
-    stages = None if cut is None else cut.parts
-    parts = stages or {0: built}
-    offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
-    sharded_logits = False
-    per_block = False
+    plan = _checked_plan(whole, layout, parallel, has_experts=expert_mesh is not None)
+    check_attention = _attention_check(whole, layout)
+    if check_attention is not None and example is not None and forward is not None:
+        check_attention(forward, example())
+        check_attention = None
+    recomputed = recomputation.chosen(whole, activation_checkpointing)
+    _check_classes(whole, fsdp)
+
+    stages = _cut(whole, layout, parallel, example, forward)
+    parts = {0: whole} if stages is None else dict(stages.parts)
+    pipelined = stages is not None
+
+    compilation.configure(compile)  # before DDP wraps: `python_reducer` changes what it sets up
+    sharded_logits = per_block = False
     for part in parts.values():
-        experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context)
+        experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context, pipelined=pipelined)
         sharded_logits = sharded_logits or sharded
-        if context is not None and not stages and _own_method(part) is None:
-            context_axis.give_positions(part, context)
         recomputation.apply(part, activation_checkpointing, recomputed)
-        per_block = compilation.is_per_block(part, compile)
-        compilation.configure(compile)
-        if per_block:
-            compilation.apply(part, compile, inside_recomputation=layout.tensor > 1)
-        if fsdp.enabled:
-            sharding.shard(
-                part, fsdp, mesh, precision=precision, experts=experts, expert_mesh=expert_mesh, pipelined=bool(stages)
-            )
-        elif not plain:
-            ddp.replicate_blocks(part, mesh, experts=experts, expert_mesh=expert_mesh)
-        if source is None and not fsdp.enabled:
-            part.to(device)
-    if source is not None:
-        materialize(list(parts.values()), device=device, source=source, parameter_device=offloaded)
+        per_block = _compile_blocks(part, compile, layout)
+        if not by_ddp:
+            _wrap_blocks(part, fsdp, mesh, expert_mesh, experts, precision=precision, pipelined=pipelined)
+    _give_values(list(parts.values()), source, fsdp, device)
     for index, part in parts.items():
-        wrapped = ddp.replicate(part, mesh) if plain else part
+        wrapped = ddp.replicate(part, mesh) if by_ddp else part
         # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
-        parts[index] = wrapped if per_block or stages else compilation.apply(wrapped, compile)
-    pipeline = None
-    if cut is not None:
-        # Only what is sent between stages may be a part of a sequence: else the model numbers the tokens itself.
-        positions = _positions if parallel.sequence_parallel else None
-        if context is not None:
-            positions = context.positions
-        pipeline = Pipeline(
-            parts,
-            cut.placement,
-            parallel,
-            mesh["pipeline"],  # type: ignore[index]
-            device,
-            names=cut.names,
-            blocks=cut.blocks,
-            trial=cut.trial,
-            prove=None if cut.trial is not None else cut.prove,
-            several_data_ranks=layout.data_degree > 1,
-            positions=positions,
-            policy=sharding.mixed_precision_policy(fsdp, precision) if fsdp.enabled else None,
-        )
+        parts[index] = wrapped if per_block or pipelined else compilation.apply(wrapped, compile)
     return Assembled(
         parts=tuple(part for _, part in sorted(parts.items())),
-        whole=source.model if source is not None else built,
-        pipeline=pipeline,
+        whole=whole if source is None else source.model,
+        pipeline=None
+        if stages is None
+        else _pipeline(stages, parts, layout, mesh, device, parallel, context, _policy(fsdp, precision)),
         context=context,
         sharded_logits=sharded_logits,
         batch=batch_mesh(mesh),
@@ -195,8 +181,86 @@ def assemble(
     )
 
 
-def _check_attention(model: nn.Module, degree: int, forward: Forward, batch: Any) -> None:
-    trials.together(lambda: context_axis.check_attention(model, degree, forward, batch))
+@dataclass(frozen=True)
+class _Stages:
+    """A model cut into the stages of a pipeline."""
+
+    parts: dict[int, nn.Module]
+    """The stages of this rank, by index."""
+    placement: list[int]
+    """The pipeline rank of every stage."""
+    names: stages_of.Names
+    """The names of the modules of every stage."""
+    blocks: list[str]
+    """The names of the blocks that it is cut between; none where stages are of other modules."""
+    trial: Trial | None
+    prove: Callable[[Forward, Any], None]
+    """Raises SettingError on every rank where the stages are not the whole model, by a batch."""
+
+
+def _check_layout(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
+    """Refuse a layout that shards without FSDP, or that the mesh was not made for."""
+    if layout.shard > 1 and not fsdp.enabled:
+        raise SettingError(
+            "fsdp.enabled",
+            False,
+            f"a layout with parallel.axes.shard={layout.shard} shards by FSDP",
+            f"choose it by name (parallel=fsdp{layout.shard}), or use the replicate axis for DDP",
+        )
+    absent = [name for name in WORLD_AXES if getattr(layout, name) > 1 and name not in axes_of(mesh)]
+    if absent == ["replicate"] and mesh is None and dist.is_initialized():
+        return  # parallel.use_device_mesh=false
+    refuse(
+        Violation(
+            f"parallel.axes.{name}",
+            getattr(layout, name),
+            f"the mesh has no {name} axis",
+            "make it from the same layout (danling_conf.builders.make_mesh), after the process group is started",
+        )
+        for name in absent
+    )
+
+
+def _whole_model(
+    model: nn.Module | Callable[[], nn.Module], seed: int, device: torch.device
+) -> tuple[nn.Module, Source | None]:
+    """The model before anything is done to it, and the source of its values where it is on the meta device."""
+    if not isinstance(model, nn.Module):
+        return build(model, seed, device)
+    refuse_meta(model)
+    return model, None
+
+
+def _attention_check(model: nn.Module, layout: Layout) -> Callable[[Forward, Any], None] | None:
+    """A check of the model as it is now; None without a context axis."""
+    if not _planned(model, layout, "context"):
+        return None
+    twin = meta_copy(model)
+
+    def check(forward: Forward, batch: Any) -> None:
+        trials.together(lambda: context_axis.check_attention(twin, layout.context, forward, batch))
+
+    return check
+
+
+def _checked_plan(
+    model: nn.Module, layout: Layout, parallel: ParallelConfig, *, has_experts: bool
+) -> dict[str, str] | None:
+    """The plan of the tensor axis, if it needs one. Refuses a model that does not say how other axes lay it out."""
+    plan = None
+    if _planned(model, layout, "tensor"):
+        plan = tensor_axis.plan_for(model, parallel, layout.tensor)
+    if _planned(model, layout, "context"):
+        context_axis.check(model, layout.context)
+    if has_experts:
+        expert_axis.check(model, layout)
+    return plan
+
+
+def _check_classes(model: nn.Module, fsdp: FsdpConfig) -> None:
+    """Refuse a name in `fsdp.module_classes` that the whole model has no module of; a stage need not have each."""
+    if fsdp.enabled and fsdp.module_classes is not None:
+        repeated_blocks(model, fsdp.module_classes)
 
 
 def _planned(model: nn.Module, layout: Layout, axis: str) -> bool:
@@ -205,23 +269,10 @@ def _planned(model: nn.Module, layout: Layout, axis: str) -> bool:
 
 
 def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
-    """A model's own `parallelize(mesh)`. (Older models of transformers have a method of this name that takes a map of
-    devices.)"""
+    """A model's own `parallelize(mesh)`."""
     method = getattr(model, "parallelize", None)
+    # Older models of transformers have a method of this name that takes a map of devices.
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A model cut into stages."""
-
-    parts: dict[int, nn.Module]
-    """The stages of this rank, by index."""
-    placement: list[int]
-    names: stages_of.Names
-    blocks: list[str]
-    trial: Trial | None
-    prove: Callable[[Forward, Any], None]
 
 
 def _cut(
@@ -230,7 +281,7 @@ def _cut(
     parallel: ParallelConfig,
     example: Callable[[], Any] | None,
     forward: Forward | None,
-) -> _Cut | None:
+) -> _Stages | None:
     """The stages of a model; None for no pipeline. Collective with an example: the whole model is tried before it is
     cut, so that its modules go where they are used."""
     degree = layout.pipeline
@@ -280,7 +331,7 @@ def _cut(
     own = coordinates(layout, dist.get_rank())["pipeline"]
     mine = [index for index, rank in enumerate(placement) if rank == own]
     parts = {index: stages_of.stage_model(model, names, index, trial) for index in mine}
-    return _Cut(parts, placement, names, blocks, trial, prove)
+    return _Stages(parts, placement, names, blocks, trial, prove)
 
 
 def _lay_out(
@@ -291,8 +342,10 @@ def _lay_out(
     parallel: ParallelConfig,
     plan: dict[str, str] | None,
     context: ContextParallel | None,
+    *,
+    pipelined: bool,
 ) -> tuple[list[str], bool]:
-    """Apply the plans of the tensor, expert and context axes: gives the names of the modules that hold experts, and
+    """Apply the plans of the tensor, expert and context axes. Returns the names of the modules that hold experts, and
     whether logits may stay sharded."""
     own = _own_method(part)
     if own is not None and mesh is not None and any(getattr(layout, name) > 1 for name in _OWN_AXES):
@@ -306,32 +359,90 @@ def _lay_out(
         experts = expert_axis.parallelize(part, layout, expert_mesh, axis(mesh, "tensor"))
     if context is not None and own is None:
         context_axis.parallelize(part, context)
+        if not pipelined:  # a pipeline passes positions to its stages itself
+            context_axis.give_positions(part, context)
     return experts, sharded
+
+
+def _compile_blocks(part: nn.Module, compile: CompileConfig, layout: Layout) -> bool:
+    """Compile a part block by block where the section says so. Returns whether that is how it is compiled."""
+    per_block = compilation.is_per_block(part, compile)
+    if per_block:
+        compilation.apply(part, compile, inside_recomputation=layout.tensor > 1)
+    return per_block
+
+
+def _wrap_blocks(
+    part: nn.Module,
+    fsdp: FsdpConfig,
+    mesh: DeviceMesh | None,
+    expert_mesh: DeviceMesh | None,
+    experts: Sequence[str],
+    *,
+    precision: str | None,
+    pipelined: bool,
+) -> None:
+    """FSDP2, or data parallelism of weights that other axes shard."""
+    if fsdp.enabled:
+        sharding.shard(
+            part, fsdp, mesh, precision=precision, experts=experts, expert_mesh=expert_mesh, pipelined=pipelined
+        )
+    else:
+        ddp.replicate_blocks(part, mesh, experts=experts, expert_mesh=expert_mesh)
+
+
+def _give_values(parts: Sequence[nn.Module], source: Source | None, fsdp: FsdpConfig, device: torch.device) -> None:
+    """Values for what is on the meta device; else, the move to the device, which FSDP2 has done already."""
+    if source is not None:
+        offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
+        materialize(parts, device=device, source=source, parameter_device=offloaded)
+    elif not fsdp.enabled:
+        for part in parts:
+            part.to(device)
+
+
+def _pipeline(
+    stages: _Stages,
+    parts: dict[int, nn.Module],
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    parallel: ParallelConfig,
+    context: ContextParallel | None,
+    policy: MixedPrecisionPolicy | None,
+) -> Pipeline:
+    """The schedule over the stages, once these are wrapped and have values."""
+    # Only what is sent between stages may be a part of a sequence: else the model numbers the tokens itself.
+    positions = _positions if parallel.sequence_parallel else None
+    if context is not None:
+        positions = context.positions
+    return Pipeline(
+        parts,
+        stages.placement,
+        parallel,
+        mesh["pipeline"],  # type: ignore[index]
+        device,
+        names=stages.names,
+        blocks=stages.blocks,
+        trial=stages.trial,
+        prove=None if stages.trial is not None else stages.prove,
+        several_data_ranks=layout.data_degree > 1,
+        positions=positions,
+        policy=policy,
+    )
+
+
+def _policy(fsdp: FsdpConfig, precision: str | None) -> MixedPrecisionPolicy | None:
+    return sharding.mixed_precision_policy(fsdp, precision) if fsdp.enabled else None
 
 
 def _positions(length: int, device: torch.device) -> torch.Tensor:
     return torch.arange(length, device=device)
 
 
-def _check(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
-    if layout.shard > 1 and not fsdp.enabled:
-        raise ValueError(
-            f"fsdp.enabled=false: a layout with parallel.axes.shard={layout.shard} shards by FSDP; choose it by name "
-            f"(parallel=fsdp{layout.shard}), or use the replicate axis for DDP"
-        )
-    absent = [name for name in WORLD_AXES if getattr(layout, name) > 1 and name not in axes_of(mesh)]
-    if absent == ["replicate"] and mesh is None and dist.is_initialized():
-        return  # parallel.use_device_mesh=false
-    if absent:
-        raise ValueError(
-            f"parallel.axes.{absent[0]}={getattr(layout, absent[0])}: the mesh has no {absent[0]} axis; make it from "
-            f"the same layout (build.mesh.make)"
-        )
-
-
 def _share_weights(model: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's values: FSDP2 cuts out of each rank's own, which need not be the same."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Give every rank the values of rank 0: FSDP2 shards each rank's own, which need not be the same."""
+    if not is_distributed():
         return
     with torch.no_grad():
         for tensor in {id(tensor): tensor for _, tensor in named_tensors(model)}.values():

@@ -15,15 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torch.utils._pytree import tree_leaves, tree_map
 
-from danling_conf._torch_private import quiet_fake_tensors
+from danling_conf._torch_private import quiet_fake_tensors, tree_leaves, tree_map
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.program import Recording
 from danling_conf.parallel.stages import stage_model
 from danling_conf.parallel.trial import Trial, to_cpu
 from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.rules.pipeline import divisor_of_batch
 from danling_conf.topology.violation import ABSENT, SettingError
 
 Forward = Callable[[Any, Any], Any]
@@ -103,7 +103,7 @@ class Pipeline:
         Raises SettingError where that does not divide the batch.
         """
         size = batch_size(batch)
-        path, divisor = _cut_by(self.section)
+        path, divisor = divisor_of_batch(self.section)
         if size % divisor:
             raise SettingError(
                 path,
@@ -471,9 +471,3 @@ def _rows(batch: Any, rows: slice, size: int) -> Any:
 
 def _signature(batch: Any) -> tuple[Any, ...]:
     return tuple((item.shape, item.dtype) for item in tree_leaves(batch) if isinstance(item, Tensor))
-
-
-def _cut_by(section: ParallelConfig) -> tuple[str, int]:
-    if section.pipeline_n_microbatches is not None:
-        return "parallel.pipeline_n_microbatches", section.pipeline_n_microbatches
-    return "parallel.pipeline_microbatch_size", section.pipeline_microbatch_size

@@ -1,4 +1,4 @@
-"""The default process group and its time limits."""
+"""Process groups of a run and their timeouts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from danling_conf._torch_private import process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
 
 _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
-"""The group for slow work, and the default group that it was made beside."""
+"""The group for slow work, and the default group that existed when it was made."""
 
 
 _separate: list[dist.ProcessGroup] = []
-"""Groups whose time limit stays: they wait for disks, not for training."""
+"""Groups whose timeout stays: they wait for disks, not for training."""
 _FOR_DISKS = timedelta(days=1)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several: a world of one may have a process group all the same."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def start(
@@ -29,20 +34,20 @@ def start(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> None:
-    """Initialise the default process group, with `comm.init_timeout_seconds` as the time limit of its collectives.
+    """Initialise the default process group, with `comm.init_timeout_seconds` as the timeout of its collectives.
 
     CPU tensors always go over gloo; an accelerator has its own backend beside it (`cpu:gloo,cuda:nccl`). Without a
     `store`, ranks meet as the launcher's environment says (`MASTER_ADDR`, `RANK`, ...); without a launcher this process
     is a world of one.
 
-    Raises ValueError where a store comes without rank and world size.
+    Raises ValueError where a store comes without rank and world size: an error of the caller, not of a setting.
     """
     backend = (
         "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
     )
     seconds = section.init_timeout_seconds
     timeout = None if seconds is None else timedelta(seconds=seconds)
-    # A world of one meets nobody: it needs no address, which a shell inside an allocation does not have.
+    # A world of one needs no address to meet at. A shell inside an allocation has RANK-like variables but no address.
     if store is None and rank is None and ("RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"):
         store, rank, world_size = dist.HashStore(), 0, 1
     if store is None:
@@ -57,12 +62,13 @@ def tighten(section: CommConfig) -> None:
     """Apply `comm.train_timeout_seconds` to every process group there is. Collective: every rank calls it.
 
     Meant for once, after the first optimizer step: what is slow only at the start (compilation, connections) is over.
-    Work of a single rank that may take longer is waited for with `wait_for_all`, which keeps the limit of the start.
+    Work of a single rank that may take longer is waited for on the group of `slow_work`, which keeps the limit of the
+    start.
     """
     global _waiting
     if section.train_timeout_seconds is None or not dist.is_initialized():
         return
-    # A rank still under way to here must not be measured by the new limit.
+    # A rank that is still on its way here must not be measured by the new timeout.
     dist.barrier()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -77,25 +83,20 @@ def tighten(section: CommConfig) -> None:
             set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
 
 
-def wait_for_all() -> None:
-    """Wait until every rank is here, within the time limit of the start: for what one rank does alone, such as writing
-    files, while others have nothing to do. Collective; nothing where there is one process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier(_waiting_group())
-
-
 def separate(backend: str) -> dist.ProcessGroup | None:
-    """A group of all ranks for what goes on beside training, whose collectives it neither delays nor is timed by. A
-    lost rank is noticed by its connection. Collective; None where there is one process."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    """A group of all ranks for work in the background, such as writing a checkpoint. It does not delay the collectives
+    of training, and their timeout does not apply: a lost rank is noticed by its connection. Collective; None in a
+    single process."""
+    if not is_distributed():
         return None
     group = dist.new_group(backend=backend, timeout=_FOR_DISKS)
     _separate.append(group)
     return group
 
 
-def waiting() -> dist.ProcessGroup | None:
-    """The group that `wait_for_all` waits on; None is the default group."""
+def slow_work() -> dist.ProcessGroup | None:
+    """The group on which ranks wait for what one of them does alone, such as writing files: it keeps the time limit of
+    the start. None is the default group."""
     return _waiting_group() if dist.is_initialized() else None
 
 

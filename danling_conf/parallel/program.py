@@ -14,11 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from danling_conf import _torch_private
-from danling_conf._torch_private import storage_identity
+from danling_conf._torch_private import (
+    TorchDispatchMode,
+    is_operator,
+    is_view,
+    storage_identity,
+    tree_leaves,
+    tree_map,
+    written_arguments,
+)
 
 LARGEST_CONSTANTS = 2**26
 """Bytes of values from outside of torch (numpy, Python lists) that a program keeps; more is a set of weights."""
@@ -157,7 +163,7 @@ class Recording(TorchDispatchMode):
         return Program(tuple(self._steps), dict(self._constants))
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if not isinstance(func, torch._ops.OpOverload):
+        if not is_operator(func):
             raise NotReplayable(f"it calls {func}, which is no plain operator")
         arguments, keywords = _map_tensors(self.ref, args), _map_tensors(self.ref, kwargs)
         draws = torch.Tag.nondeterministic_seeded in func.tags
@@ -173,7 +179,7 @@ class Recording(TorchDispatchMode):
         if self._on_step is not None:
             self._on_step(func, read, written | made)
         if made or written:  # else it is a view, or has nothing to do with tensors
-            if made and any(item.alias_info is not None for item in func._schema.returns):
+            if made and is_view(func):
                 self._aliased |= made | read
             keywords = _with_dtype(func, arguments, keywords, results)
             overwrites = self._overwritten(func, arguments, keywords)
@@ -327,10 +333,9 @@ class _Values:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """The arguments that an operator changes."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (item for item in tree_leaves(value) if isinstance(item, Tensor))
+    for position, name in written_arguments(func):
+        value = args[position] if position < len(args) else kwargs.get(name)
+        yield from (item for item in tree_leaves(value) if isinstance(item, Tensor))
 
 
 def _ref(number: int, tensor: Tensor) -> Ref:
@@ -347,7 +352,7 @@ def _map_tensors(function: Callable[[Tensor], Ref], value: Any) -> Any:
 
 def _with_dtype(func: Any, arguments: Any, keywords: Mapping[str, Any], results: tuple[Ref | None, ...]) -> Any:
     """The keywords of an operator that makes a tensor, with the dtype that was the default then."""
-    names = {argument.name for argument in func._schema.arguments[len(arguments) :]}
+    names = _torch_private.argument_names(func)[len(arguments) :]
     made = results[0] if results else None
     if "dtype" not in names or keywords.get("dtype") is not None or made is None or _refs(arguments, keywords):
         return keywords

@@ -17,9 +17,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from danling_conf import _torch_private
+from danling_conf._torch_private import tree_leaves, tree_map
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.init_plan import named_tensors
 from danling_conf.parallel.program import Recording

@@ -1,4 +1,4 @@
-"""What a batch is to the runner: pairs, mappings and tensors."""
+"""Batches as the runner reads them: pairs, mappings and tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from danling_conf._torch_private import map_tensors
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch."""
@@ -26,7 +27,7 @@ def loss_of_output(output: Any, batch: Any) -> Tensor:
     """The loss that a model returns itself (`output.loss`, as Hugging Face's do)."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
-        raise TypeError(f"no loss was given, and the model's output ({type(output).__name__}) has none: pass loss=")
+        raise TypeError(f"no loss was passed, and the model's output ({type(output).__name__}) has none: pass loss=")
     return loss
 
 
@@ -36,7 +37,7 @@ def metric_inputs(output: Any, batch: Any) -> tuple[Any, Any]:
         return output, batch[1]
     if isinstance(batch, Mapping) and "labels" in batch:
         return getattr(output, "logits", output), batch["labels"]
-    raise TypeError(f"a batch of type {type(batch).__name__} has no targets for metrics: give pairs, or labels")
+    raise TypeError(f"a batch of type {type(batch).__name__} has no targets for metrics: use pairs, or labels")
 
 
 def count_samples(batch: Any) -> int:
@@ -56,4 +57,4 @@ def count_samples(batch: Any) -> int:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device."""
-    return tree_map(lambda item: item.to(device, non_blocking=True) if isinstance(item, Tensor) else item, batch)
+    return map_tensors(lambda item: item.to(device, non_blocking=True), batch)

@@ -1,24 +1,26 @@
-"""The loaders of a run's splits."""
+"""Loaders of a run's splits, and how ranks agree on the number of batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as distributed
 
 from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.context import sequence_length
 from danling_conf.parallel.init_plan import seeded
 from danling_conf.parallel.model import Assembled
-from danling_conf.runner.alignment import agreed_length, aligned
+from danling_conf.parallel.process_group import is_distributed
+from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.violation import ABSENT, SettingError
 
-# Ranks agree on how much data there is without waiting for an accelerator.
-_CPU = torch.device("cpu")
+Batch = TypeVar("Batch")
 
 
 def make_loaders(
@@ -33,13 +35,15 @@ def make_loaders(
     """One loader a split.
 
     Raises:
-        ValueError: there is no split `train`, or one without samples.
+        SettingError: there is no split `train`, or one without samples.
     """
     if "train" not in datasets:
-        raise ValueError(f"datasets: there is no split train among {', '.join(datasets) or 'none'}: name it so")
+        known = ", ".join(datasets) or "none"
+        raise SettingError("datasets", ABSENT, f"there is no split train among {known}", "name it so")
     for split, dataset in datasets.items():
         if hasattr(dataset, "__len__") and not len(dataset):
-            raise ValueError(f"datasets: the split {split} has no samples: leave it out, or give it some")
+            rule = f"the split {split} has no samples"
+            raise SettingError("datasets", ABSENT, rule, "leave it out, or pass one that has some")
     return {
         split: dataloader.make(
             dataset,
@@ -56,13 +60,45 @@ def make_loaders(
 
 def batches_per_epoch(loader: Any) -> int | None:
     """Batches of a training epoch on the rank that has fewest; None for data without a length. Collective."""
-    return agreed_length(len(loader) if hasattr(loader.dataset, "__len__") else None, _CPU)
+    return shortest_length(len(loader) if hasattr(loader.dataset, "__len__") else None)
 
 
-def in_step(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
-    """An epoch's batches, as many on every rank. A map-style data set is dealt out evenly by its sampler; the shares of
-    an iterable one may differ."""
-    return iterator if isinstance(loader.sampler, ShardedSampler) else aligned(iterator, _CPU)
+def same_number_on_all_ranks(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+    """An epoch's batches, as many on every rank. The sampler of a map-style data set shares it out evenly; the shares
+    of an iterable one may differ."""
+    return iterator if isinstance(loader.sampler, ShardedSampler) else while_all_have_one(iterator)
+
+
+def while_all_have_one(iterator: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches for as long as every rank has one; what a rank has beyond that is not used. Collective.
+
+    For training on an iterable data set, whose shares may differ: a rank that continued alone would reduce gradients
+    with ranks that are past it. One number is reduced before each batch.
+    """
+    if not is_distributed():
+        yield from iterator
+        return
+    for batch in iterator:
+        if not _least(1):
+            return
+        yield batch
+    _least(0)
+
+
+def shortest_length(length: int | None) -> int | None:
+    """Batches of an epoch on the rank that has fewest; None where a rank does not know (None). Collective."""
+    if not is_distributed():
+        return length
+    least = _least(-1 if length is None else length)
+    return None if least < 0 else least
+
+
+def _least(value: int) -> int:
+    # On the CPU, over gloo: ranks agree on how much data there is without waiting for an accelerator.
+    shared = torch.tensor(value, device="cpu")
+    with waiting("the number of batches"):
+        distributed.all_reduce(shared, op=distributed.ReduceOp.MIN)
+    return int(shared.item())
 
 
 def evaluated_splits(splits: Mapping[str, Any], score_split: str, *, final: bool) -> list[str]:
@@ -96,8 +132,8 @@ def example_of(loader: Any, seed: int) -> Callable[[], Any] | None:
 
 
 def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout, section: ParallelConfig) -> None:
-    """Look at a sample of each split before the first step: a sequence that the ranks cannot share out would end the
-    run later. Data without random access is not looked at. Raises ValueError."""
+    """Look at a sample of each split before the first step: a sequence that the ranks cannot share evenly would end the
+    run later. Data without random access is not looked at. Raises SettingError."""
     shares = layout.tensor if section.sequence_parallel else 1
     if model.context is None and shares == 1:
         return
@@ -107,7 +143,9 @@ def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout
         batch = any_batch(loader)
         length = sequence_length(batch if model.context is None else model.context.part(batch))
         if length is not None and length % shares:
-            raise ValueError(
-                f"parallel.sequence_parallel=true: a sequence of {length} tokens cannot be shared out evenly over the "
-                f"tensor degree, {shares}: make its length a multiple, or set sequence_parallel to false"
+            raise SettingError(
+                "parallel.sequence_parallel",
+                True,
+                f"a sequence of {length} tokens cannot be shared out evenly over the tensor degree, {shares}",
+                "make its length a multiple, or set sequence_parallel to false",
             )

@@ -1,4 +1,4 @@
-"""Settings of the training process itself: communication, garbage collection, fault tolerance."""
+"""Training process: communication, garbage collection, fault tolerance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CommConfig:
 class GcConfig:
     """Pacing of Python's garbage collector, so that ranks do not stop at different steps."""
 
-    read_by: ClassVar[str] = "danling_conf.runner.garbage_collection"
+    read_by: ClassVar[str] = "danling_conf.runner.process"
 
     interval: Optional[int] = setting(None, at_least=1, semantic=False)
     """Optimizer steps between collections. Unset: no pacing."""
@@ -38,7 +38,7 @@ class GcConfig:
 
 @dataclass(kw_only=True)
 class FtConfig:
-    """Fault tolerance managed by TorchFT: replica groups come and go while training goes on."""
+    """Fault tolerance managed by TorchFT: replica groups join and leave while training continues."""
 
     read_by: ClassVar[str] = "danling_conf.topology.rules.support"
 

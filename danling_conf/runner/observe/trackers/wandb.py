@@ -6,6 +6,7 @@ import hashlib
 import os
 from typing import Any
 
+from danling_conf.records.status import Status
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
 from danling_conf.schema.observability import WandbConfig
 
@@ -30,7 +31,7 @@ class Wandb:
         tags = [section.tags] if isinstance(section.tags, str) else section.tags
         folder = section.dir if section.dir is not None else str(attempt.run_directory)
         os.makedirs(folder, exist_ok=True)
-        # One run of theirs for all attempts; two run directories of the same name are two runs.
+        # One W&B run for all attempts; two run directories of the same name are two runs.
         identity = hashlib.sha256(str(attempt.run_directory).encode()).hexdigest()[:8]
         self._run = wandb.init(
             project=section.project or facts.lineage,
@@ -53,4 +54,4 @@ class Wandb:
     def finish(self, status: str, score: float | None) -> None:
         if score is not None:
             self._run.summary["score"] = score
-        self._run.finish(exit_code=0 if status == "completed" else 1)
+        self._run.finish(exit_code=0 if status == Status.COMPLETED else 1)
