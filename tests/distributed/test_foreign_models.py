@@ -7,6 +7,7 @@ python -m tests.distributed.test_foreign_models OPT BLOOM
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import data_rank
-from danling_conf.topology.violation import SettingError
+from danling_conf.topology.violation import ConfigRefused, SettingError
 from tests.support.families import FAMILIES, MODULES, module_batch
 from tests.support.spawn import run
 
@@ -37,8 +38,8 @@ pytestmark = pytest.mark.slow
 
 LAYOUTS = ("ddp2", "fsdp2", "tp2", "pp2", "cp2")
 SIZE, STEPS, SEED, EXACT = 8, 3, 7, 2e-5
-IN_TIME = 560
-"""Seconds for the whole table in one world of two ranks."""
+LIMIT_SECONDS = 900
+"""For all cells in one world of two ranks; on two free cores they take a fraction of it."""
 
 Batch = dict[str, Tensor]
 
@@ -170,7 +171,7 @@ def clean(name: str) -> str:
 def outcome(name: str, layout: str, recompute: str) -> Outcome:
     try:
         error = laid_out(name, layout, recompute)
-    except SettingError as refusal:
+    except (SettingError, ConfigRefused) as refusal:
         return Outcome(refused=" ".join(str(refusal).split()))
     except Exception as failure:
         return Outcome(failed=f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
@@ -186,6 +187,63 @@ def all_outcomes(cells: list[tuple[str, str, str]]) -> dict[tuple[str, str, str]
         if dist.get_rank() == 0:
             print(*cell, found[cell], flush=True)
     return found
+
+
+WITHOUT_PLAN = r"parallel\.axes\.tensor=2 nothing lays .* out over the tensor axis"
+NO_CUT = r"parallel\.axes\.pipeline .* which does not say how to cut it"
+OF_OTHERS = r"parallel\.axes\.pipeline stage \d of .* does not run without the modules of the others"
+OWN_ATTENTION = r"parallel\.axes\.context=2 .* does not call the attention that reaches over the context axis"
+
+REFUSED: dict[str, dict[str, str]] = {
+    "tp2": dict.fromkeys(("StableLm", "GPT-2", "OpenAI GPT", "GPT-Neo", "OPT", "BLOOM", "Falcon", "T5"), WITHOUT_PLAN),
+    "pp2": {
+        **dict.fromkeys(("ALBERT", "T5", "BART", "Pegasus", "Whisper", "LSTM", "nn.Transformer", "U-Net"), NO_CUT),
+        **dict.fromkeys(("Mamba", "Mamba-2", "ModernBERT", "ViT", "DeiT", "Swin", "Wav2Vec2", "Llama 4"), OF_OTHERS),
+    },
+    "cp2": dict.fromkeys(("OpenAI GPT", "GPT-Neo", "Falcon", "XGLM"), OWN_ATTENTION),
+}
+"""By layout, families that are refused, and how."""
+
+EQUAL = {
+    "ddp2": ("Llama", "GPT-2", "OPT", "BLOOM", "Falcon", "MPT", "XGLM", "BioGPT", "Mixtral"),
+    "fsdp2": ("Llama", "GPT-2", "OPT", "BLOOM", "Falcon", "MPT", "XGLM", "BioGPT", "Mixtral"),
+    "tp2": ("Llama", "Qwen3", "Gemma", "Phi", "Granite", "GPT-NeoX", "GPT-J", "CodeGen", "Mixtral", "Qwen3-MoE"),
+    "pp2": (
+        "Llama", "Qwen3", "Gemma", "Phi", "Granite", "StableLm", "GPT-2", "OpenAI GPT", "GPT-Neo", "GPT-NeoX", "GPT-J",
+        "CodeGen", "OPT", "BLOOM", "Falcon", "MPT", "XGLM", "BioGPT", "Mixtral", "Qwen3-MoE",
+    ),
+    "cp2": ("Llama", "StableLm", "GPT-2", "GPT-NeoX", "GPT-J", "CodeGen", "OPT", "BioGPT", "Mixtral", "Qwen3-MoE"),
+}  # fmt: skip
+"""By layout, models that train what one process trains."""
+
+CELLS = [(name, layout, "none") for layout in LAYOUTS for name in (*EQUAL[layout], *REFUSED.get(layout, {}))]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[str, str, str], Outcome]:
+    """Every cell, in one world of two ranks."""
+    found: dict[tuple[str, str, str], Outcome] = run(all_outcomes, 2, CELLS, timeout=LIMIT_SECONDS)[0]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_models_train_what_one_process_trains(layout: str, outcomes: dict[Any, Outcome]) -> None:
+    wrong = {
+        name: str(outcomes[name, layout, "none"])
+        for name in EQUAL[layout]
+        if (error := outcomes[name, layout, "none"].error) is None or error > EXACT
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_others_are_refused_before_the_first_step(layout: str, outcomes: dict[Any, Outcome]) -> None:
+    wrong = {
+        name: str(outcomes[name, layout, "none"])
+        for name, why in REFUSED[layout].items()
+        if not re.search(why, outcomes[name, layout, "none"].refused or "")
+    }
+    assert wrong == {}
 
 
 def main(names: list[str]) -> None:
