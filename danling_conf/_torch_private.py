@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,17 +32,24 @@ __all__ = [
     "TorchDispatchMode",
     "all_gather",
     "all_to_all",
+    "argument_names",
     "default_store",
     "dump_memory_snapshot",
     "enable_ring",
+    "fake_errors",
+    "fake_tensors",
     "flatten_mesh",
+    "is_fake",
     "is_operator",
     "is_view",
     "keep_quiet_about_order",
     "operators",
     "optimize_ddp",
     "outstanding_collective",
+    "own_attributes",
     "process_groups",
+    "quiet_fake_tensors",
+    "real_tensors",
     "record_collectives",
     "record_memory_history",
     "replicate",
@@ -50,6 +60,7 @@ __all__ = [
     "storage_identity",
     "tree_leaves",
     "tree_map",
+    "truncated_normal",
     "written_arguments",
 ]
 
@@ -232,6 +243,11 @@ def written_arguments(operator: Any) -> Iterator[tuple[int, str]]:
             yield position, argument.name
 
 
+def argument_names(operator: Any) -> list[str]:
+    """The names of an operator's arguments, by its schema."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
 def is_view(operator: Any) -> bool:
     """Whether an operator returns a view of its input, by its schema."""
     returns = operator._schema.returns
@@ -242,6 +258,78 @@ def storage_identity(tensor: torch.Tensor) -> int:
     """What views and `.data` of one tensor have in common; meta tensors have no address to compare. Without `_cdata`
     no model can be built on the meta device."""
     return tensor.untyped_storage()._cdata
+
+
+# Fake tensors.
+
+
+def fake_tensors() -> AbstractContextManager[object]:
+    """Tensors made inside have a shape, a dtype and the device that was asked for, and no memory. Without it no model
+    of several ranks can be built other than on the CPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory, since `fake_tensors` was on when it was made."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def fake_errors() -> tuple[type[Exception], ...]:
+    """What an operator raises on fake tensors where its result depends on their values."""
+    from torch._subclasses import fake_tensor
+
+    return fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """Inside of `fake_tensors` or any other dispatch mode: operators run as if there were none."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+@contextmanager
+def truncated_normal(call: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let `nn.init.trunc_normal_` go through `call(function, tensor, *arguments)`. From torch 2.13 on it draws again
+    until every value is inside, so that a value decides what is run."""
+    original = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = partial(call, original)
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = original
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """What was set on a tensor by attribute; of a fake one, without what makes it fake."""
+    found = vars(tensor)
+    if not is_fake(tensor):
+        return dict(found)
+    with tensor.fake_mode:  # type: ignore[attr-defined]
+        bare = vars(torch.empty(0))
+    return {
+        name: value for name, value in found.items() if name not in bare and name not in ("_is_param", "_is_buffer")
+    }
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Without torch's own report of an operator that has no rule for fake tensors, which raises all the same, and
+    without its warning where a fake tensor is copied."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # A deep copy of a tensor looks at its pointer, to find that it has none.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 # Schedulers, loaders, memory.

@@ -33,7 +33,7 @@ def train(config: danling_conf.RunnerConfig) -> float:
     world = builders.make_mesh(layout, kind)
     data_rank, data_degree = builders.data_rank_and_degree(world)
 
-    # Built on the meta device, compiled, under FSDP2 or DDP, with weights that do not depend on the layout. Parts of it
+    # Built on the meta device, compiled, under FSDP2 or DDP, with the weights of a plain call. Parts of it
     # can be had alone: `builders.shard(net, config.fsdp, world)`, or `instantiate(config.fsdp)(net, mesh=world)`.
     assembled = builders.assemble(
         lambda: MLP(MLPConfig()), layout=layout, mesh=world, device=here, seed=config.seed, precision=config.precision,

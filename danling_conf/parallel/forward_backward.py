@@ -80,12 +80,16 @@ class Passes:
         last = 0 if model.pipeline is None else model.pipeline.placement[-1]
         self.rank_with_outputs = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": last})
         """A rank that sees outputs: the first one of the last stage."""
+        self._check_attention = model.check_attention
         self._weighted: bool | None = None
         self._counted: Tensor | None = None
 
     def train(self, batch: Any, *, micro_batches: int = 1, last: bool = True) -> Measured:
         """Forward and backward of one micro-batch of an optimizer step; gradients are communicated at the `last`.
         Returns its loss, detached and not waited for. Collective."""
+        if self._check_attention is not None:
+            self._check_attention(self.forward, batch)
+            self._check_attention = None
         batch = self.part(batch)
         with self._inside(self.model.sharded_logits):
             if self.model.pipeline is not None:

@@ -11,6 +11,7 @@ import torch.distributed as distributed
 from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.context import sequence_length
+from danling_conf.parallel.init_plan import seeded
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
@@ -109,12 +110,25 @@ def evaluated_splits(splits: Mapping[str, Any], score_split: str, *, final: bool
     ]
 
 
-def any_batch(loader: Any) -> Any:
-    """A batch of one sample, the data set's first: for a rank that has none, or to look at."""
+def any_batch(loader: Any, size: int = 1) -> Any:
+    """A batch of the data set's first sample, `size` times: for a rank that has none, or to look at."""
     dataset = loader.dataset
     sample = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
     collate = loader.collate_fn or torch.utils.data.default_collate
-    return collate([sample])
+    return collate([sample] * size)
+
+
+def example_of(loader: Any, seed: int) -> Callable[[], Any] | None:
+    """A function that returns a batch of two samples to look at; None for data without random access, of which looking
+    takes a sample away. It leaves the generators as they are."""
+    if not hasattr(loader.dataset, "__getitem__"):
+        return None
+
+    def example() -> Any:
+        with seeded(seed):
+            return any_batch(loader, size=2)
+
+    return example
 
 
 def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout, section: ParallelConfig) -> None:

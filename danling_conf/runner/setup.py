@@ -24,7 +24,7 @@ from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.model import Assembled, assemble
 from danling_conf.runner.batch import Forward, default_forward, loss_of_output
 from danling_conf.runner.cadence import Cadence, cadence_of
-from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, make_loaders
+from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, example_of, make_loaders
 from danling_conf.runner.observe.flops import Utilisation
 from danling_conf.runner.schedule import Schedule
 from danling_conf.runner.score import Score, make_score
@@ -96,7 +96,8 @@ def set_up(
     model = model_factory(config.model) if model is None else model
     run_model, objective = forward or default_forward, loss or loss_of_output
     utilisation = _utilisation(config, world, model, run_model, objective)
-    assembled = _assembled(config, world, model)
+    example = example_of(split_loaders["train"], world.attempt.seed)
+    assembled = _assembled(config, world, model, example, run_model)
     check_sequences(split_loaders, assembled, world.layout, config.parallel)
     _check_loss(loss, assembled, world)
     trained = nn.ModuleList(assembled.parts) if assembled.pipeline is not None else assembled.module
@@ -151,7 +152,13 @@ def _utilisation(
     )
 
 
-def _assembled(config: RunnerConfig, world: World, model: nn.Module | Callable[[], nn.Module]) -> Assembled:
+def _assembled(
+    config: RunnerConfig,
+    world: World,
+    model: nn.Module | Callable[[], nn.Module],
+    example: Callable[[], Any] | None,
+    forward: Forward,
+) -> Assembled:
     return assemble(
         model,
         layout=world.layout,
@@ -164,6 +171,8 @@ def _assembled(config: RunnerConfig, world: World, model: nn.Module | Callable[[
         parallel=config.parallel,
         expert_mesh=world.expert_mesh,
         precision=config.precision,
+        example=example,
+        forward=forward,
     )
 
 

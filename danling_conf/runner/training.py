@@ -214,7 +214,8 @@ class Runner:
         """Build everything, and resume from a checkpoint where the configuration says so. Collective.
 
         Args:
-            model: a factory without arguments, called on the meta device, or a module, taken over with its weights.
+            model: a factory without arguments, or a module, taken over with its weights. A factory's weights are those
+                of a plain call under the run's seed, under any layout.
                 None: what `model._target_` of the configuration names.
             datasets: data set by split; `train` is what is trained on.
             loss: maps the model's output and the batch to the mean loss, a scalar. None: the output's own `.loss`.
