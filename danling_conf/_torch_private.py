@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, MutableMapping
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,11 @@ from torch.optim import lr_scheduler
 # Trees of tensors, and the hook into the dispatcher; neither module is documented. Without them batches cannot be moved
 # or cut, and nothing records what the constructor of a model on the meta device does.
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "TorchDispatchMode",
@@ -43,13 +47,16 @@ __all__ = [
     "record_collectives",
     "record_memory_history",
     "replicate",
+    "reset_data_parallel",
+    "reset_fully_sharded",
     "scheduled_rates",
     "set_timeout",
     "shut_down_workers",
     "split_mesh",
     "storage_identity",
-    "tree_leaves",
+    "tree_flatten",
     "tree_map",
+    "tree_unflatten",
     "written_arguments",
 ]
 
@@ -183,6 +190,35 @@ def replicate(module: nn.Module, **options: Any) -> nn.Module:
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
     return cast(nn.Module, replicate(module, **options))
+
+
+def reset_data_parallel(module: DistributedDataParallel) -> None:
+    """Let a DDP module run forward again after a pass that did not come to its end; its buckets are built anew.
+
+    torch does so only where the process group changes. Without `_reset_state`, the forward after an exception that the
+    user's loop survives raises: DDP expects the reduction of the pass before to have finished.
+    """
+    module._has_rebuilt_buckets = False
+    module.reducer._reset_state()
+
+
+def reset_fully_sharded(module: FSDPModule) -> None:
+    """Let a module under FSDP2 run forward again after a pass that did not come to its end, with no gradients kept from
+    earlier micro-batches.
+
+    `reset_iter_state` is public in 2.13; the gradients that wait for the last micro-batch are not part of it. Without
+    this, micro-batches that are left out still count in the next optimizer step.
+    """
+    state: Any = module._get_fsdp_state()
+    if state._is_root is None:  # it never ran
+        return
+    module.reset_iter_state()
+    for inner in state._state_ctx.all_states:
+        for group in inner._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
 
 
 def enable_ring(balance: bool) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from danling_conf._torch_private import process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
+from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
 _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
 """The group for slow work, and the default group that it was made beside."""
@@ -82,6 +85,27 @@ def wait_for_all() -> None:
     files, while others have nothing to do. Collective; nothing where there is one process."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier(_waiting_group())
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank passes, by rank; without several ranks, only this one's. It pickles. Collective, over the CPU."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def refuse_together(faults: Sequence[Violation]) -> None:
+    """Refuse on all ranks alike where any of them has found a fault: a rank that raised alone would leave the others
+    waiting for it. Collective.
+
+    Raises:
+        ConfigRefused: with the faults of all ranks.
+    """
+    found = unique(fault for of_rank in gathered(list(faults)) for fault in of_rank)
+    if found:
+        raise ConfigRefused(found)
 
 
 def separate(backend: str) -> dist.ProcessGroup | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -11,8 +11,12 @@ import torch.distributed as distributed
 Batch = TypeVar("Batch")
 
 
-def aligned(iterator: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def aligned(
+    iterator: Iterator[Batch], device: torch.device, *, uneven: Callable[[], None] = lambda: None
+) -> Iterator[Batch]:
     """Batches for as long as every rank has one; what a rank has beyond that is not used. Collective.
+
+    `uneven` is called, on every rank, where some ranks have a batch left that others have not.
 
     For training on an iterable data set, whose shares may differ: a rank that goes on alone would reduce gradients with
     ranks that are past it. One number is reduced before each batch: with `device` the CPU, over gloo and without
@@ -21,22 +25,27 @@ def aligned(iterator: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     if not (distributed.is_initialized() and distributed.get_world_size() > 1):
         yield from iterator
         return
-    for batch in iterator:
-        if not _least(1, device):
+    while True:
+        batch = next(iterator, None)
+        least, most = _extremes(int(batch is not None), device)
+        if not least:
+            if most:
+                uneven()
             return
+        assert batch is not None  # every rank has one
         yield batch
-    _least(0, device)
 
 
 def agreed_length(length: int | None, device: torch.device) -> int | None:
     """Batches of an epoch on the rank that has fewest; None where a rank does not know (None). Collective."""
     if not (distributed.is_initialized() and distributed.get_world_size() > 1):
         return length
-    least = _least(-1 if length is None else length, device)
+    least, _ = _extremes(-1 if length is None else length, device)
     return None if least < 0 else least
 
 
-def _least(value: int, device: torch.device) -> int:
-    shared = torch.tensor(value, device=device)
+def _extremes(value: int, device: torch.device) -> tuple[int, int]:
+    shared = torch.tensor([value, -value], device=device)
     distributed.all_reduce(shared, op=distributed.ReduceOp.MIN)
-    return int(shared.item())
+    least, most = shared.tolist()
+    return least, -most

@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.context import sequence_length
 from danling_conf.parallel.model import Assembled
+from danling_conf.parallel.process_group import gathered, refuse_together
 from danling_conf.runner.alignment import agreed_length, aligned
 from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.violation import ABSENT, SettingError, Violation
 
 # Ranks agree on how much data there is without waiting for an accelerator.
 _CPU = torch.device("cpu")
@@ -29,16 +32,17 @@ def make_loaders(
     seed: int,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> dict[str, Any]:
-    """One loader a split.
+    """One loader a split. Collective.
+
+    A data set is anything with `__getitem__` and `__len__`, a list of samples too, or a torch `IterableDataset`.
 
     Raises:
-        ValueError: there is no split `train`, or one without samples.
+        ConfigRefused: on all ranks alike: there is no split `train`, or one without samples; something is no data set;
+            ranks do not have the same splits, or as many samples.
+        ValueError, TypeError: see `components.dataloader.make`.
     """
-    if "train" not in datasets:
-        raise ValueError(f"datasets: there is no split train among {', '.join(datasets) or 'none'}: name it so")
-    for split, dataset in datasets.items():
-        if hasattr(dataset, "__len__") and not len(dataset):
-            raise ValueError(f"datasets: the split {split} has no samples: leave it out, or give it some")
+    refuse_together(_faults(datasets))
+    refuse_together(_differences([dict(item) for item in gathered(_sizes(datasets))]))
     return {
         split: dataloader.make(
             dataset,
@@ -58,10 +62,20 @@ def batches_per_epoch(loader: Any) -> int | None:
     return agreed_length(len(loader) if hasattr(loader.dataset, "__len__") else None, _CPU)
 
 
-def in_step(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+def in_step(loader: Any, iterator: Iterator[Any], *, uneven: Callable[[], None]) -> Iterator[Any]:
     """An epoch's batches, as many on every rank. A map-style data set is dealt out evenly by its sampler; the shares of
-    an iterable one may differ."""
-    return iterator if isinstance(loader.sampler, ShardedSampler) else aligned(iterator, _CPU)
+    an iterable one may differ: `uneven` is called where they do."""
+    return iterator if isinstance(loader.sampler, ShardedSampler) else aligned(iterator, _CPU, uneven=uneven)
+
+
+def no_batch(split: str) -> SettingError:
+    """The refusal of a split that returned no batch."""
+    return SettingError(
+        f"datasets.{split}",
+        ABSENT,
+        "it returned no batch on some rank" if split == "train" else "it returned no batch on any rank",
+        "check the data set and its shard(num_shards, index), or use fewer data ranks",
+    )
 
 
 def evaluated_splits(splits: Mapping[str, Any], score_split: str, *, final: bool) -> list[str]:
@@ -73,12 +87,15 @@ def evaluated_splits(splits: Mapping[str, Any], score_split: str, *, final: bool
     ]
 
 
-def any_batch(loader: Any) -> Any:
-    """A batch of one sample, the data set's first: for a rank that has none, or to look at."""
-    dataset = loader.dataset
-    sample = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+def is_iterable(dataset: Any) -> bool:
+    """Whether a data set is read from its start only. (torch's `IterableDataset` has a `__getitem__` that raises.)"""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+
+
+def _any_batch(loader: Any) -> Any:
+    """A batch of one sample, the data set's first, to look at."""
     collate = loader.collate_fn or torch.utils.data.default_collate
-    return collate([sample])
+    return collate([loader.dataset[0]])
 
 
 def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout, section: ParallelConfig) -> None:
@@ -88,12 +105,71 @@ def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout
     if model.context is None and shares == 1:
         return
     for loader in loaders.values():
-        if not hasattr(loader.dataset, "__getitem__"):
+        if is_iterable(loader.dataset):
             continue
-        batch = any_batch(loader)
+        batch = _any_batch(loader)
         length = sequence_length(batch if model.context is None else model.context.part(batch))
         if length is not None and length % shares:
             raise ValueError(
                 f"parallel.sequence_parallel=true: a sequence of {length} tokens cannot be shared out evenly over the "
                 f"tensor degree, {shares}: make its length a multiple, or set sequence_parallel to false"
             )
+
+
+def _faults(datasets: Any) -> list[Violation]:
+    """What is wrong with the data sets, as this rank sees them."""
+    if not isinstance(datasets, Mapping):
+        rule = f"one data set a split is needed, and this is a {type(datasets).__name__}"
+        return [Violation("datasets", ABSENT, rule, 'pass a mapping, such as {"train": ..., "val": ...}')]
+    found = []
+    if "train" not in datasets:
+        known = ", ".join(map(str, datasets)) or "none"
+        found.append(Violation("datasets", ABSENT, f"there is no split train among {known}", "name it so"))
+    for split, dataset in datasets.items():
+        fault = _fault(dataset)
+        if fault is not None:
+            found.append(Violation(f"datasets.{split}", ABSENT, *fault))
+    return found
+
+
+def _fault(dataset: Any) -> tuple[str, str] | None:
+    """Why something is no data set, and what to do; None where it is one."""
+    kind = type(dataset).__name__
+    if isinstance(dataset, DataLoader):
+        return f"a {kind} is no data set", "pass its data set; batch size, workers and so on are settings (dataloader)"
+    if dataset is None or isinstance(dataset, (str, bytes, Mapping)):
+        what = "None" if dataset is None else f"a {kind}"
+        return f"{what} is no data set", "pass one with __getitem__ and __len__, a list of samples, or leave it out"
+    if hasattr(dataset, "__len__") and not is_iterable(dataset) and not len(dataset):
+        return "the split has no samples", "leave it out, or pass one that has some"
+    return None
+
+
+def _sizes(datasets: Mapping[str, Any]) -> list[tuple[str, int | None]]:
+    """Samples of each split, in order; None where they are read one after another: each rank may have a shard."""
+    return [
+        (split, None if is_iterable(dataset) or not hasattr(dataset, "__len__") else len(dataset))
+        for split, dataset in datasets.items()
+    ]
+
+
+def _differences(sizes: list[dict[str, int | None]]) -> list[Violation]:
+    """Where ranks do not have the same data; the runner shares it out, and would repeat or lose samples."""
+    first = sizes[0]
+    for rank, other in enumerate(sizes):
+        if list(other) != list(first):
+            rule = f"rank {rank} has the splits {', '.join(other)}, and rank 0 has {', '.join(first)}"
+            return [Violation("datasets", ABSENT, rule, "pass the same splits in the same order on every rank")]
+    found = []
+    for split, size in first.items():
+        others = [rank for rank, other in enumerate(sizes) if other[split] != size]
+        if others:
+            rank = others[0]
+            rule = f"it has {_samples(size)} on rank 0 and {_samples(sizes[rank][split])} on rank {rank}"
+            fix = "pass the whole data set on every rank: the runner gives each rank its share"
+            found.append(Violation(f"datasets.{split}", ABSENT, rule, fix))
+    return found
+
+
+def _samples(size: int | None) -> str:
+    return "no known number of samples" if size is None else f"{size} samples"

@@ -13,6 +13,7 @@ from danling_conf.components.samplers import ShardedSampler, seed_of
 from danling_conf.config.identity import plain
 from danling_conf.records.stopped import Stopped
 from danling_conf.runner import seeds
+from danling_conf.runner.cadence import optimizer_steps
 from danling_conf.runner.conclusion import go_on_command, shown
 from danling_conf.runner.restoring import Restored, load_pretrained, restore
 
@@ -40,7 +41,9 @@ def save(runner: Runner, *, history: bool, best: bool = False) -> None:
         },
     }
     own = {
-        "loader": None if runner._between_epochs else runner.loaders["train"].state_dict(),
+        "loader": None if runner._between_epochs or runner._epoch_ends else runner.loaders["train"].state_dict(),
+        # A loader whose end was seen would begin another epoch with its state.
+        "exhausted": runner._epoch_ends,
         "generators": seeds.generator_state(runner.device),
     }
     runner.progress.activity("saving")
@@ -147,7 +150,7 @@ def start_epoch(runner: Runner, loader: Any) -> dict[str, Any] | None:
         return None
     if own.get("loader") is not None:
         loaders.go_on(loader, own["loader"], data_degree=own["data_degree"])
-    else:
+    elif not own.get("exhausted"):
         runner._epoch_step = 0
     return own
 
@@ -192,4 +195,4 @@ def _steps_before(runner: Runner, loader: Any, own: dict[str, Any]) -> int:
     size = loader.batch_size or 1
     taken = loaders.taken_by_all(own["loader"], batch_size=size, data_degree=own["data_degree"])
     left = loader.sampler.left(taken) // size
-    return max(0, (runner.cadence.steps_per_epoch or 0) - left // runner.config.accum_steps)
+    return max(0, (runner.cadence.steps_per_epoch or 0) - optimizer_steps(runner.config, left))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.components import dataloader as loaders
 from danling_conf.components import gradients, optimizer, precision
+from danling_conf.components.batch import CountSamples, to_device
+from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.target import model_factory
 from danling_conf.config.identity import layout_name
 from danling_conf.config.resolve import resolve
@@ -25,16 +28,24 @@ from danling_conf.parallel.model import assemble
 from danling_conf.records.current import current
 from danling_conf.records.logs import close_logs, open_logs
 from danling_conf.runner import events, garbage_collection, saving, seeds
-from danling_conf.runner.batch import Forward, default_forward, loss_of_output, to_device
+from danling_conf.runner.batch import Forward, MetricInputs, forward_of, loss_of_output, metric_inputs_of
 from danling_conf.runner.cadence import cadence_of
 from danling_conf.runner.conclusion import conclusion
-from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, in_step, make_loaders
+from danling_conf.runner.data import (
+    batches_per_epoch,
+    check_sequences,
+    evaluated_splits,
+    in_step,
+    make_loaders,
+    no_batch,
+)
 from danling_conf.runner.environment import record_environment
 from danling_conf.runner.evaluation import evaluate
 from danling_conf.runner.observe import collective_timeout as stuck
 from danling_conf.runner.observe.flops import Utilisation
 from danling_conf.runner.observe.meters import LossMeter
 from danling_conf.runner.observe.observers import Observers
+from danling_conf.runner.preflight import preflight
 from danling_conf.runner.progress import Progress
 from danling_conf.runner.refusal import refused
 from danling_conf.runner.schedule import Schedule
@@ -42,6 +53,10 @@ from danling_conf.runner.score import make_score
 from danling_conf.runner.signals import StopRequest
 from danling_conf.runner.world import join
 from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import ConfigRefused
+
+_END = object()
+"""Behind the last batch."""
 
 
 class Runner:
@@ -103,6 +118,10 @@ class Runner:
         self._micro = 0
         self._meter = LossMeter()
         self._stopped = False
+        self._ended: str | None = None
+        self._epoch_ends = False
+        self._interrupted = False
+        self._remainder_said = False
         self._evaluated_at: dict[str, int] = {}
         self._saved_at = -1
         self._between_epochs = True
@@ -139,8 +158,10 @@ class Runner:
         *,
         loss: Loss | None = None,
         metrics: Mapping[str, Any] | None = None,
+        metric_inputs: MetricInputs | None = None,
         forward: Forward | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        count_samples: CountSamples | None = None,
         tokens_per_sample: int | None = None,
         report: Callable[[nn.Module | None, Mapping[str, float]], list[str]] | None = None,
     ) -> None:
@@ -149,19 +170,37 @@ class Runner:
         Args:
             model: a factory without arguments, called on the meta device, or a module, taken over with its weights.
                 None: what `model._target_` of the configuration names.
-            datasets: data set by split; `train` is what is trained on.
+            datasets: data set by split; `train` is what is trained on. Each has `__getitem__` and `__len__` (a list of
+                samples does), or is a torch `IterableDataset`. Batches may be tuples, lists, mappings, named tuples,
+                dataclasses and what else holds tensors, with strings and numbers anywhere, or objects that move by a
+                `.to(device)`.
             loss: maps the model's output and the batch to the mean loss, a scalar. None: the output's own `.loss`.
                 Means are averaged over micro-batches and ranks, so batches should weigh the same. Where they do not
                 (masked tokens), give a pair: the sum, and how many it is of; the count of all is divided by.
-            metrics: torchmetrics objects, or functions that make them, by name; updated with output and targets.
-            forward: runs the model on a batch. None: the first of a pair, or a mapping's items as keywords.
+            metrics: torchmetrics objects, or functions that make them, by name: anything with `update`, `compute`,
+                which returns one number, and `reset`. Updated with predictions and targets.
+            metric_inputs: makes the arguments of a metric's `update`, a tuple, from the model's output and the batch.
+                None: predictions are the output, or its `logits` where it is no tensor and has them; targets are what
+                `batch.targets` names, else the batch's `labels`, `label`, `targets` or `target`, else the second item
+                of a tuple or list.
+            forward: runs the model on a batch: `forward(model, batch)`. None: what `batch.inputs` names, else the first
+                item of a tuple or list, or a mapping's items as keywords, or the batch itself.
             collate_fn: makes a batch of samples, for every loader.
+            count_samples: the number of samples in a batch, by which batches weigh in an evaluation and pipelines cut
+                microbatches. None: the first dim of a batch's first tensor that has one; without such a tensor, the
+                length of its first list of plain values.
             tokens_per_sample: shows tokens per second instead of samples per second.
             report: gives lines to print at the end, from the model and the results. Called on every rank, since a
                 sharded model needs them all; in a pipeline, where no rank has the model, with None.
         """
+        if self._ended is not None:
+            raise RuntimeError(f"this runner {self._ended}: make another Runner to train again, or to go on (resume)")
+        self._ended = "was prepared before"
         config, world = self.config, self.world
         self._report = report
+        run_model, objective = forward or forward_of(config.batch), loss or loss_of_output
+        count = count_samples or count_by_rule
+        self._metric_inputs = metric_inputs or metric_inputs_of(config.batch)
         with refused():
             self.loaders = make_loaders(
                 datasets,
@@ -175,8 +214,9 @@ class Runner:
             model = model_factory(config.model) if model is None else model
             self.utilisation = Utilisation(
                 model,
-                forward or default_forward,
-                loss or loss_of_output,
+                run_model,
+                objective,
+                count=count,
                 device=world.device,
                 precision=config.precision,
                 devices=world.ranks.world_size,
@@ -236,12 +276,13 @@ class Runner:
         self._scaler = precision.scaler(autocast, world.device.type)
         self._passes = Passes(
             self.assembled,
-            forward or default_forward,
-            loss or loss_of_output,
+            run_model,
+            objective,
             world.layout,
             world.device,
             autocast=self._autocast,
             scaler=self._scaler,
+            count=count,
         )
         self._parameters = [item for _, item in self.assembled.named_parameters() if item.requires_grad]
         self.checkpoints = CheckpointManager(
@@ -259,6 +300,9 @@ class Runner:
         seeds.seed_rank(world.attempt.seed, world.stream)
         with refused():
             saving.go_on(self)
+        preflight(
+            self._passes, self.loaders, metrics=self.metrics, metric_inputs=self._metric_inputs, device=self.device
+        )
         samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
         self.samples_per_step = samples * world.data_degree * config.accum_steps
         self.tokens_per_sample = tokens_per_sample
@@ -310,21 +354,31 @@ class Runner:
         """Forward and backward of one micro-batch and, at the last of `accum_steps`, an optimizer step with all that is
         due after it. Gives the micro-batch's mean loss, detached and not waited for; in a pipeline, not a number on the
         ranks that do not hold the last stage.
+
+        An exception in forward, loss or backward may be survived where all ranks raise it alike (a batch that does not
+        fit is skipped): the optimizer step under way is dropped with all of its micro-batches, and the next batch
+        begins another. Not so in a pipeline, whose other stages wait.
         """
         accumulated = self.config.accum_steps
+        self._recover()
         self._micro += 1
-        last = self._micro == accumulated
+        last = self._micro == accumulated or self._epoch_ends
         if self._micro == 1 and self.global_step + 1 == self._first_step:
             self.utilisation.count(batch)
         try:
-            loss = self._passes.train(batch, micro_batches=accumulated, last=last)
+            try:
+                loss = self._passes.train(batch, micro_batches=accumulated, last=last)
+            except BaseException:
+                self._interrupted = True
+                raise
             self._meter.append(loss)
             self.observers.nonfinite.look(
                 loss.total, self.global_step + 1, self.epoch, self._epoch_step * accumulated + self._micro - 1
             )
             if last:
-                self._micro = 0
-                self._update()
+                rescale, self._micro = accumulated / self._micro, 0
+                self._meter.commit()
+                self._update(rescale)
                 if self.global_step >= self._next_event:
                     events.after_step(self)
                 saving.watch(self)
@@ -337,7 +391,14 @@ class Runner:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of a split, by `split.name`. Collective."""
         self.progress.activity(f"evaluating {split}")
-        found = evaluate(self._passes, self.loaders[split], metrics=self.metrics, device=self.device)
+        self._recover()
+        found = evaluate(
+            self._passes,
+            self.loaders[split],
+            metrics=self.metrics,
+            metric_inputs=self._metric_inputs,
+            device=self.device,
+        )
         self.progress.activity(None)
         return {f"{split}.{name}": value for name, value in found.items()}
 
@@ -347,6 +408,7 @@ class Runner:
         better = events.evaluate(self, final=True)
         saving.save_at_the_end(self, better=better)
         self._conclude()
+        self._ended = "has finished"
         self.close()
         return self.score.best if self.score.best is not None else float("nan")
 
@@ -357,6 +419,8 @@ class Runner:
 
     def close(self) -> None:
         """Give back what the runner took: workers, logs, locks, settings of the process."""
+        if self._ended != "has finished":
+            self._ended = "has failed" if sys.exc_info()[0] is not None else "is closed"
         self._stack.close()
 
     def _done(self) -> bool:
@@ -369,30 +433,75 @@ class Runner:
     def _epoch_of(self, loader: Any) -> Iterator[Any]:
         loaders.set_epoch(loader, self.epoch)
         own = saving.start_epoch(self, loader)
-        iterator = self.observers.stopwatch.waited(in_step(loader, iter(loader)))
+        source = iter(()) if own is not None and own.get("exhausted") else iter(loader)
+        iterator = self.observers.stopwatch.waited(in_step(loader, source, uneven=self._say_uneven))
         self.observers.known_epoch = own is None or own["data_degree"] == self.world.data_degree
         if own is not None:
             saving.restore_generators(self, own)  # making the iterator may draw from them
         # What is left of an epoch and makes no whole optimizer step is not used.
         limit = self.cadence.steps_per_epoch if self.config.accum_steps > 1 else None
+        takes_remainder = self.config.accum_remainder == "step"
         fresh, move = self._between_epochs and own is None, self.device.type != "cpu"
         self._between_epochs = False
-        for batch in iterator:
+        batch = next(iterator, _END)
+        while batch is not _END:
             if limit is not None and self._epoch_step >= limit:
+                self._say_remainder()
                 break
-            fresh = False
-            yield to_device(batch, self.device) if move else batch
+            fresh, current = False, batch
+            # Whether this is the last batch shows by the one behind it. After the last micro-batch of a step there may
+            # be a checkpoint, which must not find the loader ahead; but then there is nothing to know either.
+            looks_ahead = takes_remainder and self._micro + 1 < self.config.accum_steps
+            if looks_ahead:
+                batch = next(iterator, _END)
+                self._epoch_ends = batch is _END
+            yield to_device(current, self.device) if move else current
+            self._epoch_ends = False
             if self._done():
                 return
+            if not looks_ahead:
+                batch = next(iterator, _END)
         if fresh:
-            raise ValueError("the training split gave no batch: check its data set")
+            raise ConfigRefused([no_batch("train").violation])
+        self._recover()
+        if self._micro:
+            self._drop_step()
+            self._say_remainder()
         self.epoch += 1
         self._epoch_step = 0
         self._between_epochs = True
         events.after_epoch(self)
 
-    def _update(self) -> None:
-        self._passes.finish(self._parameters)
+    def _recover(self) -> None:
+        """After an exception that the user's loop has survived: begin the optimizer step anew. Not before, since most
+        exceptions are the end, and what they have left (a collective that timed out) may not be touched again."""
+        if self._interrupted:
+            self._drop_step()
+            self._interrupted = False
+
+    def _drop_step(self) -> None:
+        """Leave out the optimizer step under way, with what its micro-batches have left."""
+        self._micro = 0
+        self._passes.forget()
+        self._meter.drop()
+        self.observers.nonfinite.drop()
+
+    def _say_remainder(self) -> None:
+        if not self._remainder_said:
+            self._remainder_said = True
+            self.progress.line(
+                "micro-batches at the end of an epoch that are fewer than accum_steps are left out; "
+                "accum_remainder=step makes an optimizer step of them"
+            )
+
+    def _say_uneven(self) -> None:
+        self.progress.line(
+            f"epoch {self.epoch + 1}: ranks have unequally many training batches: what some have beyond the others is "
+            "left out"
+        )
+
+    def _update(self, rescale: float) -> None:
+        self._passes.finish(self._parameters, rescale=rescale)
         nonfinite = self.observers.nonfinite
         if self.config.max_grad_norm is not None or nonfinite.measures_gradients:
             if self._scaler is not None:

@@ -86,6 +86,10 @@ class NonFinite:
             distributed.all_reduce(bad, op=distributed.ReduceOp.MAX)
         return bool(bad.item())
 
+    def drop(self) -> None:
+        """The step under way does not take place: what was seen in it decides about no other one."""
+        self._of_step = []
+
     def flags(self, step: int) -> Tensor:
         """For each step since the last reading, how much in it was not finite on this rank: (steps,)."""
         flags = torch.zeros(max(0, step - self._read_at), dtype=torch.float64, device=self._device)
