@@ -89,7 +89,7 @@ def pauses(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
                 found[mode].append(timed(lambda mode=mode, number=number: save(mode, number)))
                 if mode == "async":
                     steps = []
-                    while managers[mode]._background.busy:
+                    while managers[mode].busy:
                         steps.append(timed(lambda: step(model, optimizer)))
                     managers[mode].drain()
                     found["beside"].append(statistics.median(steps) if steps else float("nan"))
@@ -159,7 +159,7 @@ def throughput(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
                 source.load(into())
 
             def restore(mine: CheckpointManager = mine) -> None:
-                mine.restore(mine.folder.path / "latest", parts=[model], optimizer=optimizer, choose=False)
+                mine.loader.restore(mine.folder.path / "latest", parts=[model], optimizer=optimizer, choose=False)
 
             their_save, their_load = theirs[backend]
             for name, ours, other in (

@@ -22,7 +22,6 @@ import danling_conf
 from benchmarks.ratios import HEADER, Times, table
 from benchmarks.step_overhead import blocks_of, cross_entropy, make_data, make_model
 from danling_conf.records.metrics import read_metrics
-from danling_conf.runner.observe.observers import Observers
 
 GOAL = 1.03
 EVERYTHING = ("heartbeat.enabled=true", "tensorboard=true", "gc.interval=50")
@@ -41,15 +40,16 @@ class Nothing:
         return False
 
 
-def silence(observers: Observers) -> None:
+def silence(runner: danling_conf.Runner) -> None:
     """Leave the log line as it was without all this: the mean of the loss, formatted, printed and logged."""
 
-    def log_line(runner: Any) -> None:
-        mean = runner._meter.mean()
-        runner._meter.reset()
+    def log_line() -> None:
+        mean = runner.state.training_loss.mean()
+        runner.state.training_loss.reset()
         observers.pace.logged(runner.global_step, None)
-        runner.progress.step(mean, runner.optimizer.param_groups[0]["lr"])
+        runner.display.step(mean, runner.optimizer.param_groups[0]["lr"])
 
+    observers = runner.observers
     changed: Any = observers
     changed.nonfinite, changed.log_line = Nothing(), log_line
     changed.stepped = changed.check = lambda *arguments: None
@@ -63,7 +63,7 @@ def started(folder: str, total: int, steps: int, *overrides: str, silent: bool =
     runner = danling_conf.Runner(danling_conf.compose(words))
     runner.prepare(make_model(), {"train": make_data()}, loss=cross_entropy)
     if silent:
-        silence(runner.observers)
+        silence(runner)
 
     def run(batches: Iterator[Any]) -> None:
         for batch in batches:
@@ -98,7 +98,7 @@ def main() -> None:
         if lines[0] != 0 or min(lines[1:]) < blocks:
             raise RuntimeError(f"{lines} lines of metrics: not what was to be measured")
         for runner, _ in reversed(runs):  # each gives back what it found
-            runner.progress.stop()
+            runner.display.stop()
             runner.close()
     print(
         f"microseconds per step; medians of {blocks} alternating blocks of {steps} steps; `bare` is without observers"

@@ -113,7 +113,7 @@ def main() -> None:
         lines = sum(line.startswith("step ") for line in Path(folder, "output.txt").read_text().splitlines())
         if lines < blocks or runner.global_step != (blocks + 1) * steps:
             raise RuntimeError(f"{lines} progress lines and {runner.global_step} steps: not what was to be measured")
-        runner.progress.stop()
+        runner.display.stop()
         runner.close()
     print(f"microseconds per step; medians of {blocks} alternating blocks of {steps} steps")
     print(HEADER, *table(pairs, 1e6 / steps), sep="\n")

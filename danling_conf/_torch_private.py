@@ -315,3 +315,19 @@ def record_memory_history(record: bool) -> None:
 def dump_memory_snapshot(path: str) -> None:
     """Write what was recorded."""
     torch.cuda.memory._dump_snapshot(path)
+
+
+def saved_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers that a module's state holds, each once; torch does not publish which ones it leaves out."""
+    found = (
+        buffer
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    )
+    return list({id(buffer): buffer for buffer in found}.values())
+
+
+def without_compile(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` has wrapped, or the module itself."""
+    return cast(nn.Module, getattr(module, "_orig_mod", module))

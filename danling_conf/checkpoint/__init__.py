@@ -1,1 +1,1 @@
-"""Saving and loading: the manager, its backends, and the full state of wrapped models."""
+"""Checkpoints: the manager that saves, the loader, their files, and the whole state of wrapped models."""

@@ -1,4 +1,4 @@
-"""One save at a time, in the background: waited for, its failure told, never lost silently."""
+"""Background of saves: one job at a time in a thread, whose failure is raised and never lost."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint was not written. The message says where, why, and what is there instead."""
+    """A checkpoint was not written. The message names its place, the reason, and what is there instead."""
 
 
 class Background:
-    """A thread for one job at a time. What the job raises is raised by whoever asks next."""
+    """A thread for one job at a time. What the job raises is raised by the next call."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -31,7 +31,7 @@ class Background:
             raise RuntimeError(f"{self.what} is still being written")
         self.check()
         self.what = what
-        # A daemon, since the process may have to leave a disk that does not answer; `wait` is called before it ends.
+        # A daemon: the process must be able to end although a disk does not answer. `wait` is called before it ends.
         self._thread = threading.Thread(target=self._run, args=(job,), name="danling-conf-checkpoint", daemon=True)
         self._thread.start()
 
@@ -42,7 +42,7 @@ class Background:
             raise failure
 
     def wait(self, timeout: float | None = None) -> float:
-        """Wait until no job is under way; gives the seconds that took.
+        """Wait until no job is under way; returns the seconds that took.
 
         Raises:
             SaveFailed: the job failed, or did not end within `timeout` seconds.
@@ -62,5 +62,5 @@ class Background:
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except BaseException as error:
+        except BaseException as error:  # torch's CheckpointException is no Exception
             self._failure = error

@@ -1,4 +1,4 @@
-"""Files that are on the disk when we say so, and whose content is known by a checksum taken while it was written."""
+"""Durable files: on the disk once synced, and with a checksum that was taken while they were written."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import Any
 _CHUNK = 1 << 22
 _phases = logging.getLogger("danling_conf.checkpoint.phase")
 
-STAGING, WRITING, MAKING_DURABLE, RENAMING, PRUNING, IDLE = (
-    "staging", "writing", "making durable", "renaming", "pruning", "idle",
-)  # fmt: skip
-"""What a save goes through, in this order."""
+STAGING, WRITING, MAKING_DURABLE = "staging", "writing", "making durable"
+RENAMING, PRUNING, IDLE = "renaming", "pruning", "idle"
+"""The phases of a save, in this order."""
 
 
 def enter(phase: str) -> None:
-    """Log, at debug level, that a save has come to a phase."""
+    """Log, at debug level, that a save enters a phase."""
     _phases.debug(phase)
 
 
@@ -37,7 +36,7 @@ class Sum:
 class SummedFile(io.RawIOBase):
     """A file to write from its beginning to its end; knows size and checksum of what was written.
 
-    Taken from what is in memory, and not from the file, the checksum also finds what the way to the disk changed.
+    The checksum is taken from memory and not from the file, so it also finds what was damaged on the way to the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +45,7 @@ class SummedFile(io.RawIOBase):
         self._size, self._crc = 0, 0
         self._path = path
         self.failed: OSError | None = None
-        """Why a write failed: torch's writer tells of it as an unexpected position."""
+        """Why a write failed: torch's writer reports it as an unexpected position."""
 
     @property
     def sum(self) -> Sum:
@@ -93,7 +92,7 @@ def create(path: Path) -> Iterator[SummedFile]:
         raise
 
 
-def write(path: Path, content: bytes) -> Sum:
+def write_file(path: Path, content: bytes) -> Sum:
     """Write a file; durable after `sync`. Raises OSError with the path."""
     with create(path) as file:
         file.write(content)

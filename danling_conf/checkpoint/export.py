@@ -1,4 +1,4 @@
-"""The final model-only export: safetensors, as transformers writes and reads them where the model is one of its own."""
+"""Export of the final model alone: safetensors, in the format of transformers where the model is one of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from danling_conf._torch_private import without_compile
 from danling_conf.checkpoint import durable, manifest
 from danling_conf.checkpoint.manifest import EXPORTED, Manifest
 from danling_conf.checkpoint.sources import INDEX, SINGLE
@@ -22,12 +23,12 @@ _FILE_BYTES = 5_000_000_000
 
 
 def write(
-    aside: Path, parts: Sequence[nn.Module], tensors: Iterator[tuple[str, Tensor]], facts: Manifest, cast: str | None
+    staging: Path, parts: Sequence[nn.Module], tensors: Iterator[tuple[str, Tensor]], facts: Manifest, cast: str | None
 ) -> None:
     """Write an export into an empty folder, durable when this returns. On the main rank.
 
     Args:
-        tensors: the whole model, name by name; see `whole.gathered`.
+        tensors: the whole model, name by name; see `gather.gather`.
         cast: dtype for tensors of floating point; None leaves them as trained.
 
     Raises OSError.
@@ -35,32 +36,32 @@ def write(
     model = _bare(parts[0])
     named = ((name.removeprefix(MODEL), _cast(tensor, cast)) for name, tensor in tensors)
     if len(parts) == 1 and _is_of_transformers(model) and facts.degrees["pipeline"] == 1:
-        _by_transformers(aside, model, dict(named))
+        _by_transformers(staging, model, dict(named))
     else:
-        _plainly(aside, named)
+        _plainly(staging, named)
         if _is_of_transformers(model):
-            model.config.save_pretrained(aside)  # type: ignore[union-attr, operator]
-    files = {path.name: durable.sum_of(path) for path in sorted(aside.iterdir())}
+            model.config.save_pretrained(staging)  # type: ignore[union-attr, operator]
+    files = {path.name: durable.sum_of(path) for path in sorted(staging.iterdir())}
     for name in files:
-        durable.sync(aside / name)
-    manifest.write(aside, replace(facts, files=files), EXPORTED)
-    durable.sync(aside)
+        durable.sync(staging / name)
+    manifest.write(staging, replace(facts, files=files), EXPORTED)
+    durable.sync(staging)
 
 
-def _by_transformers(aside: Path, model: Any, state: dict[str, Tensor]) -> None:
-    """Its own way: it knows of tied weights, of names that differ on the disk, and of its configuration."""
+def _by_transformers(staging: Path, model: Any, state: dict[str, Tensor]) -> None:
+    """By its own writer, which handles tied weights, names that differ on the disk, and its configuration."""
     held = {item.dtype for item in state.values() if item.is_floating_point()}
-    model.save_pretrained(aside, state_dict=state, is_main_process=True)
-    config = aside / "config.json"
+    model.save_pretrained(staging, state_dict=state, is_main_process=True)
+    config = staging / "config.json"
     content = json.loads(config.read_text())
-    # It notes the dtype of the live model; what was written decides how it is loaded.
+    # It records the dtype of the live model, but loading goes by this entry: it must be the dtype that was written.
     if len(held) == 1:
         name = str(held.pop()).removeprefix("torch.")
         content |= {key: name for key in ("dtype", "torch_dtype") if key in content}
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _plainly(aside: Path, named: Iterator[tuple[str, Tensor]]) -> None:
+def _plainly(staging: Path, named: Iterator[tuple[str, Tensor]]) -> None:
     """Files of at most `_FILE_BYTES`, called and indexed as transformers and others do it."""
     from safetensors.torch import save_file
 
@@ -70,21 +71,21 @@ def _plainly(aside: Path, named: Iterator[tuple[str, Tensor]]) -> None:
     for name, tensor in named:
         if held and size + tensor.nbytes > _FILE_BYTES:
             number += 1
-            save_file(held, aside / f"{number}.part", metadata={"format": "pt"})
+            save_file(held, staging / f"{number}.part", metadata={"format": "pt"})
             held, size = {}, 0
         # safetensors refuses tensors that share memory; each is written on its own.
         held[name] = tensor.contiguous().clone() if _shared(tensor, held.values()) else tensor.contiguous()
         places[name] = number + 1
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    save_file(held, aside / f"{number + 1}.part", metadata={"format": "pt"})
+    save_file(held, staging / f"{number + 1}.part", metadata={"format": "pt"})
     if number == 0:
-        (aside / "1.part").rename(aside / SINGLE)
+        (staging / "1.part").rename(staging / SINGLE)
         return
     names = {part: f"model-{part:05d}-of-{number + 1:05d}.safetensors" for part in range(1, number + 2)}
     for part, name in names.items():
-        (aside / f"{part}.part").rename(aside / name)
+        (staging / f"{part}.part").rename(staging / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in places.items()}}
-    (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shared(tensor: Tensor, others: Any) -> bool:
@@ -99,7 +100,7 @@ def _cast(tensor: Tensor, name: str | None) -> Tensor:
 
 def _bare(model: nn.Module) -> nn.Module:
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return getattr(inner, "_orig_mod", inner)
+    return without_compile(inner)
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

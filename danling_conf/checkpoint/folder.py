@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: how they are called, made visible, pointed to, found, kept and removed.
+"""Folder of a run's checkpoints: how they are named, made visible, pointed to, found, kept and removed.
 
 Every checkpoint is a folder that appears by a rename, whole; `latest` and `best` are links that are replaced by a
 rename; what is removed is renamed first. So a process may be killed at any point: what looks like a checkpoint is one.
@@ -22,13 +22,13 @@ from danling_conf.checkpoint.manifest import FACTS, Broken, Manifest
 _log = logging.getLogger(__name__)
 
 LATEST, BEST, EXPORT = "latest", "best", "export"
-_ASIDE, _OLD, _GONE = ".tmp", ".old", ".gone"
+_STAGING, _OLD, _GONE = ".tmp", ".old", ".gone"
 _VISIBLE = "ckpt-*"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One visible checkpoint, or what pretends to be one."""
+    """One visible checkpoint, or a folder with the name of one."""
 
     path: Path
     manifest: Manifest | None
@@ -49,15 +49,16 @@ class Folder:
     """The checkpoints of one run. Changes are made by one process, the one that holds the run.
 
     Args:
-        guard: raises where another process has taken the run over; asked before anything that is visible changes.
+        check_token: compares fencing tokens: raises where another process has taken the run over. Called before
+            anything that is visible changes.
     """
 
-    def __init__(self, path: Path, guard: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, check_token: Callable[[], None] = lambda: None) -> None:
         self.path = path
-        self.guard = guard
+        self.check_token = check_token
 
     def entries(self) -> list[Entry]:
-        """All visible checkpoints, newest first; first of all those that do not say what they are."""
+        """All visible checkpoints, newest first; those without a readable manifest first of all."""
         found = []
         for path in sorted(self.path.glob(_VISIBLE), reverse=True):
             try:
@@ -72,19 +73,19 @@ class Folder:
         return target if target.is_dir() and target.parent == self.path.resolve() else None
 
     def unfinished(self) -> list[Path]:
-        """What saves left that did not come to their end."""
-        return sorted(path for path in self.path.glob(f".*{_ASIDE}") if path.is_dir() and not path.is_symlink())
+        """What unfinished saves left."""
+        return sorted(path for path in self.path.glob(f".*{_STAGING}") if path.is_dir() and not path.is_symlink())
 
-    def aside(self, name: str) -> Path:
+    def staging(self, name: str) -> Path:
         """Where a checkpoint is written before it is visible."""
-        return self.path / f".{name}{_ASIDE}"
+        return self.path / f".{name}{_STAGING}"
 
-    def mend(self) -> list[str]:
-        """Put right what a killed process left; gives the names of unfinished checkpoints, which are removed.
+    def repair(self) -> list[str]:
+        """Repair what a killed process left; returns the names of unfinished checkpoints, which are removed.
 
         A checkpoint whose replacement did not become visible takes its place again.
         """
-        left = [path.name.removeprefix(".").removesuffix(_ASIDE) for path in self.unfinished()]
+        left = [path.name.removeprefix(".").removesuffix(_STAGING) for path in self.unfinished()]
         for path in self.path.glob(f".*{_OLD}"):
             final = path.with_name(path.name.removeprefix(".").removesuffix(_OLD))
             if final.exists():
@@ -94,32 +95,32 @@ class Folder:
         for path in [*self.unfinished(), *self.path.glob(f".*{_GONE}")]:
             shutil.rmtree(path)
         for name in (LATEST, BEST):
-            (self.path / f".{name}{_ASIDE}").unlink(missing_ok=True)
+            (self.path / f".{name}{_STAGING}").unlink(missing_ok=True)
         return left
 
-    def publish(self, aside: Path, name: str) -> Path:
+    def publish(self, staging: Path, name: str) -> Path:
         """Make a whole folder visible, in place of one of the same name."""
-        self.guard()
+        self.check_token()
         final = self.path / name
         if final.exists():
-            # The same step once more, with more to say: the old one goes when the new one is in its place.
+            # The same step again, as an export or the best: the old one goes when the new one is in its place.
             old = self.path / f".{name}{_OLD}"
             with _locked(final, wait=True):
                 os.replace(final, old)
-                os.replace(aside, final)
+                os.replace(staging, final)
             durable.sync(self.path)
             self._discard(old)
         else:
-            os.replace(aside, final)
+            os.replace(staging, final)
             durable.sync(self.path)
         return final
 
     def prune(self, keep: int) -> None:
         """Remove what no name points to and the history does not hold: all of it, or its newest `keep`.
 
-        What does not say what it is stays, for somebody to look at; so does what is being read, until the next time.
+        What has no readable manifest stays, for a person to look at; so does what is being read, until the next save.
         """
-        self.guard()
+        self.check_token()
         named = {self.pointed(name) for name in (LATEST, BEST)}
         readable = [entry for entry in self.entries() if entry.manifest is not None]
         history = [entry.path for entry in readable if entry.manifest is not None and entry.manifest.history]
@@ -144,8 +145,8 @@ class Folder:
 
     def point(self, name: str, target: Path) -> None:
         """Make `latest` or `best` point to a checkpoint."""
-        self.guard()
-        temporary = self.path / f".{name}{_ASIDE}"
+        self.check_token()
+        temporary = self.path / f".{name}{_STAGING}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
         os.replace(temporary, self.path / name)
@@ -189,14 +190,14 @@ def reading(checkpoint: Path) -> Iterator[None]:
             raise Broken(f"{path}: its run has just removed it")
         yield
     finally:
-        # Not left to the closing: a forked worker may hold a copy of the descriptor.
+        # Unlocked, not only closed: a forked worker may hold a copy of the descriptor, and with it the lock.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 @contextmanager
 def _locked(checkpoint: Path, *, wait: bool) -> Iterator[bool]:
-    """Keep readers away from a checkpoint that goes; says whether nobody was reading it."""
+    """Lock readers out of a checkpoint that is removed; yields whether no one was reading it."""
     if not (checkpoint / FACTS).is_file():
         yield True
         return

@@ -1,4 +1,4 @@
-"""Unsharded tensors on the main rank, one at a time: for one file, and for exports."""
+"""Gathering of sharded tensors on the main rank, one at a time: for one file, and for exports."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.layout import Layout
 from danling_conf.topology.layout import coordinates
 
 
 def leads(layout: Layout, rank: int) -> bool:
-    """Whether a rank is the first of its pipeline stage: it speaks for what all ranks of the stage hold alike.
+    """Whether a rank is the first of its pipeline stage: it saves what all ranks of the stage hold alike.
 
     Buffers follow each rank's own samples; what is saved is what rank 0, or the first rank of a stage, has.
     """
     return not any(position for axis, position in coordinates(layout, rank).items() if axis != "pipeline")
 
 
-def gathered(tensors: Mapping[str, Tensor], layout: Layout, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the whole model, on the CPU of rank 0; other ranks get none, and only take part. Collective.
+def gather(tensors: Mapping[str, Tensor], layout: Layout, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the whole model, on the CPU of rank 0; other ranks receive none, and only take part. Collective.
 
-    A tensor that is whole on rank 0's CPU already is given as it is, not copied.
+    A tensor that is whole on rank 0's CPU already is returned as it is, not copied.
     """
     leader, shared = leads(layout, rank), set[str]()
     for stage in range(layout.pipeline):
@@ -33,24 +34,38 @@ def gathered(tensors: Mapping[str, Tensor], layout: Layout, rank: int) -> Iterat
         described = [(name, tuple(item.shape), item.dtype) for name, item in tensors.items()] if here else []
         if layout.pipeline > 1:
             message = [described]
-            distributed.broadcast_object_list(message, src=source)
+            with waiting("the tensors of a stage"):
+                distributed.broadcast_object_list(message, src=source)
             described = message[0]
         for name, shape, dtype in described:
-            found = None
-            if here:
-                found = tensors[name]
-                found = found.full_tensor() if isinstance(found, DTensor) else found
-                found = found.detach().cpu() if leader else None
-            if name in shared:  # a name that an earlier stage gave: the same tensor
-                continue
-            if source != 0 and rank == source and found is not None:
-                distributed.send(found.contiguous(), dst=0)
-            elif source != 0 and rank == 0:
-                found = torch.empty(shape, dtype=dtype)
-                distributed.recv(found, src=source)
+            with waiting("a tensor of the checkpoint"):
+                found = _unsharded(tensors[name], leader) if here else None
+                if name in shared:  # an earlier stage had a tensor of this name: the same one
+                    continue
+                found = _on_main_rank(found, shape, dtype, source, rank)
             if rank == 0 and found is not None:
                 yield name, found
         shared |= {name for name, _, _ in described}
+
+
+def _unsharded(tensor: Tensor, leader: bool) -> Tensor | None:
+    """The whole tensor on the CPU of the stage's leader; None on its other ranks. Collective where it is sharded."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu() if leader else None
+
+
+def _on_main_rank(
+    found: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, rank: int
+) -> Tensor | None:
+    """The tensor of the rank `source`, sent to rank 0 where that is another one."""
+    if source == 0:
+        return found
+    if rank == source and found is not None:
+        distributed.send(found.contiguous(), dst=0)
+    elif rank == 0:
+        found = torch.empty(shape, dtype=dtype)
+        distributed.recv(found, src=source)
+    return found
 
 
 def _leader_of(layout: Layout, stage: int) -> int:

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: found, verified by all ranks together, compared with the model, read, each rank its part."""
+"""Loader of checkpoints: found, verified by all ranks together, compared with the model, read, each rank its part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as distributed
 from torch import Tensor, nn
@@ -22,28 +22,59 @@ from danling_conf.checkpoint.safe_load import load_plain
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known, is_whole
 from danling_conf.checkpoint.writing import SHARED, rank_file
+from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.checkpoint import LOADED_PARTS, CheckpointConfig, excluded
 from danling_conf.schema.layout import Layout
 from danling_conf.topology.layout import data_rank
+from danling_conf.topology.violation import SettingError
 
 _SHOWN = 20
 _SHARED_PARTS = ("optimizer", "scheduler", "scaler", "runner", "settings")
 _OWN_PARTS = ("loader", "generators")
 
-Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
 class NothingSaved(ValueError):
-    """There is no checkpoint at all where one was looked for; not that one is broken."""
+    """There is no checkpoint at all, not even a broken one."""
 
 
 class LayoutDiffers(ValueError):
-    """A checkpoint was written under another layout, and nobody allowed that."""
+    """A checkpoint was written under another layout, which is not allowed."""
+
+    def __init__(self, path: Path, saved: str, current: str) -> None:
+        self.path, self.saved, self.current = path, saved, current
+        super().__init__(f"{path} was written under the layout {saved}, and this run's is {current}")
+
+    def __reduce__(self) -> tuple[object, ...]:  # one rank's error is sent to the others
+        return type(self), (self.path, self.saved, self.current)
+
+
+class OptimizerDiffers(ValueError):
+    """A checkpoint was made with another class of optimizer."""
+
+    def __init__(self, path: Path, saved: str, current: str) -> None:
+        self.path, self.saved, self.current = path, saved, current
+        super().__init__(f"{path}: it was made with the optimizer {saved}, and this run's is {current}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path, self.saved, self.current)
+
+
+class ModelDiffers(ValueError):
+    """The weights of a checkpoint do not fit the model, in names or shapes."""
+
+    def __init__(self, path: Path, difference: str) -> None:
+        self.path, self.difference = path, difference
+        super().__init__(f"{path}: its weights do not fit the model: {difference}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path, self.difference)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a checkpoint gave, beside what went into model and optimizer."""
+    """What was read from a checkpoint, beside what went into model and optimizer."""
 
     path: Path
     facts: Manifest
@@ -72,9 +103,21 @@ class Loader:
         self.allow_degree_change, self.replica = allow_degree_change, replica
 
     def restore(self, source: Path, *, parts: Sequence[nn.Module], optimizer: Optimizer, choose: bool) -> Loaded:
-        """See `CheckpointManager.restore`."""
+        """Load a checkpoint into model and optimizer. Collective.
+
+        Args:
+            source: a checkpoint, or a run, which means its latest one.
+            choose: whether the newest whole checkpoint of the run is wanted, and a broken one passed over.
+
+        Raises:
+            NothingSaved: there is no checkpoint at `source`.
+            Broken: the checkpoint is broken, or where we choose, all are.
+            LayoutDiffers: it was written under another layout, which is not allowed.
+            OptimizerDiffers, ModelDiffers: it does not fit the optimizer or the model.
+            SettingError: `checkpoint.exclude_from_loading` names what the checkpoint does not hold.
+        """
         passed_over: list[str] = []
-        for path in self._first(lambda: self._candidates(source, choose)):
+        for path in self._on_main_rank(lambda: self._candidates(source, choose)):
             try:
                 loaded = self._load(path, parts, optimizer)
             except Broken as error:
@@ -87,12 +130,13 @@ class Loader:
         raise Broken("; ".join(passed_over))
 
     def load_weights(self, source: Path, parts: Sequence[nn.Module]) -> None:
-        """See `CheckpointManager.load_weights`."""
+        """Load only the model's weights: from a checkpoint, a run, an export, or safetensors. Raises as `restore`, and
+        ImportError where the package safetensors is missing."""
         with ExitStack() as stack:
-            opened = self._agreed(lambda: self._open_weights(source, stack))
-            targets = _without_twins(self._kept(state.model_tensors(parts)), opened.known)
-            self._agreed(lambda: self._check_model(source, targets, opened.known))
-            self._agreed(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
+            opened = self._on_all_ranks(lambda: self._open_weights(source, stack))
+            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            self._on_all_ranks(lambda: self._check_model(source, targets, opened.known))
+            self._on_all_ranks(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
             opened.load(targets)
 
     def _candidates(self, source: Path, choose: bool) -> list[Path]:
@@ -107,15 +151,15 @@ class Loader:
 
     def _load(self, path: Path, parts: Sequence[nn.Module], optimizer: Optimizer) -> Loaded:
         with ExitStack() as stack:
-            self._agreed(lambda: stack.enter_context(reading(path)))
-            facts = self._agreed(lambda: manifest.read(path))
+            self._on_all_ranks(lambda: stack.enter_context(reading(path)))
+            facts = self._on_all_ranks(lambda: manifest.read(path))
             self._verify(path, facts)
-            shared, own, notes = self._agreed(lambda: self._small_parts(path, facts, optimizer))
-            opened = self._agreed(lambda: _open(path, facts))
-            targets = _without_twins(self._kept(state.model_tensors(parts)), opened.known)
-            self._agreed(lambda: self._check_model(path, targets, opened.known))
+            shared, own, notes = self._on_all_ranks(lambda: self._small_parts(path, facts, optimizer))
+            opened = self._on_all_ranks(lambda: _open(path, facts))
+            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            self._on_all_ranks(lambda: self._check_model(path, targets, opened.known))
             options = shared.pop("optimizer")
-            self._agreed(lambda: self._check_excluded(opened.known))
+            self._on_all_ranks(lambda: self._check_excluded(opened.known))
             wanted = {name: item for name, item in opened.known.items() if not self._skips(name)}
             if not self._skips("optimizer"):
                 targets |= state.optimizer_targets(parts, optimizer, wanted)
@@ -129,13 +173,8 @@ class Loader:
     def _small_parts(
         self, path: Path, facts: Manifest, optimizer: Optimizer
     ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-        """What is in files of its own: state that all ranks share, and that of this rank."""
-        if facts.made_under != self.layout and not self.allow_degree_change:
-            raise LayoutDiffers(f"{path} was written under the layout {facts.layout}, and this run's is "
-                                f"{self.layout_name}")  # fmt: skip
-        made, mine = facts.optimizer, type(optimizer).__name__
-        if made != mine and not self._skips("optimizer"):
-            raise ValueError(f"{path}: it was made with the optimizer {made}, and this run's is {mine}")
+        """What is in files of its own: state that all ranks share, that of this rank, and notes."""
+        self._check_origin(path, facts, optimizer)
         shared = load_plain(path / SHARED)
         if not (isinstance(shared, dict) and shared.keys() >= set(_SHARED_PARTS)):
             raise Broken(f"{path / SHARED}: it is not what was saved of a run, which holds {', '.join(_SHARED_PARTS)}")
@@ -148,13 +187,25 @@ class Loader:
             own.pop("loader")
         if self._skips("generators"):
             own.pop("generators")
-        shared = {key: value for key, value in shared.items() if key == "optimizer" or not self._skips(key)}
-        shared = {
-            key: _without(value, [name.removeprefix(f"{key}.") for name in self.excluded if name.startswith(f"{key}.")])
-            if isinstance(value, dict) and key != "optimizer" else value
-            for key, value in shared.items()
-        }  # fmt: skip
-        return shared, own, notes
+        return self._without_excluded(shared), own, notes
+
+    def _check_origin(self, path: Path, facts: Manifest, optimizer: Optimizer) -> None:
+        if facts.made_under != self.layout and not self.allow_degree_change:
+            raise LayoutDiffers(path, facts.layout, self.layout_name)
+        mine = type(optimizer).__name__
+        if facts.optimizer != mine and not self._skips("optimizer"):
+            raise OptimizerDiffers(path, facts.optimizer, mine)
+
+    def _without_excluded(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Shared state without what is excluded from loading; of the optimizer's, `_load` leaves that out."""
+        kept: dict[str, Any] = {}
+        for key, value in shared.items():
+            if key == "optimizer":
+                kept[key] = value
+            elif not self._skips(key):
+                inside = [name.removeprefix(f"{key}.") for name in self.excluded if name.startswith(f"{key}.")]
+                kept[key] = _without(value, inside) if isinstance(value, dict) else value
+        return kept
 
     def _take_replica(self, path: Path, facts: Manifest, own: dict[str, Any]) -> list[str]:
         if self.replica is None or facts.made_under != self.layout:
@@ -162,11 +213,11 @@ class Loader:
         try:
             own["loader"] = load_plain(self.replica.read(path.name))
         except Broken as error:
-            return [f"the loader goes on from the checkpoint, since the replica has no state of its own: {error}"]
+            return [f"the loader continues from the checkpoint, since the replica has no state of its own: {error}"]
         return []
 
     def _rank_to_read(self, made_under: Layout) -> int:
-        """The rank whose own state this one goes on with: itself, or one that read the same share of the data."""
+        """The rank whose own state this one continues: itself, or one that read the same share of the data."""
         if made_under == self.layout:
             return self.rank
         wanted = data_rank(self.layout, self.rank) % made_under.data_degree
@@ -175,7 +226,7 @@ class Loader:
     def _verify(self, path: Path, facts: Manifest) -> None:
         """Checksums of all files, each by one rank."""
         mine = sorted(facts.files)[self.rank :: self.layout.world_size]
-        self._agreed(lambda: manifest.verify(path, facts, mine))
+        self._on_all_ranks(lambda: manifest.verify(path, facts, mine))
 
     def _open_weights(self, source: Path, stack: ExitStack) -> Source:
         found = find(source, self.dir_name) if source.is_dir() else None
@@ -201,10 +252,10 @@ class Loader:
         mine = {name: tuple(item.shape) for name, item in targets.items()}
         everywhere = set(mine)
         if self.layout.pipeline > 1:
-            everywhere = set().union(*gathered_objects(set(mine), self.layout.world_size))
+            everywhere = set().union(*gather_objects(set(mine), self.layout.world_size))
         misfit = _misfit(mine, theirs, everywhere)
         if misfit is not None:
-            raise ValueError(f"{path}: its weights do not fit the model: {misfit}")
+            raise ModelDiffers(path, misfit)
 
     def _check_excluded(self, known: Iterable[str]) -> None:
         names = [*known, *LOADED_PARTS]
@@ -214,9 +265,8 @@ class Loader:
                 continue
             near = get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "name a part of the model as its state calls it"
-            raise ValueError(
-                f"checkpoint.exclude_from_loading={key}: the checkpoint holds nothing of that name: {hint}"
-            )
+            rule = "the checkpoint holds nothing of that name"
+            raise SettingError("checkpoint.exclude_from_loading", key, rule, hint)
 
     def _kept(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: item for name, item in tensors.items() if not self._skips(name)}
@@ -224,43 +274,46 @@ class Loader:
     def _skips(self, name: str) -> bool:
         return any(name == key or name.startswith(f"{key}.") for key in self.excluded)
 
-    def _first(self, give: Callable[[], Given]) -> Given:
-        """What rank 0 finds, for all: a folder may change between two looks at it."""
+    def _on_main_rank(self, find_all: Callable[[], Found]) -> Found:
+        """What rank 0 finds, for all: a folder may change between two reads of it."""
         if self.layout.world_size == 1:
-            return give()
+            return find_all()
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                outcome = [give(), None]
+                outcome = [find_all(), None]
             except ValueError as error:
                 outcome = [None, error]
-        distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        with waiting("the checkpoint that rank 0 chooses"):
+            distributed.broadcast_object_list(outcome, src=0)
+        found, fault = outcome
+        if fault is not None:
+            raise fault
+        return cast(Found, found)
 
-    def _agreed(self, do: Callable[[], Given]) -> Given:
-        return agreed(do, self.layout.world_size, (ValueError, ImportError, OSError, RuntimeError))
+    def _on_all_ranks(self, do: Callable[[], Found]) -> Found:
+        return on_all_ranks(do, self.layout.world_size, (ValueError, ImportError, OSError, RuntimeError))
 
 
-def agreed(do: Callable[[], Given], world_size: int, errors: tuple[type[Exception], ...]) -> Given:
-    """What `do` gives. It fails on all ranks where it fails on one, which the others would wait for for ever."""
+def on_all_ranks(do: Callable[[], Found], world_size: int, errors: tuple[type[Exception], ...]) -> Found:
+    """What `do` returns. It fails on all ranks where it fails on one: the others would wait for that one for ever."""
     result, fault = None, None
     try:
         result = do()
     except errors as error:
         fault = error
     if world_size > 1:
-        fault = next((item for item in gathered_objects(fault, world_size) if item is not None), None)
+        fault = next((item for item in gather_objects(fault, world_size) if item is not None), None)
     if fault is not None:
         raise fault
     return result  # type: ignore[return-value]
 
 
-def gathered_objects(item: Any, world_size: int) -> list[Any]:
+def gather_objects(item: Any, world_size: int) -> list[Any]:
     """One object of every rank."""
     everywhere: list[Any] = [None] * world_size
-    distributed.all_gather_object(everywhere, item)
+    with waiting("the other ranks"):
+        distributed.all_gather_object(everywhere, item)
     return everywhere
 
 
@@ -268,7 +321,7 @@ def _open(path: Path, facts: Manifest) -> Source:
     return sources.shards(path) if facts.backend == "dcp" else sources.one_file(path / sources.STATE)
 
 
-def _without_twins(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
+def _without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
     """Leave out what a checkpoint lacks and has under another name: tied weights, which others save once."""
     held = {_identity(item) for name, item in tensors.items() if name in known}
     return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved in the foreground or the background, and given back."""
+"""Checkpoint manager of a run: saves in the foreground or the background, and the loader."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from danling_conf.checkpoint import durable, export, state
 from danling_conf.checkpoint.background import Background, SaveFailed
 from danling_conf.checkpoint.folder import EXPORT, Folder, name_of
-from danling_conf.checkpoint.gather import address, gathered, leads
-from danling_conf.checkpoint.loading import Loaded, Loader, agreed, gathered_objects
+from danling_conf.checkpoint.gather import address, gather, leads
+from danling_conf.checkpoint.loading import Loader, gather_objects, on_all_ranks
 from danling_conf.checkpoint.manifest import Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
-from danling_conf.checkpoint.writing import Job, Writer
+from danling_conf.checkpoint.writing import Snapshot, Writer
 from danling_conf.parallel import process_group
 from danling_conf.schema.checkpoint import DISABLED, PINNED, CheckpointConfig, async_mode
 from danling_conf.schema.layout import Layout
@@ -42,11 +42,12 @@ class CheckpointManager:
         rank: of this process.
         layout, layout_name: what the ranks are laid out as.
         allow_degree_change: whether what was written under another layout may be loaded.
-        guard: see `Folder`.
+        check_token: see `Folder`.
 
     Attributes:
         enabled: whether checkpoints are written.
         mode: how: `disabled` (training waits), `async` or `async_with_pinned_mem`.
+        loader: loads checkpoints into the model and the optimizer.
         unfinished: names of checkpoints that a killed attempt did not finish; removed.
     """
 
@@ -59,21 +60,22 @@ class CheckpointManager:
         layout: Layout,
         layout_name: str,
         allow_degree_change: bool = False,
-        guard: Callable[[], None] = lambda: None,
+        check_token: Callable[[], None] = lambda: None,
     ) -> None:
         self.section, self.enabled = section, not section.load_only
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
-        self.folder = Folder(run / section.dir_name, guard)
+        self.folder = Folder(run / section.dir_name, check_token)
         several = layout.world_size > 1
         self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
         self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None
         self.mode = async_mode(section)
+        # Two threads must not share a process group: collectives of training and of the save would meet each other.
         if several and not section.dedicated_async_process_group:
             self.mode = DISABLED
         self._background = Background()
         self._stager: DefaultStager | None = None
         self._writer: Writer | None = None
-        self._loader = Loader(
+        self.loader = Loader(
             section,
             rank=rank,
             layout=layout,
@@ -83,7 +85,7 @@ class CheckpointManager:
         )
         self.unfinished: list[str] = []
         if self.enabled and rank == 0 and self.folder.path.is_dir():
-            self.unfinished = self.folder.mend()
+            self.unfinished = self.folder.repair()
 
     @property
     def _keeps_replicas(self) -> bool:
@@ -123,66 +125,59 @@ class CheckpointManager:
         if not self.enabled:
             return None
         name = name_of(step, epoch if between_epochs else None)
-        self._await_the_one_before(name)
+        self._wait_for_previous(name)
         durable.enter(durable.STAGING)
         writer = self._writer_of_all()
         everything = state.model_tensors(parts) | state.optimizer_tensors(parts, optimizer)
         options = state.options_of(parts, optimizer)
         if self.layout.pipeline > 1:
-            options = state.merged_options(gathered_objects(options, self.layout.world_size))
+            options = state.merged_options(gather_objects(options, self.layout.world_size))
         facts = self._facts(step, epoch, history, optimizer)
         saved = _bytes({**shared, "optimizer": options}) if self.rank == 0 else b""
-        job = Job(name=name, tensors=self._staged(everything), shared=saved, own=_bytes(own), facts=facts, best=best)
+        snapshot = Snapshot(
+            name=name,
+            tensors=self._copied_where_needed(everything),
+            shared=saved,
+            own=_bytes(own),
+            facts=facts,
+            best=best,
+        )
         replica = None if self.replica is None else _bytes(own["loader"])
         if self.mode == DISABLED:
-            self._write(writer, job, replica)
+            self._write(writer, snapshot, replica)
         else:
-            self._background.start(f"the checkpoint {name}", lambda: self._write(writer, job, replica))
+            self._background.start(f"the checkpoint {name}", lambda: self._write(writer, snapshot, replica))
             durable.enter(durable.IDLE)
         return self.folder.path / name
 
     def export(self, *, parts: Sequence[nn.Module], optimizer: Optimizer, step: int, epoch: int) -> Path:
         """Write the model alone, as `checkpoint.export_dtype` says, to `export`. Raises SaveFailed, on every rank."""
-        self._await_the_one_before(EXPORT)
-        tensors = gathered(state.model_tensors(parts), self.layout, self.rank)
-        aside, final = self.folder.aside(EXPORT), self.folder.path / EXPORT
+        self._wait_for_previous(EXPORT)
+        tensors = gather(state.model_tensors(parts), self.layout, self.rank)
+        staging, final = self.folder.staging(EXPORT), self.folder.path / EXPORT
 
-        def do() -> None:
+        def write_export() -> None:
             if self.rank != 0:
                 return export.drain(tensors)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
             facts = self._facts(step, epoch, False, optimizer, backend="safetensors")
             try:
-                export.write(aside, parts, tensors, facts, self.section.export_dtype)
+                export.write(staging, parts, tensors, facts, self.section.export_dtype)
             finally:
                 export.drain(tensors)  # the other ranks are in the middle of it where this one fails
-            self.folder.publish(aside, EXPORT)
+            self.folder.publish(staging, EXPORT)
 
         try:
-            agreed(do, self.layout.world_size, (OSError, RuntimeError, ValueError, ImportError))
+            on_all_ranks(write_export, self.layout.world_size, (OSError, RuntimeError, ValueError, ImportError))
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise SaveFailed(f"{final}: the model could not be exported: {error}") from error
         return final
 
-    def restore(self, source: Path, *, parts: Sequence[nn.Module], optimizer: Optimizer, choose: bool) -> Loaded:
-        """Load a checkpoint into model and optimizer. Collective.
-
-        Args:
-            source: a checkpoint, or a run, which means its latest one.
-            choose: whether the newest whole checkpoint of the run is wanted, and a broken one passed over.
-
-        Raises:
-            NothingSaved: there is no checkpoint at `source`.
-            Broken: the checkpoint is broken, or where we choose, all are.
-            LayoutDiffers: it was written under another layout, which is not allowed.
-            ValueError: it does not fit the model or the optimizer.
-        """
-        return self._loader.restore(source, parts=parts, optimizer=optimizer, choose=choose)
-
-    def load_weights(self, source: Path, parts: Sequence[nn.Module]) -> None:
-        """Load only the model's weights: from a checkpoint, a run, an export, or safetensors. Raises as `restore`."""
-        self._loader.load_weights(source, parts)
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._background.busy
 
     def check(self) -> None:
         """Raise SaveFailed when a save in the background has failed. Costs nothing; not collective."""
@@ -194,12 +189,12 @@ class CheckpointManager:
         self._background.wait(self.section.wait_timeout if limit is None else limit)
 
     def close(self) -> None:
-        """Give back what the manager holds. Call `drain` first: what is under way may be lost."""
+        """Release what the manager holds. Call `drain` first: what is under way may be lost."""
         if self._stager is not None:
             self._stager.close()
             self._stager = None
 
-    def _await_the_one_before(self, name: str) -> None:
+    def _wait_for_previous(self, name: str) -> None:
         if self._background.busy:
             _log.info("%s waits for %s, which is still being written", name, self._background.what)
         seconds = self._background.wait()
@@ -215,29 +210,29 @@ class CheckpointManager:
                 self.folder,
                 rank=self.rank,
                 world_size=self.layout.world_size,
-                group=group if dedicated else process_group.waiting(),
+                group=group if dedicated else process_group.slow_work(),
                 keep=self.section.keep_latest_k,
             )
         return self._writer
 
-    def _write(self, writer: Writer, job: Job, replica: bytes | None) -> None:
+    def _write(self, writer: Writer, snapshot: Snapshot, replica: bytes | None) -> None:
         if self.replica is not None and replica is not None:
             try:
-                self.replica.write(job.name, replica)
+                self.replica.write(snapshot.name, replica)
             except OSError as error:
                 raise SaveFailed(f"{self.replica.path}: the loader's state could not be written: {error}") from error
-        writer.write(job)
+        writer.write_checkpoint(snapshot)
         if self.replica is not None:
             self.replica.prune({path.name for path in self.folder.path.glob("ckpt-*")})
 
-    def _staged(self, everything: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _copied_where_needed(self, everything: dict[str, Tensor]) -> dict[str, Tensor]:
         """What this rank writes, as it is now: copies where the writing goes on after training does."""
         copy = self.mode != DISABLED
         if self.backend == "dcp":
             if not leads(self.layout, self.rank):
                 everything = {name: item for name, item in everything.items() if not state.is_whole(item)}
             return self._copied(everything) if copy else everything
-        whole = dict(gathered(everything, self.layout, self.rank))
+        whole = dict(gather(everything, self.layout, self.rank))
         if not copy:
             return whole
         # What was sharded, or on an accelerator, has just been copied.

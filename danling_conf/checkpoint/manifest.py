@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: `checkpoint.json`, written last, with the checksum of every file beside it.
+"""Manifest of a checkpoint: `checkpoint.json`, written last, with the checksum of every file beside it.
 
 Needs no torch, so that checkpoints are listed where there is none.
 """
@@ -68,7 +68,7 @@ def write(folder: Path, manifest: Manifest, name: str = FACTS) -> None:
     """
     content = {"format": FORMAT, **asdict(manifest)}
     text = json.dumps({**content, "checksum": _checksum(content)}, indent=1)
-    durable.write(folder / name, text.encode() + b"\n")
+    durable.write_file(folder / name, text.encode() + b"\n")
     durable.sync(folder / name)
 
 
@@ -115,8 +115,9 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
             )
             raise Broken(f"{path}: it cannot be read: {rule}")
         if found != expected:
-            raise Broken(f"{path}: it cannot be read: its checksum differs: it was changed or damaged after it was "
-                         "written")  # fmt: skip
+            raise Broken(
+                f"{path}: it cannot be read: its checksum differs: it was changed or damaged after it was written"
+            )
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Loader states beside the checkpoints, one folder a replica: where a replica that comes back finds its own."""
+"""Loader states of replicas, beside the checkpoints: one folder each, where a replica that comes back finds its own."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class ReplicaFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         data, facts = self._files(checkpoint)
         facts.unlink(missing_ok=True)
-        aside = data.with_name(f".{data.name}")
-        found = durable.write(aside, content)
-        durable.sync(aside)
-        os.replace(aside, data)
-        aside = facts.with_name(f".{facts.name}")
-        durable.write(aside, json.dumps(asdict(found)).encode())
-        durable.sync(aside)
-        os.replace(aside, facts)
+        staging = data.with_name(f".{data.name}")
+        found = durable.write_file(staging, content)
+        durable.sync(staging)
+        os.replace(staging, data)
+        staging = facts.with_name(f".{facts.name}")
+        durable.write_file(staging, json.dumps(asdict(found)).encode())
+        durable.sync(staging)
+        os.replace(staging, facts)
         durable.sync(self.path)
 
     def read(self, checkpoint: str) -> Path:

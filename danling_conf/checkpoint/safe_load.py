@@ -1,4 +1,4 @@
-"""Reading what somebody else may have written: nothing in a checkpoint is executed.
+"""Safe loading of files that someone else may have written: nothing in a checkpoint is executed.
 
 torch.distributed.checkpoint reads its `.metadata` by plain unpickling, and bytes in a shard by `torch.load` without
 restriction. Here the metadata may construct what describes tensors and nothing else, and bytes are not read at all.
@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from danling_conf.checkpoint.manifest import Broken
 
 METADATA = ".metadata"
 _DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
+# Private names among them are those that torch writes into the file; they are not used otherwise.
 _ALLOWED = {
     *((_DESCRIPTIONS, name) for name in (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",

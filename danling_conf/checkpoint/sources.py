@@ -1,4 +1,4 @@
-"""Where tensors come from: shards, one file, or safetensors; all read by the same planner, each rank its own part."""
+"""Sources of tensors: shards, one file, or safetensors; all read by the same planner, each rank its own part."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as distributed
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -19,13 +16,33 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from danling_conf.checkpoint.manifest import Broken
 from danling_conf.checkpoint.safe_load import SafeReader, TensorPlanner, load_plain, ordinary_errors
 from danling_conf.checkpoint.state import MODEL, Known
+from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.waiting import waiting
 
 STATE = "state.pt"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Of safetensors, by its names."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -42,9 +59,8 @@ class Source:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Read into tensors, whole or sharded. Collective. Raises Broken or RuntimeError."""
-        alone = not (distributed.is_initialized() and distributed.get_world_size() > 1)
-        with ordinary_errors("the checkpoint cannot be loaded"):
-            dcp.load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=alone)
+        with ordinary_errors("the checkpoint cannot be loaded"), waiting("the checkpoint"):
+            load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=not several_ranks())
 
 
 def shards(folder: Path) -> Source:
@@ -77,7 +93,7 @@ def safetensors(path: Path) -> Source | None:
     content: dict[str, Any] = {}
     for file in files:
         try:
-            opened = safe_open(file, framework="pt", device="cpu")
+            opened: Any = safe_open(file, framework="pt", device="cpu")
             content |= {f"{MODEL}{name}": opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise Broken(f"{file}: there is no such file, and {INDEX} names it") from None
@@ -105,7 +121,7 @@ def safetensors_files(path: Path) -> list[Path]:
 
 
 class _WholeReader(StorageReader):
-    """Gives parts of tensors that are whole, in memory or mapped; each rank reads what it needs."""
+    """Reads parts of tensors that are whole, in memory or mapped; each rank reads what it needs."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._content = content
@@ -116,7 +132,7 @@ class _WholeReader(StorageReader):
         return False
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """There is nothing to forget."""
+        """There is nothing to reset."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(state_dict_metadata=dict(self.described), storage_meta=StorageMeta())
@@ -156,10 +172,7 @@ def _describe(item: Any) -> TensorStorageMetadata:
 
 def _dtype_of(item: Any) -> torch.dtype:
     """The dtype of a slice of safetensors."""
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8",
-             "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn",
-             "F8_E5M2": "float8_e5m2"}  # fmt: skip
-    found = names.get(item.get_dtype())
+    found = _DTYPES.get(item.get_dtype())
     if found is None:
         raise Broken(f"a tensor of dtype {item.get_dtype()} is not read from safetensors")
-    return getattr(torch, found)
+    return found

@@ -1,4 +1,4 @@
-"""The state of a model and its optimizer as one flat mapping from names to tensors, whatever shards or splits them.
+"""State of a model and its optimizer as one flat mapping from names to tensors, whatever shards or splits them.
 
 `model.<name>` is a parameter or buffer; `optimizer.<parameter>.<key>` is a tensor of a parameter's optimizer state. The
 names are those in the whole model: without what wrappers put into them, and the same in every part of a pipeline. So a
@@ -23,7 +23,7 @@ MODEL, OPTIMIZER = "model.", "optimizer."
 
 @dataclass(frozen=True)
 class Known:
-    """What a checkpoint says of one of its tensors before it is read."""
+    """Shape and dtype of a tensor of a checkpoint, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,7 +45,7 @@ def optimizer_tensors(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[
 
 
 def options_of(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, Any]:
-    """What else there is of model and optimizer: options of the groups, state that is no tensor, extra state."""
+    """The rest of model and optimizer: options of the groups, state that is no tensor, extra state."""
     names = {id(parameter): name for name, parameter in named_parameters(parts)}
     values: dict[str, Any] = {}
     for name, parameter in named_parameters(parts):
@@ -95,7 +95,7 @@ def optimizer_targets(
 def load_optimizer(
     parts: Sequence[nn.Module], optimizer: Optimizer, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> None:
-    """Give the optimizer the state that was read. Parameters of which nothing was saved start without one."""
+    """Load the state that was read into the optimizer. Parameters of which nothing was saved start without one."""
     saved = {name: group["options"] for group in options["groups"] for name in group["names"]}
     names = {id(parameter): name for name, parameter in named_parameters(parts)}
     keys = _keys_by_parameter(tensors)
@@ -112,14 +112,14 @@ def load_optimizer(
             own |= options["values"].get(name, {})
             if own:
                 state[index] = own
-        # Options that this optimizer's groups do not have were added by another's scheduler (`initial_lr`).
+        # Options that this optimizer's groups do not have were added by another run's scheduler (`initial_lr`).
         mine = {key: theirs.get(key, value) for key, value in group.items() if key != "params"}
         groups.append({**mine, "params": indices})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def load_extra(parts: Sequence[nn.Module], extra: Mapping[str, Any]) -> None:
-    """Give modules the extra state (`set_extra_state`) that was saved of them."""
+    """Load the extra state of modules (`set_extra_state`)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     for part in parts:

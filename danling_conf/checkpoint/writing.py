@@ -1,4 +1,4 @@
-"""Writing one checkpoint: every rank its files, then all of them durable, then visible. The same for both backends."""
+"""Writer of checkpoints: every rank its files, then all of them durable, then visible. The same for both backends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan, SavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -27,6 +28,7 @@ from danling_conf.checkpoint.folder import BEST, LATEST, Folder
 from danling_conf.checkpoint.manifest import Manifest
 from danling_conf.checkpoint.safe_load import ordinary_errors
 from danling_conf.checkpoint.sources import STATE
+from danling_conf.parallel.waiting import waiting
 
 SHARED = "shared.pt"
 
@@ -37,7 +39,7 @@ def rank_file(rank: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Snapshot:
     """A checkpoint that is ready to be written: nothing in it changes any more."""
 
     name: str
@@ -52,7 +54,7 @@ class Job:
 
 
 class Writer:
-    """Writes checkpoints into a run's folder. Collective: every rank writes the same job.
+    """Writes checkpoints into a run's folder. Collective: every rank writes its part of a checkpoint.
 
     Args:
         group: what the ranks agree over; None is the default group.
@@ -63,84 +65,93 @@ class Writer:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self._group, self._keep = group, keep
 
-    def write(self, job: Job) -> None:
+    def write_checkpoint(self, snapshot: Snapshot) -> None:
         """Write, make durable, make visible, and remove what is not kept. Raises SaveFailed, on every rank."""
-        aside = self.folder.aside(job.name)
-        self._together(job, lambda: self._make_room(aside))
-        sums = self._together(job, lambda: self._write_files(job, aside))
+        staging = self.folder.staging(snapshot.name)
+        self._together(snapshot, lambda: self._make_room(staging))
+        sums = self._together(snapshot, lambda: self._write_files(snapshot, staging))
         files = {name: item for found in sums for name, item in found.items()}
-        self._together(job, lambda: self._commit(job, aside, files) if self.rank == 0 else None)
+        self._together(snapshot, lambda: self._commit(snapshot, staging, files) if self.rank == 0 else None)
         durable.enter(durable.IDLE)
 
-    def _make_room(self, aside: Path) -> None:
+    def _make_room(self, staging: Path) -> None:
         if self.rank == 0:
-            self.folder.guard()
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            self.folder.check_token()
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
 
-    def _write_files(self, job: Job, aside: Path) -> dict[str, Sum]:
+    def _write_files(self, snapshot: Snapshot, staging: Path) -> dict[str, Sum]:
         durable.enter(durable.WRITING)
-        sums = self._write_shards(job, aside) if job.facts.backend == "dcp" else self._write_state(job, aside)
-        sums[rank_file(self.rank)] = durable.write(aside / rank_file(self.rank), job.own)
+        sums = (
+            self._write_shards(snapshot, staging)
+            if snapshot.facts.backend == "dcp"
+            else self._write_state(snapshot, staging)
+        )
+        sums[rank_file(self.rank)] = durable.write_file(staging / rank_file(self.rank), snapshot.own)
         if self.rank == 0:
-            sums[SHARED] = durable.write(aside / SHARED, job.shared)
+            sums[SHARED] = durable.write_file(staging / SHARED, snapshot.shared)
         durable.enter(durable.MAKING_DURABLE)
         for name in sums:
-            durable.sync(aside / name)
+            durable.sync(staging / name)
         return sums
 
-    def _write_state(self, job: Job, aside: Path) -> dict[str, Sum]:
+    def _write_state(self, snapshot: Snapshot, staging: Path) -> dict[str, Sum]:
         if self.rank != 0:
             return {}
-        with durable.create(aside / STATE) as file:
-            torch.save(job.tensors, file)  # type: ignore[arg-type]
+        with durable.create(staging / STATE) as file:
+            torch.save(snapshot.tensors, file)  # type: ignore[arg-type]
         return {STATE: file.sum}
 
-    def _write_shards(self, job: Job, aside: Path) -> dict[str, Sum]:
-        writer = _ShardWriter(aside)
+    def _write_shards(self, snapshot: Snapshot, staging: Path) -> dict[str, Sum]:
+        writer = _ShardWriter(staging)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with ordinary_errors("shards"):
-            dcp.save(
-                job.tensors, storage_writer=writer, planner=planner, process_group=self._group,
+        with ordinary_errors("shards"), waiting("the shards of a checkpoint"):
+            save(
+                snapshot.tensors,
+                storage_writer=writer,
+                planner=planner,
+                process_group=self._group,
                 no_dist=self.world_size == 1,
-            )  # fmt: skip
-        return writer.sums
+            )
+        return writer.files.sums
 
-    def _commit(self, job: Job, aside: Path, files: Mapping[str, Sum]) -> None:
-        facts = replace(job.facts, files=files)
-        manifest.write(aside, facts)
-        durable.sync(aside)
+    def _commit(self, snapshot: Snapshot, staging: Path, files: Mapping[str, Sum]) -> None:
+        facts = replace(snapshot.facts, files=files)
+        manifest.write(staging, facts)
+        durable.sync(staging)
         durable.enter(durable.RENAMING)
-        final = self.folder.publish(aside, job.name)
-        for name in (LATEST, BEST) if job.best else (LATEST,):
+        final = self.folder.publish(staging, snapshot.name)
+        for name in (LATEST, BEST) if snapshot.best else (LATEST,):
             self.folder.point(name, final)
         durable.enter(durable.PRUNING)
         self.folder.prune(self._keep)
 
-    def _together(self, job: Job, do: Callable[[], Any]) -> list[Any]:
-        """What every rank's `do` gives. It fails on all ranks where it fails on one."""
+    def _together(self, snapshot: Snapshot, do: Callable[[], Any]) -> list[Any]:
+        """What `do` returns on every rank. It fails on all ranks where it fails on one."""
         result, fault = None, None
         try:
             result = do()
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             fault = error
-        outcomes: list[Any] = [(result, fault and _told(fault))]
+        outcomes: list[Any] = [(result, fault and _reason(fault))]
         if self.world_size > 1:
             outcomes = [None] * self.world_size
-            distributed.all_gather_object(outcomes, (result, fault and _told(fault)), group=self._group)
-        faults = [f"rank {rank}: {text}" if self.world_size > 1 else text
-                  for rank, (_, text) in enumerate(outcomes) if text]  # fmt: skip
+            with waiting("the other ranks' part of a checkpoint"):
+                distributed.all_gather_object(outcomes, (result, fault and _reason(fault)), group=self._group)
+        faults = [
+            f"rank {rank}: {text}" if self.world_size > 1 else text for rank, (_, text) in enumerate(outcomes) if text
+        ]
         if faults:
             if self.rank == 0:
-                shutil.rmtree(self.folder.aside(job.name), ignore_errors=True)
-            raise SaveFailed(self._message(job.name, faults)) from fault
+                shutil.rmtree(self.folder.staging(snapshot.name), ignore_errors=True)
+            raise SaveFailed(self._message(snapshot.name, faults)) from fault
         return [found for found, _ in outcomes]
 
     def _message(self, name: str, faults: list[str]) -> str:
         reasons = "; ".join(dict.fromkeys(faults))
         return (
             f"{self.folder.path / name}: the checkpoint could not be written: {reasons}; what was saved before is "
-            "whole: mend that, and go on by resume"
+            "whole: fix that, and resume the run"
         )
 
 
@@ -162,16 +173,12 @@ class _Files(FileSystem):
 
 
 class _ShardWriter(FileSystemWriter):
-    """DCP's writer into a folder that is there and empty; durability is seen to by `Writer`."""
+    """DCP's writer into a folder that is there and empty; `Writer` makes it durable."""
 
     def __init__(self, path: Path) -> None:
-        # With several threads it loses a thread's error and says that all went well.
+        # With several threads it loses the error of a thread and reports success.
         super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1)
-        self.fs = _Files()
-
-    @property
-    def sums(self) -> dict[str, Sum]:
-        return self.fs.sums  # type: ignore[attr-defined]
+        self.fs = self.files = _Files()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         future = super().write_data(plan, planner)
@@ -181,11 +188,11 @@ class _ShardWriter(FileSystemWriter):
         return future
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        told = f"{error.strerror}: {error.filename}"
+        reason = f"{error.strerror}: {error.filename}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             parent = next(path for path in Path(error.filename).parents if path.exists())
-            told += f" ({shutil.disk_usage(parent).free} bytes are free)"
-        return told
+            reason += f" ({shutil.disk_usage(parent).free} bytes are free)"
+        return reason
     return f"{type(error).__name__}: {error}".splitlines()[0]

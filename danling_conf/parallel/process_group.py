@@ -60,7 +60,8 @@ def tighten(section: CommConfig) -> None:
     """Apply `comm.train_timeout_seconds` to every process group there is. Collective: every rank calls it.
 
     Meant for once, after the first optimizer step: what is slow only at the start (compilation, connections) is over.
-    Work of a single rank that may take longer is waited for with `wait_for_all`, which keeps the limit of the start.
+    Work of a single rank that may take longer is waited for on the group of `slow_work`, which keeps the limit of the
+    start.
     """
     global _waiting
     if section.train_timeout_seconds is None or not dist.is_initialized():
@@ -80,16 +81,14 @@ def tighten(section: CommConfig) -> None:
             set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
 
 
-def wait_for_all() -> None:
-    """Wait until every rank is here, within the time limit of the start: for what one rank does alone, such as writing
-    files, while others have nothing to do. Collective; nothing where there is one process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier(_waiting_group())
+def several_ranks() -> bool:
+    """Whether this process is one of several that have met."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(value: Any) -> list[Any]:
     """What every rank passes, by rank; without several ranks, only this one's. It pickles. Collective, over the CPU."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_ranks():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
@@ -111,15 +110,16 @@ def refuse_together(faults: Sequence[Violation]) -> None:
 def separate(backend: str) -> dist.ProcessGroup | None:
     """A group of all ranks for what goes on beside training, whose collectives it neither delays nor is timed by. A
     lost rank is noticed by its connection. Collective; None where there is one process."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_ranks():
         return None
     group = dist.new_group(backend=backend, timeout=_FOR_DISKS)
     _separate.append(group)
     return group
 
 
-def waiting() -> dist.ProcessGroup | None:
-    """The group that `wait_for_all` waits on; None is the default group."""
+def slow_work() -> dist.ProcessGroup | None:
+    """The group on which ranks wait for what one of them does alone, such as writing files: it keeps the time limit of
+    the start. None is the default group."""
     return _waiting_group() if dist.is_initialized() else None
 
 

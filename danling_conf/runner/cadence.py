@@ -1,10 +1,11 @@
-"""When things happen: the budget of a run and the steps at which it logs, evaluates and saves."""
+"""Cadence of a run: its budget, and the steps at which it logs, evaluates and saves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import SettingError
 
 _EVALUATIONS = 10
 _LOG_LINES = 50
@@ -24,18 +25,18 @@ class Cadence:
     evaluate_every: int | None
     """Steps between evaluations; None in epoch mode."""
     evaluate_epochs: int
-    """Epochs between evaluations; of use in epoch mode."""
+    """Epochs between evaluations; used in epoch mode."""
     save_every: int | None
     """Steps between checkpoints; None in epoch mode, and for a run that is too short for any but the last."""
     save_epochs: int | None
     """Epochs between them, in epoch mode."""
     keeps_history: bool
-    """Whether these checkpoints are kept: where an interval was asked for."""
+    """Whether these checkpoints are kept: where an interval was set."""
     log_every: int
     """Steps between log lines."""
 
     def scheduler_advances(self, interval: str) -> int | None:
-        """How often a scheduler advances in the run, given when it does so; None when that is not known."""
+        """How often a scheduler with this interval advances in the run; None when that is not known."""
         if interval == "step":
             return self.steps
         if self.epochs is not None:
@@ -52,13 +53,15 @@ def cadence_of(config: RunnerConfig, batches_per_epoch: int | None) -> Cadence:
         batches_per_epoch: micro-batches that a rank sees in an epoch of training; None when unknown.
 
     Raises:
-        ValueError: an epoch has fewer micro-batches than one optimizer step takes.
+        SettingError: an epoch has fewer micro-batches than one optimizer step takes.
     """
     per_epoch = None if batches_per_epoch is None else optimizer_steps(config, batches_per_epoch)
     if per_epoch == 0:
-        raise ValueError(
-            f"accum_steps={config.accum_steps}: an epoch has {batches_per_epoch} micro-batches, which is not one "
-            f"optimizer step: choose at most {batches_per_epoch}, or a smaller dataloader.batch_size"
+        raise SettingError(
+            "accum_steps",
+            config.accum_steps,
+            f"an epoch has {batches_per_epoch} micro-batches, which is not one optimizer step",
+            f"choose at most {batches_per_epoch}, or a smaller dataloader.batch_size",
         )
     by_epoch = config.epochs is not None
     steps = config.steps
@@ -71,8 +74,8 @@ def cadence_of(config: RunnerConfig, batches_per_epoch: int | None) -> Cadence:
         steps_per_epoch=per_epoch,
         evaluate_every=None if by_epoch else config.eval_interval or max(1, (config.steps or 1) // _EVALUATIONS),
         evaluate_epochs=config.eval_interval or 1,
-        save_every=None if by_epoch else interval or _unasked(config.steps or 1),
-        save_epochs=(interval or _unasked_epochs(config.epochs or 1, per_epoch)) if by_epoch else None,
+        save_every=None if by_epoch else interval or _default_save_steps(config.steps or 1),
+        save_epochs=(interval or _default_save_epochs(config.epochs or 1, per_epoch)) if by_epoch else None,
         keeps_history=interval is not None,
         log_every=config.log_interval or max(1, (steps or per_epoch or _LOG_LINES) // _LOG_LINES),
     )
@@ -84,14 +87,14 @@ def optimizer_steps(config: RunnerConfig, micro_batches: int) -> int:
     return whole + (rest > 0 and config.accum_remainder == "step")
 
 
-def _unasked(steps: int) -> int | None:
-    """Steps between checkpoints that nobody asked for: ten a run, and never one at each step."""
+def _default_save_steps(steps: int) -> int | None:
+    """Steps between checkpoints where no interval is set: ten a run, and never one at each step."""
     every = steps // _SAVES
     return every if every > 1 else None
 
 
-def _unasked_epochs(epochs: int, steps_per_epoch: int | None) -> int | None:
-    """Epochs between checkpoints that nobody asked for: at most ten a run, and never one at each step."""
+def _default_save_epochs(epochs: int, steps_per_epoch: int | None) -> int | None:
+    """Epochs between checkpoints where no interval is set: at most ten a run, and never one at each step."""
     every = max(1, epochs // _SAVES)
     return every if steps_per_epoch is None or every * steps_per_epoch > 1 else None
 

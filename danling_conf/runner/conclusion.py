@@ -1,4 +1,4 @@
-"""The last lines of a run: for a person, and one for a script."""
+"""Last lines of a run: some for a person, and one for a script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.score import Score
 from danling_conf.topology.rank_environment import RankEnvironment
 
-_OWN_WORDS = ("resume=", "auto_resume=", "hydra/launcher=", "hydra.sweep", "-m", "--multirun")
+_OF_THE_LAUNCH = ("resume=", "auto_resume=", "hydra/launcher=", "hydra.sweep", "-m", "--multirun")
 
 
 def conclusion(
@@ -24,7 +24,7 @@ def conclusion(
     cadence: Cadence,
     resumable: bool,
 ) -> list[str]:
-    """Score, directory and how to go on; the last line is `step=N NAME=VALUE ... run=PATH`."""
+    """Score, directory and the command that resumes the run; the last line is `step=N NAME=VALUE ... run=PATH`."""
     lines = []
     if score.best is not None:
         lines.append(f"score {score.key} {score.best:.6g}, the best, at step {score.best_step}")
@@ -38,19 +38,19 @@ def conclusion(
 
 
 def resume_command(attempt: Attempt, ranks: RankEnvironment, cadence: Cadence) -> str:
-    """The command that goes on with a run, for twice its length."""
+    """The command that resumes a run, for twice its length."""
     key, length = ("epochs", cadence.epochs) if cadence.epochs is not None else ("steps", cadence.steps or 1)
     script, *overrides = attempt.command
-    words = [word for word in overrides if not word.startswith((f"{key}=", *_OWN_WORDS))]
+    argv = [word for word in overrides if not word.startswith((f"{key}=", *_OF_THE_LAUNCH))]
     resume = f"resume={shown(attempt.run_directory)}"
-    return shlex.join([*_program(ranks), shown(Path(script)), *words, f"{key}={2 * length}", resume])
+    return shlex.join([*_program(ranks), shown(Path(script)), *argv, f"{key}={2 * length}", resume])
 
 
-def go_on_command(attempt: Attempt, ranks: RankEnvironment) -> str:
-    """The command that goes on with a run that was stopped."""
+def resume_stopped_command(attempt: Attempt, ranks: RankEnvironment) -> str:
+    """The command that resumes a run that was stopped."""
     script, *overrides = attempt.command
-    words = [word for word in overrides if not word.startswith(_OWN_WORDS)]
-    return shlex.join([*_program(ranks), shown(Path(script)), *words, f"resume={shown(attempt.run_directory)}"])
+    argv = [word for word in overrides if not word.startswith(_OF_THE_LAUNCH)]
+    return shlex.join([*_program(ranks), shown(Path(script)), *argv, f"resume={shown(attempt.run_directory)}"])
 
 
 def _program(ranks: RankEnvironment) -> list[str]:

@@ -1,26 +1,26 @@
-"""The loaders of a run's splits."""
+"""Loaders of a run's splits, and how ranks agree on the number of batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as distributed
 from torch.utils.data import DataLoader, IterableDataset
 
 from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.context import sequence_length
 from danling_conf.parallel.model import Assembled
-from danling_conf.parallel.process_group import gathered, refuse_together
-from danling_conf.runner.alignment import agreed_length, aligned
+from danling_conf.parallel.process_group import gathered, refuse_together, several_ranks
+from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.violation import ABSENT, SettingError, Violation
 
-# Ranks agree on how much data there is without waiting for an accelerator.
-_CPU = torch.device("cpu")
+Batch = TypeVar("Batch")
 
 
 def make_loaders(
@@ -39,7 +39,7 @@ def make_loaders(
     Raises:
         ConfigRefused: on all ranks alike: there is no split `train`, or one without samples; something is no data set;
             ranks do not have the same splits, or as many samples.
-        ValueError, TypeError: see `components.dataloader.make`.
+        SettingError: see `components.dataloader.make`.
     """
     refuse_together(_faults(datasets))
     refuse_together(_differences([dict(item) for item in gathered(_sizes(datasets))]))
@@ -59,13 +59,55 @@ def make_loaders(
 
 def batches_per_epoch(loader: Any) -> int | None:
     """Batches of a training epoch on the rank that has fewest; None for data without a length. Collective."""
-    return agreed_length(len(loader) if hasattr(loader.dataset, "__len__") else None, _CPU)
+    return shortest_length(len(loader) if hasattr(loader.dataset, "__len__") else None)
 
 
-def in_step(loader: Any, iterator: Iterator[Any], *, uneven: Callable[[], None]) -> Iterator[Any]:
-    """An epoch's batches, as many on every rank. A map-style data set is dealt out evenly by its sampler; the shares of
-    an iterable one may differ: `uneven` is called where they do."""
-    return iterator if isinstance(loader.sampler, ShardedSampler) else aligned(iterator, _CPU, uneven=uneven)
+def same_number_on_all_ranks(
+    loader: Any, iterator: Iterator[Any], *, uneven: Callable[[], None] = lambda: None
+) -> Iterator[Any]:
+    """An epoch's batches, as many on every rank. The sampler of a map-style data set shares it out evenly; the shares
+    of an iterable one may differ: `uneven` is called where they do."""
+    return iterator if isinstance(loader.sampler, ShardedSampler) else while_all_have_one(iterator, uneven=uneven)
+
+
+def while_all_have_one(iterator: Iterator[Batch], *, uneven: Callable[[], None] = lambda: None) -> Iterator[Batch]:
+    """Batches for as long as every rank has one; what a rank has beyond that is not used. Collective.
+
+    `uneven` is called, on every rank, where some ranks have a batch left that others have not.
+
+    For training on an iterable data set, whose shares may differ: a rank that continued alone would reduce gradients
+    with ranks that are past it. One number is reduced before each batch.
+    """
+    if not several_ranks():
+        yield from iterator
+        return
+    while True:
+        batch = next(iterator, None)
+        least, most = _extremes(int(batch is not None))
+        if not least:
+            if most:
+                uneven()
+            return
+        assert batch is not None  # every rank has one
+        yield batch
+
+
+def shortest_length(length: int | None) -> int | None:
+    """Batches of an epoch on the rank that has fewest; None where a rank does not know (None). Collective."""
+    if not several_ranks():
+        return length
+    least, _ = _extremes(-1 if length is None else length)
+    return None if least < 0 else least
+
+
+def _extremes(value: int) -> tuple[int, int]:
+    """The least and the most that a rank has."""
+    # On the CPU, over gloo: ranks agree on how much data there is without waiting for an accelerator.
+    shared = torch.tensor([value, -value], device="cpu")
+    with waiting("the number of batches"):
+        distributed.all_reduce(shared, op=distributed.ReduceOp.MIN)
+    least, most = shared.tolist()
+    return least, -most
 
 
 def no_batch(split: str) -> SettingError:
@@ -99,8 +141,8 @@ def _any_batch(loader: Any) -> Any:
 
 
 def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout, section: ParallelConfig) -> None:
-    """Look at a sample of each split before the first step: a sequence that the ranks cannot share out would end the
-    run later. Data without random access is not looked at. Raises ValueError."""
+    """Look at a sample of each split before the first step: a sequence that the ranks cannot share evenly would end the
+    run later. Data without random access is not looked at. Raises SettingError."""
     shares = layout.tensor if section.sequence_parallel else 1
     if model.context is None and shares == 1:
         return
@@ -110,9 +152,11 @@ def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout
         batch = _any_batch(loader)
         length = sequence_length(batch if model.context is None else model.context.part(batch))
         if length is not None and length % shares:
-            raise ValueError(
-                f"parallel.sequence_parallel=true: a sequence of {length} tokens cannot be shared out evenly over the "
-                f"tensor degree, {shares}: make its length a multiple, or set sequence_parallel to false"
+            raise SettingError(
+                "parallel.sequence_parallel",
+                True,
+                f"a sequence of {length} tokens cannot be shared out evenly over the tensor degree, {shares}",
+                "make its length a multiple, or set sequence_parallel to false",
             )
 
 

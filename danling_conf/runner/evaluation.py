@@ -1,10 +1,10 @@
 """Evaluation of one split: exact over all samples, whatever the number of ranks.
 
-What is averaged how: the loss here is the mean over samples, each batch's mean loss counting by its number of samples.
+The loss here is the mean over samples, each batch's mean loss counting by its number of samples.
 In training it is the plain mean over micro-batches and data ranks. The two agree where batches are of one size, and are
 exact where a batch's loss is a mean over its samples; a mean over something that samples hold unequally much of, such
-as tokens that are not masked, counts each sample alike, and not each token. A loss that gives a sum and its count is
-the mean over what it counts, here and in training.
+as tokens that are not masked, weighs each sample alike, and not each token. A loss that returns a sum and its count
+is the mean over what it counts, here and in training.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from danling_conf._torch_private import saved_buffers
 from danling_conf.components.batch import CountSamples, to_device
 from danling_conf.parallel.forward_backward import Passes
+from danling_conf.parallel.process_group import several_ranks
 from danling_conf.runner.batch import MetricInputs
 from danling_conf.runner.observe.meters import reduce_sum
 
 
-def evaluate(
+def measure(
     passes: Passes, loader: Any, *, metrics: Mapping[str, Any], metric_inputs: MetricInputs, device: torch.device
 ) -> dict[str, float]:
     """Mean loss over all samples of a split, and its metrics. Collective.
 
     A rank may have fewer batches than another, or none. Forward passes communicate, so it takes part with a batch that
-    it has seen, or that another rank sends it, and leaves the outcome out.
+    it has seen, or that another rank sends it, and drops the result.
 
-    What is evaluated is what a checkpoint would hold, and the outcome is the same on every rank: rank 0's buffers and
-    rank 0's results are everybody's; in a pipeline, those of the first rank of each stage, and of the last stage. A
-    metric that does not synchronise itself over ranks, as torchmetrics' do, is thus that of one rank's share of the
-    samples.
+    What is evaluated is what a checkpoint would hold, and the results are the same on every rank: rank 0's buffers and
+    rank 0's results are used on all; in a pipeline, those of the first rank of each stage, and of the last stage. A
+    metric that does not synchronise itself over ranks, unlike those of torchmetrics, is thus that of one rank's share
+    of the samples.
 
     Args:
         passes: of the model, which is left in the mode (train or eval) that it came in.
@@ -58,9 +60,10 @@ def evaluate(
             metric.update(*inputs)
 
     try:
-        for batch, largest, counts in _aligned(loader, passes.count):
+        for batch, largest, counts in _as_many_as_the_longest(loader, passes.count):
             batch = batch if device.type == "cpu" else to_device(batch, device)
             measured = passes.evaluate(batch, largest=largest, counts=counts, use=update if metrics else None)
+            # The weight may be a tensor on the device: read as a number, each batch would wait for it.
             sums += torch.stack([measured.total.double(), sums.new_tensor(0.0) + measured.weight])
         results = {name: float(metric.compute()) for name, metric in metrics.items()}
     finally:
@@ -70,18 +73,12 @@ def evaluate(
 
 
 def _share_buffers(model: nn.Module, batch: DeviceMesh | None) -> None:
-    """Give every rank rank 0's saved buffers of floating point: running statistics follow each rank's own samples. In a
-    pipeline, each stage has its own, and `batch` are the ranks that share them."""
-    if not _several_ranks():
+    """Copy rank 0's saved buffers of floating point to every rank: running statistics follow each rank's own samples.
+    In a pipeline, each stage has its own, and `batch` are the ranks that share them."""
+    if not several_ranks():
         return
     group = None if batch is None else batch.get_group()
-    saved = (
-        buffer
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    )
-    for buffer in {id(buffer): buffer for buffer in saved}.values():
+    for buffer in saved_buffers(model):
         if buffer.is_floating_point() and not isinstance(buffer, DTensor):
             shared = buffer.detach().contiguous()
             distributed.broadcast(shared, group=group, group_src=0)
@@ -91,21 +88,17 @@ def _share_buffers(model: nn.Module, batch: DeviceMesh | None) -> None:
 def _of_one_rank(results: dict[str, float], source: int, device: torch.device) -> dict[str, float]:
     """The results of the rank `source`, on every rank: what follows from them (a new best, an early stop) must not
     differ."""
-    if not results or not _several_ranks():
+    if not results or not several_ranks():
         return results
     values = torch.tensor(list(results.values()), dtype=torch.float64, device=device)
     distributed.broadcast(values, src=source)
     return dict(zip(results, values.tolist(), strict=True))
 
 
-def _several_ranks() -> bool:
-    return distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _aligned(loader: Any, count: CountSamples) -> Iterator[tuple[Any, int, bool]]:
-    """Batches, with the samples of the largest one that a rank has now and whether they count: on every rank as many as
-    on the rank that has most."""
-    if not _several_ranks():
+def _as_many_as_the_longest(loader: Any, count: CountSamples) -> Iterator[tuple[Any, int, bool]]:
+    """Batches, as many on every rank as on the rank that has most; each with the number of samples of the largest batch
+    that a rank has now, and whether it counts."""
+    if not several_ranks():
         yield from ((batch, count(batch), True) for batch in loader)
         return
     last = None

@@ -20,8 +20,8 @@ from danling_conf.components import dataloader
 from danling_conf.components.batch import described, to_device
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.forward_backward import Passes
-from danling_conf.parallel.process_group import gathered, refuse_together
-from danling_conf.runner import seeds
+from danling_conf.parallel.process_group import gathered, refuse_together, several_ranks
+from danling_conf.runner import process
 from danling_conf.runner.batch import MetricInputs
 from danling_conf.runner.data import no_batch
 from danling_conf.runner.evaluation import exchange
@@ -45,7 +45,7 @@ def preflight(
             called with it, the loss is none, or a metric cannot take it or is not one number.
     """
     model = passes.model
-    training, generators = model.parts[0].training, seeds.generator_state(device)
+    training, generators = model.parts[0].training, process.generator_state(device)
     tried = {name: copy.deepcopy(metric) for name, metric in metrics.items()}  # they may count, or keep what they saw
     model.train(False)
     try:
@@ -55,7 +55,7 @@ def preflight(
                     _try(passes, loader, split, tried, metric_inputs, device)
     finally:
         model.train(training)
-        seeds.restore_generators(generators, device)
+        process.restore_generators(generators, device)
 
 
 def _eagerly() -> AbstractContextManager[object]:
@@ -85,7 +85,7 @@ def _try(
     if not any(gathered(has)):
         faults.append(no_batch(split).violation)
     refuse_together(faults)
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if several_ranks():
         found = exchange(batch, has, samples)
         assert found is not None  # some rank has one
         batch, samples = found

@@ -1,4 +1,4 @@
-"""Faults of a configuration that only show once objects are built: refused like the others, on every rank alike."""
+"""Refusal of a configuration whose faults show only once objects are built."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ _OURS = __name__.partition(".")[0]
 
 @contextmanager
 def refused() -> Iterator[None]:
-    """Turn a builder's `path: rule: fix` into a refusal, without a stack trace for what is the user's to mend.
+    """Refuse what a builder cannot do with a setting, without a stack trace: the user has to change the setting.
 
-    Only what this package raises itself is meant so. An error in the user's model, data or metrics keeps its trace.
+    An error in the user's model, data or metrics keeps its trace.
     """
+    with _refused_by_text():
+        try:
+            yield
+        except SettingError as error:
+            raise ConfigRefused([error.violation]) from error
+
+
+@contextmanager
+def _refused_by_text() -> Iterator[None]:
+    """The same for builders that raise `path: rule: fix` as text."""
     try:
         yield
     except ConfigRefused:
         raise
-    except SettingError as error:
-        raise ConfigRefused([error.violation]) from error
     except (ValueError, TypeError) as error:
         if not _raised_here(error.__traceback__):
             raise
         path, _, rest = str(error).partition(": ")
         rule, _, fix = rest.replace("; ", ": ").rpartition(": ")
-        raise ConfigRefused([Violation(path, ABSENT, rule or rest, fix or "mend the setting")]) from error
+        raise ConfigRefused([Violation(path, ABSENT, rule or rest, fix or "fix the setting")]) from error
 
 
 def _raised_here(traceback: TracebackType | None) -> bool:

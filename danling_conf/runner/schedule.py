@@ -1,4 +1,4 @@
-"""The learning rate's way through a run: by step, by epoch (in step mode: by validation), or by a metric."""
+"""Learning-rate schedule of a run: by step, by epoch (in step mode: by validation), or by a metric."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from danling_conf.components import scheduler
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.score import Score, infer_mode
 from danling_conf.schema.scheduler import SchedulerConfig
+from danling_conf.topology.violation import SettingError
 
 
 class Schedule:
@@ -19,15 +20,14 @@ class Schedule:
 
     Args:
         section: `scheduler` of the configuration.
-        measured: names of what evaluations during training give, as `split.name`.
+        measured: names of what evaluations during training measure, as `split.name`.
         metrics: metric objects by name, which say whether larger is better.
 
     Attributes:
         scheduler: torch's; None for a constant learning rate.
-        by_step: the same where it advances after every optimizer step, else None.
 
     Raises:
-        ValueError: a monitored metric that nothing measures, or a schedule of unknown length.
+        SettingError: a monitored metric that nothing measures, or a schedule of unknown length.
     """
 
     def __init__(
@@ -46,27 +46,38 @@ class Schedule:
         mode = score.mode
         if self._metric_driven:
             if interval == "step":
-                raise ValueError(
-                    f"scheduler.interval=step: {section.type} advances when its metric is evaluated: "
-                    "scheduler.interval=epoch"
+                raise SettingError(
+                    "scheduler.interval",
+                    "step",
+                    f"{section.type} advances when its metric is evaluated",
+                    "scheduler.interval=epoch",
                 )
             known = list(dict.fromkeys([score.key, *measured, "train.loss"]))
             if self._monitor not in known:
-                raise ValueError(
-                    f"scheduler.monitor={self._monitor}: no evaluation during training gives it: choose one of "
-                    f"{', '.join(known)}"
+                raise SettingError(
+                    "scheduler.monitor",
+                    self._monitor,
+                    "no evaluation during training measures it",
+                    f"choose one of {', '.join(known)}",
                 )
             if self._monitor != score.key:
                 mode = infer_mode(None, self._monitor.partition(".")[2], metrics, path="scheduler.mode")
         advances = cadence.scheduler_advances(interval)
         if advances is None and scheduler.needs_length(section):
-            raise ValueError(
-                f"scheduler.type={section.type}: the run's length is not known, since its data has none and epochs "
-                "count it: set steps, or scheduler=constant"
+            raise SettingError(
+                "scheduler.type",
+                section.type,
+                "the run's length is not known, since its data has none and epochs count it",
+                "set steps, or scheduler=constant",
             )
         self.scheduler = scheduler.make(optimizer, section, advances or sys.maxsize, metric_mode=mode)
-        self.by_step: Any = self.scheduler if interval == "step" else None
+        self._by_step: Any = self.scheduler if interval == "step" else None
         self._by_epoch: Any = self.scheduler if interval == "epoch" else None
+
+    def after_step(self) -> None:
+        """Advance what advances by step."""
+        if self._by_step is not None:
+            self._by_step.step()
 
     def after_epoch(self, results: Mapping[str, float], *, evaluated: bool = True) -> None:
         """Advance what advances by epoch; by a metric only where it was measured anew."""

@@ -1,4 +1,4 @@
-"""Model selection: which number is the score, whether it became better, and when to give up."""
+"""Score of a run: which number selects the best model, whether it improved, and when to stop early."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from danling_conf.components.dataloader import is_training
+from danling_conf.topology.violation import SettingError
 
 PREFERRED_SPLITS = ("val", "validate")
 
@@ -25,7 +26,7 @@ def infer_split(configured: str | None, splits: Iterable[str]) -> str:
 def infer_mode(configured: str | None, name: str, metrics: Mapping[str, Any], *, path: str = "score_mode") -> str:
     """`min` or `max`: as configured at `path`, else as the metric says.
 
-    Raises ValueError for a metric that does not say.
+    Raises SettingError for a metric that does not say.
     """
     if configured is not None:
         return configured
@@ -33,9 +34,11 @@ def infer_mode(configured: str | None, name: str, metrics: Mapping[str, Any], *,
         return "min"
     higher = getattr(metrics.get(name), "higher_is_better", None)
     if higher is None:
-        raise ValueError(
-            f"{path}=null: the metric {name} does not say whether a larger value is better: set {path}=min or "
-            f"{path}=max"
+        raise SettingError(
+            path,
+            None,
+            f"the metric {name} does not say whether a larger value is better",
+            f"set {path}=min or {path}=max",
         )
     return "max" if higher else "min"
 
@@ -52,17 +55,19 @@ def make_score(
     """The score of a run, from the `score_*` settings, its splits and its metrics.
 
     Raises:
-        ValueError: there is no such metric, it does not say which way is better, or nothing measures it.
+        SettingError: there is no such metric, it does not say which way is better, or nothing measures it.
     """
     if name != "loss" and name not in metrics:
         known = ", ".join(["loss", *metrics])
-        raise ValueError(f"score_name={name}: there is no such metric: choose one of {known}")
+        raise SettingError("score_name", name, "there is no such metric", f"choose one of {known}")
     better = infer_mode(mode, name, metrics)
     found = infer_split(split, splits)
     if is_training(found) and (found != "train" or name != "loss"):
-        raise ValueError(
-            f"score_split={found}: {name} is not measured on it, since no {found} split is evaluated: "
-            "give a val split, or choose score_split=train score_name=loss"
+        raise SettingError(
+            "score_split",
+            found,
+            f"{name} is not measured on it, since no {found} split is evaluated",
+            "pass a val split, or choose score_split=train score_name=loss",
         )
     return Score(split=found, name=name, mode=better, patience=patience)
 
@@ -87,13 +92,13 @@ class Score:
 
     @property
     def exhausted(self) -> bool:
-        """Whether `patience` evaluations in a row brought nothing better."""
+        """Whether `patience` evaluations in a row did not improve the score."""
         return self.patience is not None and self.worse >= self.patience
 
     def update(self, results: Mapping[str, float], step: int) -> bool:
-        """Take in an evaluation's results; says whether they are the best so far.
+        """Take in an evaluation's results; returns whether they are the best so far.
 
-        Raises KeyError, with what there is, when the score is not among them.
+        Raises KeyError, which names the results, when the score is not among them.
         """
         if self.key not in results:
             raise KeyError(f"the score {self.key} is not among the results: {', '.join(results) or 'none'}")
@@ -118,7 +123,7 @@ class Score:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved score; one of another metric or split says nothing about this one."""
+        """Take over a saved score; one of another metric or split is ignored."""
         if (state["key"], state["mode"]) != (self.key, self.mode):
             return
         self.best, self.best_step = state["best"], state["best_step"]

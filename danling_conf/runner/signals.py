@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, agreed upon by all ranks between two steps."""
+"""Signals that ask a run to stop: noted when they arrive, agreed on by all ranks between two steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
+from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.waiting import waiting
 from danling_conf.records.stopped import STOPPING, early_signal
 
 _listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
@@ -23,7 +25,7 @@ class StopRequest:
     """Notes SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 while installed. A second one ends the process at once.
 
     Args:
-        second_ends: False where whoever sends signals repeats them.
+        second_ends: False where the sender repeats its signals.
 
     The signals are read from a pipe by a thread, since Python calls a handler only between two of its own instructions:
     a process that waits in a collective would not hear the second one.
@@ -32,12 +34,12 @@ class StopRequest:
     def __init__(self, *, second_ends: bool = True) -> None:
         self._second_ends = second_ends
         self.number = 0
-        """The signal that came; 0 where none did."""
+        """The signal that arrived; 0 for none."""
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._wakeup = -1
         self._group: distributed.ProcessGroup | None = None
-        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._reduction: tuple[torch.Tensor, Any] | None = None
 
     def install(self, timeout: timedelta | None = None) -> None:
         """Begin to listen. In the main thread only, where Python can; not in an interactive session, whose Ctrl-C is
@@ -46,7 +48,7 @@ class StopRequest:
         Args:
             timeout: limit of the ranks' agreement, until `process_group.tighten`; None for torch's own.
         """
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if several_ranks():
             self._group = distributed.new_group(backend="gloo", timeout=timeout)
         if _interactive() or threading.current_thread() is not threading.main_thread():
             return
@@ -60,35 +62,37 @@ class StopRequest:
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._pipe[0],), name="danling-conf-signals", daemon=True).start()
 
-    def agreed(self) -> int:
-        """The signal that any rank has got, the same answer on every rank; 0 for none. Collective.
+    def signal_on_any_rank(self) -> int:
+        """The signal that any rank received, the same answer on every rank; 0 for none. Collective.
 
-        With several ranks the answer is that to the question put at the call before, so that nobody waits for it: a run
-        stops one step after the signal.
+        With several ranks the answer is that of the reduction which the call before began, so that no rank waits for
+        it: a run stops one step after the signal.
         """
         if self._group is None:
             return self.number
         answer = 0
-        if self._asked is not None:
-            number, work = self._asked
-            work.wait()
+        if self._reduction is not None:
+            number, work = self._reduction
+            with waiting("the ranks' agreement on signals"):
+                work.wait()
             answer = int(number.item())
         number = torch.tensor(self.number)
-        self._asked = (
+        self._reduction = (
             number,
             distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._group, async_op=True),
         )
         return answer
 
     def remove(self, *, failing: bool) -> None:
-        """Stop listening, and put back what listened before.
+        """Stop listening, and restore the handlers from before.
 
         Args:
-            failing: whether this rank leaves out of order, so that others may not answer any more.
+            failing: whether this rank fails, so that the others may not answer any more.
         """
-        if self._asked is not None and not failing:
-            self._asked[1].wait()
-        self._asked = None
+        if self._reduction is not None and not failing:
+            with waiting("the ranks' agreement on signals"):
+                self._reduction[1].wait()
+        self._reduction = None
         _listening.discard(self)
         if self._pipe is None:
             return
@@ -118,35 +122,35 @@ def _interactive() -> bool:
     return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
-_held: set[Any] | None = None
+_mask_before_fork: set[Any] | None = None
 """The signal mask from before a fork that is under way."""
 
 
-def _hold() -> None:
+def _block_signals() -> None:
     """Before a fork: no signal may reach the child while it still holds the parent's pipe."""
-    global _held
+    global _mask_before_fork
     if _listening:
-        _held = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+        _mask_before_fork = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
 
 
-def _let_go() -> None:
-    global _held
-    if _held is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _held)
-        _held = None
+def _unblock_signals() -> None:
+    global _mask_before_fork
+    if _mask_before_fork is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask_before_fork)
+        _mask_before_fork = None
 
 
-def _stand_apart() -> None:
+def _leave_process_group() -> None:
     """In a forked child, a loader's worker: leave the process group, to which launchers and terminals send signals,
     since the run needs it to the end of the step; and do not write signals into the parent's pipe."""
-    if _held is not None:
+    if _mask_before_fork is not None:
         signal.set_wakeup_fd(-1)
         os.setpgid(0, 0)
-        _let_go()
+        _unblock_signals()
 
 
-os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_stand_apart)
+os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_process_group)
 
 
 def _note(number: int, frame: Any) -> None:
-    """Keeps a signal from ending the process; the thread hears of it by the pipe."""
+    """Keeps a signal from ending the process; the thread reads it from the pipe."""

@@ -1,4 +1,4 @@
-"""The ranks of a run meet: process group, mesh, device, and one configuration on all of them."""
+"""World of a run: its ranks meet and form the process group and the mesh, under one configuration."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class World:
     """Of random numbers, see `topology.layout.random_stream`."""
     attempt: Attempt
     lock: RunLock | None
-    """Held where nobody but the runner claimed the run."""
-    guard: Callable[[], None]
-    """Raises where the run was taken over, see `Current`."""
+    """Of the run directory, where the runner itself claimed it; None where a launcher holds it."""
+    check_token: Callable[[], None]
+    """Compares fencing tokens: raises where another process has taken the run over, see `Current`."""
     repeats_signals: bool
     """Whether signals are sent again while a run saves, see `Current`."""
 
@@ -92,23 +92,23 @@ def join(config: RunnerConfig) -> World:
         stream=random_stream(layout, ranks.rank, sequence_parallel=config.parallel.sequence_parallel),
         attempt=attempt,
         lock=lock,
-        guard=(started or Current(attempt=attempt)).guard,
+        check_token=(started or Current(attempt=attempt)).guard,
         repeats_signals=started is not None and started.repeats_signals,
     )
 
 
 def _wrong_size(layout: Layout, ranks: RankEnvironment) -> Violation:
-    there = "this process is alone" if ranks.world_size == 1 else f"{ranks.launcher} started {ranks.world_size}"
+    found = "this process is alone" if ranks.world_size == 1 else f"{ranks.launcher} started {ranks.world_size}"
     return Violation(
         "parallel",
         ABSENT,
-        f"its degrees multiply to {layout.world_size} processes, and {there}",
+        f"its degrees multiply to {layout.world_size} processes, and {found}",
         f"start {layout.world_size} with torchrun or danling_conf.main, or choose a layout of {ranks.world_size}",
     )
 
 
 def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | None) -> tuple[Attempt, RunLock | None]:
-    """The attempt: given by whoever launched this process, else claimed by rank 0 for all."""
+    """The attempt: the launcher's, else claimed by rank 0 for all ranks."""
     if started is not None:
         return started.attempt, None
     outcome: list[Any] = [None]
@@ -129,7 +129,7 @@ def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | No
 
 
 def _compare(config: RunnerConfig, ranks: RankEnvironment) -> None:
-    """Ranks under different configurations would train something that nobody asked for, or wait for ever."""
+    """Refuse different configurations: the ranks would train something else than configured, or wait for ever."""
     if ranks.world_size == 1:
         return
     mine = plain(config)

@@ -54,7 +54,7 @@ class HeartbeatConfig:
 class WandbConfig:
     """Scalars to Weights & Biases."""
 
-    read_by: ClassVar[str] = "danling_conf.runner.trackers"
+    read_by: ClassVar[str] = "danling_conf.runner.observe.trackers"
 
     enabled: bool = setting(False, semantic=False)
     """Log scalars to Weights & Biases."""
@@ -80,7 +80,7 @@ class WandbConfig:
 class MlflowConfig:
     """Scalars and settings to MLflow."""
 
-    read_by: ClassVar[str] = "danling_conf.runner.trackers"
+    read_by: ClassVar[str] = "danling_conf.runner.observe.trackers"
 
     enabled: bool = setting(False, semantic=False)
     """Log scalars to MLflow."""

@@ -26,7 +26,7 @@ class CommConfig:
 class GcConfig:
     """Pacing of Python's garbage collector, so that ranks do not stop at different steps."""
 
-    read_by: ClassVar[str] = "danling_conf.runner.garbage_collection"
+    read_by: ClassVar[str] = "danling_conf.runner.process"
 
     interval: Optional[int] = setting(None, at_least=1, semantic=False)
     """Optimizer steps between collections. Unset: no pacing."""

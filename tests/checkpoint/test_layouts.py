@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from danling_conf import ConfigRefused
-from danling_conf.checkpoint.gather import gathered
+from danling_conf.checkpoint.gather import gather
 from danling_conf.checkpoint.state import MODEL, model_tensors, optimizer_tensors
 from tests.support.decoder_runs import Texts, loss, model, settings_of, train
 from tests.support.processes import run
@@ -39,7 +39,7 @@ def state_after_loading(root: str, layout: str, source: str, changes: dict[str, 
     try:
         runner.prepare(model, {"train": Texts()}, loss=loss)
         mine = model_tensors(runner.parts) | optimizer_tensors(runner.parts, runner.optimizer)
-        whole = {name: tensor.clone() for name, tensor in gathered(mine, runner.world.layout, runner.world.ranks.rank)}
+        whole = {name: tensor.clone() for name, tensor in gather(mine, runner.world.layout, runner.world.ranks.rank)}
         return {"state": whole, "step": runner.global_step, "rates": _rates(runner)}
     finally:
         runner.close()
@@ -59,7 +59,7 @@ def stopped(root: str, layout: str, changes: dict[str, Any]) -> dict[str, Any]:
             if runner.global_step == SAVED_AT:
                 break
         mine = model_tensors(runner.parts) | optimizer_tensors(runner.parts, runner.optimizer)
-        whole = {name: tensor.clone() for name, tensor in gathered(mine, runner.world.layout, runner.world.ranks.rank)}
+        whole = {name: tensor.clone() for name, tensor in gather(mine, runner.world.layout, runner.world.ranks.rank)}
         rates = _rates(runner)
     finally:
         runner.close()

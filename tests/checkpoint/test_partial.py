@@ -114,7 +114,7 @@ def test_the_counts_may_begin_anew(tmp_path: Path, run: Path) -> None:
 
 
 def test_a_name_that_the_checkpoint_does_not_have(tmp_path: Path, run: Path) -> None:
-    message = r"exclude_from_loading=model\.secnd\.weight.*did you mean model\.second\.weight"
+    message = r"(?s)exclude_from_loading=model\.secnd\.weight.*did you mean model\.second\.weight"
     with pytest.raises(ConfigRefused, match=message):
         prepared(tmp_path, "model.secnd.weight", resume=str(run))
 

@@ -70,11 +70,11 @@ class Slow(Writer):
 
     writing, most, seconds = 0, 0, 0.15
 
-    def write(self, job: Any) -> None:
+    def write_checkpoint(self, snapshot: Any) -> None:
         Slow.writing += 1
         Slow.most = max(Slow.most, Slow.writing)
         time.sleep(self.seconds)
-        super().write(job)
+        super().write_checkpoint(snapshot)
         Slow.writing -= 1
 
 
@@ -123,14 +123,14 @@ def test_a_checkpoint_is_what_it_was_when_it_was_asked_for(tmp_path: Path, slow:
 
 
 def test_a_save_that_fails_in_the_background_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = durable.write
+    real = durable.write_file
 
     def write(path: Path, content: bytes) -> Any:
         if "ckpt-s00000002" in str(path):
             raise OSError(5, "Input/output error", str(path))
         return real(path, content)
 
-    monkeypatch.setattr(durable, "write", write)
+    monkeypatch.setattr(durable, "write_file", write)
     runner = start(tmp_path, {"steps": 50, "checkpoint": {"interval": 1}})
     with pytest.raises(SaveFailed, match=r"ckpt-s00000002: the checkpoint could not be written: Input/output error: /"):
         runner.fit(DropoutNet, splits(), loss=loss)

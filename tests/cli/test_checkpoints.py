@@ -24,7 +24,7 @@ def save(
 ) -> Path:
     """A checkpoint as far as a listing reads it."""
     folder.mkdir(parents=True)
-    sums = {name: durable.write(folder / name, bytes(5000 * (index + 1))) for index, name in enumerate(("a", "b"))}
+    sums = {name: durable.write_file(folder / name, bytes(5000 * (index + 1))) for index, name in enumerate(("a", "b"))}
     content = Manifest(
         step=step, epoch=step // 10, saved="2025-03-01T12:00:00+00:00", backend="dcp", layout=named,
         degrees=layout.degrees(), fsdp=layout.fsdp, history=True, optimizer="AdamW", files=sums,

@@ -27,7 +27,7 @@ from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
 from danling_conf.parallel import compile as compilation
 from danling_conf.parallel import fsdp, process_group
 from danling_conf.records.heartbeats import read_heartbeats
-from danling_conf.runner.progress import Progress
+from danling_conf.runner.display import Display
 from danling_conf.schema import RunnerConfig
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -90,7 +90,7 @@ def given_to_compile(config: RunnerConfig) -> list[tuple[str, dict[str, Any]]]:
 
 def written_checkpoints(config: RunnerConfig) -> tuple[list[str], str]:
     """What a short run leaves in its folder of checkpoints, and whether training waits for it."""
-    with mock.patch.object(Progress, "line"):
+    with mock.patch.object(Display, "line"):
         runner = danling_conf.Runner(config)
         runner.fit(Model(), {"train": data(), "val": data()}, loss=cross_entropy)
     folder = runner.world.attempt.run_directory / "checkpoints"
@@ -156,7 +156,7 @@ def collections_in_a_run(config: RunnerConfig) -> dict[str, Any]:
     automatic: set[bool] = set()
     runner = danling_conf.Runner(config)
     with (
-        mock.patch.object(Progress, "line"),
+        mock.patch.object(Display, "line"),
         mock.patch("gc.collect", lambda *generation: calls.append((runner.global_step, *generation))),
     ):
         runner.prepare(Model(), {"train": data()}, loss=cross_entropy)
@@ -178,7 +178,7 @@ def warned_paths(config: RunnerConfig) -> list[str]:
 
 def fit(config: RunnerConfig) -> danling_conf.Runner:
     runner = danling_conf.Runner(config)
-    with mock.patch.object(Progress, "line"):
+    with mock.patch.object(Display, "line"):
         runner.fit(Model(), {"train": data()}, loss=cross_entropy)
     return runner
 

@@ -82,7 +82,7 @@ def wait_for_slow_work() -> list[bool]:
     """Whether a collective, and then waiting, outlast work of rank 0 that takes longer than the tightened limit."""
     process_group.tighten(CommConfig(init_timeout_seconds=60, train_timeout_seconds=1))
     outcome = []
-    for wait in (process_group.wait_for_all, dist.barrier):
+    for wait in (lambda: dist.barrier(process_group.slow_work()), dist.barrier):
         if dist.get_rank() == 0:
             time.sleep(2.5)
         try:
@@ -96,10 +96,6 @@ def wait_for_slow_work() -> list[bool]:
 @pytest.mark.slow
 def test_slow_work_of_one_rank_is_waited_for_under_a_tight_limit() -> None:
     assert run(wait_for_slow_work, 2)[1] == [True, False]
-
-
-def test_waiting_needs_no_process_group() -> None:
-    process_group.wait_for_all()
 
 
 def test_a_single_process_without_a_process_group_has_no_mesh() -> None:

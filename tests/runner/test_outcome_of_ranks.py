@@ -14,12 +14,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import IterableDataset
 
 from danling_conf.components import dataloader
-from danling_conf.runner.alignment import agreed_length, aligned
+from danling_conf.runner.data import shortest_length, while_all_have_one
 from danling_conf.schema.dataloader import DataloaderConfig
 from tests.support.small import CLASSES, FEATURES, Pairs, loss, losses_of, runner
 from tests.support.spawn import run
 
-CPU = torch.device("cpu")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp2": {"parallel": {"axes": {"replicate": 2}}},
     "fsdp2": {"parallel": {"axes": {"shard": 2}}, "fsdp": {"enabled": True}},
@@ -148,12 +147,12 @@ def uneven_epochs() -> dict[str, Any]:
                              data_rank=rank, data_degree=2)  # fmt: skip
     taken = []
     for _ in range(2):
-        for batch in aligned(iter(loader), CPU):
+        for batch in while_all_have_one(iter(loader)):
             distributed.all_reduce(batch)  # as gradients are
             taken.append(batch.item())
         distributed.barrier()  # what follows an epoch
-    nothing = list(aligned(iter([1] * rank), CPU))
-    lengths = [agreed_length(len(loader), CPU), agreed_length(rank, CPU), agreed_length(None if rank else 4, CPU)]
+    nothing = list(while_all_have_one(iter([1] * rank)))
+    lengths = [shortest_length(len(loader)), shortest_length(rank), shortest_length(None if rank else 4)]
     return {"taken": taken, "nothing": nothing, "lengths": lengths}
 
 
@@ -165,8 +164,8 @@ def test_uneven_shares_of_a_training_split_give_equally_many_batches() -> None:
 
 
 def test_a_single_process_takes_every_batch() -> None:
-    assert list(aligned(iter([1, 2, 3]), CPU)) == [1, 2, 3]
-    assert (agreed_length(3, CPU), agreed_length(None, CPU)) == (3, None)
+    assert list(while_all_have_one(iter([1, 2, 3]))) == [1, 2, 3]
+    assert (shortest_length(3), shortest_length(None)) == (3, None)
 
 
 def resumed_on_ranks(root: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import danling_conf
-from danling_conf.checkpoint.gather import gathered
+from danling_conf.checkpoint.gather import gather
 from danling_conf.checkpoint.state import MODEL, model_tensors
 from danling_conf.groups.source import layout_settings
 from examples.models.decoder import Decoder, DecoderConfig
@@ -87,7 +87,7 @@ def train(
             if runner.global_step == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
         runner.finish()
-        whole = gathered(model_tensors(runner.parts), runner.world.layout, runner.world.ranks.rank)
+        whole = gather(model_tensors(runner.parts), runner.world.layout, runner.world.ranks.rank)
         weights = {name.removeprefix(MODEL): tensor.clone() for name, tensor in whole}
         moments = {
             f"{index}.{key}": value.full_tensor().clone() if hasattr(value, "full_tensor") else value.clone()

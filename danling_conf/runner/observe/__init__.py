@@ -1,1 +1,1 @@
-"""What watches a run and changes nothing of what it trains."""
+"""Observers of a run, which change nothing of what it trains."""

@@ -1,4 +1,4 @@
-"""A collective that timed out: which ranks did not come, instead of what a library's socket says."""
+"""Timeout of a collective: which ranks did not come, instead of an error of a library's socket."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.run_directory import Attempt, write_whole
+from danling_conf.runner.state import TrainState
+from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rank_environment import RankEnvironment
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 _log = logging.getLogger(__name__)
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|connect(ion)? fail", re.IGNORECASE)
@@ -33,25 +36,44 @@ class Place:
     starting: bool = True
     """Whether the limit of the start still holds: until the first step is done."""
     waited_for: dict[str, Any] | None = None
-    """The collective that it was seen to wait in, where somebody looked."""
+    """The collective that the heartbeat saw it wait in; None without a heartbeat."""
 
 
 class CollectiveTimedOut(RuntimeError):
     """Some ranks did not come to a collective within its time limit. The message names them."""
 
 
-def named(method: Callable[..., Result]) -> Callable[..., Result]:
-    """For a method of the runner: where a collective in it times out, the error names the ranks that did not come."""
+class Placed(Protocol):
+    """An object of a run that knows where this rank is."""
+
+    config: RunnerConfig
+    world: World
+
+    def place(self) -> Place: ...
+
+
+Owner = TypeVar("Owner", bound=Placed)
+
+
+def named(
+    method: Callable[Concatenate[Owner, Arguments], Result],
+) -> Callable[Concatenate[Owner, Arguments], Result]:
+    """Decorate a method: where a collective in it times out, the error names the ranks that did not come."""
 
     @wraps(method)
-    def called(runner: Any, *arguments: Any, **options: Any) -> Result:
+    def called(owner: Owner, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         try:
-            return method(runner, *arguments, **options)
+            return method(owner, *arguments, **options)
         except RuntimeError as error:
-            explain(error, runner.world.attempt, runner.world.ranks, runner.config, runner.place())
+            explain(error, owner.world.attempt, owner.world.ranks, owner.config, owner.place())
             raise
 
     return called
+
+
+def place_of(state: TrainState, waited_for: dict[str, Any] | None) -> Place:
+    """Where the rank with this state is."""
+    return Place(step=state.step, starting=not state.past_first_step, waited_for=waited_for)
 
 
 def explain(error: RuntimeError, attempt: Attempt, ranks: RankEnvironment, config: RunnerConfig, place: Place) -> None:
@@ -78,17 +100,22 @@ def explain(error: RuntimeError, attempt: Attempt, ranks: RankEnvironment, confi
     limit = limit or config.comm.init_timeout_seconds
     beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
     beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.directory.name}
-    # What failed is under way no longer; the heartbeat has seen it.
+    # What failed is no longer under way; the heartbeat has seen it.
     notes[ranks.rank] = {**note, "collective": place.waited_for}
-    said = message(notes, beats, ranks.world_size, limit=limit, setting=setting, now=time.time())
-    raise CollectiveTimedOut(said) from None
+    text = message(notes, beats, ranks.world_size, limit=limit, setting=setting, now=time.time())
+    raise CollectiveTimedOut(text) from None
 
 
 def message(
-    notes: dict[int, dict[str, Any]], beats: dict[int, dict[str, Any]], world_size: int, *, limit: int | None,
-    setting: str, now: float,
-) -> str:  # fmt: skip
-    """Which ranks did not come, with the last that is known of each; and where those that came are.
+    notes: dict[int, dict[str, Any]],
+    beats: dict[int, dict[str, Any]],
+    world_size: int,
+    *,
+    limit: int | None,
+    setting: str,
+    now: float,
+) -> str:
+    """Names the ranks that did not come, with the last that is known of each; and where those that came are.
 
     Args:
         notes: of the ranks that waited, by rank.
@@ -117,7 +144,7 @@ def message(
 
 
 def late(attempt: Attempt, config: RunnerConfig, world_size: int, collective: dict[str, Any], waited: float) -> str:
-    """Which ranks have not come to a collective that will time out soon, as far as heartbeats say."""
+    """Names the ranks that have not come to a collective that will time out soon, as far as heartbeats show."""
     beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
     lines = [f"{_name(collective)} is waited for since {waited:.0f} s, and will time out"]
     for rank in range(world_size):
@@ -143,7 +170,7 @@ def _last_of(beat: dict[str, Any] | None, now: float) -> str:
 
 
 def _notes_of(attempt: Path, world_size: int) -> dict[int, dict[str, Any]]:
-    """Of all ranks that leave one soon."""
+    """The notes of all ranks that write one within the grace period."""
     deadline = time.monotonic() + _GRACE_SECONDS
     while True:
         found = {}

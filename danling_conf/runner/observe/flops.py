@@ -1,4 +1,5 @@
-"""How much arithmetic a model's step takes, and what share of the device's peak a run reaches (MFU)."""
+"""Model FLOPs utilisation (MFU): the arithmetic of a model's step, and the share of the device's peak that a run
+reaches."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ _log = logging.getLogger(__name__)
 class Utilisation:
     """Model FLOPs utilisation: the FLOPs that the model itself needs over those that the devices could do.
 
-    The FLOPs are counted once, with the first batch, on a twin of the model on the meta device: forward and backward of
+    The FLOPs are counted once, with the first batch, on a copy of the model on the meta device: forward and backward of
     the whole model, whatever the layout, without what activation checkpointing computes again. Where the device's peak
-    is not known, as on a CPU, or the twin cannot run on the meta device, there is no utilisation.
+    is not known, as on a CPU, or the copy cannot run on the meta device, there is no utilisation.
 
     Args:
         model: the factory or module that the run trains.
@@ -45,16 +46,16 @@ class Utilisation:
         self.flops_per_sample: float | None = None
         self._devices = devices
         self._forward, self._loss, self._count = forward, loss, count
-        # A module is changed when it is laid out over ranks: its twin is made before that.
-        self._twin = None if self.peak is None else _twin(model)
+        # A module is changed when it is laid out over ranks: the copy is made before that.
+        self._meta_copy = None if self.peak is None else _meta_copy(model)
 
     def count(self, batch: Any) -> None:
         """Count with the first batch; later calls do nothing."""
-        if self._twin is None:
+        if self._meta_copy is None:
             return
-        twin, self._twin = self._twin, None
+        meta_copy, self._meta_copy = self._meta_copy, None
         try:
-            flops = model_flops(twin, self._forward, self._loss, batch)
+            flops = model_flops(meta_copy, self._forward, self._loss, batch)
             self.flops_per_sample = flops / self._count(batch)
         except Exception as error:  # of the user's model on a device that it was not written for
             _log.info("the model's FLOPs are not known, since it does not run on the meta device: %s", error)
@@ -67,17 +68,17 @@ class Utilisation:
 
 
 def model_flops(
-    twin: nn.Module, forward: Callable[[Any, Any], Any], loss: Callable[[Any, Any], Any], batch: Any
+    meta_copy: nn.Module, forward: Callable[[Any, Any], Any], loss: Callable[[Any, Any], Any], batch: Any
 ) -> int:
     """FLOPs of forward and backward of one batch, by a model on the meta device. Raises what the model raises there."""
     on_meta = to_device(batch, torch.device("meta"))
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        found = loss(forward(twin, on_meta), on_meta)
+        found = loss(forward(meta_copy, on_meta), on_meta)
         (found[0] if isinstance(found, tuple) else found).backward()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
-def _twin(model: nn.Module | Callable[[], nn.Module]) -> nn.Module | None:
+def _meta_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module | None:
     """The same model on the meta device, without its weights being copied; None where it cannot be made."""
     try:
         if isinstance(model, nn.Module):

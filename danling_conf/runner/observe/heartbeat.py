@@ -1,4 +1,4 @@
-"""A rank's sign of life: one small file, written by a thread that goes on when training is stuck."""
+"""Heartbeat of a rank: one small file, written by a thread that keeps running when training is stuck."""
 
 from __future__ import annotations
 
@@ -6,44 +6,40 @@ import json
 import logging
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from danling_conf._torch_private import outstanding_collective
+from danling_conf.parallel.waiting import waits_for
 from danling_conf.records.heartbeats import heartbeat_file
-from danling_conf.runner.observe.memory import used_bytes
+from danling_conf.runner.observe.summary import used_bytes
 from danling_conf.schema.observability import HeartbeatConfig
 
 _log = logging.getLogger(__name__)
 LATE_SHARE = 0.8
-"""Of its time limit: a collective that takes longer is told of, since some backends end the process at the limit."""
+"""Share of its time limit after which a collective is reported: some backends end the process at the limit."""
 _SAMPLE_SECONDS = 0.2
 """Between two looks at whether the rank waits for others."""
 _PATIENCE = 1.0
 """Seconds after which a collective that has not ended is waited for, rather than under way."""
-_BLOCKING = {"agreed", "_least", "wait_for_all", "_engine_run_backward"}
-"""Functions that call into C++ and wait there; the last is torch's backward pass, in whose hooks gradients are
-reduced."""
 
 
 class Heartbeat:
     """Writes `rank-<n>.json` into a folder, whole each time, once every `heartbeat.interval_seconds`.
 
-    A disk that takes no more does not stop the run: it is said once in the log.
+    A full disk does not stop the run: it is logged once.
 
     Args:
         folder: of the heartbeats of all ranks.
         facts: what does not change: attempt, rank, world size.
-        limit: gives the time limit of collectives, in seconds; None where it is torch's own.
-        overdue: is told of a collective that has used up most of its limit, and how long it has taken; from the thread.
-        look: gives step, total_steps, epoch and last_step_time (seconds since 1970, or None) as they are now; called
-        from
-            the thread.
+        look: returns step, total_steps, epoch and last_step_time (seconds since 1970, or None) as they are now; called
+            from the thread.
+        limit: returns the time limit of collectives, in seconds; None where it is torch's own.
+        overdue: called, from the thread, with a collective that has used up most of its limit, and the seconds that it
+            has taken.
     """
 
     def __init__(
@@ -68,8 +64,8 @@ class Heartbeat:
         self._state: tuple[str, float] = ("starting", time.time())
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._main = threading.main_thread().ident
-        self._complained = False
+        self._thread_of_training = threading.get_ident()
+        self._warned = False
         self._samples = [0, 0]
         """Looks since the last heartbeat, and those at which the rank waited for others."""
 
@@ -79,15 +75,15 @@ class Heartbeat:
         return cls(section, run / section.dir_name, **arguments)
 
     def state(self, what: str) -> None:
-        """Say what the rank does from now on (`heartbeat_file.STATES`)."""
+        """Set what the rank does from now on (`records.heartbeats.STATES`)."""
         if what != self._state[0]:
             self._state = (what, time.time())
 
     def start(self) -> None:
-        """Write the first heartbeat, and go on from a thread. Nothing where heartbeats are switched off."""
+        """Write the first heartbeat, and the others from a thread. Nothing where heartbeats are switched off."""
         if not self.enabled or self._thread is not None:
             return
-        self._main = threading.get_ident()
+        self._thread_of_training = threading.get_ident()
         self._write()
         self._thread = threading.Thread(target=self._run, name="danling-conf-heartbeat", daemon=True)
         self._thread.start()
@@ -102,7 +98,7 @@ class Heartbeat:
         self._write()
 
     def content(self) -> dict[str, Any]:
-        """What a heartbeat would say now."""
+        """The content of a heartbeat that is written now."""
         now = time.time()
         state, since = self._state
         looks, waits = self._samples
@@ -111,6 +107,7 @@ class Heartbeat:
         collective = self._waiting_in()
         if collective is not None and now - collective["since"] >= _PATIENCE:
             beat |= {"state": "waiting in a collective", "state_since": collective["since"], "collective": collective}
+            beat["waiting_for"] = waits_for(self._thread_of_training)
         return {**beat, "memory_bytes": used_bytes(), "written": now}
 
     def _run(self) -> None:
@@ -123,7 +120,7 @@ class Heartbeat:
                 self._samples = [0, 0]
 
     def _sample(self) -> None:
-        """Look at whether the rank waits for others, and tell of a collective that will time out soon."""
+        """Note whether the rank waits for others, and report a collective that will time out soon."""
         collective = self._waiting_in()
         self._samples[0] += 1
         if collective is None:
@@ -138,8 +135,12 @@ class Heartbeat:
             self._overdue(collective, waited)
 
     def _waiting_in(self) -> dict[str, Any] | None:
-        """The collective that the main thread waits in; None where it does something else."""
-        return outstanding_collective() if self._blocked() else None
+        """The collective that the training thread waits in; None where it does something else.
+
+        A collective that has not ended is not enough: gradients are reduced while the backward pass computes, and ranks
+        agree on signals while they wait for data. `parallel.waiting` marks the code that may wait.
+        """
+        return None if waits_for(self._thread_of_training) is None else outstanding_collective()
 
     def _write(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
@@ -147,21 +148,11 @@ class Heartbeat:
             self._folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self.content()) + "\n")
             os.replace(temporary, self._path)
-        except Exception as error:  # whatever it is, it must not be what a run ends by
-            if not self._complained:
-                self._complained = True
+        except Exception as error:  # a run must not fail for its heartbeat
+            if not self._warned:
+                self._warned = True
                 _log.warning("no heartbeat could be written, and training goes on: %s", error)
             try:
                 temporary.unlink(missing_ok=True)
-            except OSError:  # the disk that takes no more may not give either
+            except OSError:  # a disk that cannot write may not delete either
                 return
-
-    def _blocked(self) -> bool:
-        """Whether the main thread is somewhere that waits for other ranks."""
-        frame = sys._current_frames().get(self._main or 0)
-        return frame is not None and _waits(frame)
-
-
-def _waits(frame: FrameType) -> bool:
-    code = frame.f_code
-    return code.co_name in _BLOCKING or f"{os.sep}torch{os.sep}distributed{os.sep}" in code.co_filename

@@ -1,4 +1,4 @@
-"""When log lines are due: as the configuration says, or so that a person can follow a run of any speed."""
+"""Pace of log lines: as the configuration says, or so that a person can follow a run of any speed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import time
 import torch
 import torch.distributed as distributed
 
+from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.waiting import waiting
+
 LONGEST_SECONDS = 60.0
-"""Between two lines, where nobody chose the interval."""
+"""Between two lines, where no interval is set."""
 SHORTEST_SECONDS = 1.0
 """Between two lines of a run whose length is not known; one of known length has about fifty lines in all."""
 FIRST_SECONDS = 10.0
-"""After so long, a run that has not said anything yet says how far it is."""
+"""After so long, a run that has not logged anything yet logs how far it is."""
 
 
 class LogPace:
@@ -36,7 +39,7 @@ class LogPace:
         self._began = 0.0
 
     def begin(self, step: int) -> None:
-        """Go on from a step: the first one is done and clocks start."""
+        """Start at a step: the first one is done and clocks start."""
         self._due = step if step % self.every == 0 else self._next(step)
         self._began = time.perf_counter()
         self._probe = None if self._fixed or self._due <= step + 1 else step + 1
@@ -76,6 +79,7 @@ class LogPace:
 
     def _longest_wait(self) -> float:
         waited = torch.tensor(time.perf_counter() - self._began)
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.all_reduce(waited, op=distributed.ReduceOp.MAX)
+        if several_ranks():
+            with waiting("the log line"):
+                distributed.all_reduce(waited, op=distributed.ReduceOp.MAX)
         return float(waited)

@@ -1,4 +1,4 @@
-"""Running means that cost no synchronisation until they are read."""
+"""Meter of the loss: a running mean that costs no synchronisation until it is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from danling_conf.parallel.forward_backward import Measured
+from danling_conf.parallel.process_group import several_ranks
 
 
 class LossMeter:
@@ -76,6 +77,6 @@ def reduce_sum(values: Tensor) -> Sums:
     Ranks that share samples (tensor) hold the same two numbers, which cancel in the ratio; those of other pipeline
     stages hold zeros.
     """
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
+    if several_ranks():
         distributed.all_reduce(values)
     return Sums(values.tolist())

@@ -1,7 +1,7 @@
-"""Losses and gradients that are not finite: noticed without waiting for the device, and then what `nonfinite` says.
+"""Watch for losses and gradients that are not finite; what happens then, `nonfinite` decides.
 
 Each micro-batch adds one subtraction on the device, `x - x`, which is zero for a finite number and not a number else;
-what came of it is read with the next log line, which waits for the device anyway. Only `skip` must know before each
+the result is read with the next log line, which waits for the device anyway. Only `skip` must know before each
 optimizer step, and waits for it.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+
+from danling_conf.parallel.process_group import several_ranks
 
 _log = logging.getLogger(__name__)
 COUNT, SKIP, FAIL = "count", "skip", "fail"
@@ -32,7 +34,7 @@ class NonFinite:
 
     Args:
         mode: of the setting `nonfinite`.
-        indices: gives the samples of a micro-batch of this rank, from epoch and number in it; None where unknown.
+        indices: returns the samples of a micro-batch of this rank, from epoch and number in it; None where unknown.
         record: file that batches of this rank are written to.
     """
 
@@ -82,13 +84,17 @@ class NonFinite:
             return False
         of_step, self._of_step = self._of_step, []
         bad = torch.stack(of_step).isnan().any().float()
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if several_ranks():
             distributed.all_reduce(bad, op=distributed.ReduceOp.MAX)
         return bool(bad.item())
 
     def drop(self) -> None:
         """The step under way does not take place: what was seen in it decides about no other one."""
         self._of_step = []
+
+    def unread(self, step: int) -> bool:
+        """Whether there are steps up to this one whose flags were not read."""
+        return step > self._read_at
 
     def flags(self, step: int) -> Tensor:
         """For each step since the last reading, how much in it was not finite on this rank: (steps,)."""
@@ -139,11 +145,14 @@ class NonFinite:
         return {**line, "what": "loss", "micro_batch": micro_batch, "indices": self._indices(epoch, micro_batch)}
 
 
-def told(bad: list[int], record: Path, mode: str) -> str:
-    """What the user is told of steps that were not finite."""
+def warning_of(bad: list[int], record: Path, mode: str) -> str:
+    """What is shown to the user of steps that were not finite."""
     shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     steps = f"step {shown}" if len(bad) == 1 else f"steps {shown}"
-    done = {COUNT: "nonfinite=skip leaves such steps out, nonfinite=fail ends the run",
-            SKIP: "the optimizer left them out", FAIL: "nonfinite=fail ends the run"}[mode]  # fmt: skip
+    done = {
+        COUNT: "nonfinite=skip leaves such steps out, nonfinite=fail ends the run",
+        SKIP: "the optimizer left them out",
+        FAIL: "nonfinite=fail ends the run",
+    }[mode]
     where = f"{record.parent}/nonfinite-rank-*.jsonl"
     return f"{steps}: the loss or the gradients are not finite; batches are in {where}; {done}"

@@ -1,7 +1,7 @@
-"""Everything that watches a run, behind a few calls of the loop: it changes nothing of what is trained.
+"""Observers of a run, behind a few calls of the loop: they change nothing of what is trained.
 
-loop                          here
-`look` at each micro-batch    losses that are not finite
+called by the loop            what happens
+`micro_batch` at each         losses that are not finite
 `stepped` at each step        the heartbeat's clock, the profiler's schedule
 `log_line`                    speed, memory, loss: one reduction over the ranks, to every tracker
 `evaluated`                   results, to every tracker
@@ -14,34 +14,37 @@ import logging
 import sys
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as distributed
 
 from danling_conf._torch_private import record_collectives
 from danling_conf.components import profiler
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.config.identity import flatten, plain
 from danling_conf.parallel import expert
+from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.waiting import waiting
 from danling_conf.records import logs
 from danling_conf.records.metrics import PRODUCTIVE, goodput
 from danling_conf.records.run_directory import Attempt
 from danling_conf.records.stopped import Stopped
-from danling_conf.runner.observe import collective_timeout as stuck
-from danling_conf.runner.observe import memory
+from danling_conf.runner.display import Display
+from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.heartbeat import Heartbeat
 from danling_conf.runner.observe.log_pace import LogPace
-from danling_conf.runner.observe.nonfinite import FAIL, NonFinite, NotFinite, told
+from danling_conf.runner.observe.nonfinite import FAIL, NonFinite, NotFinite, warning_of
 from danling_conf.runner.observe.stopwatch import Lap, Stopwatch
-from danling_conf.runner.observe.summary import Summary, summarise
+from danling_conf.runner.observe.summary import Summary, peak_bytes, summarise
 from danling_conf.runner.observe.trackers.choose import Trackers
 from danling_conf.runner.observe.trackers.tracker import END, EVALUATION, TRAINING, Record, RunFacts
 from danling_conf.runner.observe.warning_relay import WarningRelay
+from danling_conf.runner.setup import Setup
+from danling_conf.runner.state import TrainState
+from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rank_environment import RankEnvironment
-
-if TYPE_CHECKING:
-    from danling_conf.runner.training import Runner
 
 _log = logging.getLogger(__name__)
 
@@ -49,29 +52,34 @@ _log = logging.getLogger(__name__)
 class Observers:
     """Heartbeat, trackers, clocks, profiler and the watch for what is not finite, of one rank.
 
+    Args:
+        state: of the run; read, except for the results of log lines.
+
     Attributes:
         stopwatch: where wall time goes.
         nonfinite: steps whose loss or gradients are not finite.
     """
 
-    def __init__(self, config: RunnerConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunnerConfig, state: TrainState) -> None:
+        self.config, self._state = config, state
         self.stopwatch = Stopwatch()
         self.last_step_time: float | None = None
         self._heartbeat: Heartbeat | None = None
         self._profiler: profiler.StepProfiler | None = None
         self._trackers: Trackers | None = None
         self._relay: WarningRelay | None = None
-        self._runner: Runner | None = None
+        self._world: World | None = None
+        self._setup: Setup | None = None
+        self._display: Display | None = None
         self._norm: torch.Tensor | None = None
-        self._told = False
+        self._warned = False
         self.known_epoch = True
         """Whether the place in the current epoch says which samples a batch has."""
         if config.heartbeat.enabled:
             record_collectives()  # before there is a process group
 
     def begin(self, attempt: Attempt, ranks: RankEnvironment) -> None:
-        """The attempt is known: give signs of life. Once; later calls do nothing."""
+        """The attempt is known: start the heartbeat. Once; later calls do nothing."""
         if self._heartbeat is not None:
             return
         facts = {"attempt": attempt.directory.name, "rank": ranks.rank, "world_size": ranks.world_size}
@@ -82,33 +90,34 @@ class Observers:
             look=self._look,
             limit=self._limit,
             overdue=lambda collective, waited: _log.warning(
-                "%s", stuck.late(attempt, self.config, ranks.world_size, collective, waited)
+                "%s", collective_timeout.late(attempt, self.config, ranks.world_size, collective, waited)
             ),
         )
         self._heartbeat.start()
 
-    def joined(self, runner: Runner) -> None:
+    def joined(self, world: World) -> None:
         """The ranks have met. Collective."""
-        self._runner = runner
-        world = runner.world
+        self._world = world
         self.begin(world.attempt, world.ranks)
-        logs.set_position(lambda: runner.global_step)
+        logs.set_position(lambda: self._state.step)
         self._relay = WarningRelay(world.ranks)
         self._relay.start()
 
-    def prepared(self, runner: Runner) -> None:
-        """Everything is built and restored: open the trackers, and start clocks."""
-        config, world = self.config, runner.world
+    def prepared(self, setup: Setup, display: Display) -> None:
+        """Everything is built and loaded: open the trackers, and start clocks."""
+        assert self._world is not None
+        self._setup, self._display = setup, display
+        config, world, state = self.config, self._world, self._state
         attempt = world.attempt
         self.nonfinite = NonFinite(
             config.nonfinite,
-            device=runner.device,
+            device=world.device,
             indices=self._indices,
             record=attempt.directory / f"nonfinite-rank-{world.ranks.rank}.jsonl",
         )
-        self.nonfinite.begin(runner.global_step)
-        cadence = runner.cadence
-        loss_decides = "train.loss" in (runner.score.key, config.scheduler.monitor)
+        self.nonfinite.begin(state.step)
+        cadence = setup.cadence
+        loss_decides = "train.loss" in (setup.score.key, config.scheduler.monitor)
         self.pace = LogPace(
             cadence.log_every,
             fixed=config.log_interval is not None or loss_decides,
@@ -119,41 +128,45 @@ class Observers:
             attempt.run_directory,
             rank=world.ranks.rank,
             attempt=attempt.directory.name,
-            device=runner.device,
-            step=runner.global_step,
-            say=runner.progress.line,
+            device=world.device,
+            step=state.step,
+            say=display.line,
         )
-        self._trackers = Trackers(config, runner.progress, main=world.ranks.main)
+        self._trackers = Trackers(config, display, main=world.ranks.main)
         facts = RunFacts(
             attempt=attempt,
             settings=flatten(plain(config)),
             lineage=config.lineage,
             experiment=config.experiment,
-            step=runner.global_step,
-            score_key=runner.score.key,
+            step=state.step,
+            score_key=setup.score.key,
         )
-        self._trackers.start(facts, epoch=runner.epoch)
+        self._trackers.start(facts, epoch=state.epoch)
 
     def state(self, what: str) -> None:
-        """Say what the rank does now (`heartbeat_file.STATES`)."""
+        """Set what the rank does now (`records.heartbeats.STATES`)."""
         if self._heartbeat is not None:
             self._heartbeat.state(what)
 
     @property
     def waited_for(self) -> dict[str, Any] | None:
-        """The collective that this rank was last seen to wait in; None where nobody looked (no heartbeat)."""
+        """The collective that this rank was last seen to wait in; None without a heartbeat."""
         return None if self._heartbeat is None else self._heartbeat.waited_for
 
-    def first_step(self, step: int) -> None:
+    def first_step(self) -> None:
         """The first step is done: compilation is over, and clocks start."""
-        self.stopwatch.restart(step)
-        self.pace.begin(step)
+        self.stopwatch.restart(self._state.step)
+        self.pace.begin(self._state.step)
 
-    def norm(self, norm: torch.Tensor, step: int, epoch: int, *, expected: bool) -> None:
-        """Take the gradients' norm of the step under way. `expected`: a loss scaler deals with what is not finite."""
+    def micro_batch(self, loss: torch.Tensor, number: int) -> None:
+        """Take the loss of a micro-batch of the step under way; `number` is its place in the epoch."""
+        self.nonfinite.look(loss, self._state.step + 1, self._state.epoch, number)
+
+    def norm(self, norm: torch.Tensor, *, expected: bool) -> None:
+        """Take the gradients' norm of the step under way. `expected`: a loss scaler handles what is not finite."""
         self._norm = norm
         if not expected:
-            self.nonfinite.look(norm, step, epoch, -1)
+            self.nonfinite.look(norm, self._state.step + 1, self._state.epoch, -1)
 
     def stepped(self) -> None:
         """An optimizer step is done."""
@@ -161,40 +174,44 @@ class Observers:
         if self._profiler is not None:
             self._profiler.step()
 
-    def log_line(self, runner: Runner) -> None:
-        """Say how the steps since the last line went, everywhere. Collective. Raises NotFinite."""
-        step = runner.global_step
-        lap = self.stopwatch.lap(step)
-        summary = summarise(runner._meter, self.nonfinite, lap, step, runner.device)
+    def log_line(self) -> None:
+        """Log how the steps since the last line went, to every tracker. Collective. Raises NotFinite."""
+        assert self._world is not None
+        assert self._setup is not None
+        state, assembled, device = self._state, self._setup.assembled, self._world.device
+        lap = self.stopwatch.lap(state.step)
+        summary = summarise(state.training_loss, self.nonfinite, lap, state.step, device)
         if summary.loss is not None:
-            runner.results["train.loss"] = summary.loss
-        load = expert.busiest(runner.parts, runner.assembled.batch, runner.device)
+            state.results["train.loss"] = summary.loss
+        with waiting("the log line"):
+            load = expert.busiest(assembled.parts, assembled.batch, device)
         if load is not None:
-            runner.results["train.expert_load"] = load
-        self.pace.logged(step, summary.step_seconds)
+            state.results["train.expert_load"] = load
+        self.pace.logged(state.step, summary.step_seconds)
         if self._trackers is not None:
-            scalars = self._scalars(runner, summary, lap, load)
-            self._log(TRAINING, scalars, runner)
+            self._log(TRAINING, self._scalars(self._setup, summary, lap, load))
         if self._relay is not None:
             self._relay.show()
-        self._judge(summary.bad_steps, runner)
+        self._judge(summary.bad_steps)
 
-    def check(self, runner: Runner) -> None:
-        """Before what must not happen after a step that was not finite. Collective where `nonfinite=fail`. Raises
-        NotFinite."""
-        if self.config.nonfinite == FAIL and runner.global_step > self.nonfinite._read_at:
-            flags = self.nonfinite.flags(runner.global_step)
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                torch.distributed.all_reduce(flags)
-            self._judge(self.nonfinite.read(runner.global_step, flags.tolist()), runner)
+    def check(self) -> None:
+        """Fail before evaluating or saving what a step that was not finite left. Collective where `nonfinite=fail`.
+        Raises NotFinite."""
+        step = self._state.step
+        if self.config.nonfinite == FAIL and self.nonfinite.unread(step):
+            flags = self.nonfinite.flags(step)
+            if several_ranks():
+                with waiting("the check for what is not finite"):
+                    distributed.all_reduce(flags)
+            self._judge(self.nonfinite.read(step, flags.tolist()))
 
-    def evaluated(self, runner: Runner, results: dict[str, float], note: str) -> None:
-        """Tell the results of an evaluation everywhere."""
+    def evaluated(self, results: dict[str, float], note: str) -> None:
+        """Log the results of an evaluation to every tracker."""
         if self._trackers is not None:
-            self._log(EVALUATION, results, runner, note)
+            self._log(EVALUATION, results, note)
 
     def close(self) -> None:
-        """Stop watching: traces, trackers, the passing on of warnings and the heartbeat end, in this order."""
+        """Stop observing: traces, trackers, the relay of warnings and the heartbeat end, in this order."""
         error = sys.exc_info()[1]
         with ExitStack() as stack:
             stack.callback(logs.set_position, None)
@@ -211,33 +228,35 @@ class Observers:
             self._profiler, self._relay, self._heartbeat = None, None, None
 
     def _finish(self, trackers: Trackers, status: str) -> None:
-        assert self._runner is not None
-        world = self._runner.world
+        assert self._world is not None
+        assert self._setup is not None
+        world = self._world
         share = goodput(world.attempt.run_directory) if world.ranks.main else None
         if share is not None:
-            self._log(END, {"goodput": share}, self._runner)
-        trackers.finish(status, self._runner.score.best)
+            self._log(END, {"goodput": share})
+        trackers.finish(status, self._setup.score.best)
         self._trackers = None
 
-    def _judge(self, bad: list[int], runner: Runner) -> None:
+    def _judge(self, bad: list[int]) -> None:
         if not bad:
             return
-        said = told(bad, self.nonfinite.record, self.config.nonfinite)
+        assert self._display is not None
+        text = warning_of(bad, self.nonfinite.record, self.config.nonfinite)
         if self.config.nonfinite == FAIL:
-            raise NotFinite(said)
-        if not self._told:
-            self._told = True
-            runner.progress.line(f"warning: {said}")
+            raise NotFinite(text)
+        if not self._warned:
+            self._warned = True
+            self._display.line(f"warning: {text}")
 
-    def _log(self, kind: str, scalars: dict[str, Any], runner: Runner, note: str = "") -> None:
+    def _log(self, kind: str, scalars: dict[str, Any], note: str = "") -> None:
         assert self._trackers is not None
-        finite = {name: _finite(value) for name, value in scalars.items()}
+        finite, state = {name: _finite(value) for name, value in scalars.items()}, self._state
         self._trackers.log(
-            Record(kind=kind, scalars=finite, step=runner.global_step, epoch=runner.epoch, time=time.time(), note=note)
+            Record(kind=kind, scalars=finite, step=state.step, epoch=state.epoch, time=time.time(), note=note)
         )
 
-    def _scalars(self, runner: Runner, summary: Summary, lap: Lap | None, load: float | None) -> dict[str, Any]:
-        scalars: dict[str, Any] = {"train.loss": summary.loss, "train.lr": runner.optimizer.param_groups[0]["lr"]}
+    def _scalars(self, setup: Setup, summary: Summary, lap: Lap | None, load: float | None) -> dict[str, Any]:
+        scalars: dict[str, Any] = {"train.loss": summary.loss, "train.lr": setup.optimizer.param_groups[0]["lr"]}
         if self._norm is not None:
             scalars["train.grad_norm"] = float(self._norm)
         if load is not None:
@@ -249,10 +268,10 @@ class Observers:
         if lap is None or not lap.stepping:
             return scalars
         speed = lap.steps / lap.stepping
-        per_step = runner.samples_per_step
+        per_step = setup.samples_per_step
         scalars["train.samples_per_second"] = speed * per_step
-        if runner.tokens_per_sample:
-            scalars["train.tokens_per_second"] = speed * per_step * runner.tokens_per_sample
+        if setup.tokens_per_sample:
+            scalars["train.tokens_per_second"] = speed * per_step * setup.tokens_per_sample
         data = max(summary.data_seconds) / lap.steps
         scalars |= {
             "train.step_seconds": lap.stepping / lap.steps,
@@ -262,33 +281,27 @@ class Observers:
             "evaluation.seconds": lap.evaluation,
             "checkpoint.seconds": lap.checkpoint,
         }
-        used = None if runner.utilisation is None else runner.utilisation.of(speed * per_step)
+        used = setup.utilisation.of(speed * per_step)
         return scalars if used is None else {**scalars, "train.mfu": used}
 
     def _look(self) -> dict[str, Any]:
-        runner = self._runner
-        if runner is None:
-            return {"step": 0, "epoch": 0, "total_steps": None, "last_step_time": None, "data_seconds": 0.0}
-        cadence = getattr(runner, "cadence", None)
         return {
-            "step": runner.global_step,
-            "epoch": runner.epoch,
-            "total_steps": None if cadence is None else cadence.steps,
+            "step": self._state.step,
+            "epoch": self._state.epoch,
+            "total_steps": None if self._setup is None else self._setup.cadence.steps,
             "last_step_time": self.last_step_time,
-            "peak_memory_bytes": memory.peak_bytes(),
+            "peak_memory_bytes": peak_bytes(),
         }
 
     def _limit(self) -> float | None:
-        """Of collectives, as things stand."""
-        runner, comm = self._runner, self.config.comm
-        started = runner is not None and runner.global_step >= runner._first_step
+        """The time limit of collectives now, in seconds; None for torch's own."""
+        comm, started = self.config.comm, self._state.past_first_step
         return comm.train_timeout_seconds if started and comm.train_timeout_seconds else comm.init_timeout_seconds
 
     def _indices(self, epoch: int, micro_batch: int) -> list[int] | None:
         """The samples of a micro-batch of this rank."""
-        runner = self._runner
-        assert runner is not None
-        loader = runner.loaders["train"]
+        assert self._setup is not None
+        loader = self._setup.loaders["train"]
         sampler, size = loader.sampler, loader.batch_size
         if not isinstance(sampler, ShardedSampler) or size is None or not self.known_epoch:
             return None
@@ -296,5 +309,5 @@ class Observers:
 
 
 def _finite(value: Any) -> Any:
-    """None for what JSON cannot say."""
+    """None for numbers that JSON has no notation for."""
     return value if value is None or (value == value and abs(value) != float("inf")) else None

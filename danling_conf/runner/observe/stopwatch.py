@@ -1,8 +1,8 @@
-"""Where wall time goes between two log lines, as the host sees it.
+"""Stopwatch of a run: where wall time goes between two log lines, as the host sees it.
 
 A lap ends where a log line has waited for the device, so its sum is true on accelerators as well. What a lap is split
 into is what the host itself waited for: the loader, evaluation, saving. The rest is computation with the communication
-in it; how much of that is communication which nothing hides, only a trace can tell (`profiling`).
+in it; how much of that is communication which nothing hides, only a trace shows (`profiling`).
 """
 
 from __future__ import annotations

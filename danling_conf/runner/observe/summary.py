@@ -1,13 +1,16 @@
-"""What a log line says of all ranks: one reduction, for which the device is waited for once."""
+"""Summary of all ranks for a log line: one reduction, for which the device is waited for once; and memory in use."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as distributed
 
-from danling_conf.runner.observe.memory import peak_bytes
+from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.waiting import waiting
 from danling_conf.runner.observe.meters import LossMeter
 from danling_conf.runner.observe.nonfinite import NonFinite
 from danling_conf.runner.observe.stopwatch import Lap
@@ -31,7 +34,7 @@ class Summary:
 
 def summarise(meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int, device: torch.device) -> Summary:
     """Read and reset the running mean and what was not finite. Collective; waits for the device."""
-    several = distributed.is_initialized() and distributed.get_world_size() > 1
+    several = several_ranks()
     world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
     own = torch.zeros(3, world, dtype=torch.float64)
     own[:, rank] = torch.tensor(
@@ -40,7 +43,8 @@ def summarise(meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int
     )
     values = torch.cat([meter.sums(device), own.flatten().to(device), nonfinite.flags(step)])
     if several:
-        distributed.all_reduce(values)
+        with waiting("the log line"):
+            distributed.all_reduce(values)
     read = values.tolist()
     meter.reset()
     memory, data, seconds = (read[2 + number * world : 2 + (number + 1) * world] for number in range(3))
@@ -51,3 +55,23 @@ def summarise(meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int
         step_seconds=None if lap is None else max(seconds),
         bad_steps=nonfinite.read(step, read[2 + 3 * world :]),
     )
+
+
+def peak_bytes() -> int:
+    """The most that this rank has used so far: allocated on the accelerator, or resident in the process."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def used_bytes() -> int:
+    """What this rank uses now: allocated on the accelerator, or resident in the process (its peak where the system does
+    not show it)."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.memory_allocated())
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_bytes()

@@ -1,4 +1,4 @@
-"""Warnings of all ranks reach the user once, from rank 0; each rank's own log has its own."""
+"""Relay of warnings: those of all ranks reach the user once, from rank 0; each rank's log has its own."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PREFIX = "danling_conf/warnings"
 
 class WarningRelay(logging.Handler):
     """Takes Python's warnings on every rank of several, and what other ranks than 0 log as a warning or worse. What
-    several ranks say is shown once.
+    several ranks log is shown once.
 
-    Ranks leave their warnings in the store that they met at; rank 0 fetches them with its log lines. Nobody waits.
+    Ranks write their warnings into the store that they met at; rank 0 fetches them with its log lines. No rank waits.
     """
 
     def __init__(self, ranks: RankEnvironment) -> None:
@@ -32,7 +32,7 @@ class WarningRelay(logging.Handler):
         self._before: Any = None
 
     def start(self) -> None:
-        """Begin to take warnings. Nothing where there is one rank."""
+        """Start to take warnings. Nothing where there is one rank."""
         if self._store is not None:
             self._before = warnings.showwarning
             warnings.showwarning = self._take
@@ -40,7 +40,7 @@ class WarningRelay(logging.Handler):
                 logger.addHandler(self)
 
     def show(self) -> None:
-        """On rank 0, show what other ranks have left."""
+        """On rank 0, show the warnings of other ranks."""
         if self._store is None or not self.ranks.main:
             return
         try:
@@ -52,7 +52,7 @@ class WarningRelay(logging.Handler):
             _log.debug("warnings of other ranks are not known: %s", error)
 
     def stop(self) -> None:
-        """Show what is left, and put back what took warnings before."""
+        """Show the warnings that are left, and restore the handler from before."""
         if self._store is None:
             return
         warnings.showwarning = self._before
@@ -68,7 +68,7 @@ class WarningRelay(logging.Handler):
         self._pass_on(text, shown=False)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass on what a rank logs. What rank 0 logs is shown, or not, by whoever configured its logging."""
+        """Pass on what a rank logs. Whether rank 0's own lines are shown, its logging configuration decides."""
         if record.name != _log.name:
             self._pass_on(record.getMessage(), shown=self.ranks.main)
 

@@ -41,7 +41,7 @@ def test_nothing_is_made_up_for_a_cpu(tmp_path: Path) -> None:
     assert peak_flops(torch.device("cpu"), "bf16") is None
     ours = runner(tmp_path)
     ours.fit(Net, {"train": Pairs()}, loss=loss)
-    assert ours.utilisation.flops_per_sample is None
+    assert ours.setup.utilisation.flops_per_sample is None
     assert not any("train.mfu" in line for line in read_metrics(ours.world.attempt.run_directory))
 
 
@@ -83,7 +83,7 @@ def shares(root: str, parallel: dict[str, Any]) -> tuple[float | None, list[floa
     ours.finish()
     history = read_metrics(ours.world.attempt.run_directory)
     return (
-        ours.utilisation.flops_per_sample,
+        ours.setup.utilisation.flops_per_sample,
         [value for _, value in series(history, "train.mfu")],
         [value for _, value in series(history, "train.samples_per_second")],
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from danling_conf.parallel.waiting import waiting
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.ranks import look_at
 from danling_conf.runner.observe import heartbeat
@@ -104,25 +105,37 @@ def test_a_rank_that_waits_in_a_collective_says_so(tmp_path: Path, monkeypatch: 
     look: Any = lambda: {"step": 4, "epoch": 0, "total_steps": 9, "last_step_time": since}  # noqa: E731
     beat = Heartbeat(HeartbeatConfig(enabled=True), tmp_path, facts=facts, look=look)
     beat.state("training")
-    assert beat.content()["state"] == "training"  # the main thread is here, and not in a function that waits
-    let_go, inside = threading.Lock(), threading.Event()
-    let_go.acquire()
+    assert beat.content()["state"] == "training"  # a collective is under way, and this thread does not wait for it
+    with waiting("the backward pass"), waiting("the gradients"):
+        content = beat.content()
+    assert (content["state"], content["state_since"], content["collective"], content["waiting_for"]) == (
+        "waiting in a collective",
+        since,
+        collective,
+        "the gradients",
+    )
+    assert beat.content()["state"] == "training"
 
-    def wait_for_all() -> None:
-        inside.set()
-        let_go.acquire()  # in C, as a collective is
 
-    waiting = threading.Thread(target=wait_for_all)
-    waiting.start()
+def test_another_thread_that_waits_does_not_make_the_rank_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is written in the background, where ranks wait for each other too."""
+    collective = {"name": "all_gather", "number": 1, "group": "default_pg", "since": time.time() - 5}
+    monkeypatch.setattr(heartbeat, "outstanding_collective", lambda: collective)
+    beat = Heartbeat(HeartbeatConfig(enabled=True), tmp_path, facts={"attempt": "a", "rank": 0}, look=dict)
+    inside, leave = threading.Event(), threading.Event()
+
+    def write_checkpoint() -> None:
+        with waiting("the other ranks' part of a checkpoint"):
+            inside.set()
+            leave.wait(60)
+
+    writer = threading.Thread(target=write_checkpoint)
+    writer.start()
     inside.wait(60)
-    wait_for(lambda: sys._current_frames()[waiting.ident].f_code.co_name == "wait_for_all", "the thread to wait")
-    beat._main = waiting.ident
-    content = beat.content()
-    let_go.release()
-    waiting.join()
-    assert (content["state"], content["state_since"], content["collective"]) == (
-        "waiting in a collective", since, collective,
-    )  # fmt: skip
+    state = beat.content()["state"]
+    leave.set()
+    writer.join()
+    assert state == "starting"
 
 
 def _can_mount() -> bool:

@@ -143,7 +143,7 @@ def test_gradients_alone(tmp_path: Path) -> None:
 def test_a_loss_scaler_deals_with_its_own_overflows(tmp_path: Path) -> None:
     ours = runner(tmp_path, {"precision": "fp16", "nonfinite": "fail", "steps": 3, "max_grad_norm": 1.0})
     ours.prepare(Net, {"train": Pairs()}, loss=loss)
-    ours._scaler._init_scale = 1e38
+    ours.setup.scaler._init_scale = 1e38
     for batch in ours.batches("train"):
         ours.step(batch)
     ours.finish()

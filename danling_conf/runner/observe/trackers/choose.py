@@ -1,16 +1,42 @@
-"""The trackers of a run, as its configuration says."""
+"""Trackers of a run, as its configuration chooses them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
+from danling_conf.runner.display import Display
 from danling_conf.runner.observe.trackers.guarded import Guarded
 from danling_conf.runner.observe.trackers.json_lines import JsonLines
-from danling_conf.runner.observe.trackers.terminal import Terminal
-from danling_conf.runner.observe.trackers.tracker import Record, RunFacts, Tracker
-from danling_conf.runner.progress import Progress
+from danling_conf.runner.observe.trackers.tracker import EVALUATION, TRAINING, Record, RunFacts, Tracker
 from danling_conf.schema import RunnerConfig
+
+
+class Terminal:
+    """Shows records on the run's display, which logs them too."""
+
+    name = "the terminal"
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+
+    def start(self, facts: RunFacts) -> None:
+        pass
+
+    def log(self, record: Record) -> None:
+        values = record.scalars
+        if record.kind == TRAINING:
+            self.display.step(
+                values.get("train.loss"),
+                values["train.lr"] or 0.0,
+                values.get("train.expert_load"),
+                values.get("train.mfu"),
+            )
+        elif record.kind == EVALUATION:
+            self.display.results(record.finite(), record.note)
+
+    def finish(self, status: str, score: float | None) -> None:
+        pass
 
 
 def chosen(config: RunnerConfig) -> list[Tracker]:
@@ -32,13 +58,13 @@ def chosen(config: RunnerConfig) -> list[Tracker]:
 
 
 class Trackers:
-    """All of them on the main process, and on another rank its log alone. None can stop training."""
+    """All trackers on the main process; on another rank its log alone. None can stop training."""
 
-    def __init__(self, config: RunnerConfig, progress: Progress, *, main: bool) -> None:
-        say: Callable[[str], None] = lambda text: progress.line(f"warning: {text}")  # noqa: E731
+    def __init__(self, config: RunnerConfig, display: Display, *, main: bool) -> None:
+        say: Callable[[str], None] = lambda text: display.line(f"warning: {text}")  # noqa: E731
         self._lines = JsonLines()
         self._file = Guarded(self._lines, say, background=False)
-        self._all = [Guarded(Terminal(progress), say, background=False)]
+        self._all = [Guarded(Terminal(display), say, background=False)]
         if main:
             self._all += [self._file, *(Guarded(tracker, say, background=True) for tracker in chosen(config))]
 
@@ -50,7 +76,7 @@ class Trackers:
             self._file.call(lambda: self._lines.begin(facts.step, epoch, time.time()))
 
     def log(self, record: Record) -> None:
-        """Give each the record."""
+        """Pass the record to each."""
         for tracker in self._all:
             tracker.log(record)
 

@@ -1,4 +1,4 @@
-"""Trackers that cannot stop training: their errors are said once, and what is slow goes on in a thread."""
+"""Guard around a tracker, so that it cannot stop training: an error is shown once, and slow work runs in a thread."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LAST_SECONDS = 120.0
 
 
 class Guarded:
-    """A tracker whose first error is said once, after which it is not called any more.
+    """A tracker that is not called any more after its first error, which is shown once.
 
     Args:
-        say: tells the user and the log.
+        say: shows a line to the user and in the log.
         background: whether records are taken by a thread, for a tracker that talks to a network or a database: neither
-            its time nor its hanging holds training up.
+            its time nor its hanging delays training.
     """
 
     def __init__(self, tracker: Tracker, say: Callable[[str], None], *, background: bool) -> None:

@@ -11,7 +11,7 @@ from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
 
 
 class JsonLines:
-    """Appends a line a record to `metrics.jsonl`; see `resolution.metrics_file`."""
+    """Appends a line a record to `metrics.jsonl`; see `records.metrics`."""
 
     name = "the run's metrics file"
 
@@ -49,7 +49,7 @@ class JsonLines:
     def _write(self, line: dict[str, object]) -> None:
         assert self._file is not None
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()  # whoever watches reads it now
+        self._file.flush()  # so that it can be watched now
 
 
 def _ends_within_a_line(path: str | os.PathLike[str]) -> bool:

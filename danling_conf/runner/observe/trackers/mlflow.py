@@ -28,7 +28,7 @@ class Mlflow:
 
         section, attempt = self.section, facts.attempt
         uri = section.tracking_uri or f"sqlite:///{attempt.run_directory / 'mlflow.db'}"
-        # The client, not the module's functions: they act on one run of the whole process, which may be the user's.
+        # The client, not the module's functions: those act on one run of the whole process, which may be the user's.
         client = self._client = MlflowClient(tracking_uri=uri)
         name = section.experiment or f"{facts.lineage}/{facts.experiment}"
         experiment = client.get_experiment_by_name(name)

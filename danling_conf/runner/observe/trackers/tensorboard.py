@@ -26,7 +26,8 @@ class TensorBoard:
         # What an earlier attempt wrote beyond this step is done again, and TensorBoard leaves it out.
         self._writer = SummaryWriter(str(folder), purge_step=facts.step + 1 if facts.step else None)
         self._step = facts.step
-        for summary in hparams(_plain(facts.settings), {_HPARAMS_SCORE: 0.0}):
+        make_hparams: Any = hparams  # has no annotations
+        for summary in make_hparams(_plain(facts.settings), {_HPARAMS_SCORE: 0.0}):
             self._writer.file_writer.add_summary(summary)
         self._writer.flush()
 

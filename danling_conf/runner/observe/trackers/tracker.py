@@ -1,4 +1,4 @@
-"""The one interface of everything that metrics go to."""
+"""Interface of trackers: everything that metrics go to."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a tracker may know of the run."""
+    """Facts of the run for a tracker."""
 
     attempt: Attempt
     settings: Mapping[str, Any]
@@ -42,18 +42,18 @@ class RunFacts:
     lineage: str
     experiment: str
     step: int
-    """The step that the attempt goes on from."""
+    """The step that the attempt resumes from."""
     score_key: str
     """Name of the metric that the score is."""
 
 
 class Tracker(Protocol):
-    """Takes metrics. It may raise: `Guarded` says so once and goes on without it."""
+    """Takes metrics. It may raise: `Guarded` shows the error once and continues without it."""
 
     name: str
 
     def start(self, facts: RunFacts) -> None:
-        """Open what is written to. The attempt may go on with a run that was tracked before."""
+        """Open what is written to. The attempt may resume a run that was tracked before."""
 
     def log(self, record: Record) -> None:
         """Take a record."""

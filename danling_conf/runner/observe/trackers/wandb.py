@@ -30,7 +30,7 @@ class Wandb:
         tags = [section.tags] if isinstance(section.tags, str) else section.tags
         folder = section.dir if section.dir is not None else str(attempt.run_directory)
         os.makedirs(folder, exist_ok=True)
-        # One run of theirs for all attempts; two run directories of the same name are two runs.
+        # One W&B run for all attempts; two run directories of the same name are two runs.
         identity = hashlib.sha256(str(attempt.run_directory).encode()).hexdigest()[:8]
         self._run = wandb.init(
             project=section.project or facts.lineage,

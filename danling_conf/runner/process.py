@@ -1,17 +1,25 @@
-"""Random number generators of a rank: seeded, saved, restored; deterministic mode."""
+"""Process-wide settings of a run: random number generators, deterministic mode, garbage collection; and a record of
+what the process runs on."""
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
+import json
 import os
+import platform
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from danling_conf.components.samplers import seed_of
+from danling_conf.records.run_directory import write_whole
+from danling_conf.schema.process import GcConfig
 
 
 def seed_rank(seed: int, stream: int) -> None:
@@ -19,6 +27,7 @@ def seed_rank(seed: int, stream: int) -> None:
     own = seed_of(seed, stream, 0)
     random.seed(own)
     torch.manual_seed(own)
+    # A program that has not imported numpy draws nothing from it; importing it here would only slow the start.
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(own % 2**32)
 
@@ -30,12 +39,13 @@ def generator_state(device: torch.device) -> dict[str, Any]:
         state["device"] = torch.get_device_module(device).get_rng_state()
     if "numpy" in sys.modules:
         name, keys, position, has_gauss, gauss = sys.modules["numpy"].random.get_state()
+        # As a tensor: a checkpoint is loaded without constructing numpy's objects.
         state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss]
     return state
 
 
 def restore_generators(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `generator_state` gave."""
+    """Set the generators to a state of `generator_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
@@ -65,3 +75,47 @@ def deterministic(enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def paced_collection(section: GcConfig) -> Iterator[None]:
+    """Switch automatic garbage collection off for the time of a run, where the section asks for it.
+
+    Every rank then collects at the same step, so that none makes the others wait.
+    """
+    pause = section.interval is not None and section.disable_automatic and gc.isenabled()
+    if pause:
+        gc.collect()
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pause:
+            gc.enable()
+
+
+def collect(section: GcConfig) -> None:
+    """One paced collection."""
+    gc.collect(section.generation)
+
+
+def record_environment(attempt: Path) -> None:
+    """Write `environment.json` into an attempt's folder: versions, devices and host that it runs on."""
+    content = {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "accelerators": [torch.get_device_module().get_device_name(index) for index in range(_accelerators())],
+        "packages": {
+            found.metadata["Name"]: found.version
+            for found in sorted(importlib.metadata.distributions(), key=lambda item: str(item.metadata["Name"]).lower())
+        },
+    }
+    write_whole(attempt / "environment.json", json.dumps(content, indent=1) + "\n")
+
+
+def _accelerators() -> int:
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0

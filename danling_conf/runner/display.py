@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines in a file."""
+"""Display of a run for a person: a live line on a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 _log = logging.getLogger("danling_conf.run")
-_STILL_SECONDS = 15.0
+_SILENCE_SECONDS = 15.0
 _STATES = {
-    "compiling": "compiling", "evaluating": "evaluating", "saving": "saving", "exporting": "saving",
+    "compiling": "compiling",
+    "evaluating": "evaluating",
+    "saving": "saving",
+    "exporting": "saving",
     "reporting": "reporting",
-}  # fmt: skip
-"""What a heartbeat calls an activity, by its first word."""
+}
+"""The heartbeat's state during an activity, by the activity's first word."""
 
 
-class Progress:
-    """Shows steps, losses and results. Off the main process it shows nothing and logs what it is told.
+class Display:
+    """Shows steps, losses and results. Off the main process it shows nothing, and logs.
 
     Args:
         show: whether this is the process that talks to the user.
         total: optimizer steps of the whole run; None when unknown.
         samples_per_step: samples of one optimizer step, over all ranks.
         tokens_per_sample: tokens of a sample, for data of which tokens are counted.
-        position: gives the current optimizer step; read by the live display, not at every step.
-        tell: is told what the rank does, for its heartbeat.
+        position: returns the current optimizer step; read by the live display, not at every step.
+        on_state: called with what the rank does, for its heartbeat.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class Progress:
         samples_per_step: int | None,
         tokens_per_sample: int | None,
         position: Callable[[], int],
-        tell: Callable[[str], None] = lambda state: None,
+        on_state: Callable[[str], None] = lambda state: None,
         console: Console | None = None,
     ) -> None:
         # Nothing may wrap or be replaced: lines are for reading and for scripts.
@@ -50,7 +52,7 @@ class Progress:
         self.show = show
         self.total = total
         self.position = position
-        self._tell = tell
+        self._on_state = on_state
         self.unit = "tokens" if tokens_per_sample else "samples"
         self.per_step = samples_per_step * (tokens_per_sample or 1) if samples_per_step else None
         self._facts = ""
@@ -64,14 +66,14 @@ class Progress:
         self._watcher: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to show progress."""
+        """Start to show progress."""
         if not self.show:
             return
         if self.console.is_terminal:
             self._live = Live(get_renderable=self._line, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
         else:
-            self._watcher = threading.Thread(target=self._say_still, name="danling-conf-progress", daemon=True)
+            self._watcher = threading.Thread(target=self._show_silence, name="danling-conf-progress", daemon=True)
             self._watcher.start()
 
     def stop(self) -> None:
@@ -85,8 +87,8 @@ class Progress:
             self._watcher = None
 
     def activity(self, what: str | None) -> None:
-        """Say what goes on between steps (compiling, evaluating); None when steps go on."""
-        self._tell(_STATES[what.partition(" ")[0]] if what else "training")
+        """Show what happens between steps (compiling, evaluating); None when steps continue."""
+        self._on_state(_STATES[what.partition(" ")[0]] if what else "training")
         with self._lock:
             self._activity, self._activity_since = what, time.perf_counter()
 
@@ -136,7 +138,7 @@ class Progress:
         if not self.show:
             return
         if self._live is None:
-            # Not by the console, which takes ten times as long to lay out a line that needs no layout.
+            # Not by the console: it takes ten times as long, to lay out a line that needs no layout.
             print(text, file=self.console.file, flush=True)
         elif live:
             self.console.print(text)
@@ -148,7 +150,7 @@ class Progress:
         steps, seconds = self.position() - self._first, time.perf_counter() - self._since
         return steps / seconds if steps > 0 and seconds > 0 else None
 
-    def _line(self) -> Any:
+    def _line(self) -> Text:
         with self._lock:
             what, since = self._activity, self._activity_since
         parts = [self._where(), self._facts]
@@ -156,12 +158,12 @@ class Progress:
             parts.append(f"{what} ({time.perf_counter() - since:.0f} s)")
         return Text("  ".join(filter(None, parts)), no_wrap=True, overflow="ellipsis")
 
-    def _say_still(self) -> None:
+    def _show_silence(self) -> None:
         """Without a live line, a long silence would look like a hang."""
-        while not self._stop.wait(_STILL_SECONDS):
+        while not self._stop.wait(_SILENCE_SECONDS):
             with self._lock:
                 what, since = self._activity, self._activity_since
-            if what is not None and time.perf_counter() - since >= _STILL_SECONDS:
+            if what is not None and time.perf_counter() - since >= _SILENCE_SECONDS:
                 self.console.print(f"still {what} ({time.perf_counter() - since:.0f} s)")
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from danling_conf.records.heartbeats import STATES
-from danling_conf.runner.progress import Progress
+from danling_conf.runner.display import Display
 from tests.support.small import Net, Pairs, loss, runner
 
 
@@ -20,8 +20,8 @@ from tests.support.small import Net, Pairs, loss, runner
 )  # fmt: skip
 def test_an_activity_is_a_state_of_the_heartbeat(activity: str | None, state: str) -> None:
     told: list[str] = []
-    progress = Progress(show=False, total=None, samples_per_step=None, tokens_per_sample=None, position=lambda: 0,
-                        tell=told.append, console=Console(file=io.StringIO()))  # fmt: skip
+    progress = Display(show=False, total=None, samples_per_step=None, tokens_per_sample=None, position=lambda: 0,
+                        on_state=told.append, console=Console(file=io.StringIO()))  # fmt: skip
     progress.activity(activity)
     assert told == [state]
     assert state in STATES

@@ -1,0 +1,405 @@
+"""Training loop, from top to bottom: the batches of an epoch, forward and backward, the optimizer's update, and then
+what is due: log, evaluate, schedule, save, stop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from danling_conf.components import dataloader as loaders
+from danling_conf.components import gradients
+from danling_conf.components.batch import to_device
+from danling_conf.parallel import process_group
+from danling_conf.parallel.forward_backward import Measured
+from danling_conf.parallel.waiting import waiting
+from danling_conf.runner import process
+from danling_conf.runner.cadence import next_multiple
+from danling_conf.runner.conclusion import conclusion
+from danling_conf.runner.data import evaluated_splits, no_batch, same_number_on_all_ranks
+from danling_conf.runner.display import Display
+from danling_conf.runner.evaluation import measure
+from danling_conf.runner.observe import collective_timeout
+from danling_conf.runner.observe.observers import Observers
+from danling_conf.runner.observe.stopwatch import EVALUATION
+from danling_conf.runner.resuming import Resumption
+from danling_conf.runner.saving import RunSaver
+from danling_conf.runner.setup import Setup
+from danling_conf.runner.signals import StopRequest
+from danling_conf.runner.state import TrainState
+from danling_conf.runner.world import World
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import ConfigRefused
+
+_END = object()
+"""Behind the last batch of an epoch."""
+
+Report = Callable[["nn.Module | None", Mapping[str, float]], list[str]]
+"""Returns lines to print at the end, from the model and the results."""
+
+
+class Loop:
+    """Trains what was set up. Methods are in the order in which a run comes to them.
+
+    Args:
+        state: how far the run is; the loop moves it on.
+        saver, resumption, observers, display: what saves, resumes, watches and shows the run.
+        stop_request: knows of signals.
+        report: called at the end.
+    """
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        world: World,
+        state: TrainState,
+        setup: Setup,
+        *,
+        saver: RunSaver,
+        resumption: Resumption,
+        observers: Observers,
+        display: Display,
+        stop_request: StopRequest,
+        report: Report | None,
+    ) -> None:
+        self.config, self.world, self.state, self.setup = config, world, state, setup
+        self.saver, self.resumption, self.observers, self.display = saver, resumption, observers, display
+        self.stop_request, self.report = stop_request, report
+        # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
+        self._next_event = state.first_step
+        """The next step after which something is due."""
+        self._remainder_shown = False
+
+    def batches(self, split: str = "train") -> Iterator[Any]:
+        """Batches of this rank, on its device. Of the training split: epoch after epoch, until the budget is used up or
+        the score stops improving; of any other: one pass.
+        """
+        loader = self.setup.loaders[split]
+        if not loaders.is_training(split):
+            yield from (to_device(batch, self.world.device) for batch in loader)
+            return
+        self.display.start()
+        self.display.activity("compiling the first step" if self.config.compile.enable else None)
+        try:
+            while not self._done():
+                yield from self._epoch(loader)
+        except RuntimeError as error:
+            self.display.stop()
+            self._explain(error)
+            raise
+        except BaseException:  # of the loop around this generator as well, when it is closed
+            self.display.stop()
+            raise
+
+    def _done(self) -> bool:
+        """Whether the budget is used up, or the score has stopped improving."""
+        if self.state.stopped_early:
+            return True
+        if self.setup.cadence.epochs is not None:
+            return self.state.epoch >= self.setup.cadence.epochs
+        return self.state.step >= (self.setup.cadence.steps or 0)
+
+    def _epoch(self, loader: Any) -> Iterator[Any]:
+        """The batches of an epoch, or of what is left of the one that the run resumes in."""
+        state, resumption = self.state, self.resumption
+        loaders.set_epoch(loader, state.epoch)
+        resumed = resumption.enter_epoch(loader)
+        self.observers.known_epoch = resumed is None or resumed.data_degree == self.world.data_degree
+        source = iter(()) if resumed is not None and resumed.exhausted else iter(loader)
+        batches = same_number_on_all_ranks(loader, source, uneven=self._show_uneven)
+        iterator = self.observers.stopwatch.waited(batches)
+        if resumed is not None:
+            # After the iterator is made: a sampler or a worker's seed may draw from the generators.
+            resumption.restore_generators(resumed)
+        # With accum_remainder=drop, what is left of an epoch and makes no whole optimizer step is not used.
+        limit = self.setup.cadence.steps_per_epoch if self.config.accum_steps > 1 else None
+        empty, move = state.between_epochs and resumed is None, self.world.device.type != "cpu"
+        state.between_epochs = False
+        following = next(iterator, _END)
+        while following is not _END:
+            if limit is not None and state.epoch_step >= limit:
+                self._show_remainder()
+                break
+            batch, empty = following, False
+            # Whether a batch is the last shows by the one behind it. After the last micro-batch of a step a checkpoint
+            # may be made, which must not find the loader ahead; but there is nothing to know there either.
+            ahead = self.config.accum_remainder == "step" and state.micro_batches + 1 < self.config.accum_steps
+            if ahead:
+                following = next(iterator, _END)
+                state.epoch_ends = following is _END
+            yield to_device(batch, self.world.device) if move else batch
+            state.epoch_ends = False
+            if self._done():
+                return
+            if not ahead:
+                following = next(iterator, _END)
+        if empty:
+            raise ConfigRefused([no_batch("train").violation])
+        if state.micro_batches:
+            self._drop_step()
+            self._show_remainder()
+        state.epoch += 1
+        state.epoch_step = 0
+        state.between_epochs = True
+        self._after_epoch()
+
+    def step(self, batch: Any) -> Tensor:
+        """Forward and backward of one micro-batch and, at the last of `accum_steps`, an optimizer step with all that is
+        due after it. Collective.
+
+        Returns:
+            The micro-batch's mean loss, detached and not waited for; in a pipeline, NaN on the ranks that do not hold
+            the last stage.
+
+        An exception in forward, loss or backward may be caught and survived where all ranks raise it alike (a batch
+        that does not fit is skipped): the optimizer step under way is dropped with all of its micro-batches, and the
+        next batch starts another. Not so in a pipeline, whose other stages wait.
+
+        Raises:
+            NotFinite: the loss or a gradient was not finite, and `nonfinite=fail`.
+            SaveFailed: a checkpoint could not be written.
+            Stopped: a signal asked the run to stop.
+        """
+        state, setup, count = self.state, self.setup, self.config.accum_steps
+        self._recover()
+        state.micro_batches += 1
+        last = state.micro_batches == count or state.epoch_ends
+        if state.micro_batches == 1 and state.step + 1 == state.first_step:
+            setup.utilisation.count(batch)
+        try:
+            # Not the backward pass alone: a model that is sharded or cut into stages communicates in its forward too.
+            with waiting("forward and backward"):
+                loss = self._train(batch, last=last)
+            state.training_loss.append(loss)
+            self.observers.micro_batch(loss.total, state.epoch_step * count + state.micro_batches - 1)
+            if last:
+                rescale, state.micro_batches = count / state.micro_batches, 0
+                state.training_loss.commit()
+                self._update(rescale)
+                if state.step >= self._next_event:
+                    self._after_step()
+                self._stop_where_asked()
+        except RuntimeError as error:
+            self._explain(error)
+            raise
+        return loss.mean
+
+    def _train(self, batch: Any, *, last: bool) -> Measured:
+        try:
+            return self.setup.passes.train(batch, micro_batches=self.config.accum_steps, last=last)
+        except BaseException:
+            self.state.interrupted, self.state.micro_batches = True, 0
+            raise
+
+    def _recover(self) -> None:
+        """After an exception that the user's loop has survived, start the optimizer step anew. Not before: most
+        exceptions end the run, and what they have left (a collective that timed out) may not be touched again."""
+        if self.state.interrupted:
+            self._drop_step()
+
+    def _drop_step(self) -> None:
+        """Leave out the optimizer step under way, with what its micro-batches have left."""
+        self.state.micro_batches, self.state.interrupted = 0, False
+        self.setup.passes.forget()
+        self.state.training_loss.drop()
+        self.observers.nonfinite.drop()
+
+    def _show_remainder(self) -> None:
+        if not self._remainder_shown:
+            self._remainder_shown = True
+            self.display.line(
+                "micro-batches at the end of an epoch that are fewer than accum_steps are left out; "
+                "accum_remainder=step makes an optimizer step of them"
+            )
+
+    def _show_uneven(self) -> None:
+        self.display.line(
+            f"epoch {self.state.epoch + 1}: some ranks have more training batches than others, which are left out"
+        )
+
+    def _update(self, rescale: float) -> None:
+        """The optimizer's step, with clipping, loss scaling and the learning rate of the next one.
+
+        Args:
+            rescale: of gradients, in a step of fewer micro-batches than `accum_steps`.
+        """
+        setup, state, nonfinite = self.setup, self.state, self.observers.nonfinite
+        with waiting("the gradients"):
+            setup.passes.finish(setup.parameters, rescale=rescale)
+            if self.config.max_grad_norm is not None or nonfinite.measures_gradients:
+                if setup.scaler is not None:
+                    setup.scaler.unscale_(self.setup.optimizer)
+                limit = self.config.max_grad_norm or math.inf
+                norm = gradients.clip(setup.parameters, limit, pipeline=setup.pipeline_group)
+                self.observers.norm(norm, expected=setup.scaler is not None)
+            skipped = nonfinite.skips()
+        if skipped:
+            pass
+        elif setup.scaler is None:
+            self.setup.optimizer.step()
+        else:
+            setup.scaler.step(self.setup.optimizer)
+            setup.scaler.update()
+        self.setup.optimizer.zero_grad()
+        setup.schedule.after_step()
+        state.step += 1
+        state.epoch_step += 1
+        self.observers.stepped()
+
+    def _after_step(self) -> None:
+        """Do what is due after an optimizer step: log, evaluate, schedule, save. Collective."""
+        state, cadence, section = self.state, self.setup.cadence, self.config.gc
+        if state.step == state.first_step:
+            self._after_first_step()
+        if section.interval and state.step % section.interval == 0:
+            process.collect(section)
+        if self.observers.pace.due(state.step):
+            self.observers.log_line()
+        better = False
+        if cadence.evaluate_every is not None and state.step % cadence.evaluate_every == 0:
+            better = self._evaluate_due_splits(final=False)
+            self.setup.schedule.after_epoch(state.results)
+        # Saved last, so that whatever resumes from it finds everything that this step did.
+        due = cadence.save_every is not None and state.step % cadence.save_every == 0
+        if due or better:
+            self.saver.save_run(history=due and cadence.keeps_history, best=better)
+        self._next_event = self._find_next_event()
+
+    def _after_first_step(self) -> None:
+        with waiting("the first step"):
+            process_group.tighten(self.config.comm)
+        self.display.activity(None)
+        self.display.restart_clock()
+        self.observers.first_step()
+
+    def _find_next_event(self) -> int:
+        log, cadence = self.observers.pace.next, self.setup.cadence
+        due = next_multiple(self.state.step, cadence.evaluate_every, cadence.save_every, self.config.gc.interval)
+        return log if due is None else min(due, log)
+
+    def _after_epoch(self) -> None:
+        """Do what is due after an epoch, in epoch mode: evaluate, schedule, save. Collective."""
+        state, cadence = self.state, self.setup.cadence
+        if cadence.epochs is None:
+            return
+        evaluated = state.epoch % cadence.evaluate_epochs == 0
+        better = evaluated and self._evaluate_due_splits(final=False)
+        self.setup.schedule.after_epoch(state.results, evaluated=evaluated)
+        due = cadence.save_epochs is not None and state.epoch % cadence.save_epochs == 0
+        if due or better:
+            self.saver.save_run(history=due and cadence.keeps_history, best=better)
+
+    def _stop_where_asked(self) -> None:
+        """Between two steps: fail where a save has failed; save and leave where a signal asked for it."""
+        self.saver.checkpoints.check()
+        number = self.stop_request.signal_on_any_rank()
+        if number and not self._done():  # a run that is complete ends as such
+            self.saver.stop(number)
+
+    def _evaluate_due_splits(self, *, final: bool) -> bool:
+        """Evaluate the splits that were not evaluated at this step, and update the score. Collective.
+
+        Returns:
+            Whether the score is the best so far.
+        """
+        began, state, score = time.perf_counter(), self.state, self.setup.score
+        self.observers.check()
+        due = evaluated_splits(self.setup.loaders, score.split, final=final)
+        with waiting("the training loss"):
+            mean = state.training_loss.mean()
+        if mean is not None:  # None where a log line has just taken it
+            state.results["train.loss"] = mean
+        found: dict[str, float] = {}
+        with self.observers.stopwatch.apart(EVALUATION):
+            for split in due:
+                if state.evaluated_at.get(split) != state.step:
+                    found |= self.evaluate(split)
+                    state.evaluated_at[split] = state.step
+        state.results |= found
+        self.display.pause_clock(time.perf_counter() - began)
+        better = False
+        if score.key in found or self._scored_by_training():
+            better = score.update(state.results, state.step)
+        if found:
+            self.observers.evaluated(found, "best so far" if better else "")
+        if score.exhausted and not final and not self._done():
+            state.stopped_early = True
+            self.display.line(f"early stop: {score.key} has not improved for {score.patience} evaluations")
+        return better
+
+    def _scored_by_training(self) -> bool:
+        """Whether the score is the training loss, and not yet taken at this step."""
+        state = self.state
+        if self.setup.score.key != "train.loss" or state.evaluated_at.get("train") == state.step:
+            return False
+        state.evaluated_at["train"] = state.step
+        return "train.loss" in state.results
+
+    @collective_timeout.named
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Loss and metrics of a split, by `split.name`. Collective."""
+        self.display.activity(f"evaluating {split}")
+        self._recover()
+        with waiting("evaluation"):
+            found = measure(
+                self.setup.passes,
+                self.setup.loaders[split],
+                metrics=self.setup.metrics,
+                metric_inputs=self.setup.metric_inputs,
+                device=self.world.device,
+            )
+        self.display.activity(None)
+        return {f"{split}.{name}": value for name, value in found.items()}
+
+    @collective_timeout.named
+    def finish(self) -> float:
+        """Evaluate and save what is still due, report how the run ended, and close. Collective.
+
+        Returns:
+            The best score; NaN where there is none.
+        """
+        better = self._evaluate_due_splits(final=True)
+        self.saver.save_at_the_end(better=better)
+        self._conclude()
+        return self.setup.score.best if self.setup.score.best is not None else float("nan")
+
+    def _conclude(self) -> None:
+        """Show the last lines of the run."""
+        setup, lines = self.setup, []
+        if self.report is not None:
+            # Text of growing length would be compiled again and again.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), setup.autocast(), waiting("the report"):
+                setup.assembled.train(False)
+                self.display.activity("reporting")
+                whole = None if setup.assembled.pipeline is not None else _without_ddp(setup.model)
+                lines = self.report(whole, self.state.results)
+        self.display.stop()
+        lines += conclusion(
+            attempt=self.world.attempt,
+            ranks=self.world.ranks,
+            score=self.setup.score,
+            results=self.state.results,
+            step=self.state.step,
+            cadence=self.setup.cadence,
+            resumable=self.saver.checkpoints.enabled,
+        )
+        for line in lines:
+            self.display.line(line)
+
+    def place(self) -> collective_timeout.Place:
+        """Where this rank is, for an error that it ends with."""
+        return collective_timeout.place_of(self.state, self.observers.waited_for)
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Raise an error that names the missing ranks, where this one is that of a collective that timed out."""
+        collective_timeout.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())
+
+
+def _without_ddp(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,216 @@
+"""Resuming a run: from its own checkpoint exactly, from another run's as far as the settings are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danling_conf.checkpoint.folder import others
+from danling_conf.checkpoint.loading import LayoutDiffers, Loaded, ModelDiffers, NothingSaved
+from danling_conf.checkpoint.manager import CheckpointManager
+from danling_conf.components import dataloader
+from danling_conf.components.samplers import ShardedSampler, seed_of
+from danling_conf.config.identity import differences, plain
+from danling_conf.records.frozen import code_of, earlier_code
+from danling_conf.runner import process
+from danling_conf.runner.cadence import optimizer_steps
+from danling_conf.runner.setup import Setup
+from danling_conf.runner.state import EXHAUSTED, TrainState
+from danling_conf.runner.world import World
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
+
+_LOADING_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """What a checkpoint holds for this rank; None for what was excluded from loading."""
+
+    loader: dict[str, Any] | None
+    generators: dict[str, Any] | None
+    data_degree: int
+    """How many data ranks there were."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the epoch has no further batch."""
+        return self.loader == EXHAUSTED
+
+
+class Resumption:
+    """Loads what the attempt resumes from. All of it is collective, except what concerns the rank's own loader.
+
+    Args:
+        state: set to what the checkpoint says.
+        setup: model, optimizer, schedule and score are loaded in place.
+    """
+
+    def __init__(
+        self, config: RunnerConfig, world: World, state: TrainState, setup: Setup, checkpoints: CheckpointManager
+    ) -> None:
+        self.config, self.world, self.state, self.setup, self.checkpoints = config, world, state, setup, checkpoints
+        source = world.attempt.restore
+        self._named = config.resume is not None and Path(config.resume).expanduser().absolute() == source
+        """Whether the user named the checkpoint (`resume`); `auto_resume` found it otherwise."""
+        self._rank_state: RankState | None = None
+        """Until the epoch that it belongs to begins."""
+
+    def load(self) -> list[str]:
+        """Load the checkpoint that the attempt resumes from, or pretrained weights, or nothing; returns notes for the
+        user.
+
+        Raises:
+            ConfigRefused: a checkpoint is missing, broken, or does not fit. On all ranks.
+        """
+        notes = [
+            f"{name} was not finished when the attempt before this one ended, and is removed"
+            for name in self.checkpoints.unfinished
+        ]
+        if self.world.attempt.restore is not None:
+            try:
+                return [*notes, *self._load_run(self.world.attempt.restore)]
+            except NothingSaved as error:
+                if self._named:
+                    raise self._unusable("resume", self.world.attempt.restore, error) from error
+                notes.append(f"nothing to resume yet: {error}")
+        if self.config.pretrained is not None:
+            source = Path(self.config.pretrained).expanduser()
+            self._load_weights(source)
+            notes.append(f"weights from {source}")
+        return notes
+
+    def enter_epoch(self, loader: Any) -> RankState | None:
+        """Set the loader to its place in the epoch that the run resumes in; None for any later epoch.
+
+        Returns:
+            What is left to restore once the loader iterates.
+        """
+        found, self._rank_state = self._rank_state, None
+        if found is None:
+            return None
+        if found.exhausted:
+            return found
+        if found.loader is not None:
+            dataloader.go_on(loader, found.loader, data_degree=found.data_degree)
+        else:
+            self.state.epoch_step = 0
+        return found
+
+    def restore_generators(self, found: RankState) -> None:
+        """Restore the generators of the rank; under another number of data ranks seed new ones, which repeat nothing.
+
+        Call it once the loader's iterator is made: making it may draw from the generators.
+        """
+        if found.generators is not None and found.data_degree == self.world.data_degree:
+            process.restore_generators(found.generators, self.world.device)
+        else:
+            process.seed_rank(seed_of(self.world.attempt.seed, 0, self.state.step), self.world.stream)
+
+    def _load_run(self, source: Path) -> list[str]:
+        """Load a run's state.
+
+        Where the settings of optimizer or schedule are others than those that the checkpoint was made with, weights and
+        the optimizer's state are loaded; the options of the optimizer's groups are this configuration's, and the
+        schedule starts anew.
+        """
+        optimizer = self.setup.optimizer
+        mine = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        loaded = self._load_checkpoint(source)
+        changed = differences(plain(self.config), loaded.shared["settings"])
+        same_schedule = not any(path.startswith(("scheduler.", "optim.")) for path in changed)
+        if not same_schedule:
+            for group, options in zip(optimizer.param_groups, mine, strict=True):
+                group.update(options)
+        self._load_state(loaded.shared, same_schedule=same_schedule)
+        self._load_rank_state(loaded)
+        return self._notes(source, loaded, same_schedule=same_schedule)
+
+    def _load_checkpoint(self, source: Path) -> Loaded:
+        """Load model and optimizer; the rest is returned. Raises NothingSaved, or ConfigRefused."""
+        try:
+            return self.checkpoints.loader.restore(
+                source,
+                parts=self.setup.assembled.parts,
+                optimizer=self.setup.optimizer,
+                choose=not self._named,
+            )
+        except (NothingSaved, SettingError):
+            raise
+        except LayoutDiffers as error:
+            fix = "choose its layout, or parallel.allow_degree_change=true"
+            raise ConfigRefused([Violation("parallel", ABSENT, str(error), fix)]) from error
+        except _LOADING_ERRORS as error:
+            # Starting anew would overwrite what an older checkpoint may still save.
+            raise self._unusable("resume" if self._named else "auto_resume", source, error) from error
+
+    def _load_weights(self, source: Path) -> None:
+        """Load weights, and nothing else, from a checkpoint, an export or safetensors. Raises ConfigRefused."""
+        try:
+            self.checkpoints.loader.load_weights(source, self.setup.assembled.parts)
+        except SettingError:
+            raise
+        except _LOADING_ERRORS as error:
+            raise self._unusable("pretrained", source, error) from error
+
+    def _load_state(self, shared: Mapping[str, Any], *, same_schedule: bool) -> None:
+        saved, setup = shared.get("runner", {}), self.setup
+        self.state.load_state_dict(saved)
+        if "score" in saved:
+            setup.score.load_state_dict(saved["score"])
+        if same_schedule and "scheduler" in shared:
+            setup.schedule.load_state_dict(shared["scheduler"])
+        if setup.scaler is not None and shared.get("scaler") is not None:
+            setup.scaler.load_state_dict(shared["scaler"])
+
+    def _load_rank_state(self, loaded: Loaded) -> None:
+        degree, train = loaded.facts.made_under.data_degree, self.setup.loaders["train"]
+        found = RankState(loader=loaded.own.get("loader"), generators=loaded.own.get("generators"), data_degree=degree)
+        if degree != self.world.data_degree and found.loader is not None and not found.exhausted:
+            if not isinstance(train.sampler, ShardedSampler):
+                raise SettingError(
+                    "parallel",
+                    ABSENT,
+                    "the training data is iterable and shards itself, and its place is known for "
+                    f"{degree} data ranks only",
+                    "resume with as many, or exclude dataloaders (checkpoint.exclude_from_loading), which begins the "
+                    "epoch anew",
+                )
+            self.state.epoch_step = self._steps_before(train, found.loader, degree)
+        self._rank_state = found
+
+    def _steps_before(self, loader: Any, saved: Mapping[str, Any], data_degree: int) -> int:
+        """Optimizer steps of the epoch that are done, counted back from its end as this run will reach it."""
+        size = loader.batch_size or 1
+        taken = dataloader.taken_by_all(saved, batch_size=size, data_degree=data_degree)
+        left = int(loader.sampler.left(taken)) // size
+        return max(0, (self.setup.cadence.steps_per_epoch or 0) - optimizer_steps(self.config, left))
+
+    def _notes(self, source: Path, loaded: Loaded, *, same_schedule: bool) -> list[str]:
+        attempt = self.world.attempt
+        notes = [*loaded.notes, f"resumed at step {loaded.facts.step} from {loaded.path}"]
+        if not same_schedule:
+            notes.append("the learning-rate schedule starts anew: its settings or the optimizer's differ")
+        if loaded.facts.made_under != self.checkpoints.layout:
+            notes.append(f"written under {loaded.facts.layout}, resumed under {self.checkpoints.layout_name}")
+        if source.is_relative_to(attempt.run_directory):
+            before, now = earlier_code(attempt), code_of(attempt)
+            if before not in (None, now):
+                notes.append(f"the attempt before this one ran other code: {before}, and this one runs {now}")
+        return notes
+
+    def _unusable(self, key: str, source: Path, error: Exception) -> ConfigRefused:
+        """The refusal of a checkpoint that cannot be loaded."""
+        found = others(source, self.checkpoints.section.dir_name) if source.is_dir() else []
+        fix = f"choose another checkpoint, such as {found[0]}" if found else "choose another run or checkpoint"
+        value: Any = str(source)
+        if isinstance(error, ImportError):
+            fix = "pip install safetensors"
+        elif key == "auto_resume":
+            value = True
+            fix = f"resume={found[0]}, or auto_resume=false" if found else "auto_resume=false starts another run"
+        elif isinstance(error, ModelDiffers):
+            fix += ", or checkpoint.exclude_from_loading=[model.NAME] leaves a part of it as it is"
+        return ConfigRefused([Violation(key, value, str(error), fix)])
