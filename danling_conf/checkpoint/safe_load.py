@@ -27,10 +27,19 @@ METADATA = ".metadata"
 _DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
 # Private names among them are those that torch writes into the file; they are not used otherwise.
 _ALLOWED = {
-    *((_DESCRIPTIONS, name) for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )),
+    *(
+        (_DESCRIPTIONS, name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -39,7 +48,7 @@ _ALLOWED = {
     # Python 3.13 moved the classes.
     *(("pathlib._local", name) for name in ("Path", "PosixPath", "PurePosixPath")),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-}  # fmt: skip
+}
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,1 +1,1 @@
-"""Where time passes: the loop, evaluation, score, seeds, progress."""
+"""Runner of a training: setup, loop, cadence, score, saving and resuming, and what a person sees of it."""

@@ -41,7 +41,7 @@ def whole(tmp_path: Path, run: Path) -> Any:
 
 
 def test_all_is_loaded_where_nothing_is_excluded(whole: Any) -> None:
-    assert (whole.global_step, whole._epoch_step) == (4, 4)
+    assert (whole.global_step, whole.state.epoch_step) == (4, 4)
     assert whole.scheduler.last_epoch == 4
     assert all(state["step"] == 4 for state in whole.optimizer.state.values())
 
@@ -66,7 +66,7 @@ def test_without_the_loaders(tmp_path: Path, run: Path, whole: Any, key: str) ->
     """The epoch begins anew."""
     found = prepared(tmp_path, key, resume=str(run))
     begun = prepared(tmp_path / "other", None)
-    assert (found.global_step, found._epoch_step) == (4, 0)
+    assert (found.global_step, found.state.epoch_step) == (4, 0)
     assert torch.equal(found.first[0], begun.first[0])
     assert not torch.equal(found.first[0], whole.first[0])
 
@@ -203,7 +203,7 @@ def test_a_replica_goes_on_from_its_own_state(tmp_path: Path, capsys: pytest.Cap
     again = train(tmp_path, {**settings, "resume": str(part["run"])})
     assert again["began"] == 4
     assert (
-        "the loader goes on from the checkpoint, since the replica has no state of its own" in capsys.readouterr().out
+        "the loader continues from the checkpoint, since the replica has no state of its own" in capsys.readouterr().out
     )
 
 

@@ -67,7 +67,7 @@ def outcome(root: str, layout: str, backend: str, mode: str, fault: str) -> dict
     torch.distributed.barrier() if runner.world.ranks.world_size > 1 else None
     again = danling_conf.Runner(danling_conf.resolve(merged))
     again.fit(Layers, {"train": Pairs(64)}, loss=loss)
-    found["again"] = [again._first_step - 1, again.global_step]
+    found["again"] = [again.state.first_step - 1, again.global_step]
     return found
 
 

@@ -1,1 +1,1 @@
-"""Where metrics go: the terminal, the run's own file, TensorBoard, Weights & Biases, MLflow."""
+"""Trackers of metrics: the terminal, the run's own file, TensorBoard, Weights & Biases, MLflow."""
