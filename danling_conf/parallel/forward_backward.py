@@ -109,6 +109,7 @@ class Passes:
             if self.model.pipeline is not None:
                 with self._refused_at_first():
                     batch = self.part(batch)
+                    self.model.pipeline.microbatches(batch)  # what cannot be cut is refused before ranks depend on it
                 measured = self._train_pipeline(batch, micro_batches)
             elif micro_batches == 1:
                 measured = self._train_whole(batch, 1)

@@ -58,8 +58,15 @@ def make_loaders(
 
 
 def batches_per_epoch(loader: Any) -> int | None:
-    """Batches of a training epoch on the rank that has fewest; None for data without a length. Collective."""
-    return shortest_length(len(loader) if hasattr(loader.dataset, "__len__") else None)
+    """Batches of a training epoch on the rank that has fewest; None for data without a length. Collective.
+
+    Raises:
+        SettingError: that rank has none.
+    """
+    found = shortest_length(len(loader) if hasattr(loader.dataset, "__len__") else None)
+    if found == 0:
+        raise no_batch("train")
+    return found
 
 
 def same_number_on_all_ranks(
@@ -184,7 +191,7 @@ def _fault(dataset: Any) -> tuple[str, str] | None:
     if dataset is None or isinstance(dataset, (str, bytes, Mapping)):
         what = "None" if dataset is None else f"a {kind}"
         return f"{what} is no data set", "pass one with __getitem__ and __len__, a list of samples, or leave it out"
-    if hasattr(dataset, "__len__") and not is_iterable(dataset) and not len(dataset):
+    if hasattr(dataset, "__len__") and not len(dataset):
         return "the split has no samples", "leave it out, or pass one that has some"
     return None
 

@@ -202,6 +202,7 @@ class Loop:
         exceptions end the run, and what they have left (a collective that timed out) may not be touched again."""
         if self.state.interrupted:
             self._drop_step()
+            self.observers.known_epoch = False  # steps do not count the batches of this epoch any more
 
     def _drop_step(self) -> None:
         """Leave out the optimizer step under way, with what its micro-batches have left."""

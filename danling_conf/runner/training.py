@@ -255,7 +255,7 @@ class Runner:
         """
         if self._used is not None:
             raise RuntimeError(f"this runner {self._used}: make another Runner to train again, or to resume")
-        self._used = "was prepared before"
+        self._used = "has failed"
         with refused(), waiting("building the model"):
             self._setup = set_up(
                 self.config,
@@ -305,6 +305,7 @@ class Runner:
         )
         for note in notes:
             self.display.line(note)
+        self._used = "was prepared before"
 
     def _make_display(self) -> Display:
         setup = self.setup

@@ -378,6 +378,25 @@ def test_no_micro_batch_passes_into_the_next_epoch(tmp_path: Path, data: Any, re
         assert torch.allclose(ours["weights"][name], value, atol=1e-6), name
 
 
+def test_a_sum_and_its_count_weigh_alike_in_a_shorter_step(tmp_path: Path) -> None:
+    """A step of one micro-batch, where two are planned, is divided by its own count."""
+
+    def summed(output: Tensor, batch: Any) -> tuple[Tensor, int]:
+        return nn.functional.cross_entropy(output, batch[1], reduction="sum"), len(batch[1])
+
+    found = []
+    for of in (loss, summed):
+        settings = {"epochs": 1, "accum_steps": 2, "accum_remainder": "step", "scheduler": {"type": "constant"},
+                    "dataloader": {"batch_size": 2}}  # fmt: skip
+        ours = runner(tmp_path, settings)
+        torch.manual_seed(5)
+        ours.fit(Net(), {"train": Stream(10)}, loss=of)
+        assert ours.global_step == 3
+        found.append(weights(ours))
+    for name, value in found[0].items():
+        assert torch.allclose(found[1][name], value, atol=1e-6), name
+
+
 @pytest.mark.parametrize(
     ("budget", "kill_at"),
     [({"epochs": 3}, 1), ({"steps": 6}, 1), ({"steps": 6}, 0)],
