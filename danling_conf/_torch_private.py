@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, MutableMapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -238,6 +239,11 @@ def optimize_ddp(value: bool | str) -> None:
     """Choose how dynamo treats DDP. `torch._dynamo.config` is documented but has no public path; another name there
     raises AttributeError for `compile.optimize_ddp`."""
     torch._dynamo.config.optimize_ddp = value  # type: ignore[assignment]
+
+
+def dynamo_is_loaded() -> bool:
+    """Whether something may be compiled. Without the name, what must run eagerly may be compiled, and nothing else."""
+    return "torch._dynamo" in sys.modules
 
 
 # Operators.

@@ -7,7 +7,6 @@ The training split needs no such look: its first batch is the first step's, and 
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danling_conf._torch_private import dynamo_is_loaded
 from danling_conf.components import dataloader
 from danling_conf.components.batch import described, to_device
 from danling_conf.components.samplers import ShardedSampler
@@ -62,7 +62,7 @@ def _eagerly() -> AbstractContextManager[object]:
     """A context in which nothing is compiled: it would be for the shapes of a held-out split, and again, for shapes of
     any size, once training has others."""
     # torch.compiler imports dynamo, which takes seconds and is not needed where nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return torch.compiler.set_stance("force_eager") if dynamo_is_loaded() else nullcontext()
 
 
 def _try(
