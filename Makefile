@@ -5,6 +5,9 @@ VENV ?= .venv
 VENV_HYDRA_14 ?= $(VENV)-hydra-1.4
 VENV_OPTUNA ?= $(VENV)-optuna
 PYTEST_ARGUMENTS ?=
+# Processes that run tests side by side; a file of tests stays in one of them.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile
 
 .PHONY: train test quick composition sweepers parity crash benchmark lint clean
 
@@ -12,17 +15,18 @@ PYTEST_ARGUMENTS ?=
 train: $(VENV)/installed
 	$(VENV)/bin/python examples/train.py parallel=fsdp8 compile=max
 
-# Everything, the composition tests on both Hydras.
-test: composition sweepers $(VENV)/installed
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGUMENTS)
+# Everything: linters, the composition tests on both Hydras, sweepers, Slurm. The times of the parts come last.
+test: $(VENV)/installed $(VENV_HYDRA_14)/installed $(VENV_OPTUNA)/installed
+	@$(VENV)/bin/python tests/run.py --workers $(WORKERS) --hydra-14 $(VENV_HYDRA_14)/bin/python \
+		--optuna $(VENV_OPTUNA)/bin/python -- $(PYTEST_ARGUMENTS)
 
 # What takes under two minutes.
 quick: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGUMENTS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGUMENTS)
 
 # What composing, checking and explaining need, on the newer Hydra, where no torch is installed.
 composition: $(VENV_HYDRA_14)/installed
-	$(VENV_HYDRA_14)/bin/python -m pytest -m composition $(PYTEST_ARGUMENTS)
+	$(VENV_HYDRA_14)/bin/python -m pytest $(PARALLEL) -m composition $(PYTEST_ARGUMENTS)
 
 # Sweepers that consume scores, on the newer Hydra.
 sweepers: $(VENV_OPTUNA)/installed
@@ -46,22 +50,19 @@ benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/preflight.py
 
 lint: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet ruff mypy
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/python tests/run.py lint
 
 # torch goes first and alone: a range would make pip look for its newest build, gigabytes with CUDA.
 $(VENV)/installed: pyproject.toml constraints/hydra-1.3.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints/hydra-1.3.txt torch
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints/hydra-1.3.txt --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints/hydra-1.3.txt --editable ".[dev]"
 	touch $@
 
 $(VENV_HYDRA_14)/installed: pyproject.toml constraints/hydra-1.4.txt
 	$(PYTHON) -m venv $(VENV_HYDRA_14)
 	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --constraint constraints/hydra-1.4.txt \
-		hydra-core rich pytest hypothesis
+		hydra-core rich pytest pytest-xdist hypothesis editables
 	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -69,7 +70,7 @@ $(VENV_OPTUNA)/installed: pyproject.toml constraints/hydra-optuna.txt
 	$(PYTHON) -m venv $(VENV_OPTUNA)
 	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt torch
 	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt \
-		hydra-core hydra-optuna-sweeper torchdata rich scikit-learn torchmetrics pytest
+		hydra-core hydra-optuna-sweeper torchdata rich scikit-learn torchmetrics pytest editables
 	$(VENV_OPTUNA)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -39,7 +39,7 @@ train()
 
 
 def write_bare_app(folder: Path) -> Path:
-    """Write the app into a folder; gives its script.
+    """Write the app into a folder; returns its script.
 
     The primary config is one tree of typed dataclasses with the fields, types and defaults of `RunnerConfig`; each
     group is a folder with one YAML file a choice, as users write them.
@@ -51,7 +51,7 @@ def write_bare_app(folder: Path) -> Path:
         _write_yaml(conf / "parallel" / f"{name}.yaml", layout_settings(name), GLOBAL)
     for group, presets in GROUPS.items():
         for name, preset in presets.items():
-            # A typed section takes no key that it does not declare: an open one needs it said.
+            # A typed section takes no key that it does not declare: an open one is declared so.
             settings = {key: value for key, value in preset.settings.items() if _is_declared(group, key)}
             _write_yaml(conf / group / f"{name}.yaml", settings, preset.package)
     classes: dict[str, str] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from danling_conf.schema.activation_checkpointing import ActivationCheckpointing
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.schema.process import CommConfig
-from examples.models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder, DecoderConfig
 
 GOAL = 1.03
 LAYOUTS = ("fsdp4", "tp4", "fsdp2_tp2")

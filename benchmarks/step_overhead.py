@@ -47,7 +47,7 @@ def cross_entropy(output: Tensor, batch: list[Tensor]) -> Tensor:
 
 
 class Bare:
-    """What one writes by hand, on the same data loader and the same optimizer."""
+    """The loop written by hand, on the same data loader and the same optimizer."""
 
     def __init__(self, config: danling_conf.RunnerConfig, data: TensorDataset) -> None:
         self.model = make_model()

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from danling_conf.app import compose, main
-    from danling_conf.config.files import load, save
-    from danling_conf.config.resolve import resolve
+    from danling_conf.config.resolve import load, resolve, save
     from danling_conf.groups import name_of, parse_layout, register
     from danling_conf.runner.training import Runner
     from danling_conf.schema import RunnerConfig
@@ -21,13 +20,13 @@ _EXPORTS = {
     "Runner": "danling_conf.runner.training",
     "RunnerConfig": "danling_conf.schema",
     "compose": "danling_conf.app",
-    "load": "danling_conf.config.files",
+    "load": "danling_conf.config.resolve",
     "main": "danling_conf.app",
     "name_of": "danling_conf.groups",
     "parse_layout": "danling_conf.groups",
     "register": "danling_conf.groups",
     "resolve": "danling_conf.config.resolve",
-    "save": "danling_conf.config.files",
+    "save": "danling_conf.config.resolve",
 }
 
 __all__ = [
@@ -46,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Exports are imported when they are first used, so that composing imports no torch."""
+    """Import an export when it is first used, so that composing imports no torch."""
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[[Any], Any])
 def main(config_path: str | None = None, config_name: str = "danling") -> Callable[[Function], Callable[..., Any]]:
     """Make a function the entry point of a training script, in place of `@hydra.main`.
 
-    The function is called on every rank with the resolved, read-only configuration; what it returns is the run's score.
+    The function is called on every rank with the resolved, read-only configuration; it returns the run's score.
     When the layout needs several processes and nothing started them, they are started on this machine; under torchrun
     or srun the process joins as the rank that it is. A refused configuration exits with 2, before torch is imported.
 
@@ -29,7 +29,7 @@ def main(config_path: str | None = None, config_name: str = "danling") -> Callab
     def decorate(function: Function) -> Callable[..., Any]:
         @functools.wraps(function)
         def entry(config: Any = None) -> Any:
-            if config is not None:  # as with @hydra.main: called with a configuration, it is the function itself
+            if config is not None:  # as under @hydra.main, calling it with a configuration calls the function itself
                 return function(config)
             from danling_conf.command import run_command
             from danling_conf.launch.app import App
@@ -55,7 +55,11 @@ def compose(
     Args:
         overrides: as on the command line: `["parallel=fsdp8", "steps=100"]`.
         config_name: name of the primary config.
-        config_path: directory of configs of your own; None for none.
+        config_path: directory of your own configs; None for none.
+
+    Returns:
+        The checked, read-only configuration, an instance of the primary config's class. The type is `Any`, since that
+        class is known at run time only.
 
     Raises:
         ConfigRefused: with all violations.

@@ -1,4 +1,8 @@
-"""The command line of a user's app: from its arguments to finished runs and a true exit code."""
+"""Dispatcher of an app's command line: a single run, a sweep, or one process of either.
+
+The same script is started for all of them. Environment variables say which part a process plays, since the command line
+is the same for all processes of a run.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +23,25 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 Inspector = Callable[["App", ConfigSearch, list[str]], Any]
 inspector: Inspector | None = None
-"""Takes over an app's command line instead of running it (`danling-conf explain KEY SCRIPT`)."""
+"""Inspects an app instead of running it, when set (`danling-conf check` and `danling-conf explain KEY SCRIPT`)."""
 
 
 def run_command(app: App, arguments: Sequence[str]) -> Any:
-    """Do what a command line asks for; gives the value of the function where it ran in this process.
+    """Run an app's command line.
+
+    Returns:
+        The value of the app's function, where it ran in this process.
 
     Exits with 2 when the configuration is refused, and with 1 when the run failed.
     """
     if FROZEN_VARIABLE in os.environ:
-        from danling_conf.launch.worker import run_local_worker
+        from danling_conf.launch.rank import run_worker
 
         ranks = started_rank()
         if ranks is None:
             raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is no rank: unset it")
-        # Programs that the user's function starts are no workers of this run.
-        return run_local_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
+        # Removed from the environment: programs that the user's function starts are no workers of this run.
+        return run_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
     if JOB_VARIABLE in os.environ:
         return _run_job(app, Path(os.environ.pop(JOB_VARIABLE)))
     parsed = parse_arguments(arguments)
@@ -69,7 +76,7 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
 
 
 def _run_job(app: App, path: Path) -> Any:
-    """This process belongs to a job of a sweep: as a rank that Slurm started, or as the whole job on this machine."""
+    """Run this process's part of a sweep's job: one rank on Slurm, the whole job on this machine."""
     if os.environ.get(CLUSTER_VARIABLE) == "slurm":
         from danling_conf.launch.slurm.rank import run_slurm_rank
 
@@ -92,7 +99,7 @@ def _sweep(composing: Composer, app: App, overrides: list[str]) -> Any:
 
 
 def _hand_to_hydra(app: App) -> None:
-    """Flags that only show something are Hydra's own."""
+    """Let Hydra handle flags that only show something, such as --help and --cfg."""
     import hydra
 
     path = app.config_path

@@ -10,7 +10,7 @@ import danling_conf
 @danling_conf.register
 @dataclass(kw_only=True)
 class TrainConfig(danling_conf.RunnerConfig):
-    """Ours, and one setting of this script's own."""
+    """Settings of a run, and one of this script's own."""
 
     task_name: str = "lm"
     """What is trained: `lm` or `digits`. Chosen with its settings by `task=`."""
@@ -20,7 +20,7 @@ class TrainConfig(danling_conf.RunnerConfig):
 def train(config: TrainConfig) -> float:
     """Train one task; the best score is the run's."""
     # Imported here, so that a refused configuration costs no import of torch.
-    from examples.tasks.task import build_task
+    from tasks.task import build_task
 
     task = build_task(config.task_name, config.model, config.data)
     return danling_conf.Runner(config).fit(

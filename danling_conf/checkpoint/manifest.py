@@ -9,14 +9,16 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from danling_conf.checkpoint import durable
 from danling_conf.checkpoint.durable import Sum
+from danling_conf.schema.files import CHECKPOINT_FILE, EXPORT_FILE, Damaged, read_object
 from danling_conf.schema.layout import Layout
 
-FACTS, EXPORTED = "checkpoint.json", "export.json"
+FACTS, EXPORTED = CHECKPOINT_FILE, EXPORT_FILE
 FORMAT = 2
 
 
@@ -76,13 +78,15 @@ def read(folder: Path, name: str = FACTS) -> Manifest:
     """The facts of a checkpoint. Raises Broken, with the path, when they are missing or not what was written."""
     path = folder / name
     try:
-        content = json.loads(path.read_bytes())
+        content = read_object(path)
         checksum = content.pop("checksum")
         made_by = content.pop("format")
     except FileNotFoundError:
         raise Broken(f"{path}: there is no such file, so the checkpoint is not whole") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Broken(f"{path}: it cannot be read: {_reason(path, error)}") from error
+    except Damaged as damage:
+        raise Broken(f"{path}: it cannot be read: {damage.reason}") from damage
+    except KeyError as error:
+        raise Broken(f"{path}: it cannot be read: it has no {error.args[0]}") from error
     if checksum != _checksum({"format": made_by, **content}):
         raise Broken(f"{path}: it cannot be read: its checksum differs: it was changed or damaged after it was written")
     if made_by != FORMAT:
@@ -91,6 +95,7 @@ def read(folder: Path, name: str = FACTS) -> Manifest:
         content["files"] = {name: Sum(**item) for name, item in content["files"].items()}
         found = Manifest(**{item.name: content[item.name] for item in fields(Manifest)})
         found.made_under  # noqa: B018  raises for degrees that are none
+        datetime.fromisoformat(found.saved)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Broken(f"{path}: it cannot be read: {type(error).__name__}: {error}") from error
     for file in found.files:
@@ -122,9 +127,3 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
 
 def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_file() and path.stat().st_size == 0:
-        return "it is empty"
-    return str(error) if isinstance(error, OSError) else f"it is not what was written ({type(error).__name__}: {error})"

@@ -24,7 +24,7 @@ from torch.futures import Future
 from danling_conf.checkpoint.manifest import Broken
 from danling_conf.checkpoint.safe_load import SafeReader, TensorPlanner, load_plain, ordinary_errors
 from danling_conf.checkpoint.state import MODEL, Known
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
 
 STATE = "state.pt"
@@ -60,7 +60,7 @@ class Source:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Read into tensors, whole or sharded. Collective. Raises Broken or RuntimeError."""
         with ordinary_errors("the checkpoint cannot be loaded"), waiting("the checkpoint"):
-            load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=not several_ranks())
+            load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=not is_distributed())
 
 
 def shards(folder: Path) -> Source:

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from danling_conf.cli.runs_found import (
-    asked_of,
-    find,
-    job_named,
-    one_sweep,
-    reachable_or_refuse,
-    state_of_run,
-    sweep_of,
-)
+from danling_conf.cli.runs_found import asked_of, find, job_named, one_sweep, reachable_or_refuse
 from danling_conf.launch.slurm.queries import SlurmUnavailable
-from danling_conf.records.attempts import is_live
+from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
-from danling_conf.records.status import Status
+from danling_conf.records.run_lock import holder_of, is_live
+from danling_conf.records.state import state_of
+from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.sweep.backend import Backend
-from danling_conf.sweep.monitor import as_told
+from danling_conf.sweep.ends import settle_ends
 from danling_conf.sweep.orphans import is_here, process_of, running_here, tell_to_stop
 from danling_conf.topology.violation import ConfigRefused, Violation
 
-NOT_ENDED = 1
 _BY = "by danling-conf cancel"
 _ABOUT_TO_START_SECONDS = 0.3
 _OWN_WORD_SECONDS = 3.0
-"""How long after its process has gone a job's own word, or that of who looks after it, is waited for."""
+"""How long after its process has gone a job's own line in the ledger, or its monitor's, is waited for."""
 
 
 def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
-    """End jobs and wait until they have ended; gives the exit code: 1 where one has not.
+    """End jobs and wait until they have ended; returns the exit code: 1 where one has not.
 
     Raises ConfigRefused where there is no such sweep or job, or it cannot be reached from here.
     """
@@ -47,7 +38,8 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
         sweep, jobs = owner[0], jobs or [owner[1].key]
     else:
         sweep = one_sweep(found)
-    cluster = str(asked_of(sweep)["cluster"])
+    asked = asked_of(sweep)
+    settle_ends(sweep)  # what has ended already is not cancelled
     named = [job_named(sweep, name) for name in dict.fromkeys(jobs)] or list(sweep.ledger.records().values())
     for record in named:
         if record.ended and jobs:
@@ -56,31 +48,31 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
     if not chosen:
         print(f"nothing to do: no job is live: {sweep.path}")
         return 0
-    reachable_or_refuse(sweep, cluster)
-    if cluster == "slurm":
+    reachable_or_refuse(sweep, asked)
+    if asked.on_slurm:
         return _in_slurm(sweep, chosen, wait_seconds)
     return _here(sweep, chosen, wait_seconds)
 
 
 def _run_of_its_own(run: Path, wait_seconds: float) -> int:
-    """A run that its own command has started: whoever holds its lock is told."""
+    """Stop a run that its own command has started: the process that holds its lock gets SIGTERM."""
     if not is_live(run):
-        print(f"nothing to do: the run is {state_of_run(run)[0]}: {run}")
+        print(f"nothing to do: the run is {state_of(run).status}: {run}")
         return 0
     # While the lock is held, the process that has written its number there lives.
-    holder = re.match(r"process (\d+) on ([^,\s]+)", (run / "run.lock").read_text())
-    if holder is None or holder[2] != os.uname().nodename:
-        rule = f"it runs on {holder[2] if holder else 'another machine'}, out of reach from this one"
+    holder = holder_of(run)
+    if holder is None or not holder.here:
+        rule = f"it runs on {holder.host if holder else 'another machine'}, out of reach from this one"
         raise ConfigRefused([Violation("DIR", str(run), rule, "cancel it there")])
-    tell_to_stop(int(holder[1]))
+    tell_to_stop(holder.process)
     deadline = time.monotonic() + wait_seconds
     while is_live(run):
         if time.monotonic() > deadline:
-            print(f"{run.name} was told to stop, and has not ended yet: process {holder[1]}")
-            return NOT_ENDED
+            print(f"{run.name} was told to stop, and has not ended yet: process {holder.process}")
+            return EXIT_FAILED
         time.sleep(0.2)
-    state, error = state_of_run(run)
-    print(f"{run.name} {state}" + (f": {error}" if error else ""))
+    state = state_of(run)
+    print(f"{run.name} {state.status}" + (f": {state.error}" if state.error else ""))
     return 0
 
 
@@ -107,7 +99,7 @@ def _here(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: float) 
         raise ConfigRefused([Violation("JOB", str(away[0].number), rule, "cancel it there")])
     waited = [record for record in chosen if record.status in (Status.PLANNED, Status.QUEUED)]
     lines: list[tuple[str, dict[str, str]]] = [(record.key, {"told": Status.CANCELLED}) for record in chosen]
-    # Whoever would start them looks here first.
+    # The process that would start them looks in the ledger first.
     lines += [(record.key, {"status": Status.CANCELLED, "error": f"not started: cancelled {_BY}"}) for record in waited]
     sweep.ledger.add_all(lines)
     _tell(sweep, chosen)
@@ -126,7 +118,7 @@ def _tell(sweep: SweepDirectory, records: Sequence[Record]) -> None:
 
 
 class _Gone:
-    """Jobs whose process has gone for a while without a word from anybody."""
+    """Jobs whose process has been gone for a while, and whose end nobody has written."""
 
     interval = 0.2
 
@@ -145,7 +137,7 @@ class _Gone:
 
 
 def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _Gone, wait_seconds: float) -> int:
-    """Report each end; what nobody else writes down is written here."""
+    """Report each end; an end that nobody else writes is written here."""
     deadline = time.monotonic() + wait_seconds
     waiting = {record.key for record in chosen}
     ledger = sweep.ledger
@@ -155,8 +147,7 @@ def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _G
             record = records[key]
             if record.ended:
                 waiting.discard(key)
-                error = record.facts.get("error")
-                print(f"#{record.number} {record.status}" + (f": {error}" if error else ""), flush=True)
+                print(f"#{record.number} {record.status}" + (f": {record.error}" if record.error else ""), flush=True)
         if not waiting:
             return 0
         left = [records[key] for key in waiting]
@@ -166,10 +157,9 @@ def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _G
                     ledger.settle(key, status=Status.CANCELLED, error=why)
         else:
             for key, ending in backend.endings(left).items():
-                told = as_told(records[key], ending)
-                ledger.settle(key, status=told.status, error=told.error)
+                ledger.settle(key, status=ending.status, error=ending.error)
         if time.monotonic() > deadline:
             for record in sorted(left, key=lambda record: record.number):
                 print(f"#{record.number} was told to stop, and has not ended yet", flush=True)
-            return NOT_ENDED
+            return EXIT_FAILED
         time.sleep(backend.interval)

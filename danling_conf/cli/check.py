@@ -6,23 +6,19 @@ from dataclasses import dataclass
 from functools import partial
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.cli.inspect_app import inspect_app
-from danling_conf.config.check import context_of, warnings_of
-from danling_conf.config.faults import all_faults
-from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
+from danling_conf.config.check import compose_or_refuse, warnings_of
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
 from danling_conf.config.identity import config_id, difference_from_defaults, job_id
-from danling_conf.config.launcher_settings import check_launcher
+from danling_conf.config.job import check_launcher
 from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.app import App
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.sweep.preflight import Preflight, check_jobs, shapes_of
-from danling_conf.sweep.preflight_tables import shape_table, varying
-from danling_conf.sweep.slurm_shapes import capacity_of
-from danling_conf.sweep.sweep_refused import SweepRefused
+from danling_conf.sweep.preflight_tables import SweepRefused, shape_table, varying
+from danling_conf.sweep.slurm_backend import capacity_of
 from danling_conf.topology.resources import Capacity
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
@@ -53,7 +49,7 @@ def check_app(script: str, words: list[str]) -> list[str]:
 
 def _check(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
     with composer(search) as composing:
-        master = _compose(composing, overrides, asked.capacity)
+        master = compose_or_refuse(composing, overrides)
         capacity = asked.capacity or _nodes_of
         # Hydra's own overrides are the master's; the rest is the only job's.
         given = [str(item) for item in master.hydra.overrides.task]
@@ -73,7 +69,7 @@ def _check(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) 
 
 def _check_sweep(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
     with composer(search) as composing:
-        master = _compose(composing, overrides, asked.capacity, multirun=True)
+        master = compose_or_refuse(composing, overrides, multirun=True)
         try:
             jobs = composing.sweep_jobs(master)
         except HydraException as error:
@@ -87,19 +83,6 @@ def _check_sweep(asked: _Asked, app: App, search: ConfigSearch, overrides: list[
     lines += shape_table(accepted, shapes_of(accepted, capacity))
     varied = varying(jobs)
     return [*lines, "", "varies:", *(f"  {line}" for line in varied)] if varied else lines
-
-
-def _compose(
-    composing: Composer, overrides: list[str], capacity: Capacity | None, *, multirun: bool = False
-) -> DictConfig:
-    """Hydra's configuration of the command line. Raises ConfigRefused with every fault that can be told."""
-    try:
-        return composing.compose(overrides, multirun=multirun)
-    except ConfigRefused:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        single = [item for item in overrides if not multirun or item.lstrip("+~").startswith("hydra")]
-        raise ConfigRefused(all_faults(composing, single, context_of(overrides), error)) from error
 
 
 def _nodes_of(launcher: SlurmLauncherConfig) -> Capacity:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from danling_conf.checkpoint import manifest
 from danling_conf.checkpoint.folder import BEST, EXPORT, LATEST, Entry, Folder, reading
 from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
 from danling_conf.records.find import runs_or_refuse
+from danling_conf.records.reading import read_fields
+from danling_conf.records.run_directory import attempts_in
+from danling_conf.schema.files import FROZEN
 
 _HEAD = ("checkpoint", "step", "epoch", "saved", "size", "layout", "backend", "state", "")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -61,9 +63,10 @@ def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
 
 def folder_of(run: Path) -> Path:
     """The run's folder of checkpoints: the one that its attempts are configured with."""
-    for attempt in sorted((run / "attempts").glob("*/frozen.json"), reverse=True):
-        configured = json.loads(attempt.read_text())["config"]["checkpoint"]["dir_name"]
-        return run / str(configured)
+    for attempt in reversed(attempts_in(run)):
+        configured = read_fields(attempt / FROZEN, "config").table("config").table("checkpoint").text("dir_name")
+        if configured and Path(configured).name == configured and "\0" not in configured:
+            return run / configured
     found = sorted(path.parent.parent for path in run.glob(f"*/ckpt-*/{FACTS}"))
     return found[0] if found else run / "checkpoints"
 
@@ -119,7 +122,7 @@ def readable_size(count: float) -> str:
     return f"{count:.3g} {_UNITS[-1]}"
 
 
-def _table(rows: list[Any]) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     right = {1, 2, 4}
     return [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import MISSING, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from danling_conf.cli.explain_launcher import explain_launcher
-from danling_conf.cli.explained import paragraph, setting_lines
 from danling_conf.cli.inspect_app import inspect_app
 from danling_conf.config.check import check, compose_or_refuse
 from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
@@ -17,13 +17,17 @@ from danling_conf.config.identity import flatten, plain
 from danling_conf.config.typed import setting_paths
 from danling_conf.groups.layout_names import EXAMPLES, GRAMMAR, LayoutNameError, parse_layout
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
-from danling_conf.groups.source import LAYOUTS, layout_settings
+from danling_conf.groups.source import LAUNCHERS, LAYOUTS, layout_settings
 from danling_conf.launch.app import App
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.docs import describe
+from danling_conf.schema.docs import Described, describe, field_docs
+from danling_conf.schema.launcher import LauncherConfig
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
 _MISSING = object()
+_WIDTH = 100
+_LAUNCHER_GROUP = "hydra/launcher"
+_LAUNCHER_SECTION = "hydra.launcher"
 
 
 def explain(key: str, script: str | None, overrides: list[str]) -> list[str]:
@@ -38,12 +42,12 @@ def explain(key: str, script: str | None, overrides: list[str]) -> list[str]:
 
 def _explain(key: str, kind: type[RunnerConfig]) -> list[str]:
     if key.startswith("hydra"):
-        return explain_launcher(key)
+        return _explain_launcher(key)
     group, equals, name = key.partition("=")
     if equals:
         return _preset(group, name)
     found = describe(kind, key)
-    lines = [] if found is None else setting_lines(found)
+    lines = [] if found is None else _setting_lines(found)
     if key in GROUPS or key == LAYOUTS:
         lines += ["", *_group(key)] if lines else _group(key)
     if lines:
@@ -66,7 +70,7 @@ def _group(group: str) -> list[str]:
     for name, preset in GROUPS[group].items():
         mark = " (default)" if DEFAULT_CHOICES.get(group) == name else ""
         lines.append(f"  {name}{mark}")
-        lines += paragraph(preset.doc, indent=4)
+        lines += _paragraph(preset.doc, indent=4)
         lines += [f"      {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
     return lines
 
@@ -88,7 +92,7 @@ def _preset(group: str, name: str) -> list[str]:
         raise ConfigRefused([Violation(group, name, "there is no such preset", f"choose among {choices}")])
     preset = GROUPS[group][name]
     shown = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
-    return [f"{group}={name}", *paragraph(preset.doc), *shown]
+    return [f"{group}={name}", *_paragraph(preset.doc), *shown]
 
 
 def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
@@ -167,3 +171,89 @@ def _select(content: DictConfig, path: str) -> Any:
 
 def _below(path: str, key: str) -> bool:
     return path == key or path.startswith(f"{key}.")
+
+
+def _explain_launcher(key: str) -> list[str]:
+    """Lines that explain a launcher, or one of its settings. Raises ConfigRefused for what is neither."""
+    group, equals, name = key.partition("=")
+    if equals and group == _LAUNCHER_GROUP:
+        if name not in LAUNCHERS:
+            near = get_close_matches(name, LAUNCHERS, n=1, cutoff=0.5)
+            fix = f"did you mean {_LAUNCHER_GROUP}={near[0]}?" if near else f"choose among {', '.join(LAUNCHERS)}"
+            raise ConfigRefused([Violation(_LAUNCHER_GROUP, name, "there is no such launcher of ours", fix)])
+        return _launcher(name)
+    if key in (_LAUNCHER_GROUP, _LAUNCHER_SECTION):
+        lines = [f"launchers ({_LAUNCHER_GROUP}=NAME)"]
+        for other, kind in LAUNCHERS.items():
+            lines += [f"  {other}", *_paragraph(kind.__doc__ or "", indent=4)]
+        return [*lines, f"  settings of each: danling-conf explain {_LAUNCHER_GROUP}=NAME"]
+    setting = key.removeprefix(f"{_LAUNCHER_SECTION}.")
+    lines = []
+    if setting != key:
+        for name, kind in LAUNCHERS.items():
+            found = describe(kind, setting)
+            if found is not None:
+                # What both launchers know is shown once.
+                lines = lines or _setting_lines(replace(found, path=key))
+                lines.append(f"  of       {_LAUNCHER_GROUP}={name}")
+    if lines:
+        return lines
+    known = sorted({f"{_LAUNCHER_SECTION}.{item}" for kind in LAUNCHERS.values() for item in _launcher_settings(kind)})
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    fix = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"write {_LAUNCHER_GROUP}, or a setting of a launcher: {_LAUNCHER_SECTION}.nodes"
+    )
+    raise ConfigRefused([Violation(key, ABSENT, "there is no such setting of ours", fix)])
+
+
+def _launcher(name: str) -> list[str]:
+    kind = LAUNCHERS[name]
+    lines = [f"{_LAUNCHER_GROUP}={name}", *_paragraph(kind.__doc__ or ""), "  settings:"]
+    docs = field_docs(kind)
+    for item in _launcher_settings(kind):
+        found = describe(kind, item)
+        if found is not None:
+            lines.append(f"    {_LAUNCHER_SECTION}.{item}: {found.type}")
+            lines += _paragraph(docs.get(item, ""), indent=6)
+    return lines
+
+
+def _launcher_settings(kind: type[LauncherConfig]) -> list[str]:
+    return [item.name for item in fields(kind) if not item.name.startswith("_")]
+
+
+def _setting_lines(found: Described) -> list[str]:
+    """The lines that describe a setting or a section."""
+    lines = [found.path, *_paragraph(found.doc)]
+    if found.section is not None:
+        inner = found.section
+        lines.append("  settings:")
+        for item in fields(inner):
+            below = describe(inner, item.name)
+            if below is not None:
+                default = "" if below.section and not below.facts.shape else f" = {_default(below)}"
+                lines.append(f"    {found.path}.{item.name}: {below.type}{default}")
+    else:
+        lines += [f"  type     {found.type}", f"  default  {_default(found)}"]
+    facts = found.facts
+    if facts.choices:
+        lines.append(f"  choices  {', '.join(facts.choices)}")
+    if facts.aliases:
+        lines.append("  aliases  " + ", ".join(f"{alias} = {name}" for alias, name in facts.aliases.items()))
+    lines.append(f"  read by  {found.read_by}")
+    if facts.pending:
+        lines.append(f"  note     no effect yet: {facts.pending} is not implemented")
+    return lines
+
+
+def _default(found: Described) -> str:
+    if found.default is MISSING:
+        return "empty"
+    return "unset" if found.default is None else show(found.default)
+
+
+def _paragraph(text: str, indent: int = 2) -> list[str]:
+    margin = " " * indent
+    return textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent=margin, subsequent_indent=margin)

@@ -1,4 +1,4 @@
-"""A user's app without running it: its script is executed up to the point where its `main` would start."""
+"""Inspection of an app without running it: its script is executed up to the point where its `main` would start."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from danling_conf import command
 from danling_conf.config.hydra_adapter import ConfigSearch
 from danling_conf.launch.app import App
 from danling_conf.topology.violation import ConfigRefused, Violation
+
+Found = TypeVar("Found")
 
 
 class _Inspected(BaseException):
@@ -22,7 +24,7 @@ class _Inspected(BaseException):
         self.value = value
 
 
-def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSearch, list[str]], Any]) -> Any:
+def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSearch, list[str]], Found]) -> Found:
     """Call `look` with the app, its search path and its overrides, where the script would start.
 
     Works for `@danling_conf.main` and for `@hydra.main`.
@@ -45,7 +47,8 @@ def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSe
         with mock.patch("hydra.main", _plain_hydra_main):
             runpy.run_path(str(path), run_name="__main__")
     except _Inspected as inspected:
-        return inspected.value
+        found: Found = inspected.value
+        return found
     finally:
         command.inspector = None
         sys.argv, sys.path[:] = arguments, paths

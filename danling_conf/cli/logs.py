@@ -1,39 +1,45 @@
-"""`danling-conf logs DIR JOB`: what a rank of a job has logged."""
+"""`danling-conf logs DIR JOB`: the log of a rank of a job."""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from danling_conf.cli.runs_found import file_of, find, job_named, one_sweep, state_of_run, sweep_of
-from danling_conf.records.heartbeats import newest_attempt
+from danling_conf.cli.runs_found import file_of, find, job_named, one_sweep
+from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
 from danling_conf.records.logs import rank_log
+from danling_conf.records.reading import warn_of_damage
+from danling_conf.records.run_directory import attempts_in, newest_attempt
+from danling_conf.records.state import state_of
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.sweep.reporting import logs_of
+from danling_conf.schema.files import ATTEMPTS, Damaged, read_regular
+from danling_conf.sweep.live_table import logs_of
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 _SECONDS = 0.3
 
 
 def show_logs(directory: str, job: str | None, *, rank: int, attempt: str | None, follow: bool) -> int:
-    """Print a rank's log of the newest attempt, or of the one that is named; where it is goes to standard error.
+    """Print a rank's log of the newest attempt, or of the one that is named; its path goes to standard error.
 
     Args:
         job: number, key or run id; None where the directory has only one.
-        follow: go on until the job has ended.
+        follow: print what comes until the job has ended.
 
     Raises ConfigRefused where there is no such job, attempt or rank, with those there are.
     """
     found = find(directory)
+    owner = sweep_of(found.run) if found.run is not None else None
+    run: Path | None
     if found.run is not None and job is None:
-        owner = sweep_of(found.run)
-        run: Path | None = found.run
+        run = found.run
     else:
-        sweep = sweep_of(found.run)[0] if found.run is not None and sweep_of(found.run) else one_sweep(found)  # type: ignore[index]
+        sweep = owner[0] if owner is not None else one_sweep(found)
         owner = sweep, _job(sweep, job)
         run = owner[1].run
     log = _log(run, owner, rank, attempt)
@@ -53,19 +59,24 @@ def _job(sweep: SweepDirectory, name: str | None) -> Record:
 
 
 def _log(run: Path | None, owner: tuple[SweepDirectory, Record] | None, rank: int, name: str | None) -> Path:
-    attempts = sorted(path.name for path in (run / "attempts").glob("*/")) if run is not None else []
+    attempts = [path.name for path in attempts_in(run)] if run is not None else []
     if name is not None and name not in attempts:
         fix = f"choose one of {', '.join(attempts)}" if attempts else "leave it out: the job has not started yet"
         raise ConfigRefused([Violation("--attempt", name, f"{run} has no such attempt", fix)])
     folder = newest_attempt(run) if run is not None else None
     if owner is not None and name is None and run is not None:
         # The run may have attempts of before the sweep, or of after it.
-        folder = run / "attempts" / str(owner[1].facts["attempt"]) if "attempt" in owner[1].facts else None
+        folder = owner[1].attempt
     if name is not None and run is not None:
-        folder = run / "attempts" / name
+        folder = run / ATTEMPTS / name
     if folder is not None and rank_log(folder, rank).is_file():
         return rank_log(folder, rank)
-    ranks = sorted(int(path.stem.partition("-")[2]) for path in folder.glob("rank-*.log")) if folder else []
+    if folder is not None and rank_log(folder, rank).exists():
+        try:
+            read_regular(rank_log(folder, rank), limit=None)
+        except Damaged as damage:
+            warn_of_damage(damage.path, damage.reason)
+    ranks = _ranks_with_logs(folder) if folder is not None else []
     if ranks:
         rule = f"there is no log of it in {folder}"
         shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -80,18 +91,23 @@ def _log(run: Path | None, owner: tuple[SweepDirectory, Record] | None, rank: in
     raise ConfigRefused([Violation("--rank", rank, rule, f"see danling-conf runs {run}")])
 
 
+def _ranks_with_logs(attempt: Path) -> list[int]:
+    found = (re.fullmatch(r"rank-(\d{1,9})\.log", path.name) for path in attempt.glob("rank-*.log") if path.is_file())
+    return sorted(int(match[1]) for match in found if match is not None)
+
+
 def _still_live(run: Path | None, owner: tuple[SweepDirectory, Record] | None) -> Callable[[], bool]:
     if owner is not None:
         ledger, key = owner[0].ledger, owner[1].key
         return lambda: not ledger.records()[key].ended
-    return lambda: run is not None and state_of_run(run)[0] == Status.RUNNING
+    return lambda: run is not None and state_of(run).status is Status.RUNNING
 
 
-def _print(log: Path, goes_on: Callable[[], bool]) -> None:
+def _print(log: Path, is_live: Callable[[], bool]) -> None:
     with open(log, errors="replace") as file:
         try:
             while True:
-                more = goes_on()  # asked first, so that what came with the end is read
+                more = is_live()  # asked first, so that what came with the end is read
                 for text in iter(lambda: file.read(1 << 16), ""):
                     sys.stdout.write(text)
                 sys.stdout.flush()

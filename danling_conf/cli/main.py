@@ -1,55 +1,132 @@
-"""The `danling-conf` command."""
+"""The `danling-conf` command: its arguments, and which function does what they ask for."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from danling_conf.cli.sweep_commands import COMMANDS, add_commands, run_command
+from danling_conf.records.reading import shown_damage
+from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED
 from danling_conf.topology.violation import ConfigRefused
 
-REFUSED = 2
-BROKEN = 1
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_DIRECTORY = "a sweep's directory, a run's, or one above them"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; gives its exit code: 2 for what is refused, 1 where a checkpoint is broken."""
+    """Run the command.
+
+    Returns:
+        The exit code: 2 for what is refused; 1 where a checkpoint is broken, a job did not complete, or a run that is
+        watched is stuck or did not complete; else 0.
+    """
     parsed = _parser().parse_args(arguments)
-    code = 0
     try:
-        if parsed.command == "explain":
-            from danling_conf.cli.explain import explain
-
-            lines = explain(parsed.key, parsed.script, parsed.overrides)
-        elif parsed.command == "checkpoints":
-            from danling_conf.cli.checkpoints import list_checkpoints
-
-            lines, whole = list_checkpoints(parsed.directory, check=parsed.verify)
-            code = 0 if whole else BROKEN
-        elif parsed.command == "report":
-            from danling_conf.cli.report import write_report
-
-            lines = write_report(parsed.directory, parsed.html)
-        elif parsed.command == "watch":
-            from danling_conf.cli.watch import watch
-
-            return watch(parsed.directory, once=parsed.once, as_json=parsed.json, interval=parsed.interval)
-        elif parsed.command in COMMANDS:
-            return run_command(parsed)
-        else:
-            from danling_conf.cli.check import check_app
-
-            lines = check_app(parsed.script, parsed.overrides)
+        with shown_damage():
+            code = _COMMANDS[parsed.command](parsed)
+        sys.stdout.flush()
+        return code
     except ConfigRefused as refusal:
         print(refusal.report(), file=sys.stderr)
-        return REFUSED
-    try:
-        print("\n".join(lines), flush=True)
+        return EXIT_REFUSED
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+        return 0
+
+
+def _print(lines: Sequence[str]) -> None:
+    print("\n".join(lines))
+
+
+# Each command imports what it needs when it runs: `explain` must not wait for what `report` draws with.
+def _explain(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.explain import explain
+
+    _print(explain(parsed.key, parsed.script, parsed.overrides))
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.check import check_app
+
+    _print(check_app(parsed.script, parsed.overrides))
+    return 0
+
+
+def _checkpoints(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.checkpoints import list_checkpoints
+
+    lines, whole = list_checkpoints(parsed.directory, check=parsed.verify)
+    _print(lines)
+    return 0 if whole else EXIT_FAILED
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.report import write_report
+
+    _print(write_report(parsed.directory, parsed.html))
+    return 0
+
+
+def _watch(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.watch import watch
+
+    return watch(parsed.directory, once=parsed.once, as_json=parsed.json, interval=parsed.interval)
+
+
+def _runs(parsed: argparse.Namespace) -> int:
+    if parsed.watch:
+        from danling_conf.cli.runs_watch import watch_runs
+
+        return watch_runs(parsed.directory)
+    if parsed.html:
+        from danling_conf.cli.runs_page import write_page
+
+        print(write_page(parsed.directory, parsed.html))
+        return 0
+    from danling_conf.cli import runs
+
+    if parsed.csv or parsed.json:
+        sys.stdout.write(runs.as_csv(parsed.directory) if parsed.csv else runs.as_json(parsed.directory) + "\n")
+    else:
+        print("\n".join(runs.show_runs(parsed.directory)).rstrip())
+    return 0
+
+
+def _resume(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.resume import resume
+
+    return resume(parsed.directory)
+
+
+def _cancel(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.cancel import cancel
+
+    return cancel(parsed.directory, parsed.jobs, wait_seconds=parsed.wait)
+
+
+def _logs(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.logs import show_logs
+
+    return show_logs(parsed.directory, parsed.job, rank=parsed.rank, attempt=parsed.attempt, follow=parsed.follow)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "explain": _explain,
+    "check": _check,
+    "checkpoints": _checkpoints,
+    "watch": _watch,
+    "runs": _runs,
+    "resume": _resume,
+    "cancel": _cancel,
+    "logs": _logs,
+    "report": _report,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,14 +161,44 @@ def _parser() -> argparse.ArgumentParser:
         "watch", help="a live view of the ranks of a run or sweep: where each is, who is slowest, who is stuck"
     )
     watch.add_argument("directory", metavar="RUN", help="a run's directory, a sweep's, or one above them")
-    watch.add_argument("--once", action="store_true", help="show it once; exits with 1 where a rank is stuck")
+    watch.add_argument(
+        "--once",
+        action="store_true",
+        help="show it once; exits with 1 where a rank is stuck, or a run ended without having completed",
+    )
     watch.add_argument("--json", action="store_true", help="as JSON, for scripts; with --once")
     watch.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
-    add_commands(commands)
+    _add_sweep_commands(commands)
     report = commands.add_parser("report", help="a run as one HTML page: curves, speed, attempts, configuration")
     report.add_argument("directory", metavar="RUN", help="a run's directory")
     report.add_argument("--html", required=True, metavar="FILE", help="the page to write")
     return parser
+
+
+def _add_sweep_commands(commands: Commands) -> None:
+    runs = commands.add_parser(
+        "runs", help="the jobs of a sweep, or all runs below a directory: settings, state, progress, score"
+    )
+    runs.add_argument("directory", metavar="DIR", help=_DIRECTORY)
+    form = runs.add_mutually_exclusive_group()
+    form.add_argument("--watch", action="store_true", help="follow the sweep to its end; exits as the sweep does")
+    form.add_argument("--html", metavar="FILE", help="write a page: the table, loss curves, score against each setting")
+    form.add_argument("--csv", action="store_true", help="as CSV")
+    form.add_argument("--json", action="store_true", help="as JSON")
+    resume = commands.add_parser(
+        "resume", help="start what is missing or has failed, in the same runs, from their newest checkpoints"
+    )
+    resume.add_argument("directory", metavar="DIR", help=_DIRECTORY)
+    cancel = commands.add_parser("cancel", help="end jobs: those that wait do not start, those that run save and leave")
+    cancel.add_argument("directory", metavar="DIR", help=_DIRECTORY)
+    cancel.add_argument("jobs", metavar="JOB", nargs="*", help="number, key or run id (all that have not ended)")
+    cancel.add_argument("--wait", type=float, default=120.0, metavar="SECONDS", help="for them to end (120)")
+    logs = commands.add_parser("logs", help="the log of a rank in a job's newest attempt")
+    logs.add_argument("directory", metavar="DIR", help=_DIRECTORY)
+    logs.add_argument("job", metavar="JOB", nargs="?", help="number, key or run id; none for a run")
+    logs.add_argument("--rank", type=int, default=0, metavar="N", help="which rank (0)")
+    logs.add_argument("--attempt", metavar="NAME", help="an earlier attempt, by its name")
+    logs.add_argument("--follow", action="store_true", help="go on until the job ends, or Ctrl-C")
 
 
 if __name__ == "__main__":

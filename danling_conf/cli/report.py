@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,36 @@ from omegaconf import OmegaConf
 from danling_conf.checkpoint.folder import BEST, LATEST, Folder
 from danling_conf.cli.checkpoints import folder_of, readable_size
 from danling_conf.cli.pages.charts import Bar, Series, line_chart, timeline
-from danling_conf.cli.pages.page import Html, badge, code, facts, folded, page, section, table, text, tiles
+from danling_conf.cli.pages.page import (
+    KINDS,
+    LOSS_RATIO,
+    Html,
+    badge,
+    code,
+    facts,
+    folded,
+    page,
+    section,
+    table,
+    text,
+    tiles,
+)
 from danling_conf.cli.pages.scales import short
-from danling_conf.records.attempts import AttemptFacts, attempts_of, status_of
+from danling_conf.records.attempts import AttemptFacts, attempts_of
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.metrics import goodput, read_metrics, series
-from danling_conf.records.run_directory import read_run
+from danling_conf.records.reading import read_fields
+from danling_conf.records.status import Status
+from danling_conf.schema.files import RUN_FILE
+from danling_conf.sweep.ends import standing_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
-_KINDS = {"completed": "good", "failed": "bad", "refused": "bad", "stopped": "busy", "running": "busy", "lost": "bad"}
-_LOSS_RATIO = 100.0
-"""A loss that falls by more than this is shown logarithmically."""
+_BARS: dict[str, str] = {Status.COMPLETED: "good", Status.RUNNING: "s0", Status.INTERRUPTED: "busy"}
+"""Colours of attempts on the time line; all others are bad."""
 
 
 def write_report(directory: str, html: str) -> list[str]:
-    """Write the page of a run to a file; gives a line that says so.
+    """Write the page of a run to a file; returns a line for the user.
 
     Raises ConfigRefused where there is no run, or more than one.
     """
@@ -47,13 +62,13 @@ def write_report(directory: str, html: str) -> list[str]:
 
 def report(run: Path) -> str:
     """The page of a run, as HTML."""
-    history, attempts = read_metrics(run), attempts_of(run)
+    state = standing_of(run)
+    history, attempts = read_metrics(run), attempts_of(run, state)
     newest = attempts[-1] if attempts else None
-    status = status_of(attempts)
-    made = read_run(run)
+    made = read_fields(run / RUN_FILE, "config_id", "created")
     heading = Html(
-        f"{badge(status, _KINDS.get(status, ''))} {text(run)}"
-        f" &middot; config {text(made['config_id'])} &middot; made {text(made['created'])}"
+        f"{badge(state.status, KINDS.get(state.status, 'bad'))} {text(run)}"
+        f" &middot; config {text(made.text('config_id') or '?')} &middot; made {text(made.text('created') or '?')}"
     )
     sections = [
         _overview(run, history, attempts),
@@ -103,7 +118,7 @@ def _curves(history: list[dict[str, Any]]) -> Html:
     of_losses = dict.fromkeys(("train.loss", *(key for key in keys if key.endswith(".loss"))))
     losses = [Series(key, series(history, key)) for key in of_losses]
     values = [value for each in losses for _, value in each.points]
-    log = bool(values) and min(values) > 0 and max(values) / min(values) > _LOSS_RATIO
+    log = bool(values) and min(values) > 0 and max(values) / min(values) > LOSS_RATIO
     charts = [
         line_chart(losses, title="Loss", log_y=log),
         line_chart([Series("train.lr", series(history, "train.lr"))], title="Learning rate", zero=True),
@@ -159,11 +174,10 @@ def _attempts(attempts: Sequence[AttemptFacts], run: Path) -> Html:
     if not attempts:
         return Html("")
     begin = attempts[0].begin
-    kinds = {"completed": "good", "running": "s0", "stopped": "busy"}
     rows = []
     for number, item in enumerate(attempts, 1):
         words = f"attempt {number}: {item.status}, {duration(item.end - item.begin)}"
-        kind = kinds.get(item.status, "bad")
+        kind = _BARS.get(item.status, "bad")
         rows.append((f"attempt {number}", [Bar(item.begin - begin, item.end - begin, words, kind)]))
     saved = [
         (datetime.fromisoformat(entry.manifest.saved).timestamp() - begin, f"checkpoint of step {entry.step}")
@@ -179,7 +193,7 @@ def _attempts(attempts: Sequence[AttemptFacts], run: Path) -> Html:
                 clock(item.begin),
                 duration(item.end - item.begin),
                 f"{item.first_step} to {item.last_step}",
-                badge(item.status, _KINDS.get(item.status, "")),
+                badge(item.status, KINDS.get(item.status, "bad")),
                 (item.error or "").partition("\n")[0][:120],
                 item.ranks,
                 item.code_id,
@@ -232,19 +246,19 @@ def _configuration(attempt: AttemptFacts | None) -> Html:
 def _environment(attempt: AttemptFacts | None) -> Html:
     if attempt is None or not attempt.environment:
         return Html("")
-    found: Mapping[str, Any] = attempt.environment
-    accelerators = found.get("accelerators") or []
+    found = attempt.environment
     shown = {
-        "host": found.get("host"), "platform": found.get("platform"), "CPUs": found.get("cpus"),
-        "accelerators": ", ".join(accelerators) or "none", "Python": str(found.get("python")).partition(" ")[0],
-        "torch": found.get("torch"), "CUDA": found.get("cuda"), "code": attempt.code_id,
+        "host": found.text("host"), "platform": found.text("platform"), "CPUs": found.integer("cpus"),
+        "accelerators": ", ".join(found.texts("accelerators")) or "none",
+        "Python": (found.text("python") or "").partition(" ")[0], "torch": found.text("torch"),
+        "CUDA": found.text("cuda"), "code": attempt.code_id,
     }  # fmt: skip
-    packages = table(["package", "version"], sorted((found.get("packages") or {}).items()))
+    packages = table(["package", "version"], sorted(found.table("packages").values.items()))
     return section("Environment", facts(shown), folded("packages", packages))
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 3 min 20 s, 2 h 5 min, 1 d 4 h."""
+    """Seconds as a person writes them: 45 s, 3 min 20 s, 2 h 5 min, 1 d 4 h."""
     if seconds < 60:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
     whole = round(seconds)
@@ -256,5 +270,5 @@ def duration(seconds: float) -> str:
 
 
 def clock(moment: float) -> str:
-    """A time, in the zone of whoever reads it."""
+    """A time, in this machine's zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

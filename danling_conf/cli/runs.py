@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from danling_conf.cli.runs_found import find, read_json, state_of_run, sweep_of
-from danling_conf.cli.runs_state import ends_seen, looked_after
+from danling_conf.cli.runs_found import find
 from danling_conf.config.identity import flatten, layout_name
-from danling_conf.records.heartbeats import newest_attempt
+from danling_conf.records.find import sweep_of
+from danling_conf.records.reading import Fields, read_fields
+from danling_conf.records.run_directory import attempts_in, newest_attempt
+from danling_conf.records.state import covers
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema import Layout
+from danling_conf.schema.files import FROZEN, RUN_FILE
+from danling_conf.sweep.ends import is_monitored, settle_ends, standing_of
 from danling_conf.sweep.rows import Row, best_first, progress, row_of_job, rows_of_sweep, smaller_is_better
 from danling_conf.sweep.table import count_states, style_of, table_lines
 
@@ -32,14 +36,14 @@ _FACTS = ("sweep", "job", "key", "job_id", "config_id", "state", "step", "total_
 
 @dataclass(kw_only=True)
 class Seen:
-    """What a directory holds, as it is now."""
+    """What a directory holds now."""
 
     path: Path
     rows: list[Row]
     """The best score first."""
     sweeps: list[SweepDirectory]
     notes: list[str] = field(default_factory=list)
-    """What the user should be told beside the table."""
+    """What the user should know beside the table."""
 
     @property
     def settings(self) -> list[str]:
@@ -47,7 +51,7 @@ class Seen:
 
 
 def look(directory: str) -> Seen:
-    """What is in a directory now; ends of jobs that nobody has written down are, where this process may.
+    """What is in a directory now; ends of jobs that nobody has written are written, where this process may.
 
     Raises ConfigRefused where there is nothing.
     """
@@ -55,17 +59,17 @@ def look(directory: str) -> Seen:
     seen = Seen(path=found.path, rows=[], sweeps=found.sweeps)
     if found.run is not None:
         owner = sweep_of(found.run)
-        if owner is None:
+        if owner is None or not covers(owner[1], newest_attempt(found.run)):
             seen.rows = [row_of_run(found.run)]
         else:
             sweep, record = owner
-            ends, seen.notes = ends_seen(sweep)
-            seen.rows = [row_of_job(sweep, sweep.ledger.records()[record.key], ends.get(record.key))]
+            unstarted, seen.notes = settle_ends(sweep)
+            seen.rows = [row_of_job(sweep, sweep.ledger.records()[record.key], unstarted.get(record.key))]
             seen.notes.append(f"job #{record.number} of the sweep {sweep.path}")
         return seen
     for sweep in found.sweeps:
-        ends, notes = ends_seen(sweep)
-        seen.rows += rows_of_sweep(sweep, ends)
+        unstarted, notes = settle_ends(sweep)
+        seen.rows += rows_of_sweep(sweep, unstarted)
         seen.notes += notes
     seen.rows += [row_of_run(run) for run in found.runs]
     if len(found.sweeps) != 1 or found.runs:
@@ -102,9 +106,12 @@ def as_json(directory: str) -> str:
     seen = look(directory)
     sweeps = []
     for sweep in seen.sweeps:
-        asked = read_json(sweep.path / "sweep.json")
-        kept = {name: asked.get(name) for name in ("created", "command", "cluster", "launcher")}
-        sweeps.append({"path": str(sweep.path), **kept, "looked_after": looked_after(sweep)})
+        asked = sweep.asked
+        kept = {
+            "created": asked.text("created"), "command": asked.texts("command"), "cluster": asked.text("cluster"),
+            "launcher": _sayable(dict(asked.table("launcher").values)),
+        }  # fmt: skip
+        sweeps.append({"path": str(sweep.path), **kept, "looked_after": is_monitored(sweep)})
     jobs = [
         {**facts_of(row), "overrides": list(row.overrides), "settings": _sayable(row.settings)} for row in seen.rows
     ]
@@ -132,26 +139,26 @@ def facts_of(row: Row) -> dict[str, object]:
 
 def row_of_run(run: Path) -> Row:
     """The row of a run that belongs to no sweep."""
-    attempt, made = newest_attempt(run), read_json(run / "run.json")
-    frozen = read_json(attempt / "frozen.json") if attempt else {}
-    config = flatten(frozen.get("config") or {})
-    state, error = state_of_run(run)
-    result = read_json(attempt / "result.json") if attempt else {}
-    score = result.get("score") if state == Status.COMPLETED else None
+    attempt, attempts = newest_attempt(run), attempts_in(run)
+    frozen = read_fields(attempt / FROZEN, "config") if attempt is not None else Fields(run)
+    settings = frozen.table("config")
+    config = flatten(dict(settings.values))
+    state = standing_of(run)
+    made = read_fields(run / RUN_FILE, "config_id", "settings")
     row = Row(
-        job_id=frozen.get("job_id"), config_id=made.get("config_id"), config=config, state=state, error=error,
-        overrides=(frozen.get("attempt") or {}).get("command", [])[1:], run=run, score=score,
-        epochs=config.get("epochs"), attempts=len(list((run / "attempts").glob("*/frozen.json"))),
-        smaller_is_better=smaller_is_better(config, run, score),
+        job_id=frozen.text("job_id"), config_id=made.text("config_id"), config=config,
+        state=state.status, error=state.error, overrides=frozen.table("attempt").texts("command")[1:], run=run,
+        score=state.score, epochs=settings.integer("epochs"),
+        attempts=sum((folder / FROZEN).exists() for folder in attempts),
+        smaller_is_better=smaller_is_better(config, run, state.score),
     )  # fmt: skip
     row.step, row.total_steps, row.epoch = progress(run)
-    row.total_steps = row.total_steps or config.get("steps")
-    spans = [
-        _span(folder, live=state == Status.RUNNING and folder == attempt) for folder in (run / "attempts").glob("*/")
-    ]
+    row.total_steps = row.total_steps or settings.integer("steps")
+    running = state.status is Status.RUNNING
+    spans = [_span(folder, live=running and folder == attempt) for folder in attempts]
     if spans:
         row.started, row.seconds = min(begin for begin, _ in spans), sum(end - begin for begin, end in spans)
-        row.ended = max(end for _, end in spans) if state != Status.RUNNING else None
+        row.ended = None if running else max(end for _, end in spans)
     return row
 
 
@@ -165,8 +172,8 @@ def _set_differing(rows: Sequence[Row]) -> None:
     """Give rows of different origin the settings that differ in their result: those that make up a run's identity."""
     of_rows = []
     for row in rows:
-        made = read_json(row.run / "run.json").get("settings") if row.run else None
-        of_rows.append(_with_layout(flatten(made)) if isinstance(made, dict) else {})
+        made = read_fields(row.run / RUN_FILE).table("settings") if row.run else None
+        of_rows.append(_with_layout(made) if made else {})
         row.settings = {}
     given = {item.lstrip("+").partition("=")[0] for row in rows for item in row.overrides}
     names = dict.fromkeys(name for each in of_rows for name in each)
@@ -177,12 +184,13 @@ def _set_differing(rows: Sequence[Row]) -> None:
                 row.settings[name] = value
 
 
-def _with_layout(settings: dict[str, object]) -> dict[str, object]:
-    """The degrees as the name of their layout."""
-    axes = {path.rpartition(".")[2]: value for path, value in settings.items() if path.startswith("parallel.axes.")}
-    kept = {path: value for path, value in settings.items() if not path.startswith(_LAYOUT)}
-    degrees: dict[str, int] = {axis: int(str(axes[axis])) for axis in Layout().degrees() if axis in axes}
-    return {"parallel": layout_name(Layout(**degrees, fsdp=bool(settings.get("fsdp.enabled", False)))), **kept}
+def _with_layout(settings: Fields) -> dict[str, object]:
+    """The settings by dotted path, the degrees as the name of their layout."""
+    axes = settings.table("parallel").table("axes")
+    degrees = {axis: axes.integer(axis) for axis in Layout().degrees()}
+    known: dict[str, int] = {axis: degree for axis, degree in degrees.items() if degree is not None}
+    kept = {path: value for path, value in flatten(dict(settings.values)).items() if not path.startswith(_LAYOUT)}
+    return {"parallel": layout_name(Layout(**known, fsdp=settings.table("fsdp").flag("enabled"))), **kept}
 
 
 def _heading(seen: Seen) -> list[str]:
@@ -229,12 +237,12 @@ def _errors(seen: Seen, width: int | None) -> list[str]:
 
 
 def _next_steps(seen: Seen) -> list[str]:
-    """The commands that go on from here."""
+    """The commands that continue from here."""
     if not seen.rows or all(row.state == Status.COMPLETED for row in seen.rows):
         return []
     if len(seen.sweeps) > 1 or (not seen.sweeps and len(seen.rows) > 1):
         return []
     path = near(seen.sweeps[0].path if seen.sweeps else seen.path)
-    if any(row.live for row in seen.rows) or (seen.sweeps and looked_after(seen.sweeps[0])):
+    if any(row.live for row in seen.rows) or (seen.sweeps and is_monitored(seen.sweeps[0])):
         return [f"live: danling-conf runs {path} --watch"]
     return [f"to go on: danling-conf resume {path}"]

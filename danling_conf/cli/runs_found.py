@@ -1,8 +1,7 @@
-"""What a directory stands for: a sweep, a run, or all that is below it."""
+"""Directory that a user named: a sweep, a run, or all that is below it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.rank import RESULT
-from danling_conf.records.attempts import is_live, read_json
-from danling_conf.records.heartbeats import newest_attempt
+from danling_conf.records.find import has
 from danling_conf.records.job_file import JobFile
-from danling_conf.records.ledger import LEDGER, Record
-from danling_conf.records.run_directory import RUN_FILE
-from danling_conf.records.status import Status
+from danling_conf.records.ledger import Record
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.files import LEDGER, RUN_FILE, SWEEP_FILE, Damaged
+from danling_conf.sweep.monitor import parse_on_failure
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _GIVE = "give a run's directory, a sweep's, or one above them"
@@ -43,16 +40,17 @@ def find(directory: str) -> Found:
     path = Path(os.path.abspath(Path(directory).expanduser()))
     if not path.is_dir():
         raise ConfigRefused([Violation("DIR", directory, "there is no such directory", _GIVE)])
-    if (path / RUN_FILE).is_file():
+    if has(path, RUN_FILE):
         return Found(path=path, sweeps=[], runs=[path])
-    if (path / LEDGER).is_file():
+    if has(path, LEDGER):
         return Found(path=path, sweeps=[SweepDirectory(path=path)], runs=[])
     sweeps, runs = [], []
     for folder, inside, files in os.walk(path):
         inside.sort()
-        if LEDGER in files:
+        names = {*inside, *files}  # a damaged one may be a directory
+        if LEDGER in names:
             sweeps.append(SweepDirectory(path=Path(folder)))
-        elif RUN_FILE in files:
+        elif RUN_FILE in names:
             runs.append(Path(folder))
         else:
             continue
@@ -76,22 +74,6 @@ def one_sweep(found: Found) -> SweepDirectory:
     raise ConfigRefused([Violation("DIR", str(found.path), rule, fix)])
 
 
-def sweep_of(run: Path) -> tuple[SweepDirectory, Record] | None:
-    """The newest sweep that a run is a job of, and which; None for a run of its own."""
-    folders = {path.parent for path in (run.parent / "sweeps").glob(f"*/{LEDGER}")}
-    attempt = newest_attempt(run)
-    if attempt is not None:
-        with contextlib.suppress(KeyError, TypeError):  # it may have been put elsewhere
-            hydra = read_json(attempt / "frozen.json")["hydra"]
-            folders.add(Path(hydra["runtime"]["cwd"]) / hydra["sweep"]["dir"])
-    for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
-        sweep = SweepDirectory(path=folder)
-        for record in sweep.ledger.records().values():
-            if record.run is not None and record.run.resolve() == run.resolve():
-                return sweep, record
-    return None
-
-
 def job_named(sweep: SweepDirectory, name: str) -> Record:
     """The job with a number, key or run id. Raises ConfigRefused, with those there are."""
     records = sweep.ledger.records()
@@ -107,49 +89,49 @@ def job_named(sweep: SweepDirectory, name: str) -> Record:
     raise ConfigRefused([Violation("JOB", name, rule, f"give a number, key or run id: {known}{more}")])
 
 
-def file_of(sweep: SweepDirectory, record: Record) -> JobFile:
-    """The job file of a job. Raises ConfigRefused where it cannot be read."""
+def file_of(sweep: SweepDirectory, record: Record, *, to_start: bool = False) -> JobFile:
+    """The job file of a job. Raises ConfigRefused where it cannot be read, or lacks what a start needs."""
     try:
-        return sweep.job(record.key)
-    except ValueError as error:
+        job = sweep.job(record.key)
+        return job.require_startable() if to_start else job
+    except Damaged as damage:
         fix = "restore the file, or start this configuration anew"
-        raise ConfigRefused([Violation("JOB", str(record.number), str(error), fix)]) from error
+        raise ConfigRefused([Violation("JOB", str(record.number), str(damage), fix)]) from damage
 
 
-def asked_of(sweep: SweepDirectory) -> Mapping[str, Any]:
-    """What was asked of a sweep. Raises ConfigRefused where nothing says it."""
-    asked = read_json(sweep.path / "sweep.json")
-    if not {"cluster", "launcher"} <= asked.keys():
-        rule = "its sweep.json is missing or broken, so that nothing says where its jobs run"
-        raise ConfigRefused([Violation("DIR", str(sweep.path), rule, "start the sweep anew")])
-    return asked
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a sweep was started with."""
+
+    cluster: str
+    """`slurm` or `local`."""
+    launcher: Mapping[str, Any]
+    """Settings of the launcher."""
+
+    @property
+    def on_slurm(self) -> bool:
+        return self.cluster == "slurm"
 
 
-def reachable_or_refuse(sweep: SweepDirectory, cluster: str) -> None:
+def asked_of(sweep: SweepDirectory) -> Asked:
+    """What a sweep was started with. Raises ConfigRefused where nothing says it."""
+    cluster, launcher = sweep.asked.text("cluster"), sweep.asked.table("launcher")
+    try:
+        if cluster not in ("slurm", "local"):
+            raise ValueError(f"cluster is {cluster!r}")
+        parse_on_failure(launcher.text("on_failure") or "")
+    except ValueError as error:
+        rule = f"its {SWEEP_FILE} is missing or broken, so that nothing says where its jobs run: {error}"
+        raise ConfigRefused([Violation("DIR", str(sweep.path), rule, "start the sweep anew")]) from error
+    return Asked(cluster=cluster, launcher={**launcher.values, "parallel_jobs": launcher.integer("parallel_jobs")})
+
+
+def reachable_or_refuse(sweep: SweepDirectory, asked: Asked) -> None:
     """Raises ConfigRefused where this user, or this machine, can do nothing for a sweep's jobs."""
     if not os.access(sweep.path, os.W_OK) or not os.access(sweep.path / LEDGER, os.W_OK):
-        rule, fix = "its ledger cannot be written by this user", "ask whoever started the sweep"
-    elif cluster == "slurm" and shutil.which("squeue") is None:
+        rule, fix = f"its ledger, {LEDGER}, cannot be written by this user", "ask whoever started the sweep"
+    elif asked.on_slurm and shutil.which("squeue") is None:
         rule, fix = "its jobs are Slurm's, whose commands are not installed here", "go to a machine of the cluster"
     else:
         return
     raise ConfigRefused([Violation("DIR", str(sweep.path), rule, fix)])
-
-
-def state_of_run(run: Path) -> tuple[str, str | None]:
-    """How a run that no ledger knows stands, and why: by what its newest attempt has written, else by who holds it."""
-    attempt = newest_attempt(run)
-    if attempt is None:
-        return "empty", None
-    if is_live(run):
-        return Status.RUNNING, None
-    result = read_json(attempt / RESULT)
-    if result:
-        return str(result.get("status")), result.get("error")
-    holder = ""
-    with contextlib.suppress(OSError):
-        holder = (run / "run.lock").read_text()
-    host = holder.partition(",")[0].rpartition(" on ")[2]
-    if host and host != os.uname().nodename:
-        return "unknown", f"its process ran on {host}, and has left no word"
-    return Status.LOST, "its process is gone, and has left no word"

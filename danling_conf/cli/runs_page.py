@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from danling_conf.cli.pages.charts import Point, Series, line_chart, scatter
-from danling_conf.cli.pages.page import Html, badge, code, folded, page, section, table, text, tiles
+from danling_conf.cli.pages.page import KINDS, LOSS_RATIO, Html, badge, code, folded, page, section, table, text, tiles
 from danling_conf.cli.pages.style import COLOURS
 from danling_conf.cli.report import clock, duration
 from danling_conf.cli.runs import Seen, look
-from danling_conf.cli.runs_state import NOT_STARTED_STATE
-from danling_conf.records.attempts import read_json
 from danling_conf.records.metrics import read_metrics, series
 from danling_conf.records.status import Status
 from danling_conf.sweep.rows import Row
@@ -22,25 +20,15 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 _DECADES = 9.9
 """A setting whose largest value is so many times its smallest is drawn logarithmically."""
-_LOSS_RATIO = 100.0
 _CURVES = COLOURS
 """Curves in one chart, as many as there are colours."""
 _SETTINGS = 12
 _NAMES = 8
 """Names along an axis for which there is room."""
-_KINDS: dict[str, str] = {
-    Status.COMPLETED: "good",
-    Status.RUNNING: "busy",
-    Status.QUEUED: "",
-    Status.PLANNED: "",
-    Status.CANCELLED: "",
-    Status.INTERRUPTED: "busy",
-    NOT_STARTED_STATE: "",
-}
 
 
 def write_page(directory: str, html: str) -> str:
-    """Write the page to a file; gives a line that says so.
+    """Write the page to a file; returns a line for the user.
 
     Raises ConfigRefused where there is nothing to show, or the file cannot be written.
     """
@@ -91,7 +79,7 @@ def _table(seen: Seen) -> Html:
         [
             row.number,
             *(value_of(row.settings.get(name)) for name in names),
-            badge(row.state, _KINDS.get(row.state, "bad")),
+            badge(row.state, KINDS.get(row.state, "bad")),
             step_of(row),
             None if row.score is None else f"{row.score:.6g}",
             row.attempts,
@@ -118,7 +106,7 @@ def _curves(seen: Seen, histories: dict[str, list[dict[str, Any]]]) -> Html:
         lines = [(row, series(histories[str(row.run)], key)) for row in shown]
         lines = [(row, points) for row, points in lines if points][:_CURVES]
         values = [value for _, points in lines for _, value in points]
-        log = bool(values) and min(values) > 0 and max(values) / min(values) > _LOSS_RATIO
+        log = bool(values) and min(values) > 0 and max(values) / min(values) > LOSS_RATIO
         drawn = [Series(_name(row), points) for row, points in lines]
         charts.append(line_chart(drawn, title=key, log_y=log))
     note = f"the {_CURVES} best of {len(shown)}" if len(shown) > _CURVES else ""
@@ -173,9 +161,9 @@ def _in_order(values: Sequence[Any]) -> list[Any]:
 def _asked(seen: Seen) -> Html:
     commands = []
     for sweep in seen.sweeps:
-        asked = read_json(sweep.path / "sweep.json")
-        if asked.get("command"):
-            commands.append(code(f"{sweep.path.name}: {' '.join(map(str, asked['command']))}"))
+        command = sweep.asked.texts("command")
+        if command:
+            commands.append(code(f"{sweep.path.name}: {' '.join(command)}"))
     return section("Asked for", folded("the command", *commands)) if commands else Html("")
 
 

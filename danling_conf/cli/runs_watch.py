@@ -1,4 +1,4 @@
-"""`danling-conf runs DIR --watch`: a sweep followed to its end by a command that has not started it."""
+"""`danling-conf runs DIR --watch`: monitor of a sweep that another command has started."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ import time
 
 from danling_conf.cli.runs import look
 from danling_conf.cli.runs_found import asked_of, file_of, find, reachable_or_refuse
-from danling_conf.cli.runs_state import is_own
-from danling_conf.records.status import Status
+from danling_conf.records.status import EXIT_FAILED, EXIT_INTERRUPTED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.sweep.backend import Backend
+from danling_conf.sweep.ends import is_own
 from danling_conf.sweep.live_table import drawn
 from danling_conf.sweep.orphans import LeftLocalJobs
-from danling_conf.sweep.run import backend_for, follow
+from danling_conf.sweep.supervise import backend_for, supervise
 from danling_conf.topology.violation import ConfigRefused, Violation
 
-FAILED = 1
 _SECONDS = 1.0
 
 
 def watch_runs(directory: str) -> int:
     """Follow a sweep as the command that started it would; other directories are only looked at.
 
-    Gives the exit code: 1 where a job did not complete. Raises ConfigRefused where there is nothing.
+    Returns the exit code: 1 where a job did not complete. Raises ConfigRefused where there is nothing.
     """
     found = find(directory)
     if len(found.sweeps) == 1 and not found.runs and is_own(found.sweeps[0]):
-        return _follow(found.sweeps[0])
+        return _supervise(found.sweeps[0])
     return _look_on(directory)
 
 
-def _follow(sweep: SweepDirectory) -> int:
+def _supervise(sweep: SweepDirectory) -> int:
     records = sweep.ledger.records()
     if not records:
         raise ConfigRefused([Violation("DIR", str(sweep.path), "its ledger holds no job", "start the sweep anew")])
     asked = asked_of(sweep)
     files = {key: file_of(sweep, record) for key, record in records.items()}
-    launcher = dict(asked["launcher"])
-    reachable_or_refuse(sweep, str(asked["cluster"]))
-    if asked["cluster"] == "slurm":
-        backend = backend_for("slurm", launcher, sweep.path)
+    launcher = dict(asked.launcher)
+    reachable_or_refuse(sweep, asked)
+    backend: Backend
+    if asked.on_slurm:
+        backend = backend_for(asked.cluster, launcher, sweep.path)
     else:
         # Jobs on this machine are started by the command that asked for them, or by `resume`.
         backend, launcher["on_failure"] = LeftLocalJobs(sweep.path), "continue"
-    ended = follow(sweep, backend, files, launcher)
-    return 0 if all(record.status == Status.COMPLETED for record in ended) else FAILED
+    ended = supervise(sweep, backend, files, launcher)
+    return 0 if all(record.status == Status.COMPLETED for record in ended) else EXIT_FAILED
 
 
 def _look_on(directory: str) -> int:
@@ -54,19 +55,19 @@ def _look_on(directory: str) -> int:
     console = Console()
     try:
         with Live(console=console, auto_refresh=False, transient=False) as live:
-            said: dict[str, str] = {}
+            printed: dict[str, str] = {}
             while True:
                 seen = look(directory)
                 if console.is_terminal:
                     live.update(drawn(seen.rows, console), refresh=True)
                 else:
                     for row in seen.rows:
-                        if said.get(str(row.run)) != row.state:
-                            said[str(row.run)] = row.state
+                        if printed.get(str(row.run)) != row.state:
+                            printed[str(row.run)] = row.state
                             print(f"{row.run}: {row.state}", flush=True)
                 if not any(row.live for row in seen.rows):
                     break
                 time.sleep(_SECONDS)
     except KeyboardInterrupt:
-        return 130
-    return 0 if all(row.state == Status.COMPLETED for row in seen.rows) else FAILED
+        return EXIT_INTERRUPTED
+    return 0 if all(row.state == Status.COMPLETED for row in seen.rows) else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""`danling-conf watch RUN`: where all ranks of a run are, live, by the heartbeats that they write."""
+"""`danling-conf watch RUN`: live view of a run's ranks, from the heartbeats that they write."""
 
 from __future__ import annotations
 
@@ -17,16 +17,31 @@ from danling_conf.cli.checkpoints import readable_size
 from danling_conf.cli.report import duration
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.ranks import RankSeen, RunSeen, look_at
+from danling_conf.records.status import EXIT_FAILED, Status
+from danling_conf.sweep.ends import Standings
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
-STUCK = 1
 _WIDE = 240
-_COLOURS = {"running": "green", "completed": "blue", "failed": "red", "stopped": "yellow"}
+_ENDS_SECONDS = 10.0
+"""Between two times at which Slurm is asked which jobs have ended: a live view must not be a load."""
+_COLOURS: dict[str, str] = {
+    Status.RUNNING: "green", Status.QUEUED: "yellow", Status.PLANNED: "yellow", Status.EMPTY: "yellow",
+    Status.COMPLETED: "blue", Status.INTERRUPTED: "yellow",
+}  # fmt: skip
+"""All others are red."""
 
 
 def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
-    """Show the ranks of all runs of a directory until they have ended or Ctrl-C; gives the exit code: 1 where a rank is
-    stuck and `once` was asked for.
+    """Show the ranks of all runs of a directory until they have ended, or Ctrl-C.
+
+    Args:
+        once: show them once.
+        as_json: print JSON; only with `once`.
+        interval: seconds between two looks.
+
+    Returns:
+        The exit code. 0 where every run waits, runs or has completed, and no rank is stuck; 1 otherwise. 0 after
+        Ctrl-C.
 
     Raises ConfigRefused where there is no run.
     """
@@ -34,25 +49,33 @@ def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
         raise ConfigRefused([Violation("--json", ABSENT, "it is one look, and not a live view", "add --once")])
     runs = runs_or_refuse(directory)
     if once:
-        seen = [look_at(run) for run in runs]
+        seen = _look(runs, Standings())
         if as_json:
             print(json.dumps({"time": time.time(), "runs": [each.to_json() for each in seen]}, indent=1))
         else:
             # A file or a pipe has no width to fit into.
             Console(width=None if sys.stdout.isatty() else _WIDE).print(view(seen))
-        return STUCK if any(each.stuck for each in seen) else 0
+        return _exit_code(seen)
     return _live(directory, runs, interval)
 
 
+def _look(runs: Sequence[Path], standings: Standings) -> list[RunSeen]:
+    return [look_at(run, state=state) for run, state in zip(runs, standings.of(runs), strict=True)]
+
+
+def _exit_code(seen: Sequence[RunSeen]) -> int:
+    return 0 if all(each.status.fine and not each.stuck for each in seen) else EXIT_FAILED
+
+
 def _live(directory: str, runs: list[Path], interval: float) -> int:
-    console = Console()
+    console, standings = Console(), Standings(every=_ENDS_SECONDS)
     with Live(console=console, auto_refresh=False, screen=False) as live:
         try:
             while True:
-                seen = [look_at(run) for run in runs]
+                seen = _look(runs, standings)
                 live.update(view(seen), refresh=True)
-                if all(each.status != "running" for each in seen):
-                    return 0
+                if not any(each.status.live for each in seen):
+                    return _exit_code(seen)
                 time.sleep(interval)
                 runs = runs_or_refuse(directory)  # a sweep gets more of them
         except KeyboardInterrupt:
@@ -64,7 +87,7 @@ def view(seen: Sequence[RunSeen]) -> RenderableType:
     parts: list[RenderableType] = []
     for each in seen:
         parts.append(_heading(each))
-        if each.ranks and each.status == "running":
+        if each.ranks and each.status is Status.RUNNING:
             parts.append(_table(each))
             parts.append(_verdict(each))
     return Group(*parts)
@@ -77,7 +100,9 @@ def _heading(seen: RunSeen) -> Text:
     if seen.ranks:
         step, total = max(each.step for each in seen.ranks), seen.ranks[0].total_steps
         line.append(f"  step {step}" + (f"/{total}" if total else ""), style="not bold")
-    if seen.note and seen.status == "running":
+    if seen.error and not seen.status.live:
+        line.append(f"  {seen.error.partition(chr(10))[0]}", style="not bold")
+    if seen.note and seen.status is Status.RUNNING:
         line.append(f"  {seen.note}", style="not bold yellow")
     return line
 
@@ -95,11 +120,11 @@ def _table(seen: RunSeen) -> Table:
 
 def _row(each: RankSeen, seen: RunSeen) -> list[str]:
     last = "" if each.step_seconds_ago is None else f"{duration(each.step_seconds_ago)} ago"
-    word = f"stuck: {each.stuck}" if each.stuck else "slowest" if each.rank == seen.slowest else ""
+    verdict = f"stuck: {each.stuck}" if each.stuck else "slowest" if each.rank == seen.slowest else ""
     waits = "" if each.waiting_share is None else f"{100 * each.waiting_share:.0f} %"
     return [
         str(each.rank), each.host, str(each.pid), each.state, duration(each.state_seconds), str(each.step), last, waits,
-        readable_size(each.memory_bytes), f"{duration(each.written_seconds_ago)} ago", word,
+        readable_size(each.memory_bytes), f"{duration(each.written_seconds_ago)} ago", verdict,
     ]  # fmt: skip
 
 

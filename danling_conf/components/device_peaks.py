@@ -1,10 +1,11 @@
-"""The peak speed of devices, as their makers give it: dense matrix products, without sparsity."""
+"""Peak FLOP/s of devices, as their makers state them: dense matrix products, without sparsity."""
 
 from __future__ import annotations
 
 import torch
 
-# TFLOP/s by bf16 (and fp16), TF32, fp32, of the first name that a device's own begins with or has in it.
+# TFLOP/s in bf16 (and fp16), TF32 and fp32. The first name that is part of a device's name counts, so that a longer
+# name must stand before a shorter one.
 _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     ("B200", 2250, 1125, 75),
     ("H200", 989, 494, 67),
@@ -27,8 +28,8 @@ _PEAKS: tuple[tuple[str, float, float, float], ...] = (
 
 
 def peak_flops(device: torch.device, precision: str | None) -> float | None:
-    """FLOP/s that a device could do at most in a precision (`bf16`, `fp16`, else fp32, or TF32 where torch may use it);
-    None where that is not known: for CPUs, and for devices that are not in the table."""
+    """Most FLOP/s that a device can do in a precision (`bf16`, `fp16`, else fp32, or TF32 where torch may use it);
+    None for CPUs, and for devices that are not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

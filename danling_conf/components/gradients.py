@@ -21,8 +21,8 @@ from danling_conf import _torch_private
 def accumulate(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
     """A context for forward and backward of one micro-batch: gradients are communicated at the `last` one only.
 
-    For a model under FSDP2, DDP or neither. Between the micro-batches FSDP2 keeps gradients unsharded. Dividing the
-    loss by the number of micro-batches stays with the caller.
+    For a model under FSDP2, DDP or neither. Between the micro-batches FSDP2 keeps gradients unsharded. Dividing
+    the loss by the number of micro-batches is up to the caller.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -63,6 +63,7 @@ def clip(
     if not groups and pipeline is None:
         return torch.tensor(0.0)
     norms = [_norm_of([parameter.grad for parameter in group]) for group in groups.values()]  # type: ignore[misc]
+    # A stage without gradients takes part with a norm of 0: the sum over the pipeline is collective.
     device = norms[0].device if norms else torch.accelerator.current_accelerator() or torch.device("cpu")
     total = torch.linalg.vector_norm(
         torch.stack([norm.to(device) for norm in norms or [torch.zeros((), device=device)]])

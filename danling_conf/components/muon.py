@@ -6,7 +6,7 @@ author trains embeddings, output heads, gains and biases with AdamW. `torch.opti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from danling_conf.schema.torch_options import OPTIMIZERS
+from danling_conf.topology.violation import Violation, refuse
 
 _EMBEDDING_WORDS = ("wte", "wpe")
 _HEAD_WORDS = frozenset({"lm_head", "head", "output", "classifier", "score", "unembed", "proj_out", "fc_out"})
@@ -33,7 +34,7 @@ class Group(Protocol):
 
 
 class ShardedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` that gives sharded matrices the update of the whole matrix.
+    """`torch.optim.Muon` whose update of a sharded matrix is that of the whole matrix.
 
     torch runs the Newton-Schulz iteration on the shards, with a collective in each of its bfloat16 products, whose
     rounding then depends on the layout. Here the update is gathered once, orthogonalised on every rank and sliced.
@@ -144,36 +145,43 @@ def make(groups: Sequence[Group], options: Mapping[str, Any], outside: set[str])
         outside: names of matrices that are not hidden, see `outside`.
 
     Raises:
-        ValueError: `algorithm: muon` on a parameter that is not a matrix; an option that nothing in its group has.
+        SettingError: `algorithm: muon` on a parameter that is not a matrix; an option that nothing in its group has.
+            ConfigRefused where several are wrong.
     """
     defaults = {"adjust_lr_fn": "match_rms_adamw", **options}
-    for_muon = {key: value for key, value in defaults.items() if key in _MUON_OPTIONS}
-    for_adamw = {key: value for key, value in defaults.items() if key in _ADAMW_OPTIONS - {"eps"}}
+    for_muon, for_adamw = _taken(defaults, _MUON_OPTIONS), _taken(defaults, _ADAMW_OPTIONS - {"eps"})
+    parted = [_by_algorithm(group, outside) for group in groups]
+    refuse(found for group, parts in zip(groups, parted, strict=True) for found in _unfit(group, parts))
+    of_algorithm = {"muon": (_MUON_OPTIONS, for_muon), "adamw": (_ADAMW_OPTIONS, for_adamw)}
     built: list[dict[str, Any]] = []
     related: list[dict[str, Any]] = []
-    for group in groups:
-        chosen = group.settings.get("algorithm")
-        parts: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": []}
-        for name, parameter in group.parameters:
-            if chosen == "muon" and parameter.ndim != 2:
-                why = f"Muon takes matrices only, {name} has {parameter.ndim} dimensions"
-                raise ValueError(f"{group.path}.algorithm=muon: {why}: narrow the pattern or remove `algorithm`")
-            hidden = parameter.ndim == 2 and name not in outside
-            parts[chosen or ("muon" if hidden else "adamw")].append(parameter)
-        given = group.options()
-        _check_effect(group, given, parts)
-        for algorithm, parameters in parts.items():
-            if not parameters:
-                continue
-            known, base = (_MUON_OPTIONS, for_muon) if algorithm == "muon" else (_ADAMW_OPTIONS, for_adamw)
-            own = {key: value for key, value in given.items() if key in known or key == "name"}
+    """Groups of AdamW without a learning rate of their own."""
+    for group, parts in zip(groups, parted, strict=True):
+        for algorithm, parameters in ((name, found) for name, found in parts.items() if found):
+            known, base = of_algorithm[algorithm]
+            own = _taken(group.options(), {*known, "name"})
             built.append({"params": parameters, "algorithm": algorithm, **base, **own})
             if algorithm == "adamw" and "lr" not in own:
                 related.append(built[-1])
+    # Only now: where `lr` is unset, the optimizer has filled it in.
     optimizer = MuonAdamW(built)
     for settings in related:
         settings["lr"] *= options.get("adamw_lr_multiplier", 1.0)
     return optimizer
+
+
+def _taken(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key in known}
+
+
+def _by_algorithm(group: Group, outside: set[str]) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a group by the algorithm that trains them: the group's own, else by name and shape."""
+    chosen = group.settings.get("algorithm")
+    parts: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": []}
+    for name, parameter in group.parameters:
+        hidden = parameter.ndim == 2 and name not in outside
+        parts[chosen or ("muon" if hidden else "adamw")].append(parameter)
+    return parts
 
 
 def outside(named: Sequence[tuple[str, nn.Parameter]], model: nn.Module | None) -> set[str]:
@@ -229,14 +237,20 @@ def _named_like_head(name: str) -> bool:
     return not any(part.isdigit() for part in parts) and bool(_HEAD_WORDS.intersection(parts[-2:]))
 
 
-def _check_effect(group: Group, given: Mapping[str, Any], parts: Mapping[str, Sequence[nn.Parameter]]) -> None:
+def _unfit(group: Group, parts: Mapping[str, Sequence[nn.Parameter]]) -> Iterator[Violation]:
+    """What a group asks of an algorithm that cannot do it."""
+    odd = [f"{name} has {item.ndim} dimensions" for name, item in group.parameters if item.ndim != 2]
+    if group.settings.get("algorithm") == "muon" and odd:
+        more = f", and {len(odd) - 1} others are no matrices either" if len(odd) > 1 else ""
+        rule = f"Muon takes matrices only, {odd[0]}{more}"
+        yield Violation(f"{group.path}.algorithm", "muon", rule, "narrow the pattern or remove `algorithm`")
     known = {"name"}
     if parts["muon"]:
         known |= _MUON_OPTIONS
     if parts["adamw"]:
         known |= _ADAMW_OPTIONS
     betas = [] if parts["adamw"] else [name for name in ("beta1", "beta2") if group.settings.get(name) is not None]
-    for name in [*sorted(given.keys() - known), *betas]:
+    for name in [*sorted(group.options().keys() - known), *betas]:
         taker = "Muon" if parts["muon"] else "AdamW"
         why = f"every parameter of the group is trained by {taker}, which has no such option"
-        raise ValueError(f"{group.path}.{name}={group.settings[name]!r}: {why}: remove it or change the pattern")
+        yield Violation(f"{group.path}.{name}", group.settings[name], why, "remove it or change the pattern")

@@ -1,4 +1,4 @@
-"""Optimizers: any of `torch.optim`, or a class of the user's own, with parameter groups by regular expression."""
+"""Optimizers: any of `torch.optim`, or a class of the user's, with parameter groups by regular expression."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from danling_conf.schema.optim import OptimConfig
 from danling_conf.schema.torch_options import (
     OPTIMIZERS,
     Entry,
-    Problem,
     find_optimizer,
     group_problems,
     nearest,
     optimizer_options,
     option_problems,
 )
+from danling_conf.topology.rules.optimizers import violations_of
+from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
 
 _COMPILED = "_orig_mod."
 _CHECKPOINTED = "_checkpoint_wrapped_module."
@@ -37,7 +38,7 @@ _OF_GROUP = frozenset({"pattern", "algorithm", "lr_multiplier", "weight_decay_mu
 
 @dataclass(kw_only=True)
 class ParameterGroup:
-    """The parameters that one pattern takes; without a pattern, those that none does."""
+    """The parameters that one pattern takes; or the default group: those that no pattern takes."""
 
     path: str
     """Where the group stands in the configuration."""
@@ -48,7 +49,7 @@ class ParameterGroup:
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
 
     def options(self) -> dict[str, Any]:
-        """What the group gives the optimizer as it is."""
+        """The options that reach the optimizer unchanged; multipliers and single betas are applied to built groups."""
         given = {key: value for key, value in self.settings.items() if key not in _OF_GROUP and value is not None}
         return {"name": self.name, **as_torch_takes(given)}
 
@@ -71,18 +72,20 @@ def make(
             stage: a pattern that matches in another part is no error then, and Muon decides by the whole.
 
     Raises:
-        ValueError: an unknown optimizer or option, no trainable parameter, or a faulty parameter group, with the path.
-        TypeError: the dotted path in `optim.type` does not name an optimizer class.
+        SettingError: an unknown optimizer or option, a path in `optim.type` that does not name an optimizer class, no
+            trainable parameter, or a faulty parameter group; ConfigRefused where several are wrong.
     """
     entry = _entry(section)
     options = dict(optimizer_options(section))
-    refuse(option_problems(entry, options), "optim")
+    refuse(violations_of(option_problems(entry, options), "optim"))
     specifications = list(section.param_groups or [])
     _check_specifications(entry, specifications)
     pairs = cleaned(parameters)
     named = _trainable(pairs)
     if not named:
-        raise ValueError("optim: there is no parameter that requires a gradient: unfreeze a part of the model")
+        raise SettingError(
+            "optim", ABSENT, "there is no parameter that requires a gradient", "unfreeze a part of the model"
+        )
     everywhere = pairs if whole is None else cleaned(whole)
     _one_by_one(entry, options, named)
     groups = _split(named, specifications, everywhere)
@@ -104,47 +107,47 @@ def from_keywords(**keywords: Any) -> functools.partial[torch.optim.Optimizer]:
 def import_class(path: str, where: str, base: type | tuple[type, ...]) -> type:
     """Import a user's own class.
 
+    Args:
+        path: dotted, or with a colon before the attribute.
+        where: the setting that names it.
+
     Raises:
-        ValueError: the path leads nowhere.
-        TypeError: what it leads to is no subclass of `base`.
+        SettingError: nothing can be imported by that path, or it is not a subclass of `base`.
     """
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         fix = "write the path that you would import it by, and install it or put it on PYTHONPATH"
-        raise ValueError(f"{where}={path}: it cannot be imported ({error}): {fix}") from error
+        raise SettingError(where, path, f"it cannot be imported ({error})", fix) from error
     if not (inspect.isclass(found) and issubclass(found, base)):
         wanted = " or ".join(item.__name__ for item in (base if isinstance(base, tuple) else (base,)))
-        raise TypeError(f"{where}={path}: it is not a subclass of {wanted}: name a class that is")
+        raise SettingError(where, path, f"it is not a subclass of {wanted}", "name a class that is")
     return found
 
 
 def construct(kind: type, arguments: Sequence[Any], options: Mapping[str, Any], where: str) -> Any:
-    """Call a class with its options; a refusal says where the options come from.
+    """Call a class with its options.
+
+    Args:
+        where: the section that the options come from.
 
     Raises:
-        ValueError: the class does not take the options, or refuses a value.
+        SettingError: the class does not take the options, or refuses a value.
     """
     try:
         inspect.signature(kind).bind(*arguments, **options)
     except TypeError as error:
         fix = "remove it (a declared option: set it to null)" if "unexpected" in str(error) else "give it a value"
-        raise ValueError(f"{where}: {kind.__name__} {error}: {fix}") from error
+        raise SettingError(where, ABSENT, f"{kind.__name__} {error}", fix) from error
     try:
         return kind(*arguments, **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {kind.__name__} refuses its options {dict(options)}: {error}") from error
-
-
-def refuse(problems: Sequence[Problem], where: str) -> None:
-    """Raise one ValueError that names every problem with its path, or return."""
-    lines = [f"{where}.{option}={value!r}: {why}: {fix}" for option, value, why, fix in problems]
-    if lines:
-        raise ValueError("\n".join(lines))
+        rule = f"{kind.__name__} refuses its options {dict(options)}: {error}"
+        raise SettingError(where, ABSENT, rule, "change or remove the option") from error
 
 
 def as_torch_takes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with lists as tuples, as torch has them in its parameter groups."""
+    """Options with lists as tuples, which torch has in its parameter groups; saved ones are compared with new ones."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
@@ -152,18 +155,23 @@ def _entry(section: OptimConfig) -> Entry:
     entry = find_optimizer(section.type)
     if entry is None:
         fix = nearest(section.type, OPTIMIZERS)
-        raise ValueError(f"optim.type={section.type}: torch.optim has no such class: {fix}")
+        raise SettingError("optim.type", section.type, "torch.optim has no such class", fix)
     return entry
 
 
 def _check_specifications(entry: Entry, specifications: Sequence[Any]) -> None:
     if specifications and entry.needs_closure:
-        raise ValueError(f"optim.param_groups: {entry.name} has a single parameter group: remove them")
+        raise SettingError("optim.param_groups", ABSENT, f"{entry.name} has a single parameter group", "remove them")
+    found: list[Violation] = []
     for number, settings in enumerate(specifications):
         where = f"optim.param_groups[{number}]"
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"{where}={settings!r}: it must be a mapping: write `{{pattern: bias$, weight_decay: 0}}`")
-        refuse(group_problems(entry, settings), where)
+        if isinstance(settings, Mapping):
+            found += violations_of(group_problems(entry, settings), where)
+        else:
+            found.append(
+                Violation(where, settings, "it must be a mapping", "write `{pattern: bias$, weight_decay: 0}`")
+            )
+    refuse(found)
 
 
 def cleaned(parameters: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
@@ -194,9 +202,11 @@ def _split(
         return next((number for number, expression in enumerate(expressions) if expression.search(name)), -1)
 
     taken = {taker(name) for name, _ in _trainable(everywhere)}
-    for number, expression in enumerate(expressions):
-        if number not in taken:
-            raise ValueError(_no_match(f"optim.param_groups[{number}].pattern", expression, everywhere))
+    refuse(
+        _no_match(f"optim.param_groups[{number}].pattern", expression, everywhere)
+        for number, expression in enumerate(expressions)
+        if number not in taken
+    )
     default = ParameterGroup(path="optim", name="default")
     groups = [
         ParameterGroup(path=f"optim.param_groups[{number}]", name=settings["pattern"], settings=settings)
@@ -208,16 +218,18 @@ def _split(
     return [group for group in (default, *groups) if group.parameters]
 
 
-def _no_match(path: str, expression: re.Pattern[str], everywhere: Sequence[tuple[str, nn.Parameter]]) -> str:
-    where = f"{path}={expression.pattern!r}"
+def _no_match(path: str, expression: re.Pattern[str], everywhere: Sequence[tuple[str, nn.Parameter]]) -> Violation:
+    """Why a pattern takes no parameter."""
     matching = [name for name, _ in everywhere if expression.search(name)]
     names = [name for name, _ in _trainable(everywhere)]
     if set(matching) & set(names):
-        return f"{where}: earlier groups take all that it matches ({matching[0]}): move it before them or remove it"
-    if matching:
-        return f"{where}: it matches frozen parameters only ({matching[0]}): unfreeze them or remove the group"
-    near = difflib.get_close_matches(expression.pattern, names, n=5, cutoff=0.3) or names[:5]
-    return f"{where}: it matches no parameter: mend it; there are, for instance: {', '.join(near)}"
+        rule, fix = f"earlier groups take all that it matches ({matching[0]})", "move it before them or remove it"
+    elif matching:
+        rule, fix = f"it matches frozen parameters only ({matching[0]})", "unfreeze them or remove the group"
+    else:
+        near = difflib.get_close_matches(expression.pattern, names, n=5, cutoff=0.3) or names[:5]
+        rule, fix = "it matches no parameter", f"correct it; there are, for instance: {', '.join(near)}"
+    return Violation(path, expression.pattern, rule, fix)
 
 
 def _one_by_one(entry: Entry, options: dict[str, Any], named: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -228,7 +240,7 @@ def _one_by_one(entry: Entry, options: dict[str, Any], named: Sequence[tuple[str
     for name in ("foreach", "fused"):
         if options.get(name):
             why = "some parameters are sharded and some are not, which torch does not take in one list"
-            raise ValueError(f"optim.{name}=true: {why}: leave it unset, or choose a layout with FSDP")
+            raise SettingError(f"optim.{name}", True, why, "leave it unset, or choose a layout with FSDP")
     if "foreach" in entry.options:
         options["foreach"] = False
 
@@ -246,11 +258,17 @@ def _construct(entry: Entry, groups: Sequence[ParameterGroup], options: Mapping[
 
 
 def _check_known(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]) -> None:
-    """Refuse an option that a user's own class would carry in its groups and never read."""
-    for group in groups:
-        for name in group.options().keys() - {"name"} - optimizer.defaults.keys():
-            why = f"{type(optimizer).__name__} has no such option: {nearest(name, optimizer.defaults)}"
-            raise ValueError(f"{group.path}.{name}={group.settings[name]!r}: {why}")
+    """Refuse an option that a class of the user's would carry in its groups and never read."""
+    refuse(
+        Violation(
+            f"{group.path}.{name}",
+            group.settings[name],
+            f"{type(optimizer).__name__} has no such option",
+            nearest(name, optimizer.defaults),
+        )
+        for group in groups
+        for name in sorted(group.options().keys() - {"name"} - optimizer.defaults.keys())
+    )
 
 
 def _apply_relative(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]) -> None:
@@ -275,4 +293,4 @@ def _apply_relative(optimizer: torch.optim.Optimizer, groups: Sequence[Parameter
 
 def _need(built: Mapping[str, Any], option: str, path: str, optimizer: torch.optim.Optimizer) -> None:
     if option not in built:
-        raise ValueError(f"{path}: {type(optimizer).__name__} has no `{option}`: remove it")
+        raise SettingError(path, ABSENT, f"{type(optimizer).__name__} has no `{option}`", "remove it")

@@ -1,4 +1,4 @@
-"""Names of dtypes, and mixed precision where FSDP's policy does not provide it."""
+"""Precision: dtypes by name, and mixed precision where FSDP's policy does not provide it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def dtype(name: str | None) -> torch.dtype | None:
 def autocast(precision: str | None, device_type: str) -> AbstractContextManager[object]:
     """A context for forward and loss that computes in `precision` where that is safe. Nothing for None and fp32.
 
-    Not for a model under FSDP with the same precision: there FSDP casts (see `build.fsdp`).
+    Not for a model under FSDP with the same precision: there FSDP casts (see `parallel.fsdp`).
     """
     if precision in (None, "fp32"):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Traces of some steps by `torch.profiler`, one a rank."""
+"""Profiler: traces of some steps by `torch.profiler`, one for each rank."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def make(
     step: int = 0,
     say: Callable[[str], None] = _log.info,
 ) -> StepProfiler | None:
-    """A profiler that is under way, to be told of each step; None where profiling is switched off.
+    """A started profiler, whose `step` is called after each step; None where profiling is switched off.
 
     Args:
         run: directory that `profiling.trace_dir` is relative to.
-        attempt: tells traces of the same step from each other.
+        attempt: distinguishes traces of the same step.
         step: steps that were done before.
-        say: tells the user where a trace is.
+        say: called with the path of each trace, and with warnings.
     """
     if not section.enabled:
         return None
@@ -98,7 +98,7 @@ class StepProfiler:
         self._profile.step()
 
     def stop(self) -> None:
-        """End a trace that is under way, and say so where there was none."""
+        """End a trace that is being recorded, and report where none was."""
         self._profile.stop()
         if self._snapshots:
             record_memory_history(False)
@@ -121,7 +121,7 @@ class StepProfiler:
             finished.export_chrome_trace(str(path))
             if self._snapshots:
                 dump_memory_snapshot(str(path.with_suffix(".memory.pickle")))
-        except OSError as error:  # of a disk, which is no reason to end a run
+        except OSError as error:  # a full disk is no reason to end a run
             self._say(f"warning: the trace of the steps up to {self._step} could not be written: {error}")
             return
         on_device = self._device.type != "cpu"
@@ -143,8 +143,8 @@ class StepProfiler:
 
 
 def exposed_communication(trace: Path) -> float | None:
-    """The share of a trace's time in which a rank's device only communicates; None for a trace without device kernels,
-    where it cannot be told: on a CPU the same threads do both."""
+    """Share of a trace's time in which a rank's device only communicates. None for a trace without device kernels: on a
+    CPU the same threads do both."""
     events = json.loads(trace.read_text())["traceEvents"]
     kernels = [event for event in events if event.get("cat") == "kernel"]
     if not kernels:
@@ -162,7 +162,7 @@ def _spans(events: Any) -> list[tuple[float, float]]:
 
 
 def _length(spans: list[tuple[float, float]]) -> float:
-    """Of the union."""
+    """Length of the union of spans, which may overlap."""
     total, end = 0.0, float("-inf")
     for first, last in sorted(spans):
         if last > end:

@@ -1,4 +1,4 @@
-"""One sampler for every split: the order of an epoch, dealt out to the data ranks, resumable at any sample."""
+"""Sampler of every split: the order of an epoch, sharded over the data ranks, resumable at any sample."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ DROP = "drop"
 
 
 class ShardedSampler(Sampler[int]):
-    """Deals the order of an epoch out to data ranks: rank `r` of `degree` takes the samples at `r`, `r + degree`, ...
+    """Shards the order of an epoch over data ranks: rank `r` of `degree` takes the samples at `r`, `r + degree`, ...
 
     So the batches of all ranks at a step are, together, the batch that one process with a batch of `degree` times the
     size would take. The order is that of `torch.utils.data.DistributedSampler`.
 
-    The position is saved as the number of samples that all ranks together have taken, with the epoch; what is left of
-    the epoch is dealt out from there. So a state of any rank restores any other, and fits another degree: no sample is
-    seen twice or never, but for what `remainder` does at the end of every epoch. (The samplers of torchdata 0.11
-    save a position of one rank; after a state saved at the end of an epoch, StatefulDistributedSampler skips the whole
-    next one.)
+    The position is saved as the number of samples that all ranks together have taken, with the epoch; the rest of the
+    epoch is sharded from there. So a state of any rank restores any other, and fits another degree: no sample is seen
+    twice or never, except for what `remainder` does at the end of every epoch. (The samplers of torchdata 0.11 save the
+    position of one rank; after a state saved at the end of an epoch, StatefulDistributedSampler skips the whole next
+    one.)
 
     Args:
         size: number of samples.
-        remainder: what happens to the samples that the degree does not divide. `drop`: left out, and ranks are even.
-            `repeat`: filled up with the first ones, and ranks are even. `uneven`: dealt out, and the first ranks have
-            one sample, and perhaps one batch, more: every sample is seen once, as metrics need.
+        remainder: what happens to the samples that the degree does not divide. `drop`: they are left out, and ranks
+            have equally many. `repeat`: the first samples fill up, and ranks have equally many. `uneven`: the first
+            ranks have one sample, and perhaps one batch, more: every sample is seen once, as metrics need.
         generator: reseeded with each epoch from the seed, the rank and the epoch, where given. A data loader draws the
             seeds of its workers from it.
     """
@@ -122,7 +122,7 @@ class _Position(Iterator[int]):
         return {"epoch": self._epoch, "taken_by_all": self._began + self._taken * self._sampler.degree}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # The rest is dealt out anew: under the same degree as before, under another without a gap or a repetition.
+        # The rest is sharded anew: under the same degree as before, under another without a gap or a repetition.
         self._start(state["epoch"], state["taken_by_all"])
 
 

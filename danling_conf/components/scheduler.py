@@ -1,4 +1,4 @@
-"""Learning-rate schedules: by shape, any of `torch.optim.lr_scheduler`, or a class of the user's own."""
+"""Learning-rate schedules: by shape, any of `torch.optim.lr_scheduler`, or a class of the user's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from danling_conf._torch_private import scheduled_rates
 from danling_conf.components.instantiate import section_from
-from danling_conf.components.optimizer import construct, import_class, refuse
+from danling_conf.components.optimizer import construct, import_class
 from danling_conf.schema.scheduler import SchedulerConfig
 from danling_conf.schema.torch_options import (
     SCHEDULERS,
@@ -22,6 +22,8 @@ from danling_conf.schema.torch_options import (
     option_problems,
     scheduler_options,
 )
+from danling_conf.topology.rules.optimizers import violations_of
+from danling_conf.topology.violation import SettingError, refuse
 
 _RUN_LENGTH_OPTIONS = {
     "CosineAnnealingLR": "T_max",
@@ -44,18 +46,18 @@ def make(
             does not say by `mode`.
 
     Raises:
-        ValueError: an unknown scheduler or option, a run too short for its warm-up and decay, or an option that torch
-            refuses, with the path.
-        TypeError: the dotted path in `scheduler.type` does not name a scheduler class.
+        SettingError: an unknown scheduler or option, a path in `scheduler.type` that does not name a scheduler class, a
+            run too short for its warm-up and decay, or an option that torch refuses; ConfigRefused where several are
+            wrong.
     """
     entry = _entry(section)
     options = scheduler_options(section)
-    refuse(option_problems(entry, options), "scheduler")
+    refuse(violations_of(option_problems(entry, options), "scheduler"))
     if entry.shape:
         return _by_shape(optimizer, entry.name, section, total_steps)
     if entry.own_class:
         kind = import_class(entry.name, "scheduler.type", (LRScheduler, ReduceLROnPlateau))
-        # Shape options are declared settings; a class of the user's own may well have some of its own by these names.
+        # Options of shapes are declared settings; a class of the user's may have some by the same names.
         return construct(kind, (optimizer,), options, "scheduler")
     kind = getattr(lr_scheduler, entry.name)
     return construct(kind, (optimizer,), _filled(entry, options, optimizer, total_steps, metric_mode), "scheduler")
@@ -135,16 +137,18 @@ def _entry(section: SchedulerConfig) -> Entry:
     entry = find_scheduler(section.type)
     if entry is None:
         fix = nearest(section.type, [*SCHEDULERS, "plateau"])
-        raise ValueError(f"scheduler.type={section.type}: there is no such scheduler: {fix}")
+        raise SettingError("scheduler.type", section.type, "there is no such scheduler", fix)
     return entry
 
 
 def _by_shape(optimizer: Optimizer, shape: str, section: SchedulerConfig, total_steps: int) -> LambdaLR | None:
     warmup = section.warmup_steps or 0
     if warmup > total_steps:
-        raise ValueError(
-            f"scheduler.warmup_steps={warmup}: the scheduler advances {total_steps} times in the run: shorten the "
-            f"warm-up to at most {total_steps}, or train longer"
+        raise SettingError(
+            "scheduler.warmup_steps",
+            warmup,
+            f"the scheduler advances {total_steps} times in the run",
+            f"shorten the warm-up to at most {total_steps}, or train longer",
         )
     if shape == "constant" and warmup == 0:
         return None
@@ -152,14 +156,18 @@ def _by_shape(optimizer: Optimizer, shape: str, section: SchedulerConfig, total_
     if decay is None:
         decay = min(max(1, total_steps // 5), total_steps - warmup)
     elif warmup + decay > total_steps:
-        raise ValueError(
-            f"scheduler.decay_steps={decay}: with {warmup} steps of warm-up it is longer than the run, in which the "
-            f"scheduler advances {total_steps} times: shorten one of them, or train longer"
+        raise SettingError(
+            "scheduler.decay_steps",
+            decay,
+            f"with {warmup} steps of warm-up it is longer than the run, in which the scheduler advances {total_steps} "
+            f"times",
+            "shorten one of them, or train longer",
         )
     final = 0.0 if section.final_lr_ratio is None else float(section.final_lr_ratio)
     lengths = {"total_steps": total_steps, "warmup_steps": warmup, "decay_steps": decay}
 
-    # A plain function: LambdaLR would save the attributes of any other callable, and a longer budget is no fault.
+    # A plain function: LambdaLR saves the attributes of any other callable, and loading them would bring back the
+    # length of the run that was saved, where a longer one is allowed.
     def at(step: int) -> float:
         return ratio(step, shape=shape, final_ratio=final, **lengths)
 

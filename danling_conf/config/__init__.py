@@ -1,1 +1,1 @@
-"""From a composed configuration to a checked, read-only one with an identity and a run directory."""
+"""From a command line to a checked, read-only configuration with an identity."""

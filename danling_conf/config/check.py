@@ -1,52 +1,96 @@
-"""Compose and check: from a command line's overrides to a resolved configuration, or to all of its faults."""
+"""Check of a composed configuration: a single run and every job of a sweep take this one road.
+
+Hydra and OmegaConf stop at their first error. Here a configuration is either accepted, or refused with all of its
+faults at once, before torch is imported and before anything starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from danling_conf.config.faults import all_faults
-from danling_conf.config.hydra_adapter import Composer, shadowed_settings
-from danling_conf.config.resolve import inspect
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
+from danling_conf.config.resolve import declared_kind, inspect
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.machine import this_machine
+from danling_conf.topology.machine import Machine, this_machine
 from danling_conf.topology.rules import Context, ineffective_settings
-from danling_conf.topology.violation import ConfigRefused
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+
+class Checker:
+    """Checks what one composer composes.
+
+    A sweep keeps one checker for all of its jobs, so that what they share is looked up once.
+    """
+
+    def __init__(self, composing: Composer) -> None:
+        self._composing = composing
+        self._shadowed: dict[type[RunnerConfig], list[Violation]] = {}
+
+    def check(
+        self,
+        composed: DictConfig,
+        context: Context,
+        also: Callable[[RunnerConfig | None], list[Violation]] | None = None,
+        *,
+        spent: bool = False,
+    ) -> RunnerConfig:
+        """The resolved, read-only configuration.
+
+        Args:
+            context: what the rules may know besides the configuration.
+            also: finds further faults; its argument is None where settings are missing.
+            spent: `composed` may be changed: the caller does not use it afterwards.
+
+        Raises:
+            ConfigRefused: with all violations.
+        """
+        kind = declared_kind(composed) or RunnerConfig
+        config, found = inspect(composed, kind=kind, context=context, spent=spent)
+        violations = self._shadowed_settings(kind) + found
+        if also is not None:
+            violations += also(config)
+        if violations or config is None:
+            raise ConfigRefused(violations)
+        return config
+
+    def _shadowed_settings(self, kind: type[RunnerConfig]) -> list[Violation]:
+        if kind not in self._shadowed:
+            self._shadowed[kind] = shadowed_settings(self._composing, kind)
+        return list(self._shadowed[kind])
+
+
+def check(composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> RunnerConfig:
+    """Check a single run. Raises ConfigRefused with all violations."""
+    return Checker(composing).check(composed, context_of(overrides))
 
 
 def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
-    """Compose. Where Hydra refuses, raise ConfigRefused with every fault instead of only Hydra's first."""
+    """Compose. Where Hydra refuses, raise ConfigRefused with every fault instead of only Hydra's first.
+
+    Args:
+        multirun: compose a sweep's own configuration. Faults are then looked for in Hydra's overrides only: the others
+            belong to the jobs, and may hold several values.
+    """
     try:
         return composing.compose(overrides, multirun=multirun)
     except ConfigRefused:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigRefused(all_faults(composing, overrides, context_of(overrides), error)) from error
+    except COMPOSITION_ERRORS as error:
+        suspects = [item for item in overrides if not multirun or item.lstrip("+~").startswith("hydra")]
+        raise ConfigRefused(all_faults(composing, suspects, context_of(overrides), error)) from error
 
 
-def check(composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> RunnerConfig:
-    """The resolved configuration of what was composed. Raises ConfigRefused with all violations."""
-    kind = kind_of(composed)
-    config, violations = inspect(composed, kind=kind, context=context_of(overrides))
-    violations = shadowed_settings(composing, kind) + violations
-    if violations:
-        raise ConfigRefused(violations)
-    return config
+def context_of(overrides: Sequence[str], machine: Machine | None = None) -> Context:
+    """What the rules know besides the configuration: the machine, and which settings the user gave.
 
-
-def kind_of(composed: DictConfig) -> type[RunnerConfig]:
-    """The class that a composed configuration was declared with."""
-    declared = OmegaConf.get_type(composed)
-    return declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
-
-
-def context_of(overrides: Sequence[str]) -> Context:
-    """What the rules know besides the configuration: this machine, and which settings the user gave."""
+    Args:
+        machine: where the run would start; this machine when None.
+    """
     given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
-    return Context(machine=this_machine(), given=given)
+    return Context(machine=machine or this_machine(), given=given)
 
 
 def warnings_of(config: RunnerConfig) -> list[str]:

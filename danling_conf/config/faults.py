@@ -1,11 +1,11 @@
-"""All faults of a command line that Hydra refuses: Hydra stops at its first, this goes on to the last."""
+"""Faults of a command line that Hydra refuses: Hydra stops at the first, this finds all of them."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,9 +15,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import Composer, shadowed_settings
-from danling_conf.config.launcher_settings import PREFIX, launcher_in
-from danling_conf.config.resolve import inspect, merge_leaves
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
+from danling_conf.config.job import PREFIX, launcher_in
+from danling_conf.config.resolve import declared_kind, inspect, merge_leaves
 from danling_conf.config.typed import unknown_key, wrong_type
 from danling_conf.groups.layout_names import GRAMMAR, LayoutNameError, looks_like_layout, parse_layout
 from danling_conf.groups.source import LAYOUTS
@@ -36,75 +36,81 @@ def all_faults(
     compose: Callable[[Sequence[str]], DictConfig] | None = None,
     also: Callable[[RunnerConfig, DictConfig], list[Violation]] | None = None,
 ) -> list[Violation]:
-    """Every fault of `overrides` that can be told.
+    """Every fault of `overrides` that can be found.
 
-    Group choices are composed without the value overrides, which are then applied one by one; the rules see the result.
+    Group choices are composed without the values, which are then applied one by one; the rules check the result.
 
     Args:
         refusal: what Hydra raised; it is reported itself when nothing more precise is found.
         compose: composes choices of groups; the composer does when None.
-        also: looks for further faults, in the configuration and in what was composed.
+        also: finds further faults, in the resolved configuration and in what was composed.
     """
-    violations: list[Violation] = []
-    choices: list[str] = []
-    values: list[Override] = []
+    command_line = _sort(composer, overrides)
+    violations = command_line.violations
+    try:
+        config = (compose or composer.compose)(command_line.choices)
+    except COMPOSITION_ERRORS as error:
+        sound, found = _faults_of_files(composer, command_line.choices)
+        if sound is None or not found:
+            hidden = shadowed_settings(composer, RunnerConfig)
+            return _explained_by(hidden, violations) or [_composition_fault(composer, error)]
+        config = sound
+        violations += found
+    kind = declared_kind(config) or RunnerConfig
+    violations = _explained_by(shadowed_settings(composer, kind), violations)
+    violations += _faults_of_values(composer, command_line.values, config, kind, {item.path for item in violations})
+    faulty = {item.path for item in violations}
+    violations += [item for item in _faults_of_settings(config, kind, context, also) if item.path not in faulty]
+    return unique(violations) or [_composition_fault(composer, refusal)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CommandLine:
+    """Overrides by what Hydra does with them."""
+
+    choices: list[str] = field(default_factory=list)
+    """Choices of groups, and Hydra's own settings: these are composed."""
+    values: list[Override] = field(default_factory=list)
+    """Applied to what was composed."""
+    violations: list[Violation] = field(default_factory=list)
+    """Of overrides that are neither."""
+
+
+def _sort(composer: Composer, overrides: Sequence[str]) -> _CommandLine:
+    found = _CommandLine()
     for text in overrides:
         try:
             parsed = OverridesParser.create().parse_overrides([text])[0]
         except (OverrideParseException, HydraException):
-            violations.append(_unparsed(text))
+            found.violations.append(_unparsed(text))
             continue
         if not parsed.key_or_group:
-            violations.append(Violation(text, ABSENT, "it names no setting", "write KEY=VALUE"))
+            found.violations.append(Violation(text, ABSENT, "it names no setting", "write KEY=VALUE"))
         elif parsed.is_sweep_override():
-            violations.append(_sweep(parsed, text))
-        elif _is_choice(composer, parsed):
+            found.violations.append(_several_values(parsed, text))
+        elif parsed.package is not None or composer.group_exists(parsed.key_or_group):
             fault = _choice_fault(composer, parsed)
             if fault is None:
-                choices.append(text)
+                found.choices.append(text)
             else:
-                violations.append(fault)
+                found.violations.append(fault)
         elif parsed.is_hydra_override() and not parsed.key_or_group.startswith(PREFIX):
-            choices.append(text)
+            found.choices.append(text)
         else:
-            values.append(parsed)
-    try:
-        config = (compose or composer.compose)(choices)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        hidden = shadowed_settings(composer, RunnerConfig)
-        sound, found = _what_files_say(composer, choices)
-        if sound is None or not found:
-            return _without_hidden(violations, hidden) or [_composition_fault(composer, error)]
-        config = sound
-        violations += found
-    declared = OmegaConf.get_type(config)
-    kind = declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else RunnerConfig
-    violations = _without_hidden(violations, shadowed_settings(composer, kind))
-    known = {item.path for item in violations}
-    for override in values:
-        if override.key_or_group not in known:
-            violations += _apply(composer, override, config, kind)
-    faulty = {item.path for item in violations}
-    found = launcher_in(config)[1]
-    resolved, broken = inspect(config, kind=kind, context=context)
-    found += broken
-    if also is not None and resolved is not None:
-        found += also(resolved, config)
-    violations += [item for item in found if item.path not in faulty]
-    return unique(violations) or [_composition_fault(composer, refusal)]
+            found.values.append(parsed)
+    return found
 
 
-def _what_files_say(composer: Composer, choices: list[str]) -> tuple[DictConfig | None, list[Violation]]:
-    """What is sound of the configuration files, and each of their faults with its file; None where none is typed."""
+def _faults_of_files(composer: Composer, choices: list[str]) -> tuple[DictConfig | None, list[Violation]]:
+    """The sound part of the configuration files, and each of their faults with its file; None where none is typed."""
     node: DictConfig | None = None
     violations: list[Violation] = []
     try:
         merged = composer.defaults(choices)
-    except (HydraException, OmegaConfBaseException, ValueError):
+    except COMPOSITION_ERRORS:
         return None, []
     for source, content in merged:
-        declared = OmegaConf.get_type(content)
-        if isinstance(declared, type) and issubclass(declared, RunnerConfig):
+        if declared_kind(content) is not None:
             node = copy.deepcopy(content)
             with open_dict(node):
                 node.pop("defaults", None)
@@ -117,14 +123,37 @@ def _what_files_say(composer: Composer, choices: list[str]) -> tuple[DictConfig 
     return node, violations
 
 
-def _without_hidden(violations: list[Violation], hidden: list[Violation]) -> list[Violation]:
-    """Violations and those of hidden settings, which explain what else is wrong with the same names."""
+def _faults_of_values(
+    composer: Composer, values: Sequence[Override], config: DictConfig, kind: type[RunnerConfig], known: set[str]
+) -> list[Violation]:
+    """Apply values to `config`, and collect those that it does not take. `known` are paths with a fault already."""
+    return [
+        item
+        for override in values
+        if override.key_or_group not in known
+        for item in _apply(composer, override, config, kind)
+    ]
+
+
+def _faults_of_settings(
+    config: DictConfig,
+    kind: type[RunnerConfig],
+    context: Context,
+    also: Callable[[RunnerConfig, DictConfig], list[Violation]] | None,
+) -> list[Violation]:
+    """What the launcher's declarations, the configuration's, the rules and the caller find."""
+    found = launcher_in(config)[1]
+    resolved, broken = inspect(config, kind=kind, context=context)
+    found += broken
+    if also is not None and resolved is not None:
+        found += also(resolved, config)
+    return found
+
+
+def _explained_by(hidden: list[Violation], violations: list[Violation]) -> list[Violation]:
+    """Violations of hidden settings, in place of others of the same names, which they explain."""
     paths = {item.path for item in hidden}
     return [*hidden, *(item for item in violations if item.path not in paths)]
-
-
-def _is_choice(composer: Composer, override: Override) -> bool:
-    return override.package is not None or composer.group_exists(override.key_or_group)
 
 
 def _choice_fault(composer: Composer, override: Override) -> Violation | None:
@@ -164,11 +193,14 @@ def _apply(composer: Composer, override: Override, config: DictConfig, kind: typ
             return [_unknown(config, path, kind)]
         if isinstance(cause, OmegaConfBaseException):
             return [wrong_type(path, override.value(), cause)]
-        return [Violation(path, ABSENT, _first_line(error), "mend the override")]
+        return [Violation(path, ABSENT, _first_line(error), "fix the override")]
 
 
 def _null_mapping(config: DictConfig, path: str) -> str | None:
-    """The part of a path that is a mapping and null."""
+    """The part of a path that is a mapping and null.
+
+    Asked before the override is applied: OmegaConf 2.3 fails there with a bare AttributeError that names nothing.
+    """
     owner: Any = config
     parts = path.split(".")
     for index, part in enumerate(parts):
@@ -181,7 +213,7 @@ def _null_mapping(config: DictConfig, path: str) -> str | None:
 
 
 def _unknown(config: DictConfig, path: str, kind: type) -> Violation:
-    """The fault of a path with an unknown part: the first part that is unknown is the one to mend."""
+    """The fault of a path with an unknown part: the first part that is unknown is the one to fix."""
     owner: Any = config
     parts = path.split(".")
     for index, part in enumerate(parts):
@@ -203,7 +235,7 @@ def _unparsed(text: str) -> Violation:
     return Violation(key, value, "the value cannot be read", f"{opened}write it in quotes: '{key}=\"{value}\"'")
 
 
-def _sweep(override: Override, text: str) -> Violation:
+def _several_values(override: Override, text: str) -> Violation:
     text = text.partition("=")[2]
     return Violation(
         override.key_or_group,
@@ -214,7 +246,11 @@ def _sweep(override: Override, text: str) -> Violation:
 
 
 def _composition_fault(composer: Composer, error: Exception) -> Violation:
-    """What Hydra says of a config file, as a violation."""
+    """Hydra's error as a violation.
+
+    Hydra's errors carry no data: their text is all there is. Where a later version words one differently, its own first
+    line is reported instead.
+    """
     text = "\n".join(str(item) for item in (error, error.__cause__) if item is not None and str(item))
     if twice := re.search(r"Multiple values for ([^\s.]+)\.", text):
         fix = f"write {twice[1]}=NAME without + on a command line, 'override {twice[1]}: NAME' in a defaults list"
@@ -231,9 +267,9 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
     where = re.search(r"In '([^']+)'", text)
     key = re.search(r"full_key: (\S+)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "raised while" not in line]
-    mend = f"mend it in {where[1]}.yaml" if where else "mend the command line or the configuration files"
-    said = lines[0] if lines else type(error).__name__
-    return Violation(key[1] if key else "configuration", ABSENT, said, mend)
+    fix = f"fix it in {where[1]}.yaml" if where else "fix the command line or the configuration files"
+    rule = lines[0] if lines else type(error).__name__
+    return Violation(key[1] if key else "configuration", ABSENT, rule, fix)
 
 
 def _no_such_choice(composer: Composer, group: str, name: str, where: str = "") -> Violation:

@@ -1,4 +1,4 @@
-"""Everything this package asks of Hydra beyond its public interface, in one place, for 1.3.8 and 1.4.
+"""Adapter of Hydra's private interface, for 1.3.8 and 1.4: no other module imports `hydra._internal`.
 
 Not public, and the same in both versions: the `Hydra` object with its configuration loader and repository, the parser
 of the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import hydra
 from hydra._internal import config_loader_impl
@@ -29,10 +28,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import run_job, setup_globals
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from danling_conf.schema import RunnerConfig
@@ -40,6 +40,9 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 # Hydra 1.3 asks for its version_base; 1.4 warns at every run that passes one.
 VERSION_BASE: dict[str, Any] = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+"""What composing raises for a faulty command line or configuration file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class Composer:
         self._hydra = instance
 
     def compose(self, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
-        """What Hydra composes, its own `hydra` node included. Raises Hydra's errors."""
+        """The composed configuration, Hydra's own `hydra` node included. Raises Hydra's errors."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         with _named_defects():
             return self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
@@ -75,7 +78,7 @@ class Composer:
             ConfigLoaderImpl._apply_overrides_to_config([override], config)
 
     def sweep_config(self, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
-        """What Hydra's own launchers get for one job of a sweep. Raises Hydra's errors."""
+        """The configuration that Hydra's own launchers use for one job of a sweep. Raises Hydra's errors."""
         with _named_defects():
             return self.loader.load_sweep_config(master, list(overrides))
 
@@ -114,23 +117,23 @@ class Composer:
         return self.loader.repository.get_group_options(group)
 
     def multirun(self, overrides: Sequence[str], task: Any) -> Any:
-        """Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised.
-
-        Its sweepers compose every job before they give it to the launcher, to see whether that can be done; they stop
-        at the first fault. Our launchers compose and check all jobs themselves, so this is left out.
-        """
-        with mock.patch.object(Sweeper, "validate_batch_is_legal", return_value=None):
+        """Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised."""
+        with _batches_unvalidated():
             return self._hydra.multirun(self.search.config_name, task, list(overrides))
 
     def sweep_jobs(self, master: DictConfig) -> list[list[str]]:
         """The jobs that Hydra's own sweeper makes of a sweep, each as its overrides. Raises Hydra's errors."""
         parameters = master.hydra.sweeper.get("params") or {}
         given = [*(f"{key}={value}" for key, value in parameters.items()), *map(str, master.hydra.overrides.task)]
-        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(given)
+        return self.split_jobs(given)
+
+    def split_jobs(self, overrides: Sequence[str]) -> list[list[str]]:
+        """Every combination of the values in a sweep's overrides. Raises Hydra's errors."""
+        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
         return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
     def run_job(self, config: DictConfig, task: Any, directory: Path) -> Any:
-        """Run `task` as Hydra's job in `directory`: its `.hydra` and job log are written there, its callbacks called.
+        """Run `task` as Hydra's job in `directory`: Hydra writes `.hydra` and the job log there, and calls callbacks.
 
         Raises what the task raised.
         """
@@ -138,7 +141,7 @@ class Composer:
 
 
 def run_frozen(settings: Mapping[str, Any], config: Mapping[str, Any], task: Any, directory: Path) -> Any:
-    """`Composer.run_job` of a configuration that was composed elsewhere.
+    """`Composer.run_job` for a configuration that another process composed.
 
     Args:
         settings: of `hydra_settings`.
@@ -168,16 +171,44 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
     return result
 
 
+def knows_all_jobs(master: DictConfig) -> bool:
+    """Whether the sweeper of a sweep is Hydra's own, which knows all jobs before the first one starts."""
+    # By name: Hydra's discovery of plugins executes their modules again, so that there may be two classes of this name.
+    return bool(master.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}")
+
+
+@contextmanager
+def _batches_unvalidated() -> Iterator[None]:
+    """Keep Hydra's sweepers from composing their jobs before they hand them to the launcher.
+
+    A sweeper composes every job once to validate it, and stops at the first fault. Our launchers compose and check all
+    jobs themselves before any starts, and report all faults: the sweeper's validation would hide all but one of them,
+    and cost more than our whole check. No setting turns it off, and the sweeper is made inside of `Hydra.multirun`,
+    whose body differs between versions; so the method is replaced on the class that all sweepers inherit it from.
+    This is safe: other launchers have been refused before a sweep starts, and a process runs one sweep at a time.
+    """
+    validate = Sweeper.validate_batch_is_legal
+
+    def accept(self: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+        """Leave the check to the launcher."""
+
+    Sweeper.validate_batch_is_legal = accept  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Sweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
+
+
 @contextmanager
 def _named_defects() -> Iterator[None]:
-    """Bare errors that Hydra and OmegaConf let through, as errors of theirs; files that cannot be read, as refusals."""
+    """Turn bare errors that Hydra and OmegaConf let through into errors of theirs, and YAML errors into refusals."""
     try:
         yield
     except YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}: " if mark else ""
         name = Path(mark.name).name if mark else "a configuration file"
-        raise ConfigRefused([Violation(name, ABSENT, f"{where}{problem or error}", "mend the YAML")]) from error
+        raise ConfigRefused([Violation(name, ABSENT, f"{where}{problem or error}", "fix the YAML")]) from error
     except (AttributeError, AssertionError, TypeError) as error:
         text = str(error)
         if "NoneType" in text:  # OmegaConf 2.3: keys given to a mapping that is null
@@ -189,7 +220,10 @@ def _named_defects() -> Iterator[None]:
 
 @contextmanager
 def composer(search: ConfigSearch) -> Iterator[Composer]:
-    """Hydra, initialised for an app; other users of Hydra in this process find it as they left it."""
+    """Hydra, initialised for an app.
+
+    Hydra's state is global: that of an enclosing `hydra.main`, or of a notebook, is put aside and restored at the end.
+    """
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     _set_version_base()
@@ -198,7 +232,7 @@ def composer(search: ConfigSearch) -> Iterator[Composer]:
         directory = Path(search.config_dir).absolute()
         if not directory.is_dir():
             raise ConfigRefused(
-                [Violation("--config-dir", search.config_dir, "there is no such directory", "give an existing one")]
+                [Violation("--config-dir", search.config_dir, "there is no such directory", "name an existing one")]
             )
         path.prepend("command-line", f"file://{directory}", anchor=SearchPathQuery(provider="schema"))
     try:
@@ -221,16 +255,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def hydra_settings(composed: DictConfig, directory: Path | None) -> dict[str, Any]:
-    """Hydra's own node of what was composed, as it is while a job runs in `directory`; interpolations are kept.
+    """Hydra's own node of a composed configuration as plain values; interpolations are kept.
 
-    Without a directory nothing is said of where it runs: `settings_in` does that later.
+    Args:
+        directory: of the job; None where it is not known yet, and `settings_in` fills it in later.
     """
     settings: Any = OmegaConf.to_container(composed.hydra, enum_to_str=True)
     return settings if directory is None else settings_in(settings, directory)
 
 
 def settings_of_job(settings: Mapping[str, Any], *, task: Sequence[str] | None = None, **job: Any) -> dict[str, Any]:
-    """Hydra's settings with a job's own overrides and facts of `hydra.job` in place; the rest is shared."""
+    """Hydra's settings with a job's own overrides and its entries of `hydra.job`; the rest is shared between jobs."""
     overrides = settings["overrides"] if task is None else {**settings["overrides"], "task": list(task)}
     return {**settings, "overrides": overrides, "job": {**settings["job"], **job}}
 
@@ -242,7 +277,7 @@ def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[str, Any]:
-    """What Hydra 1.3 writes down of a job's overrides in `hydra.job`; 1.4 computes it when it is asked for."""
+    """The entries that Hydra 1.3 adds to `hydra.job` for a job's overrides; 1.4 computes them when they are read."""
     name = getattr(config_loader_impl, "get_overrides_dirname", None)
     if name is None:
         return {}
@@ -254,13 +289,16 @@ def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[st
 
 
 def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
-    """Be in Hydra's job, in a process that composed nothing itself; gives Hydra's own node.
+    """Join Hydra's job in a process that composed nothing itself.
 
-    `HydraConfig.get()` answers, and `hydra.job.chdir` and `hydra.job.env_set` hold, as where Hydra started the job.
+    `HydraConfig.get()`, `hydra.job.chdir` and `hydra.job.env_set` work as in a process that Hydra started the job in.
 
     Args:
         settings: of `hydra_settings`.
         config: the rest of the configuration, which they may refer to.
+
+    Returns:
+        Hydra's own node.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -270,7 +308,9 @@ def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictCon
     os.environ.update({name: str(value) for name, value in typed.hydra.job.env_set.items()})
     if typed.hydra.job.chdir:
         os.chdir(typed.hydra.runtime.output_dir)
-    return typed.hydra
+    node = typed.hydra
+    assert isinstance(node, DictConfig)
+    return node
 
 
 def _frozen_node(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
@@ -283,12 +323,12 @@ def _frozen_node(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Dict
 
 @contextmanager
 def hydra_of(composed: DictConfig) -> Iterator[None]:
-    """`HydraConfig.get()`, and so `${hydra:...}`, answer from what was composed; afterwards as before."""
+    """Let `HydraConfig.get()`, and so `${hydra:...}`, answer from a composed configuration."""
     from hydra.core.hydra_config import HydraConfig
 
     instance = HydraConfig.instance()
     previous = instance.cfg
-    instance.set_config(copy.deepcopy(composed))
+    instance.set_config(copy.deepcopy(composed))  # it makes the node that it is given read-only
     try:
         yield
     finally:
@@ -296,7 +336,7 @@ def hydra_of(composed: DictConfig) -> Iterator[None]:
 
 
 def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Violation]:
-    """Folders of configs that have the name of a setting: Hydra would take `name=value` for a choice of the group."""
+    """Faults of folders of configs named like a setting: Hydra takes `name=value` for a choice from such a folder."""
     violations = []
     for item in fields(kind):
         if item.name.startswith("_") or item.default is MISSING:  # sections are groups by right

@@ -1,4 +1,4 @@
-"""What a configuration is: plain form, canonical form, and the two hashes."""
+"""Identity of a configuration: its plain form, its canonical form, and the two hashes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def canonical(config: Any) -> str:
 
 
 def layout_name(layout: Layout) -> str:
-    """A layout as one writes it: `fsdp8_tp2`."""
+    """A layout's name on the command line: `fsdp8_tp2`."""
     return name_of(layout)
 
 
@@ -72,20 +72,29 @@ def difference_from_defaults(config: RunnerConfig) -> dict[str, Any]:
 
 
 def _section(section: Any, semantic_only: bool) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    open_to = getattr(section, "open_to", None)
-    for name, facts in {item.name: facts_of(item) for item in fields(declared_class(section))}.items():
-        if name.startswith("_") or (semantic_only and not facts.semantic):
-            continue
-        result[name] = _plain_value(getattr(section, name), semantic_only)
-    for name, value in open_keys(section).items():
-        result[name] = _plain_value(value, semantic_only)
-    if semantic_only and isinstance(open_to, type):
-        unimportant = {item.name for item in fields(open_to) if not facts_of(item).semantic}
-        for name, value in result.items():
-            if isinstance(value, dict):
-                result[name] = {key: inner for key, inner in value.items() if key not in unimportant}
-    return {name: value for name, value in result.items() if not (semantic_only and value == {})}
+    named = {
+        item.name: getattr(section, item.name)
+        for item in fields(declared_class(section))
+        if not item.name.startswith("_") and (facts_of(item).semantic or not semantic_only)
+    }
+    opened = open_keys(section)
+    plain_values = {name: _plain_value(value, semantic_only) for name, value in (named | opened).items()}
+    if not semantic_only:
+        return plain_values
+    unimportant = _unimportant_keys(section)
+    kept = {name: _without(value, unimportant) for name, value in plain_values.items()}
+    # A section of which nothing is left is no difference from one that does not exist.
+    return {name: value for name, value in kept.items() if value != {}}
+
+
+def _unimportant_keys(section: Any) -> set[str]:
+    """Keys of the mappings in an open section that do not change the result of training."""
+    shape = getattr(section, "open_to", None)
+    return {item.name for item in fields(shape) if not facts_of(item).semantic} if isinstance(shape, type) else set()
+
+
+def _without(value: Any, keys: set[str]) -> Any:
+    return {key: inner for key, inner in value.items() if key not in keys} if isinstance(value, dict) else value
 
 
 def _plain_value(value: Any, semantic_only: bool) -> Any:

@@ -1,41 +1,42 @@
-"""One job of a sweep, composed and checked: what is needed to start it anywhere, later."""
+"""Job of a sweep, composed and checked, with the settings of the launcher that starts it.
+
+`hydra.launcher` is no part of a run's configuration, but its settings are declared and checked in the same way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from danling_conf.config.identity import config_id, job_id, plain
+from danling_conf.config.identity import config_id, job_id
+from danling_conf.config.resolve import merge_leaves
+from danling_conf.config.typed import check_declarations
+from danling_conf.groups.source import LAUNCHERS
 from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.schema.launcher import LauncherConfig
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.violation import Violation, unique
+
+PREFIX = "hydra.launcher."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A configuration of a sweep that was accepted."""
+    """An accepted job of a sweep: all that is needed to start it anywhere, later."""
 
     number: int
     """Its place in the sweep."""
     overrides: tuple[str, ...]
-    """What was given for it on the command line, the sweep's values in place."""
+    """Its overrides on the command line, with the sweep's values in place."""
     config: RunnerConfig
     """Resolved and read-only."""
     hydra: Mapping[str, Any]
-    """Hydra's own settings (`hydra_adapter.hydra_settings`), the launcher's among them."""
-
-    @cached_property
-    def launcher(self) -> dict[str, Any]:
-        """`hydra.launcher` as it is for this job, whose own settings it may refer to."""
-        settings = dict(self.hydra["launcher"])
-        if "${" in str(settings):
-            whole = OmegaConf.create({**plain(self.config), "hydra": dict(self.hydra)})
-            resolved: Any = OmegaConf.to_container(whole.hydra.launcher, resolve=True)
-            return resolved
-        return settings
+    """Hydra's own settings (`hydra_adapter.hydra_settings`), shared between jobs."""
+    launcher: Mapping[str, Any]
+    """`hydra.launcher` of this job as plain values, interpolations resolved."""
 
     @property
     def job_id(self) -> str:
@@ -47,4 +48,36 @@ class Job:
 
     @property
     def layout(self) -> Layout:
-        return layout_of(self.config.parallel.axes, self.config.fsdp.enabled)
+        return layout_of(self.config)
+
+
+def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, list[Violation]]:
+    """Settings of one of our launchers as its class, and their faults; None for another package's launcher.
+
+    Args:
+        settings: plain values, interpolations resolved.
+    """
+    target = settings.get("_target_")
+    kind = next((kind for kind in LAUNCHERS.values() if getattr(kind, "_target_", None) == target), None)
+    if kind is None:
+        return None, []
+    node = OmegaConf.structured(kind)
+    violations = merge_leaves(node, settings, kind, PREFIX)
+    violations += check_declarations(node, kind, PREFIX)
+    typed = OmegaConf.to_object(node)
+    assert isinstance(typed, LauncherConfig)
+    return typed, unique(violations)
+
+
+def launcher_in(config: DictConfig) -> tuple[LauncherConfig | None, list[Violation]]:
+    """`check_launcher` of a composed configuration, without the launcher's settings that refer to others.
+
+    Those others may be faulty themselves, and would then be reported a second time.
+    """
+    if "hydra" not in config:
+        return None, []
+    given: Any = OmegaConf.to_container(config.hydra.launcher)
+    settings = {key: value for key, value in given.items() if "${" not in str(value)}
+    if "name" in given:  # by default it refers to the name of Hydra's job, and it has to be a string
+        settings["name"] = str(given["name"]).replace("$", "")
+    return check_launcher(settings)

@@ -1,4 +1,7 @@
-"""Read-only configuration objects of the user's class."""
+"""Read-only configuration objects that stay instances of the user's class.
+
+`@dataclass(frozen=True)` would not do: the classes are the user's, and a configuration is filled before it is frozen.
+"""
 
 from __future__ import annotations
 
@@ -57,5 +60,11 @@ def _readonly_class(kind: type, extra: tuple[str, ...]) -> type:
         "__qualname__": kind.__qualname__,
         READONLY: False,
     }
-    return make_dataclass(kind.__name__, [(name, Any, None) for name in extra], bases=(kind,), namespace=namespace,
-                          kw_only=True, eq=False)  # fmt: skip
+    return make_dataclass(
+        kind.__name__,
+        [(name, Any, None) for name in extra],
+        bases=(kind,),
+        namespace=namespace,
+        kw_only=True,
+        eq=False,
+    )

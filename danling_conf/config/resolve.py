@@ -1,4 +1,8 @@
-"""The one way out of OmegaConf: a composed configuration becomes a checked, read-only object of the user's class."""
+"""Resolution: a composed configuration becomes a checked, read-only object of the user's class.
+
+This is the one way out of OmegaConf: everything behind it reads plain dataclasses. `_get_node`, `_value` and the `_is_`
+methods are OmegaConf's own names for nodes; its public access would resolve interpolations, which may be broken here.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, overload
 
 from omegaconf import AnyNode, DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.hydra_adapter import hydra_of
+from danling_conf.config.identity import plain
 from danling_conf.config.readonly import freeze
 from danling_conf.config.typed import check_declarations, unknown_key, wrong_type
 from danling_conf.schema import RunnerConfig
@@ -23,15 +29,24 @@ from danling_conf.topology.rules import Context, violations_of
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
 Config = TypeVar("Config", bound=RunnerConfig)
+"""The user's class of configurations."""
 
 
-def resolve(config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None) -> Any:
+@overload
+def resolve(config: Config, *, context: Context | None = None) -> Config: ...
+@overload
+def resolve(config: DictConfig | Mapping[str, Any], *, context: Context | None = None) -> RunnerConfig: ...
+@overload
+def resolve(config: object, *, kind: type[Config], context: Context | None = None) -> Config: ...
+
+
+def resolve(config: Any, *, kind: type[Any] = RunnerConfig, context: Context | None = None) -> Any:
     """A checked, read-only configuration.
 
     Args:
-        config: what Hydra composed (a `DictConfig`), a mapping such as a loaded YAML file, or a configuration object.
+        config: a composed `DictConfig`, a mapping such as a loaded YAML file, or a configuration object.
         kind: the configuration's class, where `config` does not carry one.
-        context: what rules may know beside the configuration; this machine when None.
+        context: what rules may know besides the configuration; this machine when None.
 
     Returns:
         An instance of the configuration's class: aliases canonical, `stack` derived, degrees of -1 filled.
@@ -49,26 +64,35 @@ def resolve(config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Co
 
 def inspect(
     config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None, spent: bool = False
-) -> tuple[Any, list[Violation]]:
+) -> tuple[RunnerConfig | None, list[Violation]]:
     """The resolved configuration and all its violations; the configuration is of use only when there are none.
 
     Args:
-        spent: nobody needs what was composed afterwards, so that it need not be copied.
+        spent: `config` may be changed, since the caller does not use it afterwards; this saves a copy.
+
+    Returns:
+        The configuration, None where settings are missing; and the violations.
     """
     context = context or Context(machine=this_machine())
     node, violations = _typed_copy(config, kind, spent)
-    node_kind = OmegaConf.get_type(node) or kind
-    violations += check_declarations(node, node_kind)
+    violations += check_declarations(node, OmegaConf.get_type(node) or kind)
     OmegaConf.resolve(node)
     if _has_missing(node):
         return None, unique(violations)
     faulty = {item.path for item in violations}
     resolved: Any = OmegaConf.to_object(node)
+    # A setting that broke its declaration was reset to its default: what rules say of that default is no fault.
     violations += [item for item in violations_of(resolved, context) if item.path not in faulty]
     if not violations:
         _derive(resolved, context)
         freeze(resolved)
     return resolved, unique(violations)
+
+
+def declared_kind(config: DictConfig) -> type[RunnerConfig] | None:
+    """The class that a configuration was declared with; None for a bare mapping."""
+    declared = OmegaConf.get_type(config)
+    return declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else None
 
 
 def _has_missing(node: Node) -> bool:
@@ -82,31 +106,32 @@ def _has_missing(node: Node) -> bool:
 
 
 def _typed_copy(config: Any, kind: type[RunnerConfig], spent: bool) -> tuple[DictConfig, list[Violation]]:
-    violations: list[Violation] = []
     if isinstance(config, DictConfig):
         node = _without_hydra(config, spent)
-        declared = OmegaConf.get_type(node)
-        if isinstance(declared, type) and issubclass(declared, RunnerConfig):
-            return node, violations
+        if declared_kind(node) is not None:
+            return node, []
         given: Any = OmegaConf.to_container(node)
     elif is_dataclass(config) and not isinstance(config, type):
         node = OmegaConf.structured(config)
         open_sections(node)
-        return node, violations
+        return node, []
     elif isinstance(config, Mapping):
         given = dict(config)
     else:
         raise TypeError(f"resolve takes a composed configuration, a mapping or a RunnerConfig, not {type(config)}")
     node = OmegaConf.structured(kind)
     open_sections(node)
-    violations += list(merge_leaves(node, given, kind))
-    return node, violations
+    return node, merge_leaves(node, given, kind)
 
 
 def _without_hydra(config: DictConfig, spent: bool) -> DictConfig:
-    """A copy, or what is spent itself, without Hydra's own node, whose values are given to what refers to them."""
+    """A copy of a configuration, or itself where it is spent, without Hydra's own node.
+
+    Settings that refer to Hydra's node get its values first.
+    """
     hydra = config._get_node("hydra") if config and "hydra" in config else None
-    # Most configurations do not refer to it, and it is the larger half of what would be copied, twice.
+    # Most configurations do not refer to it, and it is the larger half of what would be copied, twice. The memo of
+    # `deepcopy` puts an empty node in its place.
     left_out = hydra is not None and not refers_to_hydra(config)
     node = config if spent else copy.deepcopy(config, {id(hydra): AnyNode(None)} if left_out else {})
     OmegaConf.set_readonly(node, None)
@@ -130,7 +155,7 @@ def refers_to_hydra(node: Node) -> bool:
 
 
 def _resolve_hydra(node: DictConfig | ListConfig) -> None:
-    """Give the values of Hydra's own settings to what refers to them; what cannot be resolved is left to checking."""
+    """Replace interpolations of Hydra's settings by their values; the check reports those that do not resolve."""
     for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
         child = None if key == "hydra" else node._get_node(key)
         if not isinstance(child, Node) or child._is_none() or child._is_missing():
@@ -164,9 +189,32 @@ def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: 
 def _derive(config: RunnerConfig, context: Context) -> None:
     """Fill what follows from the rest: degrees of -1, and the stack."""
     axes = config.parallel.axes
-    layout = fill(layout_of(axes, config.fsdp.enabled), context.machine.fill_world_size)
+    layout = fill(layout_of(config), context.machine.fill_world_size)
     for axis, degree in layout.degrees().items():
         setattr(axes, axis, degree)
     if config.stack == "auto":
         replicated_only = layout.world_size == layout.replicate and not layout.fsdp
         config.stack = "ddp" if replicated_only else "parallel"
+
+
+def save(config: RunnerConfig, path: str | Path) -> None:
+    """Write a configuration, open keys included, as YAML."""
+    OmegaConf.save(OmegaConf.create(plain(config)), Path(path))
+
+
+@overload
+def load(path: str | Path) -> RunnerConfig: ...
+@overload
+def load(path: str | Path, kind: type[Config]) -> Config: ...
+
+
+def load(path: str | Path, kind: type[Any] = RunnerConfig) -> Any:
+    """Read a configuration that `save` or a run wrote, and check it like any other.
+
+    Args:
+        kind: class of the configuration.
+
+    Raises:
+        ConfigRefused: it breaks rules here, for instance because this machine has another number of devices.
+    """
+    return resolve(OmegaConf.load(Path(path)), kind=kind)

@@ -1,4 +1,4 @@
-"""Composing the jobs of a sweep: once for each distinct choice of groups, values applied to copies."""
+"""Composer of a sweep's jobs: composes once for each choice of groups, and applies values to copies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from danling_conf.config.resolve import refers_to_hydra
 
 @dataclass(frozen=True, kw_only=True)
 class _Composed:
-    """What one choice of groups composes to, before values are applied."""
+    """The configuration of one choice of groups, before values are applied."""
 
     config: DictConfig
     settings: Mapping[str, Any]
@@ -32,9 +32,9 @@ class _Composed:
 class SweepComposer:
     """Composes jobs exactly as Hydra's own launchers do, in a tenth of the time.
 
-    Hydra composes anew for every job, although most jobs of a sweep differ in values alone, which it applies to what
-    it has composed. Which overrides are values is for Hydra's own classification to say. Jobs whose overrides reach
-    into Hydra's node, which only sweepers of other packages give, are composed by Hydra itself.
+    Hydra composes anew for every job, although most jobs of a sweep differ in values alone, and values are applied
+    after composing. Hydra's own classification decides which overrides are values. Jobs whose overrides reach into
+    Hydra's node, which only other packages' sweepers produce, are composed by Hydra itself.
     """
 
     def __init__(self, composing: Composer, master: DictConfig) -> None:
@@ -46,25 +46,26 @@ class SweepComposer:
         self._composed: dict[tuple[str, ...], _Composed] = {}
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """What `load_sweep_config(master, overrides)` gives. Raises Hydra's errors."""
+        """The same as `load_sweep_config(master, overrides)`. Raises Hydra's errors."""
         parsed, values, composed = self._classify(overrides)
         if composed is None:
             return self._composing.sweep_config(self._master, overrides)
         config = self._applied(composed, values)
         written = config.hydra.overrides.task
-        while len(written):
+        while len(written):  # it has the choices only; Hydra lists all of a job's overrides, in their order
             written.pop()
         for item in parsed:
             written.append(str(item.input_line))
         config.hydra.job.update(override_facts(config, parsed))
+        # The cache of `${now:...}`: all jobs of a sweep share the time at which it was composed.
         OmegaConf.copy_cache(from_config=self._master, to_config=config)
         return config
 
     def compose_job(self, overrides: Sequence[str], number: int) -> tuple[DictConfig, dict[str, Any]]:
-        """A job's configuration with its number, and Hydra's own node of it as plain values (`hydra_settings`).
+        """A job's configuration, and its node of Hydra's settings as plain values (`hydra_settings`).
 
         The configuration has no `hydra` where nothing refers to it: it is the larger half, and the same for all jobs.
-        The plain values are shared between jobs: they are not to be written to. Raises Hydra's errors.
+        The plain values are shared between jobs, so do not write to them. Raises Hydra's errors.
         """
         identity = {"num": number, "id": str(number)}
         parsed, values, composed = self._classify(overrides)
@@ -80,8 +81,10 @@ class SweepComposer:
         return config, settings_of_job(composed.settings, task=lines, **facts, **identity)
 
     def _classify(self, overrides: Sequence[str]) -> tuple[list[Override], list[Override], _Composed | None]:
-        """A job's overrides, those of them that are values, and what the others compose to; None where only Hydra
-        itself can say what comes of them."""
+        """A job's overrides, those of them that are values, and the composition of the others.
+
+        The composition is None where Hydra has to compose the job itself.
+        """
         try:
             parsed = [self._parse(text) for text in overrides]
         except OverrideParseException:  # its message names all overrides, Hydra's own included
@@ -95,6 +98,7 @@ class SweepComposer:
 
     def _applied(self, composed: _Composed, values: Sequence[Override], *, hydra: bool = True) -> DictConfig:
         left_out = {} if hydra else {id(composed.config._get_node("hydra")): AnyNode(None)}
+        # A copy, since values are applied in place; the memo of `deepcopy` puts an empty node in place of Hydra's.
         config = copy.deepcopy(composed.config, left_out)
         if not hydra:
             with open_dict(config):
@@ -124,6 +128,9 @@ class SweepComposer:
 
 
 def _reaches_into_hydra(override: Override) -> bool:
-    """Whether an override may change what Hydra reads while it composes; a sweep of values is refused by Hydra."""
+    """Whether an override may change what Hydra reads while it composes.
+
+    Overrides with several values are among them, so that Hydra refuses them as it always does.
+    """
     key = override.key_or_group
     return override.is_sweep_override() or not key or "[" in key or key.partition(".")[0].partition("/")[0] == "hydra"

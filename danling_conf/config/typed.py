@@ -1,4 +1,4 @@
-"""The first half of checking: keys and values against their declarations, all faults at once."""
+"""Check of keys and values against their declarations; the rules of `topology` follow it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from danling_conf.topology.violation import ABSENT, Violation, show
 def check_declarations(node: DictConfig, kind: type, prefix: str = "") -> list[Violation]:
     """Check every key and value below `node` against the dataclass `kind`, and make `node` canonical.
 
-    Aliases become what they stand for. What breaks its declaration is reset to its default, so that rules can be
-    applied to the rest.
+    Aliases become their canonical spelling. A setting that breaks its declaration is reset to its default, so that the
+    rules can check the rest.
     """
     return list(_check_section(node, kind, prefix))
 
@@ -42,9 +42,8 @@ def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
             fix = f"{prefix} has {', '.join(siblings)}"
         else:
             close = get_close_matches(path, setting_paths(root or kind), n=1, cutoff=0.6)
-            fix = f"did you mean {close[0]}?" if close else (
-                "settings of your own go below model or data, or in a subclass of RunnerConfig"
-            )  # fmt: skip
+            own = "settings of your own go below model or data, or in a subclass of RunnerConfig"
+            fix = f"did you mean {close[0]}?" if close else own
     return Violation(path, ABSENT, "there is no such setting", fix)
 
 
@@ -149,7 +148,7 @@ def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | 
         node[key]
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
-        return Violation(path, _unresolved(node, key), reason, "mend the interpolation")
+        return Violation(path, _unresolved(node, key), reason, "fix the interpolation")
     return None
 
 
@@ -159,32 +158,44 @@ def _unresolved(node: DictConfig, key: Any) -> Any:
 
 
 def value_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
-    """Rule and fix of a value that its setting does not allow; None for one that it does."""
+    """Rule and fix of a value that its setting does not allow; None for an allowed one."""
+    return _choice_fault(facts, value) or _kind_fault(facts, value) or _range_fault(facts, value)
+
+
+def _choice_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     allowed = [*(facts.choices or ()), *(facts.aliases or {})]
-    if facts.choices is not None and str(value) not in allowed:
-        near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        return (
-            f"it must be one of {', '.join(facts.choices)}",
-            f"did you mean {near[0]}?" if near else "choose one of them",
-        )
-    if facts.kinds is not None and not isinstance(_plain(value), facts.kinds):
-        names = " or a ".join(_KINDS[kind] for kind in facts.kinds)
-        return (
-            f"it must be a {names}",
-            "set keys below it" if dict in facts.kinds else "write one name, or [one,another]",
-        )
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if facts.at_least is not None and value < facts.at_least:
-            return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
-        if facts.at_most is not None and value > facts.at_most:
-            return f"it must be at most {show(facts.at_most)}", f"choose {show(facts.at_most)} or less"
-        if facts.above is not None and not value > facts.above:
-            return f"it must be greater than {show(facts.above)}", "choose a larger value"
+    if facts.choices is None or str(value) in allowed:
+        return None
+    near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+    return f"it must be one of {', '.join(facts.choices)}", f"did you mean {near[0]}?" if near else "choose one of them"
+
+
+def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
+    if facts.kinds is None or isinstance(_plain(value), facts.kinds):
+        return None
+    names = " or a ".join(_KINDS[kind] for kind in facts.kinds)
+    return f"it must be a {names}", "set keys below it" if dict in facts.kinds else "write one name, or [one,another]"
+
+
+def _range_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    if facts.at_least is not None and value < facts.at_least:
+        return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
+    if facts.at_most is not None and value > facts.at_most:
+        return f"it must be at most {show(facts.at_most)}", f"choose {show(facts.at_most)} or less"
+    # Not `<=`: a value that is not a number is not greater either.
+    if facts.above is not None and not value > facts.above:
+        return f"it must be greater than {show(facts.above)}", "choose a larger value"
     return None
 
 
 def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: bool = False) -> Iterator[Violation]:
-    """A mapping where the schema has an open place: typed leaf by leaf, then put back as its dataclass."""
+    """Check a mapping in an open place of the schema leaf by leaf, and put it back as its dataclass.
+
+    Args:
+        sparse: put back only the keys that were given, as a mapping.
+    """
     given = node[key]
     if not OmegaConf.is_dict(given):
         yield Violation(path, given, "it must be null or a mapping", f"write {path}.{fields(shape)[0].name}=...")
@@ -209,18 +220,18 @@ def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: boo
 def wrong_type(path: str, value: Any, error: Exception) -> Violation:
     """The violation of a value that OmegaConf refused."""
     reason = str(error).strip().splitlines()[0].rstrip(".")
-    for said, rule, fix in _REFUSALS:
-        if said in reason:
-            if isinstance(value, float) and value.is_integer() and "Integer" in said:
+    for message, rule, fix in _REFUSALS:
+        if message in reason:
+            if isinstance(value, float) and value.is_integer() and "Integer" in message:
                 fix = f"write {int(value)}"
-            if isinstance(value, list) and "ListConfig" in said:
+            if isinstance(value, list) and "ListConfig" in message:
                 rule, fix = "it must be a list of lists", "write [[one],[another]]"
             return Violation(path, value, rule, fix.replace("PATH", path))
     hint = re.search(r"type hint '(.+)'", reason)
     names = [shown for name, shown in _PRIMITIVES.items() if hint and re.search(rf"\b{name}\b", hint[1])]
     if names:
         return Violation(path, value, f"it must be {', or '.join(names)}", "write one of these")
-    return Violation(path, value, reason, "give a value of that type")
+    return Violation(path, value, reason, "write a value of that type")
 
 
 _KINDS: dict[type, str] = {str: "string", list: "list of strings", dict: "mapping"}
@@ -235,10 +246,18 @@ _REFUSALS = (
     ("to Dict[", "it must be a mapping", "set what is below it: PATH.KEY=VALUE"),
     ("is not a subclass of", "it must be a section", "set what is below it: PATH.KEY=VALUE"),
 )
-"""What OmegaConf says of a value that it refuses, in words that both of its versions use; the rule, and the fix."""
+"""A part of OmegaConf's message that both of its versions have, the rule, and the fix.
 
-_PRIMITIVES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a string",
-               "Optional": "null"}  # fmt: skip
+Its errors carry no data; a message that is not here is shown as it is.
+"""
+
+_PRIMITIVES = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "Optional": "null",
+}
 
 
 def _plain(value: Any) -> Any:
@@ -251,7 +270,7 @@ def _remove(node: DictConfig, key: Any) -> None:
 
 
 def _fill(node: DictConfig, item: Field[Any]) -> None:
-    """Give a setting any value that its type allows, so that the rest can be looked at."""
+    """Give a missing setting any value that its type allows, so that the rest can be checked."""
     values: tuple[Any, ...] = (item.default, None, 1, "", True, [], {})
     for value in values:
         with suppress(OmegaConfBaseException, ValueError):

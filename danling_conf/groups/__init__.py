@@ -1,4 +1,4 @@
-"""How settings are named: layout names, presets, base configs, and their one registration with Hydra."""
+"""Names for settings: layouts, presets, base configs, and the source where Hydra finds them."""
 
 from danling_conf.groups.base import register
 from danling_conf.groups.layout_names import LayoutNameError, name_of, parse_layout

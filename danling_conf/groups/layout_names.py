@@ -1,4 +1,4 @@
-"""The grammar of layout names: `fsdp64_tp8_pp2` and the layout it stands for, both ways."""
+"""Grammar of layout names: `fsdp64_tp8_pp2` to the layout that it stands for, and back."""
 
 from __future__ import annotations
 
@@ -15,14 +15,27 @@ _DEGREE = re.compile(r"[1-9][0-9]*")
 GRAMMAR = "single, or ddpN, fsdpN, hsdpRxS, tpN, cpN, ppN, epN, etpN joined with '_', such as fsdp64_tp8_pp2"
 
 EXAMPLES = (
-    "single", "ddp", "ddp2", "ddp4", "ddp8", "fsdp", "fsdp2", "fsdp4", "fsdp8", "hsdp2x2", "hsdp2x4",
-    "fsdp4_tp2", "fsdp8_tp8_pp2", "fsdp8_cp2", "fsdp8_ep4",
-)  # fmt: skip
+    "single",
+    "ddp",
+    "ddp2",
+    "ddp4",
+    "ddp8",
+    "fsdp",
+    "fsdp2",
+    "fsdp4",
+    "fsdp8",
+    "hsdp2x2",
+    "hsdp2x4",
+    "fsdp4_tp2",
+    "fsdp8_tp8_pp2",
+    "fsdp8_cp2",
+    "fsdp8_ep4",
+)
 """Names offered by completion; any other name of the grammar works as well."""
 
 
 class LayoutNameError(ValueError):
-    """A name that the grammar does not know; the message is one line that says which part and why."""
+    """A name outside the grammar; the message is one line with the part that is wrong, and why."""
 
 
 def parse_layout(name: str) -> Layout:

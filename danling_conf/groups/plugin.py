@@ -1,4 +1,4 @@
-"""The classes that Hydra's plugin discovery is given: installing the package is all the registration there is."""
+"""Plugin classes that Hydra discovers: installing the package is all the registration that groups need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class DanlingSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         path = f"{SCHEME}://"
-        # Hydra 1.4 finds the plugin twice: by its entry point and in the namespace package.
+        # Hydra 1.4 finds the plugin twice, by its entry point and in the namespace package; 1.3 finds the second only.
         if all(element.path != path for element in search_path.get_path()):
             search_path.append(PROVIDER, path)
 

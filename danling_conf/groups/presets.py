@@ -1,6 +1,7 @@
-"""The named presets of every group but `parallel`: names for settings that work well together, with the reason.
+"""Presets of every group but `parallel`: names for settings that work well together, each with the reason.
 
-A preset is sparse: it holds only what it names, so that presets of different groups combine in any order.
+A preset is sparse: it holds only what it is about, so that presets of different groups combine in any order, and none
+undoes what a file has set. Groups call their empty choice `none`, never `off`, which YAML reads as false.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Preset:
     doc: str
     """What it does and why one would choose it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings it gives, below the group's package."""
+    """Its settings, below the group's package."""
     package: str | None = None
     """Where the settings go: the group's own section when None, `_global_` for the root."""
 
@@ -28,7 +29,7 @@ GROUPS: dict[str, dict[str, Preset]] = {
     "fsdp": {
         "default": Preset("FSDP2 as torch has it; `precision` decides the dtypes. A layout's name switches FSDP on."),
         "fp32": Preset(
-            "Everything in fp32, whatever `precision` says: for debugging numerics.",
+            "Everything in fp32, whatever `precision` is: for debugging numerics.",
             {"mp_policy": {"param_dtype": "fp32", "reduce_dtype": "fp32"}},
         ),
         "bf16": Preset(
@@ -51,8 +52,9 @@ GROUPS: dict[str, dict[str, Preset]] = {
     },
     "compile": {
         "none": Preset("Eager execution: the quickest start, and the easiest to debug.", {"enable": False}),
-        "default": Preset("Compile each repeated block with torch's defaults: most of the gain, short to compile.",
-                          {"enable": True}),
+        "default": Preset(
+            "Compile each repeated block with torch's defaults: most of the gain, short to compile.", {"enable": True}
+        ),
         "max": Preset(
             "Compile each block with max-autotune: the fastest kernels for long runs, at the longest compile time.",
             {"enable": True, "mode": "max-autotune"},
@@ -66,7 +68,7 @@ GROUPS: dict[str, dict[str, Preset]] = {
             {"enable": True, "scope": "model"},
         ),
         "aot_eager": Preset(
-            "Trace forward and backward but generate no code: tells a tracing fault from a code-generation fault.",
+            "Trace forward and backward but generate no code: tells an error of tracing from one of code generation.",
             {"enable": True, "backend": "aot_eager"},
         ),
     },
@@ -84,8 +86,9 @@ GROUPS: dict[str, dict[str, Preset]] = {
             "Every rank writes its shards (torch.distributed.checkpoint) while training waits: no memory for a copy.",
             {"backend": "dcp", "async_mode": "disabled"},
         ),
-        "async": Preset("Shards written in the background while training goes on.",
-                        {"backend": "dcp", "async_mode": "async"}),
+        "async": Preset(
+            "Shards written in the background while training continues.", {"backend": "dcp", "async_mode": "async"}
+        ),
         "pinned": Preset(
             "As async, staged through page-locked memory: the shortest pause, for the price of host memory.",
             {"backend": "dcp", "async_mode": "async_with_pinned_mem"},
@@ -104,44 +107,64 @@ GROUPS: dict[str, dict[str, Preset]] = {
         "ordered": Preset("Samples in the data set's order: for comparing runs batch by batch.", {"shuffle": False}),
     },
     "optim": {
-        "adamw": Preset("AdamW with betas for transformers and decoupled weight decay: the safe default.",
-                        {"type": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}),
+        "adamw": Preset(
+            "AdamW with betas for transformers and decoupled weight decay: the safe default.",
+            {"type": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
+        ),
         "adam": Preset("Adam without weight decay: for small models and fine-tuning.", {"type": "adam", "lr": 1e-3}),
-        "sgd": Preset("SGD with momentum: half of Adam's state, strong on vision and small data.",
-                      {"type": "sgd", "lr": 0.1, "momentum": 0.9}),
+        "sgd": Preset(
+            "SGD with momentum: half of Adam's state, strong on vision and small data.",
+            {"type": "sgd", "lr": 0.1, "momentum": 0.9},
+        ),
         "muon": Preset(
             "Muon for hidden matrices and AdamW for the rest: fewer steps to the same loss for transformers.",
             {"type": "muon", "lr": 1e-3, "weight_decay": 0.1},
         ),
-        "adafactor": Preset("Adafactor: factored second moments, almost no optimizer state.",
-                            {"type": "adafactor", "lr": 1e-2}),
+        "adafactor": Preset(
+            "Adafactor: factored second moments, almost no optimizer state.", {"type": "adafactor", "lr": 1e-2}
+        ),
     },
     "scheduler": {
-        "constant": Preset("A constant learning rate: costs nothing, right for trials and for short fine-tuning.",
-                           {"type": "constant"}),
-        "linear": Preset("Linear decay to 0 over the run: the best final loss for a budget known beforehand.",
-                         {"type": "linear"}),
-        "cosine": Preset("Cosine decay to a tenth over the run: the usual choice for language models.",
-                         {"type": "cosine", "final_lr_ratio": 0.1}),
-        "wsd": Preset("Warm-up, stable, decay: a run can be prolonged from its stable part without a new schedule.",
-                      {"type": "wsd"}),
-        "plateau": Preset("Divide the learning rate by ten when the score stops improving: for unknown budgets.",
-                          {"type": "plateau", "factor": 0.1, "patience": 2}),
+        "constant": Preset(
+            "A constant learning rate: costs nothing, right for trials and for short fine-tuning.", {"type": "constant"}
+        ),
+        "linear": Preset(
+            "Linear decay to 0 over the run: the best final loss for a budget known beforehand.", {"type": "linear"}
+        ),
+        "cosine": Preset(
+            "Cosine decay to a tenth over the run: the usual choice for language models.",
+            {"type": "cosine", "final_lr_ratio": 0.1},
+        ),
+        "wsd": Preset(
+            "Warm-up, stable, decay: a run can be extended from its stable part without a new schedule.",
+            {"type": "wsd"},
+        ),
+        "plateau": Preset(
+            "Divide the learning rate by ten when the score stops improving: for unknown budgets.",
+            {"type": "plateau", "factor": 0.1, "patience": 2},
+        ),
     },
     "profiling": {
         "none": Preset("No profiler.", {"enabled": False}),
-        "trace": Preset("One trace of a few steps, with shapes: where does a step's time go?",
-                        {"enabled": True, "repeat": 1, "record_shapes": True}),
-        "memory": Preset("One trace with allocations and stacks, on CUDA the allocator's snapshot: who holds memory?",
-                         {"enabled": True, "repeat": 1, "profile_memory": True, "with_stack": True}),
-        "flops": Preset("One trace with estimated FLOPs: how far from the device's peak?",
-                        {"enabled": True, "repeat": 1, "with_flops": True}),
+        "trace": Preset(
+            "One trace of a few steps, with shapes: where does a step's time go?",
+            {"enabled": True, "repeat": 1, "record_shapes": True},
+        ),
+        "memory": Preset(
+            "One trace with allocations and stacks, on CUDA the allocator's snapshot: who holds memory?",
+            {"enabled": True, "repeat": 1, "profile_memory": True, "with_stack": True},
+        ),
+        "flops": Preset(
+            "One trace with estimated FLOPs: how far from the device's peak?",
+            {"enabled": True, "repeat": 1, "with_flops": True},
+        ),
     },
     "heartbeat": {
         "none": Preset("No heartbeats.", {"enabled": False}),
         "default": Preset("A heartbeat a minute: enough to find a stuck rank, at no cost.", {"enabled": True}),
-        "fast": Preset("A heartbeat every five seconds: while one looks for a hang.",
-                       {"enabled": True, "interval_seconds": 5.0}),
+        "fast": Preset(
+            "A heartbeat every five seconds: for finding a hang.", {"enabled": True, "interval_seconds": 5.0}
+        ),
     },
     "comm": {
         "default": Preset("torch's own time limits."),
@@ -149,20 +172,26 @@ GROUPS: dict[str, dict[str, Preset]] = {
             "Ten minutes for start-up and compilation, then one minute a collective: a lost rank is found quickly.",
             {"init_timeout_seconds": 600, "train_timeout_seconds": 60},
         ),
-        "patient": Preset("An hour for everything: for slow file systems, large compilations, debuggers.",
-                          {"init_timeout_seconds": 3600}),
+        "patient": Preset(
+            "An hour for everything: for slow file systems, large compilations, debuggers.",
+            {"init_timeout_seconds": 3600},
+        ),
     },
     "gc": {
-        "none": Preset("Python collects garbage when it likes."),
-        "paced": Preset("Collect on every rank at the same step, each 50: no rank makes the others wait.",
-                        {"interval": 50}),
-        "full": Preset("A full collection on every rank each 1000 steps, none between: for programs with few cycles.",
-                       {"interval": 1000, "generation": 2}),
+        "none": Preset("Python's own garbage collection."),
+        "paced": Preset(
+            "Collect on every rank at the same step, each 50: no rank makes the others wait.", {"interval": 50}
+        ),
+        "full": Preset(
+            "A full collection on every rank each 1000 steps, none between: for programs with few cycles.",
+            {"interval": 1000, "generation": 2},
+        ),
     },
     "ft": {
         "none": Preset("No fault tolerance beyond checkpoints.", {"enabled": False}),
-        "torchft": Preset("Replica groups managed by TorchFT: a lost group does not stop the others.",
-                          {"enabled": True}),
+        "torchft": Preset(
+            "Replica groups managed by TorchFT: a lost group does not stop the others.", {"enabled": True}
+        ),
     },
     "tracking": {
         "none": Preset(
@@ -172,12 +201,18 @@ GROUPS: dict[str, dict[str, Preset]] = {
         ),
         "tensorboard": Preset("TensorBoard event files in the run's directory.", {"tensorboard": True}, GLOBAL),
         "wandb": Preset("Weights & Biases.", {"wandb": {"enabled": True}}, GLOBAL),
-        "wandb_offline": Preset("Weights & Biases without a network: synchronise later.",
-                                {"wandb": {"enabled": True, "mode": "offline"}}, GLOBAL),
-        "mlflow": Preset("MLflow, in a SQLite database in the run's directory where no server is named.",
-                         {"mlflow": {"enabled": True}}, GLOBAL),
+        "wandb_offline": Preset(
+            "Weights & Biases without a network: upload later with `wandb sync`.",
+            {"wandb": {"enabled": True, "mode": "offline"}},
+            GLOBAL,
+        ),
+        "mlflow": Preset(
+            "MLflow, in a SQLite database in the run's directory where no server is named.",
+            {"mlflow": {"enabled": True}},
+            GLOBAL,
+        ),
     },
-}  # fmt: skip
+}
 
 DEFAULT_CHOICES: dict[str, str] = {
     "parallel": "single",

@@ -1,7 +1,7 @@
-"""Where Hydra finds our groups: a config source that makes presets, layouts and base configs from their names.
+"""Config source of Hydra that computes presets, layouts and base configs from their names.
 
-It keeps no state. Nodes in Hydra's ConfigStore cost every composition time (1.3.8 copies the whole store); names that
-are computed cost nothing until they are chosen.
+It keeps no state. Nodes in Hydra's ConfigStore would slow every composition (1.3.8 copies the whole store), and the
+layouts are too many to list. A computed config costs nothing until it is chosen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEME = "danling"
 
 
 def layout_settings(name: str) -> dict[str, Any]:
-    """The settings that a layout's name gives, at the root: all seven axes and `fsdp.enabled`."""
+    """The settings that a layout's name stands for, at the root: all seven axes and `fsdp.enabled`."""
     layout = parse_layout(name)
     return {"parallel": {"axes": layout.degrees()}, "fsdp": {"enabled": layout.fsdp}}
 
@@ -68,7 +68,7 @@ class NameSource(ConfigSource):
     def is_config(self, config_path: str) -> bool:
         group, name = _split(config_path)
         if group == LAYOUTS:
-            # A name that is nearly right is claimed too, so that its fault is named.
+            # A name that is nearly right is claimed too, so that `load_config` names the mistake and not a file.
             return looks_like_layout(name)
         if group == "":
             return name in base_names()

@@ -1,1 +1,1 @@
-"""Where processes start: the command line of an app, local workers, sweeps."""
+"""Launch of one run: its processes on this machine, under torchrun or srun, or in a job of Slurm."""

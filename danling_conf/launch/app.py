@@ -1,4 +1,4 @@
-"""A user's app: its function and where its configuration is; and how a refused configuration ends its process."""
+"""App of a user: its function and where its configuration is; and how a refused configuration ends its process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from danling_conf.config.hydra_adapter import ConfigSearch
+from danling_conf.records.status import EXIT_REFUSED
 from danling_conf.topology.violation import ConfigRefused
-
-REFUSED = 2
-"""Exit code of a refused configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +41,4 @@ class App:
 def refuse(refusal: ConfigRefused) -> NoReturn:
     """Show a refusal and exit."""
     print(refusal.report(), file=sys.stderr)
-    sys.exit(REFUSED)
+    sys.exit(EXIT_REFUSED)

@@ -1,4 +1,4 @@
-"""A rank that torchrun or srun started joins its world."""
+"""Rank that torchrun or srun started: it joins its world."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 
 from danling_conf.config.check import check, compose_or_refuse
 from danling_conf.config.hydra_adapter import ConfigSearch, composer
-from danling_conf.launch.app import REFUSED, App, refuse
+from danling_conf.launch.app import App, refuse
 from danling_conf.launch.execute import open_attempt
-from danling_conf.launch.rank import run_rank
+from danling_conf.launch.rank import leave_at_once, run_rank
 from danling_conf.launch.store import announce, await_configuration, meet
 from danling_conf.records.current import Current
-from danling_conf.records.frozen import FROZEN, take_part_in, thaw
+from danling_conf.records.frozen import take_part_in, thaw
+from danling_conf.records.status import EXIT_REFUSED, outcome_of
+from danling_conf.schema.files import FROZEN
 from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 
 def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
-    """Take part as the rank that `ranks` says: rank 0 resolves and claims, the others read what it froze.
+    """Run as the rank that `ranks` says: rank 0 resolves and claims, the others read what it froze.
 
     A rank that fails exits at once, with the process: the launcher sees it and stops the others.
     """
@@ -34,15 +36,13 @@ def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks
     except ConfigRefused as refusal:
         if ranks.main:
             refuse(refusal)
-        sys.exit(REFUSED)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception:
-        _record(sys.exc_info()[1])
+        sys.exit(EXIT_REFUSED)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(outcome_of(interrupt).exit_code)
+    except Exception as error:
+        _record(error)
         traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        leave_at_once(outcome_of(error).exit_code)
 
 
 def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
@@ -72,15 +72,15 @@ def _follow(app: App, ranks: RankEnvironment) -> Any:
     store = meet(ranks)
     content = await_configuration(store)
     if content is None:
-        sys.exit(REFUSED)
+        sys.exit(EXIT_REFUSED)
     config, attempt = thaw(content)
     take_part_in(content)
     return run_rank(app.function, config, Current(attempt=attempt, ranks=ranks, store=store), app.script.stem)
 
 
-def _record(error: BaseException | None) -> None:
-    """Tell torchrun what happened, so that its summary names the first failing rank's error."""
-    if error is not None and "TORCHELASTIC_ERROR_FILE" in os.environ and isinstance(error, Exception):
+def _record(error: Exception) -> None:
+    """Write the error for torchrun, so that its summary names the first failing rank's."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

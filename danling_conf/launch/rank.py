@@ -1,27 +1,36 @@
-"""One rank's part of an attempt: the user's function, called with the resolved configuration."""
+"""One rank of a run: the user's function, called with the resolved configuration.
+
+`run_rank` is what every way to start a rank comes to; `run_worker` is the process of one that `run_workers` started.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
-import math
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from danling_conf.launch.workers import RAISED_AT
 from danling_conf.records import current
 from danling_conf.records.current import Current
-from danling_conf.records.logs import close_logs, open_logs
-from danling_conf.records.run_directory import write_whole
+from danling_conf.records.frozen import take_part_in, thaw
+from danling_conf.records.logs import close_logs, configure_job_logging, open_logs, rank_log, redirect_output
+from danling_conf.records.run_directory import write_result
+from danling_conf.records.status import Status, outcome_of
 from danling_conf.records.stopped import Stopped
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rank_environment import RankEnvironment
-from danling_conf.topology.violation import ConfigRefused
 
-RESULT = "result.json"
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux's prctl."""
 _log = logging.getLogger(__name__)
 
 
@@ -37,18 +46,14 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     try:
         value = function(config)
         if ranks.main:
-            write_result(attempt.directory, "completed", value)
+            write_result(attempt.directory, outcome_of(None), value)
         return value
     except BaseException as error:
-        ended_well = isinstance(error, SystemExit) and error.code in (None, 0)
-        if not ended_well and not isinstance(error, (ConfigRefused, KeyboardInterrupt, Stopped)):
+        outcome = outcome_of(error)
+        if outcome.status is Status.FAILED:
             _log.exception("rank %d failed", ranks.rank)
-        if ranks.main and ended_well:
-            write_result(attempt.directory, "completed", None)
-        elif ranks.main:
-            status = "refused" if isinstance(error, ConfigRefused) else "failed"
-            status = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else status
-            write_result(attempt.directory, status, None, f"{type(error).__name__}: {error}")
+        if ranks.main:
+            write_result(attempt.directory, outcome)
         raise
     finally:
         current.enter(None)
@@ -68,27 +73,53 @@ def _place_of(ranks: RankEnvironment) -> str:
     )
 
 
-def write_result(attempt: Path, status: str, value: Any, error: str | None = None) -> None:
-    """Write how an attempt ended."""
-    write_whole(attempt / RESULT, json.dumps({"status": status, "score": score_of(value), "error": error}) + "\n")
-
-
-def score_of(value: Any) -> float | None:
-    """What a user's function returned, as the run's score; None for what is no finite number, which JSON cannot say."""
-    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-    return number if number is not None and math.isfinite(number) else None
-
-
-def read_result(attempt: Path) -> dict[str, Any] | None:
-    """How an attempt ended; None when it wrote nothing."""
-    path = attempt / RESULT
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def _leave_process_group() -> None:
     # Only a function that used torch can have started one; a rank that failed must not wait for the others here.
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Sharded models in reference cycles that outlive the group make torch 2.13 abort now and then.
+        # A sharded model in a reference cycle that outlives the group makes torch 2.13 abort now and then.
         gc.collect()
         distributed.destroy_process_group()
+
+
+def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironment, job_name: str) -> Any:
+    """Run as a rank that `run_workers` started. Exits with the code of its outcome after an error, which the parent
+    shows."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    end_with_parent()
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        content = frozen.read_text()
+        config, attempt = thaw(content)
+        if not ranks.main:
+            redirect_output(rank_log(attempt.directory, ranks.rank))
+        hydra = take_part_in(content)
+        if ranks.main and hydra is not None:
+            configure_job_logging(hydra)
+        ranks = replace(ranks, launcher="local workers")
+        return run_rank(function, config, Current(attempt=attempt, ranks=ranks), job_name)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(outcome_of(interrupt).exit_code)
+    except Exception as error:
+        raised_at = time.time()
+        handler.record_exception(error)
+        record = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        # Elastic writes whole seconds, which do not tell the cause from its consequences.
+        record.write_text(json.dumps({**json.loads(record.read_text()), RAISED_AT: raised_at}))
+        leave_at_once(outcome_of(error).exit_code)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process without the clean-up at exit: it would wait for other ranks, which may be waiting for this one
+    in a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies, even by SIGKILL: no rank outlives its run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -1,4 +1,7 @@
-"""Several ranks on this machine: torch elastic starts them, one log a rank, and the first error is what is shown."""
+"""Workers: the ranks of a run on this machine, which torch elastic starts and watches.
+
+Each has a log of its own; of several that fail, the first error is shown, since the others follow from it.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from danling_conf.records.logs import rank_log
+from danling_conf.records.status import (
+    EXIT_FAILED,
+    HasOutcome,
+    Outcome,
+    Status,
+    exit_code_of_signal,
+    signal_of_exit_code,
+)
 from danling_conf.records.stopped import STOPPING, is_stop
+from danling_conf.schema.files import error_file
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
-
-
 RAISED_AT = "raised_at"
 """Key of a rank's error file: when the error was raised, in seconds."""
 _NOTICED_SECONDS = 2.0
 _SAVING_SECONDS = 24 * 3600
 
 
-class WorkersFailed(RuntimeError):
+class WorkersFailed(HasOutcome, RuntimeError):
     """A rank failed; the others were stopped."""
 
     def __init__(self, rank: int, exit_code: int, message: str, log: Path) -> None:
@@ -31,13 +41,23 @@ class WorkersFailed(RuntimeError):
         self.refused = message.startswith("ConfigRefused: ")
         super().__init__(message.removeprefix("ConfigRefused: "))
 
+    @property
+    def outcome(self) -> Outcome:
+        status = Status.REFUSED if self.refused else Status.FAILED
+        # The exit code of a rank that a signal ended is negative.
+        return Outcome(status=status, exit_code=max(self.exit_code, EXIT_FAILED), message=str(self))
 
-class WorkersInterrupted(RuntimeError):
-    """The workers were stopped by a signal."""
+
+class WorkersInterrupted(HasOutcome, RuntimeError):
+    """The workers were stopped by a signal. No `Stopped`: Hydra's job callbacks see how the job ended."""
 
     def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
+        self.number = number
         super().__init__(f"stopped by {signal.Signals(number).name}")
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(status=Status.INTERRUPTED, exit_code=exit_code_of_signal(self.number), message=str(self))
 
 
 def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path) -> None:
@@ -47,7 +67,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
 
     Raises:
         WorkersFailed: a rank ended with an error; it is the one that failed first.
-        WorkersInterrupted: this process was told to stop.
+        WorkersInterrupted: this process, or a rank, got a stop signal.
     """
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,7 +78,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
 
         def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
             paths = {rank: "" if rank == 0 else str(rank_log(attempt, rank)) for rank in envs}
-            errors = {rank: str(attempt / f"error-{rank}.json") for rank in envs}
+            errors = {rank: str(error_file(attempt, rank)) for rank in envs}
             for rank, environment in envs.items():
                 environment["TORCHELASTIC_ERROR_FILE"] = errors[rank]
             return LogsDest(stdouts=paths, stderrs=dict(paths), error_files=errors)
@@ -87,7 +107,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
     # Elastic puts its own handlers in place and leaves them there.
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in config.signals_to_handle.split(",")}
     os.environ.update(environment)
-    # What elastic logs of a failure is said better by WorkersFailed.
+    # WorkersFailed says it better than what elastic logs of a failure.
     elastic_log = logging.getLogger("torch.distributed.elastic")
     level = elastic_log.level
     elastic_log.setLevel(logging.CRITICAL + 1)
@@ -98,7 +118,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
         if is_stop(failure.exitcode):  # a rank got the signal, and all left together
-            raise WorkersInterrupted(failure.exitcode - 128) from None
+            raise WorkersInterrupted(signal_of_exit_code(failure.exitcode)) from None
         raise WorkersFailed(rank, failure.exitcode, _message(failure), rank_log(attempt, rank)) from None
     except SignalException as error:
         raise WorkersInterrupted(error.sigval) from None
@@ -131,11 +151,11 @@ def _threads(world_size: int) -> dict[str, str]:
 def _when(failure: Any) -> float:
     """When a rank failed, to tell the cause from its consequences (elastic knows whole seconds only)."""
     if RAISED_AT in failure.error_file_data:
-        return failure.error_file_data[RAISED_AT]
+        return float(failure.error_file_data[RAISED_AT])
     if failure.exitcode == -signal.SIGTERM:
         return math.inf  # stopped by elastic, since another had failed
-    # It left without a word (killed, or by its own exit): noticed at once, and before anybody can have missed it.
-    return failure.timestamp - _NOTICED_SECONDS
+    # Killed, or gone by its own exit: elastic notices that at once, before another rank can have missed it.
+    return float(failure.timestamp) - _NOTICED_SECONDS
 
 
 def _message(failure: Any) -> str:

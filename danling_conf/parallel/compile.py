@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.activation_checkpointing import COMPILED, is_recomputed
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.schema.compile import CompileConfig
+from danling_conf.topology.violation import ABSENT, SettingError
 
 _OPTIONS = ("backend", "fullgraph", "dynamic", "mode", "options")
 
@@ -28,19 +30,27 @@ def apply(model: nn.Module, section: CompileConfig, *, inside_recomputation: boo
     A model without repeated blocks is compiled whole. Only the options that are set are passed to torch, so that the
     others keep its defaults. A whole model is compiled after it is wrapped by DDP or FSDP2, blocks before.
 
-    Raises ValueError for options that exclude each other and for what torch does not know.
+    Raises SettingError for options that exclude each other and for what torch does not know.
     """
     if not section.enable:
         return model
     if section.mode is not None and section.options is not None:
-        raise ValueError(
-            f"compile.mode={section.mode} and compile.options={section.options}: a mode stands for options; set one"
+        raise SettingError(
+            "compile.mode",
+            section.mode,
+            f"a mode is a set of options, and compile.options={section.options} is set too",
+            "set one of them to null",
         )
     configure(section)
     options = {name: getattr(section, name) for name in _OPTIONS if getattr(section, name) is not None}
     known = torch.compiler.list_backends(exclude_tags=())
     if section.backend is not None and section.backend not in known:
-        raise ValueError(f"compile.backend={section.backend}: torch knows {', '.join(known)}")
+        raise SettingError(
+            "compile.backend",
+            section.backend,
+            "torch has no such backend",
+            f"choose one of {', '.join(torch.compiler.list_backends())}",
+        )
     modules = [block for _, block in repeated_blocks(model)] if is_per_block(model, section) else [model]
     for module in modules:
         try:
@@ -50,8 +60,15 @@ def apply(model: nn.Module, section: CompileConfig, *, inside_recomputation: boo
                 module.compile(**options)
         except RuntimeError as error:
             # torch checks mode and options here, before anything is compiled.
-            given = ", ".join(f"compile.{name}={value}" for name, value in options.items())
-            raise ValueError(f"{given}: torch.compile refuses them: {error}") from error
+            path, value = next(
+                ((f"compile.{name}", options[name]) for name in ("mode", "options") if name in options),
+                ("compile", ABSENT),
+            )
+            # An unknown option makes torch list all of the thousand that there are.
+            why = textwrap.shorten(str(error), 200, placeholder=" ...")
+            raise SettingError(
+                path, value, f"torch.compile refuses it: {why}", "change it, or set it to null"
+            ) from error
     return model
 
 
@@ -61,7 +78,7 @@ def is_per_block(model: nn.Module, section: CompileConfig) -> bool:
 
 
 def configure(section: CompileConfig) -> None:
-    """Set what compilation takes from the process rather than the model: the cache directory and how dynamo treats
+    """Set what compilation reads from the process and not from the model: the cache directory, and how dynamo treats
     DDP. Call it before DDP wraps the model: `python_reducer` changes what DDP sets up."""
     if not section.enable:
         return

@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from danling_conf import _torch_private
 from danling_conf.parallel.blocks import repeated_blocks, shares_parameters
 from danling_conf.parallel.mesh import axes_of, batch_mesh
+from danling_conf.parallel.process_group import is_distributed
 
 
 def is_plain(mesh: DeviceMesh | None) -> bool:
-    """Whether ranks differ in the samples they see and nothing else, which is what DDP is for."""
+    """Whether ranks differ in nothing but the samples they see: the case that DDP handles."""
     return axes_of(mesh) in ((), ("replicate",))
 
 
@@ -26,7 +27,7 @@ def replicate(model: nn.Module, mesh: DeviceMesh | None) -> nn.Module:
     Gradients are views of the buckets they are reduced in, which saves a copy of them in memory and in time. Rank 0's
     weights and buffers go to the others.
     """
-    if (mesh is None and not (dist.is_initialized() and dist.get_world_size() > 1)) or not is_plain(mesh):
+    if (mesh is None and not is_distributed()) or not is_plain(mesh):
         return model
     device = next(model.parameters()).device
     return DistributedDataParallel(
@@ -41,10 +42,10 @@ def replicate_blocks(
     model: nn.Module, mesh: DeviceMesh | None, *, experts: Sequence[str] = (), expert_mesh: DeviceMesh | None = None
 ) -> nn.Module:
     """Average the gradients of `model` over the ranks that see other tokens (the replicate and context axes), block by
-    block, in place: for weights that tensor, expert or pipeline axes have a part of, which DDP does not take.
+    block, in place: for weights that tensor, expert or pipeline axes shard, which DDP does not take.
 
-    The modules named `experts` are averaged over the replicate axis of `expert_mesh` alone: tokens of other context
-    ranks come to them. Unchanged where all ranks see the same.
+    The modules named `experts` are averaged over the replicate axis of `expert_mesh` alone: they receive the tokens of
+    other context ranks anyway. The model is unchanged where all ranks see the same tokens.
     """
     batch = batch_mesh(mesh)
     if batch is None:

@@ -1,9 +1,11 @@
-"""Expert parallelism: the experts of a mixture dealt out to ranks, tokens sent to them and back; each expert's width
-shared out over the tensor ranks where the layout says so."""
+"""Expert parallelism: each rank holds some experts of a mixture, and tokens travel to them and back.
+
+With expert_tensor, the width of each expert is sharded over the tensor ranks as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -16,11 +18,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from danling_conf._torch_private import all_to_all
 from danling_conf.parallel.plan import matches, owner, plan_of
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.schema.layout import Layout
+from danling_conf.topology.violation import SettingError, Violation, refuse
 
 GROUPED = "grouped_experts"
 """Style of a module whose forward takes rows (rows, width) sorted by expert, and how many of them each expert has
-(experts,), and gives (rows, width); its parameters have a first dim for the experts."""
+(experts,), and returns (rows, width); its parameters have a first dim for the experts."""
 
 _WIDTH = {"colwise": 1, "rowwise": 2}
 """Styles of its parameters: the dim along which expert-tensor ranks share them."""
@@ -30,18 +34,22 @@ ROUTER = "router"
 
 
 def parallelize(model: nn.Module, layout: Layout, mesh: DeviceMesh, tensor: DeviceMesh | None) -> list[str]:
-    """Deal the experts of `model` out over the expert axes of `mesh` (`build.mesh.make_expert`), in place; gives the
-    names of the modules that hold them.
+    """Shard the experts of `model` over the expert axes, in place. Returns the names of the modules that hold them.
 
     The plan is the model's `ep_plan`: names to `grouped_experts`, `router`, and for parameters `colwise` or `rowwise`.
-    `tensor` is the tensor axis: with expert_tensor 1, its ranks, which have the same tokens, take a share of them each.
 
-    Raises ValueError for numbers that the degrees do not divide. See `check`.
+    Args:
+        mesh: the mesh of the experts (`parallel.mesh.make_expert`).
+        tensor: the tensor axis. With expert_tensor 1, its ranks, which have the same tokens, take a share of them each.
+
+    Raises:
+        SettingError: a degree does not divide a number of the model; ConfigRefused where several are wrong.
     """
     plan = plan_of(model, "ep_plan") or {}
     found = list(matches(model, plan))
     names = [name for name, style, is_parameter in found if style == GROUPED and not is_parameter]
     styles = {name: style for name, style, is_parameter in found if is_parameter}
+    refuse(_unfit(model, names, styles, layout))
     for name in names:
         experts = model.get_submodule(name)
         for last, parameter in list(experts.named_parameters()):
@@ -53,48 +61,55 @@ def parallelize(model: nn.Module, layout: Layout, mesh: DeviceMesh, tensor: Devi
 
 
 def check(model: nn.Module, layout: Layout) -> None:
-    """Refuse a whole model without experts that its `ep_plan` names. Raises ValueError."""
+    """Refuse a whole model without experts that its `ep_plan` names. Raises SettingError."""
     plan = {name: style for name, style in (plan_of(model, "ep_plan") or {}).items() if style == GROUPED}
     if next(matches(model, plan), None) is None:
         axis = "expert" if layout.expert > 1 else "expert_tensor"
-        raise ValueError(
-            f"parallel.axes.{axis}={getattr(layout, axis)}: nothing lays {type(model).__name__} out over the {axis} "
-            f"axis: give the model experts and an ep_plan (their names to {GROUPED}), or set the degree to 1"
+        raise SettingError(
+            f"parallel.axes.{axis}",
+            getattr(layout, axis),
+            f"nothing lays {type(model).__name__} out over the {axis} axis",
+            f"give the model experts and an ep_plan (their names to {GROUPED}), or set the degree to 1",
         )
 
 
 def busiest(parts: Sequence[nn.Module], batch: DeviceMesh | None, device: torch.device) -> float | None:
-    """How many times the mean the busiest expert was sent in the last forward pass, as a mean over layers: 1 is even.
+    """Load of the busiest expert relative to the mean load in the last forward pass, averaged over layers: 1 is even.
     None for a model without routers in its `ep_plan`. Collective over all ranks; waits for the device.
 
-    `batch` is the ranks with tokens of their own (`build.mesh.batch_mesh`).
+    `batch` is the ranks with tokens of their own (`parallel.mesh.batch_mesh`).
     """
-    loads: list[Tensor] = []
-    for part in parts:
-        plan = {name: style for name, style in (plan_of(part, "ep_plan") or {}).items() if style == ROUTER}
-        found = (part.get_submodule(name) for name, _, is_parameter in matches(part, plan) if not is_parameter)
-        loads += [cast(Tensor, router.load).double() for router in found if hasattr(router, "load")]
     if not any(ROUTER in (plan_of(part, "ep_plan") or {}).values() for part in parts):
         return None
+    loads = [load for part in parts for load in _loads(part)]
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     if loads:
         counts = torch.stack(loads)
         if batch is not None:
             dist.all_reduce(counts, group=batch.get_group())
         sums = torch.stack([(counts.amax(1) / counts.mean(1)).sum(), counts.new_tensor(len(loads))])
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if is_distributed():
         dist.all_reduce(sums)  # other stages of a pipeline have other layers
     total, layers = sums.tolist()
     return total / layers if layers else None
 
 
+def _loads(part: nn.Module) -> Iterator[Tensor]:
+    """How many rows each router of a part sent to each expert."""
+    plan = {name: style for name, style in (plan_of(part, "ep_plan") or {}).items() if style == ROUTER}
+    for name, _, is_parameter in matches(part, plan):
+        load = None if is_parameter else getattr(part.get_submodule(name), "load", None)
+        if load is not None:
+            yield cast(Tensor, load).double()
+
+
 class Exchange:
-    """The way of tokens to their experts and back. Each rank holds `experts / expert` of the experts.
+    """Sends tokens to their experts and their outputs back. Each rank holds `experts / expert` of the experts.
 
     Args:
         layout: its degrees.
         mesh: the mesh of the experts.
-        split: the tensor axis, where its ranks share out the tokens that they all have.
+        split: the tensor axis, where each of its ranks takes a share of the tokens that they all have.
     """
 
     def __init__(self, layout: Layout, mesh: DeviceMesh, split: DeviceMesh | None) -> None:
@@ -124,8 +139,8 @@ class Exchange:
         rows = _Scale.apply(rows, 1 / self.scale)
         if self.degree == 1:
             return _Scale.apply(self._widths(compute, rows, counts), self.scale)
-        received = all_to_all(counts, [len(counts) // self.degree] * self.degree,
-                              [len(counts) // self.degree] * self.degree, self.group)  # fmt: skip
+        per_rank = [len(counts) // self.degree] * self.degree
+        received = all_to_all(counts, per_rank, per_rank, self.group)
         by_rank = received.view(self.degree, -1)
         sent_sizes, received_sizes = torch.stack([counts.view(self.degree, -1).sum(1), by_rank.sum(1)]).tolist()
         rows = all_to_all(rows, received_sizes, sent_sizes, self.group)
@@ -150,33 +165,48 @@ def layout_share(layout: Layout) -> float:
     return expert_shard / (layout.shard * layout.context)
 
 
+def _unfit(model: nn.Module, names: Sequence[str], styles: Mapping[str, str], layout: Layout) -> Iterator[Violation]:
+    """What keeps the modules of experts from being sharded: a violation for each reason, not for each parameter."""
+    indivisible, unnamed, odd = list[str](), list[str](), list[str]()
+    for name in names:
+        for last, parameter in model.get_submodule(name).named_parameters():
+            full, dim = f"{name}.{last}", _WIDTH.get(styles.get(f"{name}.{last}", ""))
+            if parameter.shape[0] % layout.expert:
+                indivisible.append(f"{parameter.shape[0]} experts of {full}")
+            if layout.expert_tensor > 1 and dim is None:
+                unnamed.append(full)
+            elif dim is not None and parameter.shape[dim] % layout.expert_tensor:
+                odd.append(f"width {parameter.shape[dim]} of {full}")
+    path = "parallel.axes.expert"
+    if indivisible:
+        rule, fix = f"it must divide the {_listed(indivisible)}", "choose a divisor, or another number of experts"
+        yield Violation(path, layout.expert, rule, fix)
+    if unnamed:
+        rule = f"the ep_plan of {type(model).__name__} does not say how to shard {_listed(unnamed)}"
+        fix = "give these colwise or rowwise, or set the degree to 1"
+        yield Violation(f"{path}_tensor", layout.expert_tensor, rule, fix)
+    if odd:
+        rule, fix = f"it must divide the {_listed(odd)}", "choose a divisor, or another width"
+        yield Violation(f"{path}_tensor", layout.expert_tensor, rule, fix)
+
+
+def _listed(items: Sequence[str]) -> str:
+    """The items as part of a sentence; of many, the first ones: layers are all alike."""
+    more = [f"{len(items) - 3} more"] if len(items) > 4 else []
+    return " and ".join([*items[:3], *more] if more else items)
+
+
 def _shard(
     model: nn.Module, name: str, parameter: nn.Parameter, style: str | None, layout: Layout, mesh: DeviceMesh
 ) -> None:
-    if parameter.shape[0] % layout.expert:
-        raise ValueError(
-            f"parallel.axes.expert={layout.expert}: must divide the {parameter.shape[0]} experts of {name}: choose a "
-            f"divisor, or another number of experts"
-        )
     placements = [Shard(0)]
     if layout.expert_tensor > 1:
-        if style not in _WIDTH:
-            raise ValueError(
-                f"parallel.axes.expert_tensor={layout.expert_tensor}: the ep_plan of {type(model).__name__} does not "
-                f"say how {name} is shared out: give it colwise or rowwise, or set the degree to 1"
-            )
-        dim = _WIDTH[style]
-        if parameter.shape[dim] % layout.expert_tensor:
-            raise ValueError(
-                f"parallel.axes.expert_tensor={layout.expert_tensor}: must divide the width {parameter.shape[dim]} of "
-                f"{name}: choose a divisor, or another width"
-            )
-        placements.append(Shard(dim))
+        placements.append(Shard(_WIDTH[style or ""]))
         axes = mesh["expert", "expert_tensor"]
     else:
         axes = mesh["expert"]
     module, last = owner(model, name)
-    # Every rank has the whole value, or nobody has (on the meta device): none sends.
+    # Every rank has the whole value, or none has (on the meta device), so that nothing needs to be sent.
     part = distribute_tensor(parameter.detach(), axes, placements, src_data_rank=None)
     setattr(module, last, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
@@ -186,7 +216,7 @@ def _forward(self: nn.Module, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 class _Scale(torch.autograd.Function):
-    """The same forwards; gradients are multiplied by a number."""
+    """The identity, whose gradients are multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
@@ -199,7 +229,7 @@ class _Scale(torch.autograd.Function):
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """The same forwards; gradients are summed over a group whose ranks each use the tensor in their own way."""
+    """The identity, whose gradients are summed over a group: each of its ranks uses the tensor for something else."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -214,7 +244,7 @@ class _SumOfGradients(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Summed over a group whose ranks all go on with the sum; gradients are the same."""
+    """The sum over a group. Its ranks all continue with the sum, so that gradients pass through unchanged."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

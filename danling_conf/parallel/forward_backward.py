@@ -1,4 +1,4 @@
-"""Passes through an assembled model: forward and backward of a micro-batch, and forward alone, under any layout."""
+"""Forward and backward passes of an assembled model, under any layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from danling_conf.components.batch import CountSamples, count_samples, described
 from danling_conf.parallel import inside_step
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.pipeline import passes
-from danling_conf.parallel.process_group import refuse_together
+from danling_conf.parallel.process_group import is_distributed, refuse_together
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import rank_at
 from danling_conf.topology.violation import ABSENT, SettingError, Violation
@@ -27,7 +27,7 @@ Forward = Callable[[Any, Any], Any]
 """Runs a model on a batch: `forward(model, batch)`."""
 
 Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, Tensor | int]"]
-"""`loss(output, batch)`: a mean; or a sum and how many it is of, such as tokens that are not masked."""
+"""`loss(output, batch)`: a mean; or a sum and its count, such as the number of tokens that are not masked."""
 
 _NOTE = (
     "The logits are sharded over the vocabulary (parallel.loss_parallel=true), which torch's cross-entropy can take; "
@@ -37,7 +37,7 @@ _NOTE = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A loss of this rank: a total and its weight; total / weight is the mean. Both 0 where another stage has it."""
+    """A loss of this rank: a total and its weight, whose ratio is the mean. Both are 0 where another stage has it."""
 
     total: Tensor
     weight: Tensor | float
@@ -52,9 +52,9 @@ class Measured:
 class Passes:
     """Trains and evaluates an assembled model with a loss.
 
-    A loss that gives a mean is averaged over micro-batches, microbatches and ranks, so that batches weigh the same. One
-    that gives a sum and a count is divided by the count of all of them together: each token weighs the same however
-    unequally they are spread (the mean of means would be another number).
+    A loss that returns a mean is averaged over micro-batches, microbatches and ranks, so that batches weigh the same.
+    One that returns a sum and a count is divided by the total count, so that tokens weigh the same however unevenly
+    ranks have them; a mean of means would be another number.
 
     What a loss may not be (a vector, an integer, detached, no tensor) is refused at the first batch, before anything
     is made of its gradients, and on all ranks alike.
@@ -120,7 +120,7 @@ class Passes:
         return measured
 
     def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> None:
-        """After the last micro-batch of a step: divide the gradients by the count, where the loss gives one.
+        """Divide the gradients by the count, where the loss returns one; call it after the last micro-batch of a step.
         Collective.
 
         Args:
@@ -134,7 +134,7 @@ class Passes:
             return
         counted = torch.zeros((), device=self.device) if self._counted is None else self._counted
         self._counted = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             dist.all_reduce(counted)
         # Gradients are means over the ranks with tokens of their own, of sums; tensor ranks counted the same tokens.
         factor = self._ranks_of_batch * self._copies / counted.clamp(min=1)
@@ -159,7 +159,8 @@ class Passes:
 
         Args:
             largest: samples of the largest batch that a rank evaluates now.
-            counts: whether the outcome is used; a rank without a batch takes part with any other.
+            counts: whether the outcome is used. A rank that has run out of batches takes part with any other one, since
+                the collectives inside need every rank.
             use: called with each output and its (micro)batch, on ranks that have them. Outputs are whole then.
             faults: takes what loss and `use` refuse, which is raised without. A rank of a pipeline that raised alone
                 would leave the others waiting.
@@ -169,8 +170,8 @@ class Passes:
 
         def look(output: Any, part: Any) -> None:
             value = self._measured(output, part)
-            weight = value.weight if self._gives_count(value) else self.count(part)
-            total = value.total if self._gives_count(value) else value.total * weight
+            weight = value.weight if self._has_count(value) else self.count(part)
+            total = value.total if self._has_count(value) else value.total * weight
             found.append(Measured(total.double(), weight))
             if use is not None:
                 use(output, part)
@@ -264,19 +265,19 @@ class Passes:
         self._broken = False
         if not self._proven:
             refuse_together(faults)
-        # The first pass of all is one more: torch finds out by it what stages send.
+        # The first pass of all runs one microbatch more: torch learns from it the shapes that stages send.
         found = found[-(cut // micro_batches) :]
         if not found:
             return Measured(torch.zeros((), device=self.device), 0.0)
-        if not self._gives_count(found[0]):
+        if not self._has_count(found[0]):
             return Measured(torch.stack([item.total for item in found]).mean(), 1.0)
         for item in found:
             self._count(item)
         return Measured(sum(item.total for item in found), sum(item.weight for item in found))  # type: ignore[arg-type]
 
     def _scaled(self, measured: Measured, cut: int, *, count: bool = True) -> Tensor:
-        """What gradients are of."""
-        if self._gives_count(measured):
+        """The scalar to call `backward` on."""
+        if self._has_count(measured):
             if count:
                 self._count(measured)
             value = measured.total
@@ -289,11 +290,11 @@ class Passes:
         self._counted = weight.clone() if self._counted is None else self._counted + weight
 
     @staticmethod
-    def _gives_count(measured: Measured) -> bool:
+    def _has_count(measured: Measured) -> bool:
         return not isinstance(measured.weight, float)
 
     def _agreed(self, mine: bool) -> bool:
-        """Whether any rank's loss gives a count: in a pipeline, only the last stage's rank knows."""
+        """Whether any rank's loss returns a count: in a pipeline, only the rank of the last stage knows."""
         if self.model.pipeline is None:
             return mine
         flag = torch.tensor(int(mine), device=self.device)

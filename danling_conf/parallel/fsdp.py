@@ -18,6 +18,7 @@ from danling_conf.components.precision import dtype
 from danling_conf.parallel.blocks import repeated_blocks, shares_parameters
 from danling_conf.parallel.mesh import axes_of, axis, weights_mesh
 from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.topology.violation import SettingError
 
 _log = logging.getLogger(__name__)
 
@@ -35,52 +36,36 @@ def shard(
     pipelined: bool = False,
 ) -> nn.Module:
     """Shard each repeated block of `model`, then the rest of it, over the shard axis of `mesh` and its context axis, if
-    there is one; with a replicate axis, over both (hybrid sharding). In place; parameters become `DTensor`s, also those
-    on the meta device.
+    there is one; with a replicate axis, over both (hybrid sharding).
 
-    The modules named `experts`, which expert axes have dealt out, are sharded over what these leave of
-    `expert_mesh`. In a pipeline, blocks stay gathered between microbatches unless the section says otherwise.
+    In place; parameters become `DTensor`s, also those on the meta device. A block that shares a parameter with the rest
+    of the model is sharded with the rest. Without `section.enabled` the model is returned unchanged.
 
-    `precision` (bf16, fp16) is the dtype of the computation where `section.mp_policy` says nothing; gradients are then
-    reduced in fp32. Batch normalisation computes in fp32 all the same. A block that shares a parameter with the rest of
-    the model is sharded with the rest.
+    Args:
+        precision: bf16 or fp16: dtype of the computation where `section.mp_policy` is unset. Gradients are then reduced
+            in fp32, and batch normalisation computes in fp32.
+        experts: names of modules whose first dim the expert axes have sharded; FSDP2 shards them over the remaining
+            ranks of `expert_mesh`.
+        pipelined: whether `model` is a stage of a pipeline. Its blocks stay gathered between microbatches unless
+            `section.reshard_after_forward` is set.
 
-    Raises ValueError where the mesh has no shard axis, and for a `reshard_after_forward` that does not divide it.
+    Raises:
+        SettingError: the mesh has no shard axis, or `reshard_after_forward` does not divide it.
     """
     if not section.enabled:
         return model
     if mesh is None or "shard" not in axes_of(mesh):
-        raise ValueError(
-            f"fsdp.enabled=true: the mesh has no shard axis (its axes: {', '.join(axes_of(mesh)) or 'none'}); choose a "
-            f"layout with FSDP, such as parallel=fsdp, and start the process group before the mesh is made"
+        raise SettingError(
+            "fsdp.enabled",
+            True,
+            f"the mesh has no shard axis (its axes: {', '.join(axes_of(mesh)) or 'none'})",
+            "choose a layout with FSDP, such as parallel=fsdp, and start the process group before the mesh is made",
         )
-    over = weights_mesh(mesh)
-    assert over is not None  # there is a shard axis
-    options: dict[str, Any] = {
-        "mesh": over,
-        "mp_policy": mixed_precision_policy(section, precision),
-        "offload_policy": offload_policy(section),
-    }
-    if section.reshard_after_forward is not None:
-        context = axis(mesh, "context")
-        degree = mesh["shard"].size() * (1 if context is None else context.size())
-        size = section.reshard_after_forward
-        if not isinstance(size, bool) and (size < 1 or degree % size):
-            raise ValueError(
-                f"fsdp.reshard_after_forward={size}: must divide the {degree} ranks that weights are sharded over, or "
-                f"be a boolean"
-            )
-        options["reshard_after_forward"] = size
-    elif pipelined:
-        options["reshard_after_forward"] = False
+    options = _options(section, mesh, precision, pipelined=pipelined)
     _shard_experts(model, experts, expert_mesh, options)
     _shard_batch_norms(model, options)
-    classes = section.module_classes
-    if classes is not None and pipelined:  # a stage need not have one of each
-        present = {type(module).__name__ for module in model.modules()}
-        classes = [name for name in classes if name in present]
-    # Inner modules first: a module that is wrapped takes the parameters that are not taken yet.
-    for name, block in reversed(repeated_blocks(model, classes)):
+    # Inner modules first: fully_shard takes the parameters of a module that no inner one has taken.
+    for name, block in reversed(repeated_blocks(model, _classes(model, section, pipelined=pipelined))):
         if shares_parameters(model, block):
             _log.warning("fsdp: %s shares a parameter with the rest of the model and is sharded with it", name)
             continue
@@ -90,6 +75,40 @@ def shard(
     return model
 
 
+def _options(section: FsdpConfig, mesh: DeviceMesh, precision: str | None, *, pipelined: bool) -> dict[str, Any]:
+    """The arguments of `fully_shard`; what is unset keeps torch's default."""
+    options: dict[str, Any] = {
+        "mesh": weights_mesh(mesh),
+        "mp_policy": mixed_precision_policy(section, precision),
+        "offload_policy": offload_policy(section),
+    }
+    size = section.reshard_after_forward
+    if size is not None:
+        context = axis(mesh, "context")
+        degree = mesh["shard"].size() * (1 if context is None else context.size())
+        if not isinstance(size, bool) and (size < 1 or degree % size):
+            raise SettingError(
+                "fsdp.reshard_after_forward",
+                size,
+                f"it must divide the {degree} ranks that weights are sharded over",
+                "choose a divisor of them, or true or false",
+            )
+        options["reshard_after_forward"] = size
+    elif pipelined:
+        # A schedule runs many microbatches between two optimizer steps: to gather for each would dominate the time.
+        options["reshard_after_forward"] = False
+    return options
+
+
+def _classes(model: nn.Module, section: FsdpConfig, *, pipelined: bool) -> list[str] | None:
+    """The classes whose modules are sharded one by one; a stage need not have a module of each."""
+    classes = section.module_classes
+    if classes is None or not pipelined:
+        return classes
+    present = {type(module).__name__ for module in model.modules()}
+    return [name for name in classes if name in present]
+
+
 def _shard_experts(model: nn.Module, names: Sequence[str], mesh: DeviceMesh | None, options: dict[str, Any]) -> None:
     if mesh is None or not names:
         return
@@ -97,13 +116,13 @@ def _shard_experts(model: nn.Module, names: Sequence[str], mesh: DeviceMesh | No
     own = {**options, "mesh": mesh["replicate", "expert_shard"] if several else mesh["expert_shard"]}
     own["mp_policy"] = replace(options["mp_policy"], output_dtype=None)
     if not isinstance(own.get("reshard_after_forward", True), bool):
-        own["reshard_after_forward"] = True  # the size of a group of the dense ranks
+        own["reshard_after_forward"] = True  # the size was one for the ranks of the dense parameters
     for name in names:
         fully_shard(model.get_submodule(name), **own)
 
 
 def _shard_batch_norms(model: nn.Module, options: dict[str, Any]) -> None:
-    """Under mixed precision, let batch normalisation compute in fp32: its running statistics are no parameters, stay in
+    """Let batch normalisation compute in fp32 under mixed precision: its running statistics are no parameters, stay in
     fp32, and do not mix with parameters of another dtype."""
     policy = options["mp_policy"]
     if policy.param_dtype in (None, torch.float32):
@@ -115,7 +134,7 @@ def _shard_batch_norms(model: nn.Module, options: dict[str, Any]) -> None:
 
 
 def mixed_precision_policy(section: FsdpConfig, precision: str | None) -> MixedPrecisionPolicy:
-    """`section.mp_policy` as torch's policy; unset, the one that `precision` asks for."""
+    """`section.mp_policy` as torch's policy; where it is unset, the one of `precision`."""
     policy = section.mp_policy
     if policy is None:
         if precision in (None, "fp32"):

@@ -1,6 +1,8 @@
-"""Whether a step under the layout is running. Inside, a model takes this rank's part of each sequence and may leave its
-logits sharded; outside it takes whole sequences and gives whole outputs, alike on all ranks that share samples, so that
-anybody may call it: for samples of text, for an export."""
+"""Switch of a training step: whether a model works on parts of sequences and may return sharded logits.
+
+Inside of a step it takes this rank's part of each sequence. Outside it takes whole sequences and returns whole outputs,
+the same on all ranks that share samples, so that it can be called like any model: to sample text, to export.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 @dataclass
 class _Flags:
-    # Plain attributes: on an accelerator, the backward pass recomputes activations in a thread of its own.
+    # Plain attributes, no context variables: on an accelerator, the backward pass recomputes activations in a thread of
+    # its own, which does not inherit those.
     sequence_parts: bool = False
     sharded_logits: bool = False
 
@@ -23,8 +26,8 @@ _flags = _Flags()
 
 @contextmanager
 def step(*, sharded_logits: bool) -> Iterator[None]:
-    """Forward, loss and backward go inside. `sharded_logits`: outputs may stay sharded over the vocabulary, and torch's
-    cross-entropy takes them so; without, they are gathered."""
+    """Context of forward, loss and backward. With `sharded_logits`, outputs may stay sharded over the vocabulary, which
+    torch's cross-entropy accepts; without, they are gathered."""
     before = _flags.sequence_parts, _flags.sharded_logits
     _flags.sequence_parts, _flags.sharded_logits = True, sharded_logits
     try:

@@ -13,7 +13,8 @@ from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.device import device_type as usable_device_type
 from danling_conf.schema.layout import DATA_AXES, WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.topology.layout import expert_axes, fill, layout_of, mesh_axes
+from danling_conf.topology.layout import expert_axes, fill, layout_of_axes, mesh_axes
+from danling_conf.topology.violation import ABSENT, SettingError
 
 DATA = "data"
 """Name of the flattened replicate and shard axes: the ranks that see different samples."""
@@ -32,29 +33,36 @@ def make(layout: Layout, device_type: str, *, use_device_mesh: bool = True) -> D
     Its axes are those of `topology.layout.mesh_axes`. None where there are none, in a single process without a
     process group, and for a layout that only replicates without `use_device_mesh`.
 
-    Raises ValueError where the layout's world size is not that of the process group.
+    Raises SettingError where the layout's world size is not that of the process group, or needs a mesh without
+    `use_device_mesh`.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if layout.world_size != world_size:
         degrees = ", ".join(f"{axis}={getattr(layout, axis)}" for axis in WORLD_AXES if getattr(layout, axis) != 1)
-        raise ValueError(
-            f"parallel.axes: {degrees or 'every degree is 1'} needs {layout.world_size} processes, {world_size} were "
-            f"started; start as many processes as the product of the degrees"
+        raise SettingError(
+            "parallel.axes",
+            ABSENT,
+            f"{degrees or 'a degree of 1 on every axis'} needs {layout.world_size} processes, and {world_size} were "
+            f"started",
+            "start as many processes as the product of the degrees",
         )
     axes = mesh_axes(layout)
     if not axes or not dist.is_initialized():
         return None
     if not use_device_mesh:
         if tuple(axes) != ("replicate",):
-            raise ValueError(
-                f"parallel.use_device_mesh=false: {' and '.join(axes)} need a device mesh: leave it true, or choose "
-                f"parallel=ddp"
+            raise SettingError(
+                "parallel.use_device_mesh",
+                False,
+                f"the axes {' and '.join(axes)} need a device mesh",
+                "leave it true, or choose parallel=ddp",
             )
         return None
     mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     if len(axes) > 1:
         keep_quiet_about_order()
-    # Made here, where every rank is: a process group made on first use would hang the ranks that never use it.
+    # Made here, where every rank passes: making a process group is collective, so that one made on first use would hang
+    # where some ranks never use it.
     data_mesh(mesh)
     batch_mesh(mesh)
     weights_mesh(mesh)
@@ -64,8 +72,8 @@ def make(layout: Layout, device_type: str, *, use_device_mesh: bool = True) -> D
 def make_expert(layout: Layout, mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The mesh of the experts of the same ranks; None for a layout without expert axes. Collective.
 
-    Its axes are (pipeline, replicate, expert_shard, expert, expert_tensor), also those of degree 1: the expert degrees
-    borrow their ranks from shard x context x tensor, and what is left of these shards each expert's weights.
+    Its axes are (pipeline, replicate, expert_shard, expert, expert_tensor), also those of degree 1. The expert degrees
+    take their ranks from shard x context x tensor; the remaining factor, expert_shard, shards each expert's weights.
     """
     if mesh is None or layout.expert * layout.expert_tensor == 1:
         return None
@@ -128,6 +136,6 @@ def from_keywords(**keywords: Any) -> partial[DeviceMesh | None]:
 
 
 def _make_from_section(section: ParallelConfig, *, fsdp: bool | None = None) -> DeviceMesh | None:
-    layout = layout_of(section.axes, section.axes.shard != 1 if fsdp is None else fsdp)
+    layout = layout_of_axes(section.axes, fsdp=section.axes.shard != 1 if fsdp is None else fsdp)
     layout = fill(layout, dist.get_world_size() if dist.is_initialized() else 1)
     return make(layout, usable_device_type(section.mesh_device_type), use_device_mesh=section.use_device_mesh)

@@ -21,6 +21,7 @@ from danling_conf.components.batch import CountSamples, count_samples, rows, ten
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.rules.pipeline import divisor_of_batch
 from danling_conf.topology.violation import ABSENT, SettingError
 
 Forward = Callable[[Any, Any], Any]
@@ -99,7 +100,7 @@ class Pipeline:
         Raises SettingError where that does not divide the batch.
         """
         size = self.count(batch)
-        path, divisor = _cut_by(self.section)
+        path, divisor = divisor_of_batch(self.section)
         if size % divisor:
             raise SettingError(
                 path,
@@ -383,9 +384,3 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 def _signature(batch: Any) -> tuple[Any, ...]:
     return tuple((item.shape, item.dtype) for item in tensors(batch))
-
-
-def _cut_by(section: ParallelConfig) -> tuple[str, int]:
-    if section.pipeline_n_microbatches is not None:
-        return "parallel.pipeline_n_microbatches", section.pipeline_n_microbatches
-    return "parallel.pipeline_microbatch_size", section.pipeline_microbatch_size

@@ -1,4 +1,4 @@
-"""Plans: which module of a model an axis lays out, and how, by names and styles."""
+"""Plans of the axes: names of modules and parameters, and the style that each is laid out in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def matches(model: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, str, bool]]:
-    """What a plan is about: (fully qualified name, style, whether it is a parameter), in the order of the plan. In a
+    """The matches of a plan: (fully qualified name, style, whether it is a parameter), in the order of the plan. In a
     plan's name, `*` stands for one part: `layers.*.attention.wq`. A later entry for the same name wins."""
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]

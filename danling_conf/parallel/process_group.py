@@ -1,4 +1,4 @@
-"""The default process group and its time limits."""
+"""Process groups of a run and their timeouts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from danling_conf.schema.process import CommConfig
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
 _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
-"""The group for slow work, and the default group that it was made beside."""
+"""The group for slow work, and the default group that existed when it was made."""
 
 
 _separate: list[dist.ProcessGroup] = []
-"""Groups whose time limit stays: they wait for disks, not for training."""
+"""Groups whose timeout stays: they wait for disks, not for training."""
 _FOR_DISKS = timedelta(days=1)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several: a world of one may have a process group all the same."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def start(
@@ -32,20 +37,20 @@ def start(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> None:
-    """Initialise the default process group, with `comm.init_timeout_seconds` as the time limit of its collectives.
+    """Initialise the default process group, with `comm.init_timeout_seconds` as the timeout of its collectives.
 
     CPU tensors always go over gloo; an accelerator has its own backend beside it (`cpu:gloo,cuda:nccl`). Without a
     `store`, ranks meet as the launcher's environment says (`MASTER_ADDR`, `RANK`, ...); without a launcher this process
     is a world of one.
 
-    Raises ValueError where a store comes without rank and world size.
+    Raises ValueError where a store comes without rank and world size: an error of the caller, not of a setting.
     """
     backend = (
         "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
     )
     seconds = section.init_timeout_seconds
     timeout = None if seconds is None else timedelta(seconds=seconds)
-    # A world of one meets nobody: it needs no address, which a shell inside an allocation does not have.
+    # A world of one needs no address to meet at. A shell inside an allocation has RANK-like variables but no address.
     if store is None and rank is None and ("RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"):
         store, rank, world_size = dist.HashStore(), 0, 1
     if store is None:
@@ -66,7 +71,7 @@ def tighten(section: CommConfig) -> None:
     global _waiting
     if section.train_timeout_seconds is None or not dist.is_initialized():
         return
-    # A rank still under way to here must not be measured by the new limit.
+    # A rank that is still on its way here must not be measured by the new timeout.
     dist.barrier()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -81,14 +86,9 @@ def tighten(section: CommConfig) -> None:
             set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
 
 
-def several_ranks() -> bool:
-    """Whether this process is one of several that have met."""
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
 def gathered(value: Any) -> list[Any]:
     """What every rank passes, by rank; without several ranks, only this one's. It pickles. Collective, over the CPU."""
-    if not several_ranks():
+    if not is_distributed():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
@@ -108,9 +108,10 @@ def refuse_together(faults: Sequence[Violation]) -> None:
 
 
 def separate(backend: str) -> dist.ProcessGroup | None:
-    """A group of all ranks for what goes on beside training, whose collectives it neither delays nor is timed by. A
-    lost rank is noticed by its connection. Collective; None where there is one process."""
-    if not several_ranks():
+    """A group of all ranks for work in the background, such as writing a checkpoint. It does not delay the collectives
+    of training, and their timeout does not apply: a lost rank is noticed by its connection. Collective; None in a
+    single process."""
+    if not is_distributed():
         return None
     group = dist.new_group(backend=backend, timeout=_FOR_DISKS)
     _separate.append(group)

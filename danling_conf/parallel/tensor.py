@@ -1,4 +1,4 @@
-"""Tensor parallelism: each weight matrix shared out over the ranks of the tensor axis, by a plan of names to styles."""
+"""Tensor parallelism: each weight matrix is sharded over the tensor axis, by a plan of names to styles."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.inside_step import sharded_logits
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.plan import matches, plan_of, unmatched
-from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.schema.tensor_styles import TENSOR_STYLES
+from danling_conf.schema.parallel import TENSOR_STYLES, ParallelConfig
 from danling_conf.schema.torch_options import nearest
+from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
 
 _SEQUENCE = Shard(1)
 _GATHERING = ("colwise_gather_output", "colwise_rep", "colwise_gather_output_sequence")
@@ -34,54 +34,64 @@ def plan_for(model: nn.Module, section: ParallelConfig, degree: int) -> dict[str
     """The plan of a whole model: `section.tensor_plan`, else the model's `tp_plan` (Hugging Face's are read as they
     are); with `section.sequence_parallel`, the entries of the model's `sequence_plan` replace or join it.
 
-    Raises ValueError without a plan, for a name of a configured plan that matches nothing, and for numbers of heads
-    that the degree does not divide.
+    Raises:
+        SettingError: no plan, names of a configured plan that match nothing, or numbers of heads that the degree does
+            not divide; ConfigRefused where several are wrong.
     """
-    kind = type(model).__name__
+    kind, path = type(model).__name__, "parallel.axes.tensor"
     if section.tensor_plan is not None:
         plan = dict(section.tensor_plan)
-        if absent := unmatched(model, plan):
-            raise ValueError(
-                f"parallel.tensor_plan: {absent[0]}: {kind} has no module of this name: mend the name or remove it"
+        refuse(
+            Violation(
+                f"parallel.tensor_plan.{name}",
+                plan[name],
+                f"{kind} has no module of this name",
+                "correct the name or remove it",
             )
+            for name in unmatched(model, plan)
+        )
     else:
         own = plan_of(model, "tp_plan")
         if own is None:
-            raise ValueError(
-                f"parallel.axes.tensor={degree}: nothing lays {kind} out over the tensor axis: give the model a "
-                f"tp_plan (names to styles) or a method parallelize(mesh), set parallel.tensor_plan, or set the degree "
-                f"to 1"
+            raise SettingError(
+                path,
+                degree,
+                f"nothing lays {kind} out over the tensor axis",
+                "give the model a tp_plan (names to styles) or a method parallelize(mesh), set parallel.tensor_plan, "
+                "or set the degree to 1",
             )
         plan = own
     if next(matches(model, plan), None) is None:
-        raise ValueError(
-            f"parallel.axes.tensor={degree}: no name in the tp_plan of {kind} stands for one of its modules: mend the "
-            f"names, or set the degree to 1"
+        raise SettingError(
+            path,
+            degree,
+            f"no name in the tp_plan of {kind} stands for one of its modules",
+            "correct the names, or set the degree to 1",
         )
     if section.sequence_parallel:
         sequence = plan_of(model, "sequence_plan")
         if sequence is None:
-            raise ValueError(
-                f"parallel.sequence_parallel=true: {kind} has no sequence_plan (names to styles): give it one, or set "
-                f"it to false"
+            raise SettingError(
+                "parallel.sequence_parallel",
+                True,
+                f"{kind} has no sequence_plan (names to styles)",
+                "give it one, or set it to false",
             )
         plan = {**plan, **sequence}
     own_divisors: Mapping[str, int] = getattr(model, "tensor_divisors", None) or hugging_face.tensor_divisors(model)
-    for setting, number in own_divisors.items():
-        if number % degree:
-            raise ValueError(
-                f"parallel.axes.tensor={degree}: must divide {setting}={number}: choose a divisor of it, or change it"
-            )
+    if odd := [f"{setting}={number}" for setting, number in own_divisors.items() if number % degree]:
+        raise SettingError(path, degree, f"it must divide {' and '.join(odd)}", "choose a divisor, or change the model")
     return plan
 
 
 def parallelize(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, loss_parallel: bool) -> bool:
-    """Shard `model`, or a part of it, over the tensor axis `mesh`, in place, and say whether its logits may stay
-    sharded in a step (`build.inside_step`).
+    """Shard `model`, or a part of it, over the tensor axis `mesh`, in place.
+
+    Returns whether its logits may stay sharded in a step (`parallel.inside_step`).
 
     Parameters outside the plan stay whole and the same on all ranks. Tied parameters stay tied.
 
-    Raises ValueError for an unknown style, and for features that the degree does not divide.
+    Raises SettingError for an unknown style, and for features that the degree does not divide.
     """
     styles = _styles()
     ties = _ties(model)
@@ -91,8 +101,8 @@ def parallelize(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, 
         if style not in TENSOR_STYLES or is_parameter:
             # Styles of a library's own models (mixtures of experts, latent attention) are that library's to apply.
             if not hugging_face.apply_style(model, name, style, mesh, is_parameter=is_parameter):
-                fix = nearest(style, TENSOR_STYLES)
-                raise ValueError(f"tensor plan of {type(model).__name__}: {name}: there is no style {style}: {fix}")
+                rule = f"the tensor plan of {type(model).__name__} gives {name} the style {style}, which does not exist"
+                raise SettingError("parallel.tensor_plan", ABSENT, rule, nearest(style, TENSOR_STYLES))
             continue
         module = model.get_submodule(name)
         if isinstance(module, PassThrough):
@@ -134,7 +144,7 @@ def _styles() -> dict[str, Callable[[], ParallelStyle]]:
 
 
 class EmbeddingToSequence(ParallelStyle):
-    """An embedding whose rows are shared out, and its output along the sequence, whose length must allow it."""
+    """An embedding whose rows are sharded, and whose output is sharded along the sequence."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.register_forward_pre_hook(lambda _, inputs: _check_sequence(inputs[0], device_mesh.size()))
@@ -143,7 +153,7 @@ class EmbeddingToSequence(ParallelStyle):
 
 
 class ShardedHead(ParallelStyle):
-    """A head whose logits stay sharded in a step that can use them so, and are gathered for everybody else."""
+    """A head whose logits stay sharded in a step that can use them so, and are gathered for every other caller."""
 
     def __init__(self, input_layout: Replicate | Shard) -> None:
         super().__init__()
@@ -157,8 +167,10 @@ class ShardedHead(ParallelStyle):
 
 
 class BetweenShards(ParallelStyle):
-    """A layer on activations of which each rank holds some heads (a norm of queries and keys): its parameters stay
-    whole, and their gradients are summed over the ranks."""
+    """A layer between sharded ones, on activations of which each rank holds some heads: a norm of queries and keys.
+
+    Its parameters stay whole, and their gradients are summed over the ranks.
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
@@ -169,7 +181,7 @@ class BetweenShards(ParallelStyle):
 
 
 class GatherSequence(ParallelStyle):
-    """Joins the first input of a module, shared out along the sequence, for the sharded layers inside it."""
+    """Gathers the first input of a module, sharded along the sequence, for the sharded layers inside it."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -180,7 +192,7 @@ class GatherSequence(ParallelStyle):
 
 
 class WholeSequence(ParallelStyle):
-    """Joins the first input of a module that no style shards, and shares its output out along the sequence again."""
+    """Gathers the first input of a module that no style shards, and shards its output along the sequence again."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -196,7 +208,7 @@ class WholeSequence(ParallelStyle):
 
 
 def copied(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """A hook that gives a copy of a module's output."""
+    """A hook that returns a copy of a module's output."""
     return output.clone()
 
 
@@ -213,9 +225,11 @@ def _whole(output: Any) -> Any:
 
 def _check_sequence(tokens: Tensor, degree: int) -> None:
     if tokens.shape[1] % degree:
-        raise ValueError(
-            f"parallel.sequence_parallel=true: a sequence of {tokens.shape[1]} tokens cannot be shared out evenly over "
-            f"the tensor degree, {degree}: make its length a multiple, or set sequence_parallel to false"
+        raise SettingError(
+            "parallel.sequence_parallel",
+            True,
+            f"a sequence of {tokens.shape[1]} tokens cannot be split evenly over the tensor degree, {degree}",
+            f"make its length a multiple of {degree}, or set sequence_parallel to false",
         )
 
 
@@ -231,14 +245,16 @@ def _check_features(name: str, module: nn.Module, style: str, degree: int) -> No
     features = module.out_features if style.startswith("colwise") else module.in_features
     if style.startswith(("colwise", "rowwise")) and features % degree:
         what = "output" if style.startswith("colwise") else "input"
-        raise ValueError(
-            f"parallel.axes.tensor={degree}: must divide the {features} {what} features of {name} ({style}): choose a "
-            f"divisor of them, or change the model"
+        raise SettingError(
+            "parallel.axes.tensor",
+            degree,
+            f"it must divide the {features} {what} features of {name} ({style})",
+            "choose a divisor of them, or change the model",
         )
 
 
 def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places of each parameter that is in several."""
+    """The places of each parameter that several modules share."""
     places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module, name, parameter in _places(model):
         places[id(parameter)].append((module, name))
@@ -253,15 +269,17 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def _tie(model: nn.Module, ties: list[list[tuple[nn.Module, str]]]) -> None:
-    """Let tied parameters be one again; sharding gives each place a parameter of its own."""
+    """Tie parameters again: sharding gives each place a parameter of its own."""
     for places in ties:
         parameters = [getattr(module, name) for module, name in places]
         layouts = {item.placements if isinstance(item, DTensor) else None for item in parameters}
         if len(layouts) > 1:
             kinds = " and ".join(type(module).__name__ for module, _ in places)
-            raise ValueError(
-                f"parallel.tensor_plan: {kinds} share a parameter, and the plan shards it in one place and not in the "
-                f"other: give both a style that shards rows, such as embedding_rowwise and colwise_gather_output"
+            raise SettingError(
+                "parallel.tensor_plan",
+                ABSENT,
+                f"{kinds} share a parameter, and the plan shards it in one place and not in the other",
+                "give both a style that shards rows, such as embedding_rowwise and colwise_gather_output",
             )
         for module, name in places[1:]:
             setattr(module, name, parameters[0])

@@ -1,21 +1,22 @@
-"""What is known of a run's attempts: when each began and ended, how, and with what."""
+"""Attempts of a run: when each started and ended, how, and with what."""
 
 from __future__ import annotations
 
-import fcntl
-import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from danling_conf.config.identity import flatten
+from danling_conf.records.find import sweep_of
 from danling_conf.records.heartbeats import read_heartbeats
-from danling_conf.records.metrics import read_lines
-
-COMPLETED, RUNNING, STOPPED, FAILED, LOST = "completed", "running", "stopped", "failed", "lost"
-"""How an attempt ended: `stopped` in order by a signal, `lost` without a word, as by SIGKILL."""
-_OF_RESULT = {"completed": COMPLETED, "interrupted": STOPPED, "failed": FAILED, "refused": "refused"}
+from danling_conf.records.metrics import ends_in_metrics, read_lines
+from danling_conf.records.reading import Fields, read_fields, read_text, warn_of_damage
+from danling_conf.records.run_directory import attempts_in
+from danling_conf.records.state import RunState, state_of, written_end
+from danling_conf.records.status import Status
+from danling_conf.schema.files import DIFF, DIFFERENCE, ENVIRONMENT, FROZEN, RESULT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class AttemptFacts:
     """Seconds since 1970."""
     end: float
     """When it ended, or gave its last sign of life."""
-    status: str
+    status: Status
     error: str | None
     score: float | None
     first_step: int
@@ -38,97 +39,87 @@ class AttemptFacts:
     config: dict[str, Any]
     difference: dict[str, Any]
     """Settings that differ from the defaults, by dotted path."""
-    environment: dict[str, Any]
+    environment: Fields
     diff: str
     """Of the code that was not committed."""
 
 
-def attempts_of(run: Path) -> list[AttemptFacts]:
-    """The attempts of a run, in the order in which they began."""
+def attempts_of(run: Path, state: RunState | None = None) -> list[AttemptFacts]:
+    """The attempts of a run, in the order in which they started.
+
+    Args:
+        state: how the run, and so its newest attempt, stands; `state_of(run)`, where None.
+    """
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(run):
         lines.setdefault(line["attempt"], []).append(line)
     beats = list(read_heartbeats(run).values())
-    folders = [folder for folder in (run / "attempts").glob("*") if folder.is_dir()]
-    folders.sort(key=lambda folder: (folder.name.partition(".")[0], _number(folder.name)))
-    live = is_live(run)
+    folders = attempts_in(run)
+    ends = _ends(run, folders, lines)
+    if folders:
+        ends[folders[-1].name] = state or state_of(run)
     found = []
     for folder in folders:
-        newest = live and folder is folders[-1]
         signs = [beat["written"] for beat in beats if beat["attempt"] == folder.name]
-        found.append(_facts(folder, lines.get(folder.name, []), signs, live=newest))
+        found.append(_facts(folder, lines.get(folder.name, []), signs, ends[folder.name]))
     return found
 
 
-def status_of(attempts: Sequence[AttemptFacts]) -> str:
-    """How a run stands: as its last attempt does."""
-    return attempts[-1].status if attempts else "empty"
+def _ends(run: Path, folders: Sequence[Path], lines: dict[str, list[dict[str, Any]]]) -> dict[str, RunState]:
+    """How each attempt ended: as the sweep's ledger says, else as it wrote itself; lost, where nothing says it."""
+    owner = sweep_of(run)
+    in_ledger = {} if owner is None else owner[1].ends()
+    found = {}
+    for folder in folders:
+        state = written_end(folder) or RunState(
+            status=ends_in_metrics(lines.get(folder.name, [])).get(folder.name, Status.LOST)
+        )
+        if folder.name in in_ledger:
+            status, error = in_ledger[folder.name]
+            state = RunState(status=status, error=error, score=state.score)
+        found[folder.name] = state
+    return found
 
 
-def is_live(run: Path) -> bool:
-    """Whether a process on this machine holds the run."""
-    path = run / "run.lock"
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], *, live: bool) -> AttemptFacts:
-    frozen, result = read_json(folder / "frozen.json"), read_json(folder / "result.json")
-    started = folder / "frozen.json"
+def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], state: RunState) -> AttemptFacts:
+    frozen = read_fields(folder / FROZEN, "config")
     times = [line["time"] for line in lines] + signs
-    if started.is_file():
-        times.append(started.stat().st_mtime)
-    if result:
-        times.append((folder / "result.json").stat().st_mtime)
+    times += [path.stat().st_mtime for path in (folder / FROZEN, folder / RESULT) if path.is_file()]
     steps = [line["step"] for line in lines]
-    config = frozen.get("config", {})
     return AttemptFacts(
         name=folder.name,
         begin=min(times, default=folder.stat().st_mtime),
         end=max(times, default=folder.stat().st_mtime),
-        status=RUNNING if live and not result else _OF_RESULT.get(str(result.get("status")), LOST),
-        error=result.get("error"),
-        score=result.get("score"),
+        status=state.status,
+        error=state.error,
+        score=state.score,
         first_step=min(steps, default=0),
         last_step=max(steps, default=0),
-        ranks=len(list(folder.glob("rank-*.log"))),
-        code_id=frozen.get("code_id"),
-        command=frozen.get("attempt", {}).get("command", []),
-        config=config,
-        difference=_yaml(folder / "difference.yaml"),
-        environment=read_json(folder / "environment.json"),
-        diff=_text(folder / "git.diff"),
+        ranks=sum(re.fullmatch(r"rank-[0-9]+\.log", path.name) is not None for path in folder.iterdir()),
+        code_id=frozen.text("code_id"),
+        command=frozen.table("attempt").texts("command"),
+        config=dict(frozen.table("config").values),
+        difference=_yaml(folder / DIFFERENCE),
+        environment=read_fields(folder / ENVIRONMENT),
+        diff=read_text(folder / DIFF),
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file; {} where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _yaml(path: Path) -> dict[str, Any]:
+    """Settings in a YAML file, by dotted path; {} where there are none."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    if not path.is_file():
+    text = read_text(path)
+    if not text.strip():
         return {}
-    found = OmegaConf.to_container(OmegaConf.load(path))
-    return flatten(found) if isinstance(found, dict) else {}  # type: ignore[arg-type]
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def _number(name: str) -> int:
-    number = name.partition(".")[2]
-    return int(number) if number.isdecimal() else 1
+    try:
+        found = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+        warn_of_damage(path, f"it is not YAML of ours: {type(error).__name__}")
+        return {}
+    if not isinstance(found, dict):
+        warn_of_damage(path, "it holds no settings")
+        return {}
+    return flatten({str(name): value for name, value in found.items()})

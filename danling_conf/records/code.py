@@ -1,4 +1,4 @@
-"""Which code a run was started with: the git state of the script's repository."""
+"""Code of a run: the git state of the script's repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this process was started for: set by whoever launched it, read by the runner."""
+"""Current attempt and rank of this process: set by its launcher, read by the runner."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Current:
     guard: Callable[[], None] = lambda: None
     """Raises where a later start of the same job has taken the run over, see `RunLock.check`."""
     repeats_signals: bool = False
-    """Whether whoever started this process sends the same signal again while it is saving, and SIGKILL when it means
-    it: a second signal then ends nothing."""
+    """Whether the launcher sends the same signal again while the run saves, and SIGKILL when its time is over (Slurm
+    does): a second signal then ends nothing."""
 
 
 _current: Current | None = None
 
 
 def enter(current: Current | None) -> None:
-    """Set, or clear, what this process was started for."""
+    """Set, or clear, the attempt and rank of this process."""
     global _current
     _current = current
 
 
 def current() -> Current | None:
-    """What this process was started for; None where nobody launched it (a notebook, plain `@hydra.main`)."""
+    """The attempt and rank of this process; None where nothing launched it (a notebook, plain `@hydra.main`)."""
     return _current

@@ -1,4 +1,4 @@
-"""The frozen configuration of an attempt: written once where the command is given, read by every rank."""
+"""Frozen configuration of an attempt: written once where the command is run, read by every rank."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from danling_conf.config.files import save
 from danling_conf.config.hydra_adapter import take_part
 from danling_conf.config.identity import canonical, difference_from_defaults, job_id, plain
 from danling_conf.config.readonly import freeze
-from danling_conf.config.resolve import inspect
+from danling_conf.config.resolve import inspect, save
 from danling_conf.records.code import code_identity
-from danling_conf.records.run_directory import Attempt, owner_of, write_whole
+from danling_conf.records.reading import read_fields
+from danling_conf.records.run_directory import Attempt, attempt_order, attempts_in, write_whole
 from danling_conf.schema import RunnerConfig, declared_class
+from danling_conf.schema.files import DIFF, DIFFERENCE, FROZEN
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import Context
-
-FROZEN = "frozen.json"
 
 
 def freeze_attempt(
@@ -37,9 +36,9 @@ def freeze_attempt(
     code = code_identity(script.parent)
     save(config, folder / "config.yaml")
     write_whole(folder / "canonical.json", canonical(config) + "\n")
-    write_whole(folder / "difference.yaml", OmegaConf.to_yaml(OmegaConf.create(difference_from_defaults(config))))
+    write_whole(folder / DIFFERENCE, OmegaConf.to_yaml(OmegaConf.create(difference_from_defaults(config))))
     if code.diff:
-        write_whole(folder / "git.diff", code.diff)
+        write_whole(folder / DIFF, code.diff)
     write_whole(folder / FROZEN, frozen_content(config, attempt, code.code_id, hydra))
 
 
@@ -84,28 +83,27 @@ def thaw_job(frozen: Mapping[str, Any], kind: type[RunnerConfig] | None = None) 
 
 
 def take_part_in(content: str) -> DictConfig | None:
-    """Be in the Hydra job of `frozen_content`; gives Hydra's own node, None where no job of Hydra's was frozen."""
+    """Enter the Hydra job of `frozen_content`; returns Hydra's own node, None where no job of Hydra's was frozen."""
     frozen = json.loads(content)
     return None if frozen["hydra"] is None else take_part(frozen["hydra"], frozen["config"])
 
 
 def earlier_code(attempt: Attempt) -> str | None:
     """The code identity of the attempt before this one; None for the first."""
-    folders = sorted(folder for folder in attempt.directory.parent.iterdir() if folder.is_dir())
-    earlier = [folder for folder in folders if folder.name < attempt.directory.name and (folder / FROZEN).is_file()]
-    if not earlier or owner_of(earlier[-1]) is None:
-        return None
-    return json.loads((earlier[-1] / FROZEN).read_text())["code_id"]
+    mine = attempt_order(attempt.directory.name)
+    earlier = [folder for folder in attempts_in(attempt.run_directory) if attempt_order(folder.name) < mine]
+    known = [folder for folder in earlier if (folder / FROZEN).is_file()]
+    return read_fields(known[-1] / FROZEN).text("code_id") if known else None
 
 
 def code_of(attempt: Attempt) -> str | None:
     """The code identity of an attempt; None where nothing was frozen."""
-    path = attempt.directory / FROZEN
-    return json.loads(path.read_text())["code_id"] if path.is_file() else None
+    return read_fields(attempt.directory / FROZEN).text("code_id")
 
 
 def _class_of(module: str, qualname: str) -> type[RunnerConfig]:
     found: Any = sys.modules.get(module) or importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
-    return found
+    kind: type[RunnerConfig] = found
+    return kind

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from danling_conf.records.reading import Fields, is_moment, is_number, read_fields, read_json, warn_of_damage
+from danling_conf.records.run_directory import attempt_order, newest_attempt
+from danling_conf.schema.files import FROZEN
 
 STATES = (
     "starting", "compiling", "training", "evaluating", "saving", "reporting", "waiting in a collective", "stopping",
@@ -18,24 +22,18 @@ def heartbeat_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
-def newest_attempt(run: Path) -> Path | None:
-    """The folder of the attempt that began last; None for a run without one."""
-    found = [folder for folder in (run / "attempts").glob("*") if folder.is_dir()]
-    return max(found, key=lambda folder: (folder.name.partition(".")[0], _number(folder.name)), default=None)
-
-
-def heartbeat_settings(run: Path) -> dict[str, Any]:
-    """The section `heartbeat` of the newest attempt; {} where nothing was frozen."""
+def heartbeat_settings(run: Path) -> Fields:
+    """The section `heartbeat` of the newest attempt; empty where nothing was frozen."""
     attempt = newest_attempt(run)
-    try:
-        return dict(json.loads((attempt / "frozen.json").read_text())["config"]["heartbeat"]) if attempt else {}
-    except (OSError, ValueError, KeyError):
-        return {}
+    return (
+        Fields(run) if attempt is None else read_fields(attempt / FROZEN, "config").table("config").table("heartbeat")
+    )
 
 
 def heartbeat_folder(run: Path) -> Path:
     """The folder of a run's heartbeats."""
-    return run / str(heartbeat_settings(run).get("dir_name", "heartbeats"))
+    name = heartbeat_settings(run).text("dir_name") or "heartbeats"
+    return run / Path(name.replace("\0", "")).name
 
 
 def read_heartbeats(run: Path, folder: Path | None = None) -> dict[int, dict[str, Any]]:
@@ -48,19 +46,32 @@ def read_heartbeats(run: Path, folder: Path | None = None) -> dict[int, dict[str
     for path in (folder or heartbeat_folder(run)).glob("rank-*.json"):
         if not re.fullmatch(r"rank-[0-9]+\.json", path.name):
             continue
-        try:
-            beat = json.loads(path.read_text())
-            found[int(beat["rank"])] = beat
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # of another program, or being replaced
-    newest = max((beat["attempt"] for beat in found.values()), key=_order, default=None)
+        beat = read_json(path)
+        wrong = [name for name, is_right in _FACTS.items() if not is_right(beat.get(name))]
+        if not beat:
+            continue
+        if wrong:
+            warn_of_damage(path, f"it is no heartbeat: {', '.join(wrong)} missing or of another type")
+            continue
+        found[beat["rank"]] = beat
+    newest = max((beat["attempt"] for beat in found.values()), key=attempt_order, default=None)
     return {rank: beat for rank, beat in sorted(found.items()) if beat["attempt"] == newest}
 
 
-def _order(attempt: str) -> tuple[str, int]:
-    return attempt.partition(".")[0], _number(attempt)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _number(name: str) -> int:
-    number = name.partition(".")[2]
-    return int(number) if number.isdecimal() else 1
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    "attempt": _is_text, "rank": _is_count, "world_size": lambda value: _is_count(value) and value < 1 << 24,
+    "host": _is_text, "pid": _is_count, "step": _is_count, "epoch": _is_count, "state": _is_text,
+    "state_since": is_moment, "written": is_moment, "interval": is_number, "memory_bytes": is_number,
+    "total_steps": lambda value: value is None or _is_count(value),
+    "last_step_time": lambda value: value is None or is_moment(value),
+    "waiting_share": lambda value: value is None or is_number(value),
+}  # fmt: skip
+"""What every heartbeat says, and how each is checked: readers compute with all of it."""

@@ -1,7 +1,7 @@
-"""A job of a sweep, frozen when it was submitted: all that is needed to start it, today or tomorrow.
+"""Job of a sweep, frozen when it was submitted: all that is needed to start it, today or tomorrow.
 
-`SWEEP/jobs/<key>/job.json` has the configuration, the run that the job owns, and how its script is started. What its
-processes have to say beside the ledger is written next to it.
+`SWEEP/jobs/<key>/job.json` has the configuration, the run that the job owns, and how its script is started. Next to it
+lie the errors of the job's ranks, which say more than the ledger's line.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 from danling_conf.config.job import Job
 from danling_conf.records.frozen import frozen_job
 from danling_conf.records.ledger import Ledger
+from danling_conf.records.reading import is_moment, read_fields
 from danling_conf.records.run_directory import Binding, write_whole
+from danling_conf.schema.files import JOB_FILE, Damaged, error_file, read_object
 
-JOB_FILE = "job.json"
 _GONE = re.compile(
     r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exit|ncclRemoteError|"
     r"communicator was aborted|socket.{0,20}(reset|closed)",
@@ -35,7 +36,7 @@ CLUSTER_VARIABLE = "DANLING_CONF_CLUSTER"
 class Program:
     """How an app is started."""
 
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     """A script, or `-m` and a module."""
     directory: Path
     """Working directory."""
@@ -43,7 +44,7 @@ class Program:
     """State of its code when the sweep was submitted."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"words": list(self.words), "directory": str(self.directory), "code_id": self.code_id}
+        return {"words": list(self.argv), "directory": str(self.directory), "code_id": self.code_id}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,33 @@ class JobFile:
 
     @classmethod
     def read(cls, path: Path) -> JobFile:
-        """Raises ValueError when the file is broken."""
+        """Raises Damaged when the file is missing or broken."""
         try:
-            return cls(path=path, content=json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: the job cannot be read: {error}") from error
+            content = read_object(path)
+        except FileNotFoundError as error:
+            raise Damaged(path, "the job cannot be read: there is no such file") from error
+        except Damaged as damage:
+            raise Damaged(path, f"the job cannot be read: {damage.reason}") from damage
+        wrong = [name for name, kinds in _CONTENT.items() if name in content and not isinstance(content[name], kinds)]
+        wrong += [] if "config" in content else ["config"]
+        texts = {"overrides": content.get("overrides", ()), "program.words": _inside(content, "program", "words"),
+                 "binding.notes": _inside(content, "binding", "notes")}  # fmt: skip
+        wrong += [name for name, found in texts.items() if not all(isinstance(text, str) for text in found)]
+        if wrong:
+            raise Damaged(path, f"the job cannot be read: {', '.join(wrong)} missing or of another type")
+        return cls(path=path, content=content)
+
+    def require_startable(self) -> JobFile:
+        """This job, where the file has all that is needed to start it. Raises Damaged where it has not."""
+        missing = [name for name in _CONTENT if name not in self.content]
+        program, binding = self.content.get("program", {}), self.content.get("binding", {})
+        missing += [f"program.{name}" for name in ("words", "directory", "code_id") if name not in program]
+        missing += [f"binding.{name}" for name in ("run_directory", "restore", "notes") if name not in binding]
+        parallel = self.content.get("config", {}).get("parallel")
+        missing += [] if isinstance(parallel, dict) and "mesh_device_type" in parallel else ["config.parallel"]
+        if missing:
+            raise Damaged(self.path, f"the job cannot be read: {', '.join(missing)} missing")
+        return self
 
     @property
     def key(self) -> str:
@@ -103,7 +126,7 @@ class JobFile:
         return list(self.content["overrides"])
 
     @property
-    def words(self) -> list[str]:
+    def argv(self) -> list[str]:
         """Script, or `-m` and a module, and the overrides."""
         return [*self.content["program"]["words"], *self.overrides]
 
@@ -116,19 +139,37 @@ class JobFile:
         return int(self.content["world_size"])
 
 
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "key": str, "job": int, "overrides": list, "program": dict, "binding": dict, "world_size": int, "launcher": dict,
+    "shape": (dict, type(None)), "job_id": str, "class": list, "config": dict, "hydra": (dict, type(None)),
+}  # fmt: skip
+"""What a job file holds, and the types."""
+
+
+def _inside(content: Mapping[str, Any], name: str, inner: str) -> list[Any]:
+    found = content[name].get(inner, []) if isinstance(content.get(name), dict) else []
+    return found if isinstance(found, list) else [found]
+
+
 def write_error(folder: Path, rank: int, message: str, trace: str) -> None:
-    """Leave word of why a rank failed, for whoever looks after the job."""
+    """Write why a rank failed, for the sweep's monitor."""
     content = {"rank": rank, "raised_at": time.time(), "message": message, "traceback": trace}
-    write_whole(folder / f"error-{rank}.json", json.dumps(content) + "\n")
+    write_whole(error_file(folder, rank), json.dumps(content) + "\n")
 
 
 def first_error(folder: Path, since: float = 0.0) -> dict[str, Any] | None:
-    """What the rank that failed first said; None where no rank said anything since a time.
+    """The error of the rank that failed first; None where no rank wrote one since a time.
 
-    What only says that another rank has gone comes after what says why.
+    An error that only says that another rank has gone comes after one that says why.
     """
-    errors = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
-    recent = [item for item in errors if item["raised_at"] >= since]
+    found = [read_fields(path) for path in sorted(folder.glob("error-*.json"))]
+    errors: list[dict[str, Any]] = [
+        {"rank": item.integer("rank"), "raised_at": item.number("raised_at"), "message": item.text("message"),
+         "traceback": item.text("traceback") or ""}
+        for item in found
+    ]  # fmt: skip
+    complete = [item for item in errors if item["rank"] is not None and item["message"] is not None]
+    recent = [item for item in complete if is_moment(item["raised_at"]) and item["raised_at"] >= since]
     return min(recent, key=lambda item: (is_consequence(item["message"]), item["raised_at"]), default=None)
 
 

@@ -1,8 +1,8 @@
-"""A sweep's ledger: what was asked for, and what has become of each job.
+"""Ledger of a sweep: what was asked for, and what has become of each job.
 
-A file of lines of JSON, each saying something new about one job; the newest word on a fact holds. Lines are only ever
-added, under a lock, by the command that started the sweep, by its jobs and by whoever looks after them, so that neither
-two writers nor a crash lose anything.
+A file of JSON lines, each with something new about one job; the newest value of a fact holds. Lines are only ever
+added, under a lock, by the command that started the sweep, by its jobs and by its monitor, so that neither two writers
+nor a crash lose anything.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from danling_conf.records.status import Status
-
-LEDGER = "jobs.jsonl"
+from danling_conf.records.reading import is_moment, is_number, read_fields, warn_of_damage
+from danling_conf.records.status import ENDED, Status, written_status
+from danling_conf.schema.files import ATTEMPTS, LEDGER, RESULT, Damaged, parse_object, read_regular
 
 
 @dataclass(kw_only=True)
@@ -29,8 +29,8 @@ class Record:
     key: str
     """The job's `job_id`; with a number behind it where the sweep asked for the same more than once."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """The newest value of everything that was said: job (its number), job_id, config_id, overrides, run, status, score,
-    error, `told` once somebody has told it to stop, ..."""
+    """The newest value of everything that was written: job (its number), job_id, config_id, overrides, run, status,
+    score, error, `told` once somebody has asked it to stop, ..."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """All lines about it, in order."""
 
@@ -39,12 +39,22 @@ class Record:
         return int(self.facts["job"])
 
     @property
-    def status(self) -> str:
-        return str(self.facts.get("status", Status.PLANNED))
+    def status(self) -> Status:
+        return Status(self.facts.get("status", Status.PLANNED))
 
     @property
     def ended(self) -> bool:
-        return Status(self.status).ended
+        return self.status.ended
+
+    @property
+    def error(self) -> str | None:
+        """Why it ended as it did; None where nothing says it."""
+        return self.facts.get("error")
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody has asked it to stop since it was last submitted."""
+        return "told" in self.facts
 
     @property
     def score(self) -> float | None:
@@ -53,6 +63,12 @@ class Record:
     @property
     def run(self) -> Path | None:
         return Path(self.facts["run"]) if self.facts.get("run") else None
+
+    @property
+    def attempt(self) -> Path | None:
+        """The folder of the attempt that it started last; None before the first."""
+        run, name = self.run, self.facts.get("attempt")
+        return None if run is None or name is None else run / ATTEMPTS / str(name)
 
     @property
     def attempts(self) -> int:
@@ -68,6 +84,16 @@ class Record:
         """The lines since it was last submitted."""
         starts = [i for i, line in enumerate(self.history) if line.get("status") == Status.QUEUED and "why" not in line]
         return self.history[starts[-1] :] if starts else self.history
+
+    def ends(self) -> dict[str, tuple[Status, str | None]]:
+        """How its attempts ended, and why, by their names."""
+        found: dict[str, tuple[Status, str | None]] = {}
+        attempt = None
+        for line in self.history:
+            attempt = line.get("attempt", attempt)
+            if attempt is not None and line.get("status") in ENDED:
+                found[attempt] = Status(line["status"]), line.get("error")
+        return found
 
     def add(self, line: Mapping[str, Any]) -> None:
         if self._overtaken(line):
@@ -98,7 +124,7 @@ class Ledger:
         self.directory = directory
         self.path = directory / LEDGER
         self._records: dict[str, Record] = {}
-        self._read_to = 0
+        self._read_to = self._lines = 0
 
     def add(self, key: str, **facts: Any) -> None:
         """Add a line about a job."""
@@ -109,11 +135,30 @@ class Ledger:
         with self._locked() as file:
             _append(file, lines)
 
-    def settle(self, key: str, **facts: Any) -> bool:
-        """Add a job's end unless somebody, or the job itself, has written one; says whether it was added."""
+    def settle(self, key: str, *, status: str, error: str | None = None) -> bool:
+        """Write the end of a job that has not written its own; returns whether it was written.
+
+        Every command and monitor that finds a job at its end calls this, so that all of them write the same:
+
+        - An end that is written stays.
+        - A job whose attempt wrote its result and was killed before it could enter it here ended as the result says.
+        - A job that was asked to stop and then failed, or vanished, was cancelled.
+
+        Args:
+            status: how it ended, as far as that shows from outside.
+            error: why.
+        """
         with self._locked() as file:
-            if self.records()[key].ended:
+            record = self.records()[key]
+            if record.ended:
                 return False
+            facts: dict[str, Any] = {"status": Status(status), "error": error}
+            result = None if record.attempt is None else read_fields(record.attempt / RESULT)
+            own = written_status(result.text("status")) if result else None
+            if status == Status.LOST and result and own in ENDED:
+                facts = {"status": own, "error": result.text("error"), "score": result.number("score")}
+            elif status in (Status.LOST, Status.FAILED) and record.stop_requested:
+                facts["status"] = Status.CANCELLED
             _append(file, [(key, facts)])
             return True
 
@@ -124,23 +169,42 @@ class Ledger:
             yield file
 
     def records(self) -> dict[str, Record]:
-        """All jobs by key, in the order in which they were planned. Reads what is new since the last call."""
-        if not self.path.is_file():
+        """All jobs by key, in the order in which they were planned. Reads what is new since the last call.
+
+        A line, or a fact in it, that is no record is left out with a warning; a last line without its end is still
+        being written.
+        """
+        try:
+            new = read_regular(self.path, limit=None, start=self._read_to)
+        except FileNotFoundError:
             return {}
-        with open(self.path, "rb") as file:
-            file.seek(self._read_to)
-            new = file.read()
+        except Damaged as damage:
+            warn_of_damage(damage.path, damage.reason)
+            return {}
         whole = new.rfind(b"\n") + 1
         self._read_to += whole
         for line in new[:whole].splitlines():
-            try:
-                content = json.loads(line)
-                key = str(content["key"])
-            except (ValueError, TypeError, KeyError):
-                continue  # the torn line of a writer that was killed
-            self._records.setdefault(key, Record(key=key)).add(content)
+            self._lines += 1
+            found = self._read(line)
+            if found is not None:
+                key = found["key"]
+                self._records.setdefault(key, Record(key=key)).add(found)
         # One whose first line was torn is unknown: nothing says what it was to be.
         return {key: record for key, record in self._records.items() if "job" in record.facts}
+
+    def _read(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            content = parse_object(line)
+        except ValueError as error:  # the torn line of a writer that was killed, for instance
+            if line.strip():
+                warn_of_damage(self.path, f"line {self._lines}: {error}")
+            return None
+        wrong = [name for name, value in content.items() if name in _FACTS and not _FACTS[name](value)]
+        if wrong or "key" not in content:
+            warn_of_damage(self.path, f"line {self._lines}: {', '.join(wrong) or 'key'} missing or of another type")
+        if "key" in wrong or "key" not in content:
+            return None
+        return {name: value for name, value in content.items() if name not in wrong}
 
 
 def _append(file: IO[bytes], lines: list[tuple[str, dict[str, Any]]]) -> None:
@@ -154,3 +218,30 @@ def _append(file: IO[bytes], lines: list[tuple[str, dict[str, Any]]]) -> None:
     file.write(text.encode())
     file.flush()
     os.fsync(file.fileno())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a text names one file: keys and attempts become parts of paths."""
+    return _is_text(value) and value not in ("", ".", "..") and "/" not in value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    "key": _is_name, "time": is_moment, "job": _is_count, "job_id": _is_text, "config_id": _is_text,
+    "overrides": lambda value: isinstance(value, list) and all(map(_is_text, value)), "run": _is_text,
+    "status": lambda value: written_status(value) is not None,
+    "error": lambda value: value is None or isinstance(value, str),
+    "score": lambda value: value is None or is_number(value),
+    "attempt": _is_name, "host": _is_text, "pid": _is_count, "rank": _is_count, "told": _is_text, "slurm": _is_text,
+    "start": _is_count, "why": _is_text, "printed": _is_count, "nodes": lambda value: value is None or _is_text(value),
+    "steps": lambda value: value is None or _is_count(value), "layout": _is_text,
+    "epochs": lambda value: value is None or _is_count(value),
+}  # fmt: skip
+"""How the facts that readers use are checked."""

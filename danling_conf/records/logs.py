@@ -14,11 +14,11 @@ from danling_conf.topology.rank_environment import RankEnvironment
 
 _OURS = "danling_conf"
 _position: Callable[[], int] | None = None
-"""Gives the optimizer step that this process is at; None outside of training."""
+"""Returns the optimizer step that this process is at; None outside of training."""
 
 
 def set_position(position: Callable[[], int] | None) -> None:
-    """Let the lines of the logs say at which optimizer step they were written."""
+    """Put the optimizer step into the lines of the logs."""
     global _position
     _position = position
 
@@ -29,7 +29,7 @@ def rank_log(attempt: Path, rank: int) -> Path:
 
 
 def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str) -> list[logging.Handler]:
-    """Send what is logged to the rank's file, and to the job's log on the main process; gives the handlers added.
+    """Send what is logged to the rank's file, and to the job's log on the main process; returns the handlers added.
 
     Our own logger does not propagate: on the console its lines belong to the progress display.
     """
@@ -51,7 +51,7 @@ def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str
 
 
 def close_logs(handlers: list[logging.Handler]) -> None:
-    """Take handlers off again."""
+    """Remove handlers."""
     for logger in (logging.getLogger(), logging.getLogger(_OURS)):
         for handler in handlers:
             logger.removeHandler(handler)

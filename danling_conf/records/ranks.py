@@ -1,23 +1,19 @@
-"""What heartbeats say of a run's ranks: who is slowest, and who is stuck."""
+"""Ranks of a run, as their heartbeats show them: which is slowest, and which is stuck."""
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from danling_conf.records.heartbeats import heartbeat_settings, newest_attempt, read_heartbeats
+from danling_conf.records.heartbeats import heartbeat_folder, heartbeat_settings, read_heartbeats
+from danling_conf.records.run_directory import newest_attempt
+from danling_conf.records.state import RunState, is_silent, state_of
+from danling_conf.records.status import Status
 
-SILENT_INTERVALS = 3.0
-"""A rank whose heartbeat is older than so many intervals does not write any more: it is stopped, or gone."""
-LEAST_SECONDS = 2.0
-"""Nobody is called silent or behind before that."""
 CLEAR_SHARE = 0.15
 """A rank that waits less than every other by this share of its time is the slowest."""
-_LIVE = "running"
-_OF_RESULT = {"completed": "completed", "failed": "failed", "interrupted": "stopped", "refused": "refused"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +36,7 @@ class RankSeen:
     """Of the time since the heartbeat before, how much it waited for other ranks; None where that is not known."""
     written_seconds_ago: float
     stuck: str
-    """Why it is held to be stuck; "" where it is not."""
+    """Why it counts as stuck; "" where it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +45,10 @@ class RunSeen:
 
     run: str
     attempt: str | None
-    status: str
-    """`running`, as far as its ranks have not said that they end; else how it ended."""
+    status: Status
+    """How the run stands, see `state_of`."""
+    error: str | None
+    """Why it ended as it did."""
     world_size: int
     ranks: list[RankSeen]
     missing: list[int]
@@ -65,32 +63,33 @@ class RunSeen:
         return asdict(self)
 
 
-def look_at(run: Path, now: float | None = None) -> RunSeen:
+def look_at(run: Path, now: float | None = None, state: RunState | None = None) -> RunSeen:
     """The ranks of a run as they are now.
 
     Args:
         now: seconds since 1970; the time, where None.
+        state: how the run stands; `state_of(run)`, where None.
     """
     now = time.time() if now is None else now
-    settings = heartbeat_settings(run)
+    state = state or state_of(run, now)
     attempt = newest_attempt(run)
-    beats = read_heartbeats(run, run / str(settings.get("dir_name", "heartbeats")))
+    beats = read_heartbeats(run, heartbeat_folder(run))
     if attempt is not None:
         beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.name}
-    ended = _ended(attempt)
-    status = ended or (_LIVE if attempt is not None else "empty")
     world = next((int(beat["world_size"]) for beat in beats.values()), 0)
-    live = ended is None
+    live = state.status is Status.RUNNING
     ranks = [_rank(beat, now, beats, live=live) for beat in beats.values()]
     missing = [rank for rank in range(world) if rank not in beats]
     stuck = [each.rank for each in ranks if each.stuck] + (missing if live else [])
     note = ""
     if not beats:
-        note = "no heartbeats: heartbeat=default writes them" if not settings.get("enabled") else "no heartbeat yet"
+        enabled = heartbeat_settings(run).flag("enabled")
+        note = "no heartbeat yet" if enabled else "no heartbeats: heartbeat=default writes them"
     return RunSeen(
         run=str(run),
         attempt=None if attempt is None else attempt.name,
-        status=status,
+        status=state.status,
+        error=state.error,
         world_size=world,
         ranks=ranks,
         missing=missing,
@@ -121,9 +120,8 @@ def _rank(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]], *,
 
 def _stuck(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]]) -> str:
     """A rank that writes no more; or one that is behind and not waiting while others wait for it."""
-    silent = now - beat["written"]
-    if silent > max(LEAST_SECONDS, SILENT_INTERVALS * beat["interval"]):
-        return "" if beat["state"] == "stopping" else f"silent for {silent:.0f} s: stopped, or gone"
+    if is_silent(beat, now):
+        return "" if beat["state"] == "stopping" else f"silent for {now - beat['written']:.0f} s: stopped, or gone"
     others = [other for other in beats.values() if other["rank"] != beat["rank"]]
     waiting = [other for other in others if other["state"].startswith("waiting")]
     behind = others and beat["step"] <= min(other["step"] for other in others)
@@ -151,14 +149,3 @@ def _slowest(beats: dict[int, dict[str, Any]]) -> int | None:
     if len(shares) == len(every) and shares[1][0] - shares[0][0] >= CLEAR_SHARE:
         return int(shares[0][1])
     return None
-
-
-def _ended(attempt: Path | None) -> str | None:
-    """How an attempt ended; None where it has not said so."""
-    if attempt is None:
-        return None
-    try:
-        status = json.loads((attempt / "result.json").read_text())["status"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return _OF_RESULT.get(status, status)

@@ -1,4 +1,4 @@
-"""A run's directory: found or claimed once, locked while an attempt lives, never overwritten.
+"""Directory of a run: found or claimed once, locked while an attempt lives, never overwritten.
 
 `workspace_root/lineage/experiment/<run id>` is the same on every rank and for every attempt. The run id is the
 `config_id`; a fresh start of a configuration that has a run already gets the next number (`<config id>.2`).
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -18,16 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
+from danling_conf.records.metrics import end_metrics
 from danling_conf.records.run_lock import RunLock
+from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
+from danling_conf.schema.files import ATTEMPTS, RESULT, RUN_FILE, Damaged, read_object
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
-RUN_FILE = "run.json"
 _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 _OF_A_START = ("pretrained", "checkpoint.exclude_from_loading")
-"""Settings that say what a run starts from; they change nothing when it goes on."""
+"""Settings that say what a run starts from; they change nothing when it resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +45,11 @@ class Attempt:
     seed: int
     """The run's seed: as configured, or drawn when the run was made."""
     restore: Path | None = None
-    """Run directory or checkpoint that this attempt goes on from; None for a fresh start."""
+    """Run directory or checkpoint that this attempt resumes from; None for a fresh start."""
     command: tuple[str, ...] = ()
     """Script and overrides that started it."""
     notes: tuple[str, ...] = ()
-    """What the user should be told about how the directory was chosen."""
+    """What the user should know about how the directory was chosen."""
 
     @property
     def run_id(self) -> str:
@@ -73,13 +77,13 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """The run that a configuration goes on with, and what from; all attempts of a job share it."""
+    """The run that a configuration belongs to, and what it resumes from; all attempts of a job share it."""
 
     run_directory: Path
     restore: Path | None = None
-    """Run directory or checkpoint to go on from; None for a fresh start."""
+    """Run directory or checkpoint to resume from; None for a fresh start."""
     notes: tuple[str, ...] = ()
-    """What the user should be told about how the directory was chosen."""
+    """What the user should know about how the directory was chosen."""
 
     def to_json(self) -> dict[str, Any]:
         restore = str(self.restore) if self.restore else None
@@ -92,23 +96,23 @@ class Binding:
 
 
 def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[Attempt, RunLock]:
-    """Find the run that this configuration goes on with, or make a new one, lock it, and open an attempt in it.
+    """Find the run that this configuration resumes, or make a new one, lock it, and open an attempt in it.
 
     Args:
         command: script and overrides; this process's own when None.
 
     Raises ConfigRefused when the run cannot be resumed under this configuration, is live, or cannot be written.
     """
-    return begin(bind(config), config, sys.argv if command is None else command)
+    return start(bind(config), config, sys.argv if command is None else command)
 
 
 def bind(config: RunnerConfig) -> Binding:
-    """Find the run that this configuration goes on with, or make a new one. Raises ConfigRefused as `claim`."""
+    """Find the run that this configuration resumes, or make a new one. Raises ConfigRefused as `claim`."""
     with _writing(config):
         return _bind(config)
 
 
-def begin(
+def start(
     binding: Binding,
     config: RunnerConfig,
     command: Sequence[str],
@@ -120,7 +124,7 @@ def begin(
 
     Args:
         command: script and overrides.
-        again: whether an earlier attempt of the same binding may have got somewhere, from where this one goes on.
+        again: whether an earlier attempt of the same binding may have saved a checkpoint, to resume from.
         fence: see `RunLock`.
 
     Raises ConfigRefused when the run is live or cannot be written.
@@ -166,7 +170,7 @@ def _bind(config: RunnerConfig) -> Binding:
         elif read_run(owner)["config_id"] == identity and is_latest(restore):
             run = owner
         else:
-            # Going on from an older checkpoint in the same run would overwrite what came after it.
+            # To resume an older checkpoint in the same run would overwrite what came after it.
             parent = owner
             notes = (f"this is a new run, which goes on from {restore} of another one",)
     elif config.auto_resume:
@@ -188,19 +192,28 @@ def owner_of(path: Path) -> Path | None:
 
 
 def is_latest(checkpoint: Path) -> bool:
-    """Whether a checkpoint is the one that its run would go on from."""
+    """Whether a checkpoint is the one that its run would resume from."""
     return (checkpoint.parent / "latest").resolve() == checkpoint.resolve()
+
+
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "run_id": str, "config_id": str, "seed": int, "parent": (str, type(None)), "created": str, "settings": dict,
+}  # fmt: skip
+"""What a run's file says, and the types."""
 
 
 def read_run(run: Path) -> dict[str, Any]:
     """What a run's directory says of the run. Raises ConfigRefused when its file is broken."""
     try:
-        content = json.loads((run / RUN_FILE).read_text())
-        return {name: content[name] for name in ("run_id", "config_id", "seed", "parent", "created", "settings")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigRefused(
-            [Violation("resume", str(run), f"{RUN_FILE} is broken", "start a new run: drop resume and auto_resume")]
-        ) from error
+        content = read_object(run / RUN_FILE)
+        wrong = [name for name, kinds in _FACTS.items() if name not in content or not isinstance(content[name], kinds)]
+        if wrong:
+            raise Damaged(run / RUN_FILE, f"{', '.join(wrong)} missing or of another type")
+    except (OSError, Damaged) as error:
+        reason = error.reason if isinstance(error, Damaged) else "there is none"
+        fix = "start a new run: drop resume and auto_resume"
+        raise ConfigRefused([Violation("resume", str(run), f"{RUN_FILE} is broken: {reason}", fix)]) from error
+    return {name: content[name] for name in _FACTS}
 
 
 def newest_run(root: Path, identity: str) -> Path | None:
@@ -218,6 +231,7 @@ def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | No
     root.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
+        # mkdir is the lock: of two processes that start the same configuration, one gets each number.
         run = root / (identity if number == 1 else f"{identity}.{number}")
         try:
             run.mkdir()
@@ -237,7 +251,7 @@ def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | No
 
 
 def _seed(config: RunnerConfig, parent: Path | None) -> int:
-    """The configured seed, else that of the run that this one goes on from, else a drawn one."""
+    """The configured seed, else that of the run that this one resumes from, else a drawn one."""
     if config.seed is not None:
         return config.seed
     if parent is not None and (parent / RUN_FILE).is_file():
@@ -246,7 +260,7 @@ def _seed(config: RunnerConfig, parent: Path | None) -> int:
 
 
 def _make_attempt(run: Path) -> Path:
-    attempts = run / "attempts"
+    attempts = run / ATTEMPTS
     attempts.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     number = 1
@@ -259,6 +273,46 @@ def _make_attempt(run: Path) -> Path:
             number += 1
 
 
+def attempts_in(run: Path) -> list[Path]:
+    """The folders of a run's attempts, in the order in which they started."""
+    folders = [folder for folder in (run / ATTEMPTS).glob("*") if folder.is_dir()]
+    return sorted(folders, key=lambda folder: attempt_order(folder.name))
+
+
+def newest_attempt(run: Path) -> Path | None:
+    """The folder of the attempt that started last; None for a run without one."""
+    return next(reversed(attempts_in(run)), None)
+
+
+def attempt_order(attempt: str) -> tuple[str, int]:
+    """Sort key of attempts' names. Those of one second are numbered: 20260102-030405, 20260102-030405.2, ..."""
+    stamp, _, number = attempt.partition(".")
+    return stamp, int(number) if number.isdecimal() and len(number) < 10 else 1
+
+
+def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
+    """Write how an attempt ended: as its result, and as the last record of its metrics.
+
+    Args:
+        value: what the user's function returned.
+    """
+    content = {"status": outcome.status, "score": score_of(value), "error": outcome.message or None}
+    write_whole(attempt / RESULT, json.dumps(content) + "\n")
+    end_metrics(attempt.parent.parent, attempt.name, outcome.status)
+
+
+def score_of(value: Any) -> float | None:
+    """What a user's function returned, as the run's score; None for what is no finite number, which JSON cannot say."""
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def warn(attempt: Attempt, config: RunnerConfig) -> None:
+    """Print what the user should know of an accepted configuration and of the run that it got."""
+    for line in (*attempt.notes, *warnings_of(config)):
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
     """Refuse a run that was made under other settings, all of them named; insisted on, they are notes for the user."""
     made = read_run(run)["settings"]
@@ -268,7 +322,7 @@ def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
     layout = {path for path in changed if path.startswith(_LAYOUT_PATHS)}
     violations = []
     if layout and not config.parallel.allow_degree_change:
-        theirs, mine = _layout_in(made), layout_name(layout_of(config.parallel.axes, config.fsdp.enabled))
+        theirs, mine = _layout_in(made), layout_name(layout_of(config))
         violations.append(
             Violation(
                 "parallel",
@@ -324,6 +378,7 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is seen whole or not at all."""
+    # Renamed only when its content is on the disk: after a power cut, a rename can be there without the content.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w") as file:
         file.write(text)

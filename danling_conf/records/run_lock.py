@@ -5,10 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import stat
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+from danling_conf.records.reading import read_text
+from danling_conf.schema.files import RUN_LOCK
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 
@@ -21,8 +25,8 @@ class RunLock:
     """
 
     def __init__(self, run_directory: Path, fence: tuple[str, int] | None = None) -> None:
-        self._path = run_directory / "run.lock"
-        self._file = open(self._path, "a+")  # noqa: SIM115  the lock lives as long as the file is open
+        self._path = run_directory / RUN_LOCK
+        self._file: IO[str] = open(self._path, "a+")  # noqa: SIM115  the lock lives as long as the file is open
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -44,7 +48,7 @@ class RunLock:
         self._file.flush()
         _held.add(self)
 
-    def _take_over(self) -> Any:
+    def _take_over(self) -> IO[str]:
         """Put another file in the place of the locked one, so that its holder can tell that it has lost the run."""
         other = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         file = open(other, "w+")  # noqa: SIM115
@@ -65,6 +69,54 @@ class RunLock:
     def forget(self) -> None:
         """In a forked child: close the file, so that the lock ends with the parent."""
         self._file.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that a run's lock names."""
+
+    process: int
+    host: str
+
+    @property
+    def here(self) -> bool:
+        """Whether it is a process of this machine."""
+        return self.host == os.uname().nodename
+
+
+def holder_of(run: Path) -> Holder | None:
+    """The process that held a run last, which may be gone; None where nothing says it.
+
+    While the lock is held (`is_held`), it is the one that holds it.
+    """
+    found = re.match(r"process (\d{1,9}) on ([^,\s]+)", read_text(run / RUN_LOCK))
+    # 0 is no process: a signal sent to it reaches the sender's whole group.
+    return Holder(process=int(found[1]), host=found[2]) if found is not None and int(found[1]) > 1 else None
+
+
+def is_live(run: Path) -> bool:
+    """Whether a process holds the run: one of this machine, or of another where the file system shares its locks."""
+    return is_held(run / RUN_LOCK)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock in a file. Leaves no trace, and needs no right to write."""
+    try:
+        # A FIFO in its place must not hold up who asks.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 class LostRun(RuntimeError):

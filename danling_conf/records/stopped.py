@@ -1,22 +1,31 @@
-"""A run that was told to stop, and did so in order."""
+"""Stop signals: a run that gets one saves, and ends in order."""
 
 from __future__ import annotations
 
 import signal
 from typing import Any
 
+from danling_conf.records.status import HasOutcome, Outcome, Status, exit_code_of_signal, signal_of_exit_code
 
-class Stopped(SystemExit):
-    """Ends the process with 128 + the signal's number, as a shell would say it; what was to be saved is saved."""
+STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+"""The signals that ask a run to save and leave."""
+
+
+class Stopped(HasOutcome, SystemExit):
+    """Ends the process with 128 + the signal's number, as a shell reports it; what was to be saved is saved."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        super().__init__(128 + number)
+        super().__init__(exit_code_of_signal(number))
 
     @property
     def name(self) -> str:
         """The signal's name: SIGTERM."""
         return signal.Signals(self.number).name
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(status=Status.INTERRUPTED, exit_code=exit_code_of_signal(self.number), message=str(self))
 
     def __str__(self) -> str:
         return f"stopped by {self.name}"
@@ -44,10 +53,6 @@ def early_signal() -> int:
     return _early
 
 
-STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-"""The signals that ask a run to save and leave."""
-
-
 def is_stop(exit_code: int) -> bool:
     """Whether a process left with the exit code of `Stopped`."""
-    return exit_code - 128 in {getattr(signal, name) for name in STOPPING if hasattr(signal, name)}
+    return signal_of_exit_code(exit_code) in {getattr(signal, name) for name in STOPPING if hasattr(signal, name)}

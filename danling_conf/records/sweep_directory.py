@@ -1,4 +1,4 @@
-"""A sweep's directory: what was asked, a file for every job, and the ledger of what has become of them.
+"""Directory of a sweep: what was asked for, a file for every job, and the ledger of what has become of them.
 
 sweep.json           the command, how its app is started, the launcher's settings
 git.diff             the code's difference from its commit, when there was one
@@ -18,13 +18,13 @@ from typing import Any
 from danling_conf.config.identity import layout_name
 from danling_conf.config.job import Job
 from danling_conf.records.code import CodeIdentity
-from danling_conf.records.job_file import JOB_FILE, JobFile, Program
+from danling_conf.records.job_file import JobFile, Program
 from danling_conf.records.ledger import Ledger, Record
+from danling_conf.records.reading import Fields, read_fields
 from danling_conf.records.run_directory import bind, write_whole
 from danling_conf.records.status import Status
+from danling_conf.schema.files import DIFF, JOB_FILE, SWEEP_FILE
 from danling_conf.topology.violation import ConfigRefused, Violation
-
-SWEEP_FILE = "sweep.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,9 @@ class SweepDirectory:
         return Ledger(self.path)
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """What was asked for: command, program, cluster, launcher."""
-        content: dict[str, Any] = json.loads((self.path / SWEEP_FILE).read_text())
-        return content
+    def asked(self) -> Fields:
+        """What was asked for: created, command, program, cluster, launcher; empty where it cannot be read."""
+        return read_fields(self.path / SWEEP_FILE, "cluster", "launcher")
 
     def jobs(self) -> dict[str, JobFile]:
         """The frozen jobs by key, in the sweep's order."""
@@ -65,12 +64,12 @@ class SweepDirectory:
         }
         write_whole(self.path / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
         if code.diff:
-            write_whole(self.path / "git.diff", code.diff)
+            write_whole(self.path / DIFF, code.diff)
 
     def plan(
         self, jobs: Sequence[Job], program: Program, shapes: Mapping[int, Mapping[str, Any]] | None = None
     ) -> dict[str, JobFile]:
-        """Bind every job to a run of its own, freeze it, and enter it in the ledger; gives the job files by key.
+        """Bind every job to a run of its own, freeze it, and enter it in the ledger; returns the job files by key.
 
         Args:
             shapes: what each job takes of a cluster, by its number.

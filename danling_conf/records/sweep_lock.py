@@ -1,7 +1,7 @@
-"""Who looks after a sweep: one process at a time, the holder of a lock in the sweep's directory.
+"""Lock of a sweep's monitor: one process at a time acts on the sweep, the holder of a lock in its directory.
 
-Only the holder writes down ends of jobs that left no word, starts failed ones again, and stops the others. Whoever does
-not get the lock looks on, and gets it when the holder has ended, however that was.
+Only the holder writes down ends that jobs did not write themselves, retries failed jobs, and stops the others. A
+process that does not get the lock only watches, and gets it when the holder has ended, however that was.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import fcntl
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-LOCK = "following.lock"
+from danling_conf.records.reading import read_text
+from danling_conf.records.run_lock import is_held
+from danling_conf.schema.files import SWEEP_LOCK
 
 
 class FollowingLock:
@@ -25,15 +27,15 @@ class FollowingLock:
     """
 
     def __init__(self, sweep: Path) -> None:
-        self._path = sweep / LOCK
-        self._file: Any = None
+        self._path = sweep / SWEEP_LOCK
+        self._file: IO[str] | None = None
         self._signed = self._useless = False
 
     def acquire(self, tries: int = 1) -> bool:
         """Take the lock if it is free; says whether this process has it.
 
         Args:
-            tries: one does not wait. Somebody who asks whether it is free holds it for a moment.
+            tries: one does not wait. A process that asks whether it is free holds it for a moment.
         """
         for _ in range(tries - 1):
             if self.acquire():
@@ -46,25 +48,19 @@ class FollowingLock:
         return True
 
     def is_free(self) -> bool:
-        """Whether nobody else looks after the sweep now. Leaves no trace, and needs no right to write."""
-        if self._file is not None:
-            return True
-        try:
-            with open(self._path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # there is no such file yet, or the file system has no locks
-            return True
-        return True
+        """Whether no other process monitors the sweep now. Leaves no trace, and needs no right to write."""
+        return self._file is not None or not is_held(self._path)
 
     def _take(self) -> bool:
         if self._useless:
             return True
+        if self._path.is_fifo():  # to open one for writing waits for a reader
+            self._useless = True
+            return True
         try:
             file = open(self._path, "a+")  # noqa: SIM115  the lock lives as long as the file is open
         except OSError as error:
-            # Somebody else's sweep is only looked at; but on a full disk, too, somebody must look after it.
+            # Another user's sweep is only looked at. A full disk is no reason to leave the jobs without a monitor.
             self._useless = error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
             return self._useless
         try:
@@ -77,7 +73,7 @@ class FollowingLock:
         return True
 
     def _sign(self) -> None:
-        if self._signed:
+        if self._signed or self._file is None:
             return
         self._signed = True
         with contextlib.suppress(OSError):  # the name is for people only
@@ -86,18 +82,15 @@ class FollowingLock:
             self._file.flush()
 
     def release(self) -> None:
-        """Let somebody else look after the sweep."""
+        """Let another process monitor the sweep."""
         if self._file is not None:
             self._file.close()
             self._file, self._signed = None, False
 
     @property
     def holder(self) -> str:
-        """Who has it, as far as the file says."""
-        try:
-            return self._path.read_text().strip() or "another process"
-        except OSError:
-            return "another process"
+        """The process that has it, as far as the file says."""
+        return read_text(self._path).strip() or "another process"
 
     def __enter__(self) -> FollowingLock:
         return self

@@ -13,7 +13,7 @@ from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.context import sequence_length
 from danling_conf.parallel.model import Assembled
-from danling_conf.parallel.process_group import gathered, refuse_together, several_ranks
+from danling_conf.parallel.process_group import gathered, is_distributed, refuse_together
 from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.layout import Layout
@@ -85,7 +85,7 @@ def while_all_have_one(iterator: Iterator[Batch], *, uneven: Callable[[], None] 
     For training on an iterable data set, whose shares may differ: a rank that continued alone would reduce gradients
     with ranks that are past it. One number is reduced before each batch.
     """
-    if not several_ranks():
+    if not is_distributed():
         yield from iterator
         return
     while True:
@@ -101,7 +101,7 @@ def while_all_have_one(iterator: Iterator[Batch], *, uneven: Callable[[], None] 
 
 def shortest_length(length: int | None) -> int | None:
     """Batches of an epoch on the rank that has fewest; None where a rank does not know (None). Collective."""
-    if not several_ranks():
+    if not is_distributed():
         return length
     least, _ = _extremes(-1 if length is None else length)
     return None if least < 0 else least

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from danling_conf._torch_private import saved_buffers
 from danling_conf.components.batch import CountSamples, to_device
 from danling_conf.parallel.forward_backward import Passes
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.runner.batch import MetricInputs
 from danling_conf.runner.observe.meters import reduce_sum
 
@@ -75,7 +75,7 @@ def measure(
 def _share_buffers(model: nn.Module, batch: DeviceMesh | None) -> None:
     """Copy rank 0's saved buffers of floating point to every rank: running statistics follow each rank's own samples.
     In a pipeline, each stage has its own, and `batch` are the ranks that share them."""
-    if not several_ranks():
+    if not is_distributed():
         return
     group = None if batch is None else batch.get_group()
     for buffer in saved_buffers(model):
@@ -88,7 +88,7 @@ def _share_buffers(model: nn.Module, batch: DeviceMesh | None) -> None:
 def _of_one_rank(results: dict[str, float], source: int, device: torch.device) -> dict[str, float]:
     """The results of the rank `source`, on every rank: what follows from them (a new best, an early stop) must not
     differ."""
-    if not results or not several_ranks():
+    if not results or not is_distributed():
         return results
     values = torch.tensor(list(results.values()), dtype=torch.float64, device=device)
     distributed.broadcast(values, src=source)
@@ -98,7 +98,7 @@ def _of_one_rank(results: dict[str, float], source: int, device: torch.device) -
 def _as_many_as_the_longest(loader: Any, count: CountSamples) -> Iterator[tuple[Any, int, bool]]:
     """Batches, as many on every rank as on the rank that has most; each with the number of samples of the largest batch
     that a rank has now, and whether it counts."""
-    if not several_ranks():
+    if not is_distributed():
         yield from ((batch, count(batch), True) for batch in loader)
         return
     last = None

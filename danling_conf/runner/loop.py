@@ -194,19 +194,19 @@ class Loop:
         try:
             return self.setup.passes.train(batch, micro_batches=self.config.accum_steps, last=last)
         except BaseException:
-            self.state.interrupted, self.state.micro_batches = True, 0
+            self.state.step_failed, self.state.micro_batches = True, 0
             raise
 
     def _recover(self) -> None:
         """After an exception that the user's loop has survived, start the optimizer step anew. Not before: most
         exceptions end the run, and what they have left (a collective that timed out) may not be touched again."""
-        if self.state.interrupted:
+        if self.state.step_failed:
             self._drop_step()
             self.observers.known_epoch = False  # steps do not count the batches of this epoch any more
 
     def _drop_step(self) -> None:
         """Leave out the optimizer step under way, with what its micro-batches have left."""
-        self.state.micro_batches, self.state.interrupted = 0, False
+        self.state.micro_batches, self.state.step_failed = 0, False
         self.setup.passes.forget()
         self.state.training_loss.drop()
         self.observers.nonfinite.drop()
@@ -301,6 +301,7 @@ class Loop:
         self.saver.checkpoints.check()
         number = self.stop_request.signal_on_any_rank()
         if number and not self._done():  # a run that is complete ends as such
+            self.state.interrupted = True
             self.saver.stop(number)
 
     def _evaluate_due_splits(self, *, final: bool) -> bool:

@@ -20,7 +20,7 @@ from danling_conf.components import dataloader
 from danling_conf.components.batch import described, to_device
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.forward_backward import Passes
-from danling_conf.parallel.process_group import gathered, refuse_together, several_ranks
+from danling_conf.parallel.process_group import gathered, is_distributed, refuse_together
 from danling_conf.runner import process
 from danling_conf.runner.batch import MetricInputs
 from danling_conf.runner.data import no_batch
@@ -85,7 +85,7 @@ def _try(
     if not any(gathered(has)):
         faults.append(no_batch(split).violation)
     refuse_together(faults)
-    if several_ranks():
+    if is_distributed():
         found = exchange(batch, has, samples)
         assert found is not None  # some rank has one
         batch, samples = found

@@ -19,6 +19,7 @@ import torch
 
 from danling_conf.components.samplers import seed_of
 from danling_conf.records.run_directory import write_whole
+from danling_conf.schema.files import ENVIRONMENT
 from danling_conf.schema.process import GcConfig
 
 
@@ -114,7 +115,7 @@ def record_environment(attempt: Path) -> None:
             for found in sorted(importlib.metadata.distributions(), key=lambda item: str(item.metadata["Name"]).lower())
         },
     }
-    write_whole(attempt / "environment.json", json.dumps(content, indent=1) + "\n")
+    write_whole(attempt / ENVIRONMENT, json.dumps(content, indent=1) + "\n")
 
 
 def _accelerators() -> int:

@@ -21,7 +21,7 @@ from danling_conf.components import optimizer as optimizers
 from danling_conf.components import precision
 from danling_conf.components.batch import CountSamples
 from danling_conf.components.batch import count_samples as count_by_rule
-from danling_conf.components.target import model_factory
+from danling_conf.components.instantiate import model_factory
 from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.model import Assembled, assemble
 from danling_conf.runner.batch import Forward, MetricInputs, forward_of, loss_of_output, metric_inputs_of

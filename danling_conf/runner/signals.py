@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records.stopped import STOPPING, early_signal
 
@@ -48,7 +48,7 @@ class StopRequest:
         Args:
             timeout: limit of the ranks' agreement, until `process_group.tighten`; None for torch's own.
         """
-        if several_ranks():
+        if is_distributed():
             self._group = distributed.new_group(backend="gloo", timeout=timeout)
         if _interactive() or threading.current_thread() is not threading.main_thread():
             return

@@ -36,7 +36,7 @@ class TrainState:
     """Micro-batches done of the optimizer step under way."""
     epoch_ends: bool = False
     """Whether the micro-batch under way is known to be the last of its epoch."""
-    interrupted: bool = False
+    step_failed: bool = False
     """Whether a step raised, and none was started since."""
     between_epochs: bool = True
     """Whether no epoch is under way."""
@@ -44,6 +44,8 @@ class TrainState:
     """The first optimizer step of this attempt."""
     stopped_early: bool = False
     """Whether the score has stopped improving."""
+    interrupted: bool = False
+    """Whether this attempt left because a signal asked it to."""
     training_loss: LossMeter = field(default_factory=LossMeter)
     """The loss since the last log line."""
 

@@ -19,9 +19,8 @@ from danling_conf.parallel import process_group
 from danling_conf.parallel.device import device_type, local_device
 from danling_conf.records.current import Current, current
 from danling_conf.records.frozen import freeze_attempt
-from danling_conf.records.run_directory import Attempt, claim
+from danling_conf.records.run_directory import Attempt, claim, warn
 from danling_conf.records.run_lock import RunLock
-from danling_conf.records.warn import warn
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import data_rank, layout_of, random_stream
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
@@ -65,7 +64,7 @@ def join(config: RunnerConfig) -> World:
     """
     started = current()
     ranks = started.ranks if started is not None else started_rank() or SINGLE
-    layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+    layout = layout_of(config)
     if layout.world_size != ranks.world_size:
         raise ConfigRefused([_wrong_size(layout, ranks)])
     kind = device_type(config.parallel.mesh_device_type)

@@ -1,4 +1,4 @@
-"""What can be said: the settings of a run as dataclasses, with a doc under every field."""
+"""Settings of a run, as dataclasses with a doc under every field: the one source of types, defaults and meanings."""
 
 from danling_conf.schema.layout import FILL, Layout
 from danling_conf.schema.runner import RunnerConfig

@@ -1,4 +1,4 @@
-"""Activation checkpointing: memory for computation."""
+"""Activation checkpointing: less memory for more computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints."""
+"""Checkpoints: what is saved, how, and what a loaded one restores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from danling_conf.schema.fsdp import DTYPE_ALIASES, DTYPES
 from danling_conf.schema.setting import setting
 
 LOADED_PARTS = ("model", "optimizer", "scheduler", "scaler", "dataloaders", "generators", "runner")
-"""What a checkpoint gives back, as `checkpoint.exclude_from_loading` calls it."""
+"""Parts that a checkpoint restores, by the names that `checkpoint.exclude_from_loading` takes."""
 _ALIASES = {"data_loader": "dataloaders", "dataloader": "dataloaders", "lr_scheduler": "scheduler"}
 
 DISABLED, ASYNC, PINNED = "disabled", "async", "async_with_pinned_mem"
@@ -17,7 +17,7 @@ DISABLED, ASYNC, PINNED = "disabled", "async", "async_with_pinned_mem"
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """What is saved of a run, how often, and what a loaded checkpoint gives back."""
+    """What is saved of a run, how often, and what a loaded checkpoint restores."""
 
     read_by: ClassVar[str] = "danling_conf.checkpoint"
 
@@ -28,19 +28,19 @@ class CheckpointConfig:
     async_mode: Optional[str] = setting(None, choices=(DISABLED, ASYNC, PINNED), semantic=False)
     """`disabled`: training waits until the checkpoint is on the disk. `async`: it waits for a copy in memory.
     `async_with_pinned_mem`: with the backend `dcp` and an accelerator that memory is page-locked, which makes the copy
-    faster. Unset: `async` or `disabled`, as `checkpoint.async_enabled` says; set, it wins."""
+    faster. Unset: `async` or `disabled`, by `checkpoint.async_enabled`; set, it overrides that."""
     dedicated_async_process_group: bool = setting(True, semantic=False)
-    """Give saving a process group of its own, so that it can go on beside training. False: several ranks have nothing
-    to agree over in the background, and training waits for the disk as with `disabled`."""
+    """Give saving a process group of its own, so that it can run beside training. False: several ranks cannot
+    communicate in the background, and training waits for the disk as with `disabled`."""
     async_process_group_backend: str = setting("gloo", semantic=False)
     """Backend of that process group. `gloo` goes over the CPU and leaves the accelerator to training."""
     backend: str = setting("auto", choices=("auto", "file", "dcp"), semantic=False)
     """`file`: rank 0 gathers everything and writes one file. `dcp`: every rank writes its shards
     (`torch.distributed.checkpoint`). `auto`: `dcp` with several ranks, else `file`. Either is loaded, whatever this
-    says."""
+    is set to."""
     wait_timeout: Optional[float] = setting(None, at_least=0, semantic=False)
     """Seconds to wait at the end for a checkpoint that is still being written; the run fails when that is not enough.
-    Unset: wait for ever."""
+    Unset: wait forever."""
     interval: Optional[int] = setting(None, at_least=1, semantic=False, read_by="danling_conf.runner.cadence")
     """Save every so many epochs (epoch mode) or optimizer steps (step mode), each kept in the history. Unset: about ten
     times a run and never at every step, of which only the newest is kept. An evaluation that improves the score, and
@@ -51,8 +51,8 @@ class CheckpointConfig:
     load_only: bool = setting(False, semantic=False)
     """Never write checkpoints; still load them."""
     enable_ft_dataloader_checkpoints: bool = setting(False, semantic=False)
-    """Write the loader's state of each replica beside every checkpoint as well, and go on from it: a replica that comes
-    back finds its own place in the data whoever wrote the checkpoint."""
+    """Write the loader's state of each replica beside every checkpoint as well, and resume from it: a replica that
+    returns finds its own position in the data, whichever replica wrote the checkpoint."""
     ft_replica_id: Optional[str] = setting(None, semantic=False, read_by="danling_conf.checkpoint.replicas")
     """Replica id in that folder's name. Unset: `FT_REPLICA_ID`, then the rank."""
     ft_dataloader_checkpoint_prefix: str = setting(
@@ -79,5 +79,5 @@ def excluded(section: CheckpointConfig) -> list[str]:
 
 
 def async_mode(section: CheckpointConfig) -> str:
-    """How checkpoints are written: `async_mode` where it is set, else what `async_enabled` says."""
+    """How checkpoints are written: `async_mode` where it is set, else by `async_enabled`."""
     return section.async_mode or (ASYNC if section.async_enabled else DISABLED)

@@ -1,4 +1,4 @@
-"""torch.compile."""
+"""Compilation by `torch.compile`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from danling_conf.schema.setting import setting
 
 @dataclass(kw_only=True)
 class CompileConfig:
-    """`torch.compile` of the model, block by block unless said otherwise."""
+    """`torch.compile` of the model, block by block unless `scope` is `model`."""
 
     read_by: ClassVar[str] = "danling_conf.parallel.compile"
 

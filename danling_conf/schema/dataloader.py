@@ -1,4 +1,4 @@
-"""Data loaders."""
+"""Data loaders: settings for all splits, and for one split by its name."""
 
 from __future__ import annotations
 
@@ -67,14 +67,16 @@ class BatchConfig:
 
 
 def without_workers(section: DataloaderConfig) -> dict[str, Any]:
-    """Settings of worker processes, by path and value, that are asked for where there are no workers.
+    """Settings of worker processes, by path and value, that are given where there are no workers.
 
-    A split without workers may leave what all splits share to those that have some; only what is asked of it alone is
-    a mistake.
+    A setting that all splits share is fine while one of them has workers; one that is given to a split without workers
+    is a mistake.
     """
-    splits = {name: dict(split) if isinstance(split, Mapping) else _given(split)
-              for name, split in open_keys(section).items() if isinstance(split, (Mapping, SplitDataloaderConfig))
-              }  # fmt: skip
+    splits = {
+        name: dict(split) if isinstance(split, Mapping) else _given(split)
+        for name, split in open_keys(section).items()
+        if isinstance(split, (Mapping, SplitDataloaderConfig))
+    }
     found: dict[str, Any] = {}
     if not section.num_workers and not any(split.get("num_workers") for split in splits.values()):
         found |= {f"dataloader.{key}": getattr(section, key) for key in OF_WORKERS}

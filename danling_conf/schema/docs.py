@@ -1,4 +1,8 @@
-"""The doc under a field is the one source of what a setting means: read from the class's source when asked."""
+"""Docs of settings, read from the source of the dataclass that declares them.
+
+Python drops a string under a field. It is read from the file, so that a setting's meaning is written once, where an
+editor shows it too.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from danling_conf.schema.setting import Facts, facts_of
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A setting or a section, with what there is to say of it."""
+    """A setting or a section: type, default, doc, reader."""
 
     path: str
     type: str
@@ -45,7 +49,7 @@ def field_types(kind: type) -> dict[str, str]:
 
 
 def describe(kind: type, path: str) -> Described | None:
-    """What there is to say of the setting or section at a dotted path; None when there is none."""
+    """The description of the setting or section at a dotted path; None when there is none."""
     parts = path.split(".")
     owner = kind
     for index, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""How the jobs of a sweep are started: `hydra.launcher`, for this machine and for Slurm."""
+"""Launchers of a sweep's jobs (`hydra.launcher`): this machine and Slurm."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Dict, List, Optional
 
 from danling_conf.schema.setting import setting
 
-# Hydra 1.3 wants launcher classes to live in hydra_plugins.
+# Hydra 1.3 accepts launcher classes of the namespace hydra_plugins only: it looks the class up by its module's name.
 _PLUGIN = "hydra_plugins.danling_conf_plugin"
 
 
 @dataclass(kw_only=True)
 class LauncherConfig:
-    """What both launchers know."""
+    """Settings of both launchers."""
 
     read_by: ClassVar[str] = "danling_conf.sweep.submit"
 
@@ -48,12 +48,12 @@ class SlurmLauncherConfig(LauncherConfig):
 
     _target_: str = f"{_PLUGIN}.slurm_launcher.SlurmLauncher"
     detach: bool = False
-    """Submit and come back: `danling-conf runs DIRECTORY` shows how the jobs go on."""
+    """Submit and return at once: `danling-conf runs DIRECTORY` shows how the jobs stand."""
     partition: Optional[str] = None
     """Partition. Unset: the cluster's default one."""
     gpus_per_node: Optional[int] = setting(None, at_least=0)
     """GPUs that a node has; a job takes as many of them as it has ranks there. 0: the jobs run on CPUs. Unset: what
-    `sinfo` says of the partition."""
+    `sinfo` reports for the partition."""
     nodes: Optional[int] = setting(None, at_least=1)
     """Nodes of each job. Unset: as few as its layout fits on."""
     tasks_per_node: Optional[int] = setting(None, at_least=1)
@@ -65,10 +65,10 @@ class SlurmLauncherConfig(LauncherConfig):
     timeout_min: int = setting(60, at_least=1)
     """Time limit of a job, in minutes. A run that reaches it is saved and queued again, `max_num_timeout` times."""
     signal_delay_s: Optional[int] = setting(None, at_least=1)
-    """Seconds before the time limit at which a run is told to save. Unset: 120, and less for limits under ten minutes:
-    a fifth of them."""
+    """Seconds before the time limit at which a run is asked to save. Unset: 120, or a fifth of a limit under ten
+    minutes."""
     max_num_timeout: int = setting(3, at_least=0)
-    """How many time limits a run may reach before it is given up. Preemptions do not count."""
+    """How many time limits a run may reach before its job is given up. Preemptions do not count."""
     name: str = "${hydra.job.name}"
     """Name of the jobs in the queue."""
     array_parallelism: int = setting(256, at_least=1)

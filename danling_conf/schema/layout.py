@@ -1,4 +1,4 @@
-"""A layout: the seven degrees as one value."""
+"""Layout: the seven degrees of parallelism as one value."""
 
 from __future__ import annotations
 

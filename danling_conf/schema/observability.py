@@ -1,4 +1,4 @@
-"""What a run shows of itself: profiler, heartbeat, trackers."""
+"""Observability of a run: profiler, heartbeat, trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ProfilingConfig:
     wait: int = setting(1, at_least=0, semantic=False)
     """Steps that are skipped before each cycle."""
     warmup: int = setting(1, at_least=0, semantic=False)
-    """Steps that are traced and thrown away, since tracing's start is slow."""
+    """Steps that are traced and discarded, since the first traced steps are slow."""
     active: int = setting(3, at_least=1, semantic=False)
     """Steps that are recorded."""
     repeat: Optional[int] = setting(None, at_least=1, semantic=False)
@@ -38,7 +38,7 @@ class ProfilingConfig:
 
 @dataclass(kw_only=True)
 class HeartbeatConfig:
-    """A machine-readable file per rank that says how far it is."""
+    """A machine-readable file for each rank, which shows how far it is."""
 
     read_by: ClassVar[str] = "danling_conf.runner.observe.heartbeat"
 

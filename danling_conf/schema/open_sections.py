@@ -1,4 +1,7 @@
-"""Which sections of a typed node take keys that they do not declare."""
+"""Open sections: those that take keys which they do not declare, such as the options of an optimizer.
+
+OmegaConf's struct flag is the only way to let them in; config/ checks the keys afterwards.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from danling_conf.schema.setting import facts_of
 
 
 def open_sections(node: DictConfig) -> None:
-    """Let the open-ended sections of a typed node take keys that they do not declare; resolution checks them."""
+    """Let the open-ended sections of a typed node take keys that they do not declare; config/ checks them."""
     if _is_open(OmegaConf.get_type(node)):
         OmegaConf.set_struct(node, False)
     for key in node:

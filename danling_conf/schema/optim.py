@@ -1,4 +1,4 @@
-"""Optimizer."""
+"""Optimizer: any of `torch.optim`, or a class of the user's own."""
 
 from __future__ import annotations
 

@@ -11,17 +11,40 @@ SINGLE_STAGE_SCHEDULES = ("1F1B", "GPipe")
 """Schedules of one stage a rank."""
 
 MULTI_STAGE_SCHEDULES = (
-    "Interleaved1F1B", "InterleavedZeroBubble", "LoopedBFS", "ZBVZeroBubble", "DualPipeV",
-)  # fmt: skip
+    "Interleaved1F1B",
+    "InterleavedZeroBubble",
+    "LoopedBFS",
+    "ZBVZeroBubble",
+    "DualPipeV",
+)
 """Schedules of several stages a rank."""
 
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules whose stages go there and back over the ranks, exactly two a rank."""
+"""Schedules whose stages run over the ranks and back in a V, exactly two a rank."""
 
 SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
-"""Schedules that compute the gradients of inputs and of weights apart."""
+"""Schedules that compute the gradients of inputs and of weights separately."""
 
 PIPELINE_SCHEDULES = (*SINGLE_STAGE_SCHEDULES, *MULTI_STAGE_SCHEDULES)
+
+TENSOR_STYLES = {
+    "colwise": "each rank has some output features; the input is whole",
+    "colwise_gather_output": "the same, and outputs are gathered (a head's stay sharded under loss_parallel)",
+    "colwise_rep": "another name of colwise_gather_output",
+    "rowwise": "each rank has some input features; the input is sharded, outputs are summed",
+    "rowwise_split_input": "the same for an input that is whole",
+    "rowwise_rep": "another name of rowwise_split_input",
+    "embedding_rowwise": "each rank has some rows of an embedding; outputs are summed",
+    "embedding_colwise": "each rank has some features of an embedding; outputs are gathered",
+    "replicated_with_grad_allreduce": "a whole layer on sharded heads (a norm of queries); gradients are summed",
+    "sequence_parallel": "a whole layer on a part of the sequence (a norm); gradients are summed",
+    "embedding_rowwise_sequence": "embedding_rowwise, its output split along the sequence",
+    "rowwise_sequence": "rowwise, its output split along the sequence",
+    "colwise_gather_output_sequence": "colwise_gather_output on an input split along the sequence",
+    "gather_sequence": "joins the sequence for the sharded layers inside the module",
+    "whole_sequence": "joins the sequence for a module that is not sharded, and splits its output again",
+}
+"""Styles of a tensor plan, and what each does: Hugging Face's words, and ours for sequences."""
 
 
 @dataclass(kw_only=True)
@@ -61,7 +84,7 @@ class ParallelConfig:
     `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`, `replicated_with_grad_allreduce` (a norm of sharded
     heads). Unset: the model's own `tp_plan`."""
     sequence_parallel: bool = setting(False, semantic=False, read_by="danling_conf.parallel.tensor")
-    """Between the tensor-parallel layers, share activations along the sequence (the model's `sequence_plan`): less
+    """Between the tensor-parallel layers, split activations along the sequence (the model's `sequence_plan`): less
     memory for activations, the same traffic."""
     loss_parallel: bool = setting(True, semantic=False, read_by="danling_conf.parallel.tensor")
     """Under tensor parallelism, compute the cross-entropy on logits that stay sharded over the vocabulary, instead of
@@ -73,8 +96,8 @@ class ParallelConfig:
     `ulysses` exchanges heads for positions (the degree divides the query heads), `ring` passes keys and values around
     (torch's own, experimental; needs CUDA)."""
     context_balance: bool = setting(True, semantic=False, read_by="danling_conf.parallel.context")
-    """Give each context rank one early and one late piece of the sequence, since causal attention costs more the later
-    it is. Not for `ulysses`, which is even as it is."""
+    """Give each context rank one early and one late chunk of the sequence, since causal attention costs more at later
+    positions. Not for `ulysses`, which is balanced anyway."""
     pipeline_schedule: str = setting(
         "1F1B",
         choices=PIPELINE_SCHEDULES,
@@ -88,8 +111,8 @@ class ParallelConfig:
     """Number of pipeline microbatches. Unset: derived from the microbatch size; set, it overrides the size."""
     module_fqns_per_model_part: Optional[List[List[str]]] = setting(None, read_by="danling_conf.parallel.stages")
     """Module names of each pipeline stage; the outer length is the number of stages, divisible by
-    `parallel.axes.pipeline`. Unset: the repeated blocks are dealt out evenly, two stages a rank where the schedule
-    wants several."""
+    `parallel.axes.pipeline`. Unset: the repeated blocks are divided evenly, two stages a rank where the schedule
+    takes several."""
     use_device_mesh: bool = setting(True, semantic=False)
     """Describe the ranks by a `DeviceMesh`. Without one, they are the default process group: enough for DDP only."""
     mesh_device_type: Optional[str] = setting(None, semantic=False, choices=("cpu", "cuda", "xpu", "mps", "hpu", "npu"))

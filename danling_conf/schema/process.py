@@ -1,4 +1,4 @@
-"""Settings of the training process itself: communication, garbage collection, fault tolerance."""
+"""Training process: communication, garbage collection, fault tolerance."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GcConfig:
 
 @dataclass(kw_only=True)
 class FtConfig:
-    """Fault tolerance managed by TorchFT: replica groups come and go while training goes on."""
+    """Fault tolerance managed by TorchFT: replica groups join and leave while training continues."""
 
     read_by: ClassVar[str] = "danling_conf.topology.rules.support"
 

@@ -1,4 +1,4 @@
-"""The whole configuration of a run."""
+"""Configuration of a run: all sections, and the settings at the root."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RunnerConfig:
     max_grad_norm: Optional[float] = setting(None, above=0)
     """Clip the norm of all gradients to this. Unset: no clipping."""
     nonfinite: str = setting("count", choices=("count", "skip", "fail"))
-    """What happens at a step whose loss or gradients are not finite: `count` tells of it, `skip` leaves the optimizer
+    """What happens at a step whose loss or gradients are not finite: `count` reports it, `skip` leaves the optimizer
     step out on all ranks (and measures the gradients' norm at each step), `fail` ends the run at the next log line,
     evaluation or checkpoint."""
     eval_interval: Optional[int] = setting(None, at_least=1, semantic=False)
@@ -65,7 +65,7 @@ class RunnerConfig:
     score_name: str = "loss"
     """Metric used for model selection."""
     score_mode: Optional[str] = setting(None, choices=("min", "max"))
-    """Whether a smaller or a larger score is better. Unset: as the metric says (`higher_is_better`); loss is `min`."""
+    """Whether a smaller or a larger score is better. Unset: the metric's own `higher_is_better`; loss is `min`."""
 
     workspace_root: str = setting("experiments", semantic=False, read_by=_RUN_DIRECTORY)
     """Root directory of all experiments."""
@@ -74,12 +74,12 @@ class RunnerConfig:
     experiment: str = setting("exp", semantic=False, read_by=_RUN_DIRECTORY)
     """Namespace of runs within the lineage."""
     auto_resume: bool = setting(False, semantic=False, read_by=_RUN_DIRECTORY)
-    """Go on from the newest checkpoint of this configuration's newest run, if there is one. Priority: `resume`, then
+    """Resume from the newest checkpoint of this configuration's newest run, if there is one. Priority: `resume`, then
     `auto_resume`, then `pretrained`."""
     resume: Optional[str] = setting(None, semantic=False, read_by=_RUN_DIRECTORY)
     """Run directory, or full-state checkpoint, to resume from. Unset: see `auto_resume`."""
     force_resume: bool = setting(False, semantic=False, read_by=_RUN_DIRECTORY)
-    """Go on with the run that `resume` names although settings that change its result differ; they are told of, and the
+    """Resume the run that `resume` names although settings that change its result differ. They are reported, and the
     optimizer's options and the schedule are then those of this configuration."""
     pretrained: Optional[str] = None
     """Weights that are the start of a new run: of a checkpoint, a run, an export, or a folder of safetensors. Unset:

@@ -1,4 +1,4 @@
-"""Learning-rate schedule."""
+"""Learning-rate schedule: by shape, any of torch, or a class of the user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""One helper that declares a setting: its default, what values it may take, and how the rest of the house treats it."""
+"""Declaration of a setting: its default, the values it may take, and its reader.
+
+Choices are strings in the metadata: OmegaConf takes no `Literal`, and reads an enum by its members' names, not by its
+values. A choice is called `none` and never `off`, which YAML reads as false. Annotations are `Optional`, `List` and
+`Dict`, since OmegaConf 2.3 evaluates them and does not know `X | None` everywhere.
+
+A section with a `_target_` can be built by `hydra.utils.instantiate`. Its `_recursive_` is false: mappings inside of it
+are settings of the builder, and not objects for Hydra to build first.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +19,7 @@ _KEY = "danling_conf"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a setting beside its type and default."""
+    """Facts of a setting beside its type and default."""
 
     choices: tuple[str, ...] | None = None
     """The only values allowed, in their canonical spelling."""
@@ -26,7 +34,7 @@ class Facts:
     semantic: bool = True
     """Whether a change of the value changes the result of training (and so the run's `config_id`)."""
     pending: str | None = None
-    """What does not work yet when the setting is given a value of its own."""
+    """What the setting waits for: until that is implemented, another value than the default has no effect."""
     shape: type | None = None
     """For a setting that is either unset or a mapping: the dataclass that types the mapping."""
     kinds: tuple[type, ...] | None = None
@@ -55,7 +63,7 @@ def facts_of(declared: Field[Any]) -> Facts:
 
 
 READONLY = "_danling_locked"
-"""Attribute that marks the class of a read-only section, and says of an instance whether it is locked."""
+"""Attribute that marks the class of a read-only section, and holds for an instance whether it is locked."""
 
 
 def declared_class(section: Any) -> type:

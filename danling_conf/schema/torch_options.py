@@ -1,4 +1,4 @@
-"""What the optimizers and learning-rate schedulers of torch accept, known without importing torch.
+"""Options of torch's optimizers and learning-rate schedulers, known without importing torch.
 
 The tables are compared with torch by a test, so that an option that torch adds is noticed. They serve the rules, which
 check a configuration before any process starts, and the builders.
@@ -273,12 +273,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def optimizer_options(section: Any) -> dict[str, Any]:
-    """What an `optim` section gives its optimizer: declared and open options that have a value."""
+    """Options of an optimizer: those that its section declares, and its open ones, that have a value."""
     return _with_value({"lr": section.lr, "weight_decay": section.weight_decay, **open_keys(section)})
 
 
 def scheduler_options(section: Any) -> dict[str, Any]:
-    """What a `scheduler` section gives its scheduler: declared and open options that have a value."""
+    """Options of a scheduler: those that its section declares, and its open ones, that have a value."""
     return _with_value({name: getattr(section, name) for name in sorted(_SHAPE_OPTIONS)} | open_keys(section))
 
 
@@ -302,7 +302,7 @@ def option_problems(entry: Entry, options: Mapping[str, Any]) -> list[Problem]:
 
 
 def group_problems(entry: Entry, group: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with one mapping of `optim.param_groups`, as far as it can be said without the model."""
+    """What is wrong with one mapping of `optim.param_groups`, as far as it can be known without the model."""
     problems = _pattern_problems(group)
     own = {"pattern", *_MULTIPLIERS, *_BETAS}
     if entry.name == "Muon":
@@ -346,7 +346,7 @@ def _pattern_problems(group: Mapping[str, Any]) -> list[Problem]:
     try:
         re.compile(pattern)
     except re.error as error:
-        return [Problem("pattern", pattern, f"it is not a regular expression: {error}", "mend the expression")]
+        return [Problem("pattern", pattern, f"it is not a regular expression: {error}", "fix the expression")]
     return []
 
 

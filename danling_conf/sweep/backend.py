@@ -1,4 +1,4 @@
-"""Where jobs run, as whoever looks after a sweep sees it: this machine, or Slurm."""
+"""Backend of a sweep: what the monitor needs of the place where jobs run, this machine or Slurm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from danling_conf.records.ledger import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How a job ended, as far as can be told from outside."""
+    """How a job ended, as seen from outside of it."""
 
     status: str
     """One of `ledger.ENDED`."""
@@ -20,21 +20,21 @@ class Ending:
 
 
 class Backend(Protocol):
-    """Starts jobs and tells how they end; the jobs themselves write in the ledger what they know."""
+    """Starts jobs and reports how they end. The jobs record in the ledger what they know themselves."""
 
     interval: float
-    """Seconds between two looks."""
+    """Seconds between two polls."""
     patience: float
-    """Seconds in which what a job has written in the ledger becomes visible here after its end."""
+    """Seconds after a job's end within which its own lines in the ledger become visible here."""
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
-        """Start or queue jobs, and say so in the ledger."""
+        """Start or queue jobs, and record that in the ledger."""
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
         """The jobs that have ended, by key."""
 
     def proceed(self) -> None:
-        """Start jobs that were waiting for room here, now that it is known that they are wanted."""
+        """Start jobs that waited for room. Called once the monitor has seen that the sweep does not stop."""
 
     def cancel(self, records: Sequence[Record]) -> None:
-        """End jobs: those that wait do not start, those that run are told to save and leave."""
+        """End jobs: waiting ones never start, running ones are asked to save and exit."""

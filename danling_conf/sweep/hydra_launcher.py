@@ -1,7 +1,12 @@
-"""The Hydra launcher that both of ours are: every job is checked before the first one starts."""
+"""Hydra launcher of both `danling_local` and `danling_slurm`: hands a sweep's jobs back to the sweep that started it.
+
+Hydra's sweepers know launchers and task functions only. The sweep travels through Hydra as the task function, so that
+this module needs to know nothing of how jobs are checked and started.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,14 +16,31 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
+class LaunchesJobs(ABC):
+    """The task function that our launchers need."""
+
+    @abstractmethod
+    def launch(self, master: DictConfig, jobs: list[list[str]], first: int) -> list[JobReturn]:
+        """Check and run a batch of jobs. Returns their results in order.
+
+        Args:
+            master: the sweep's own configuration.
+            jobs: overrides of each job.
+            first: number of the first job.
+        """
+
+
 class JobsLauncher(Launcher):
-    """A failed job does not stop the others, unless `on_failure` says so, and fails the sweep at its end."""
+    """Base of our launchers: every job of a batch is checked before the first one starts.
+
+    A failed job does not stop the others, unless `on_failure` says so, and fails the sweep at its end.
+    """
 
     cluster: ClassVar[str]
     """Where jobs run: `local` or `slurm`."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings  # read again from each job's own configuration
+        self.settings = settings  # each job's own configuration has them again, where they may refer to its settings
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.task_function: TaskFunction | None = None
@@ -27,9 +49,9 @@ class JobsLauncher(Launcher):
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from danling_conf.sweep.submit import run_jobs
-
+        """Raises TypeError for a task function that is no sweep of danling-conf, as that of `@hydra.main` is."""
         if self.config is None:
             raise RuntimeError("the launcher was not set up: setup comes before launch")
-        sweep: Any = self.task_function
-        return run_jobs(sweep, self.config, [list(overrides) for overrides in job_overrides], initial_job_idx)
+        if not isinstance(self.task_function, LaunchesJobs):
+            raise TypeError(f"danling_{self.cluster} launches apps of danling_conf.main, but this is another function")
+        return self.task_function.launch(self.config, [list(item) for item in job_overrides], initial_job_idx)

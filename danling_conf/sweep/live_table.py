@@ -1,23 +1,42 @@
-"""What somebody who looks after a sweep is shown: a live table on a terminal, lines elsewhere."""
+"""View of a running sweep: a live table on a terminal, a line for each change elsewhere, and why jobs failed."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from danling_conf.records.job_file import JobFile
+from danling_conf.records.job_file import JobFile, first_error, is_consequence
 from danling_conf.records.ledger import Record
+from danling_conf.records.logs import rank_log
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.sweep.reporting import reason, say
+from danling_conf.sweep.local_backend import OUTPUT
+from danling_conf.sweep.rows import Row, best_first, rows_of_sweep
+from danling_conf.sweep.table import count_states, style_of, table_lines
+
+if TYPE_CHECKING:  # rich is imported only where there is a terminal to draw on
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
 
 _SECONDS = 1.0
-"""Between two drawings of the table; longer where drawing it takes long, which happens with thousands of jobs."""
+"""Between two drawings of the table; longer where drawing takes long, which happens with thousands of jobs."""
 _SHARE = 0.1
 """Of the time that may go into drawing."""
+
+
+class View(Protocol):
+    """Shows a sweep while it is monitored."""
+
+    def show(self, record: Record) -> None:
+        """Show a job whose status has changed."""
+
+    def refresh(self) -> None:
+        """Bring what is shown up to date."""
 
 
 class Lines:
@@ -26,21 +45,21 @@ class Lines:
     def __init__(self, jobs: Mapping[str, JobFile]) -> None:
         self._jobs = jobs
 
-    def say(self, record: Record) -> None:
-        say(record, self._jobs[record.key])
+    def show(self, record: Record) -> None:
+        print_change(record, self._jobs[record.key])
 
     def refresh(self) -> None:
-        """Nothing: what was said stays."""
+        """Do nothing: lines stay."""
 
 
 class Table:
-    """The table of all jobs, drawn again and again; why a job failed is said above it."""
+    """The table of all jobs, drawn again and again; why a job failed is printed above it."""
 
-    def __init__(self, directory: SweepDirectory, jobs: Mapping[str, JobFile], live: Any) -> None:
+    def __init__(self, directory: SweepDirectory, jobs: Mapping[str, JobFile], live: Live) -> None:
         self._directory, self._jobs, self._live = directory, jobs, live
         self._next = 0.0
 
-    def say(self, record: Record) -> None:
+    def show(self, record: Record) -> None:
         if record.ended and record.status not in (Status.COMPLETED, Status.CANCELLED):
             print(reason(record, self._jobs[record.key]), file=sys.stderr, flush=True)
 
@@ -50,20 +69,15 @@ class Table:
 
     def draw(self) -> None:
         """Draw it as it is now."""
-        from danling_conf.sweep.rows import rows_of_sweep
-
         began = time.monotonic()
         self._live.update(drawn(rows_of_sweep(self._directory), self._live.console), refresh=True)
         now = time.monotonic()
         self._next = now + max(_SECONDS, (now - began) / _SHARE)
 
 
-def drawn(rows: Any, console: Any) -> Any:
-    """Rows as a table that fits a terminal, what is live first where it is too long."""
+def drawn(rows: Sequence[Row], console: Console) -> Text:
+    """Rows as a table that fits a terminal; where it is too long, live jobs come first."""
     from rich.text import Text
-
-    from danling_conf.sweep.rows import best_first
-    from danling_conf.sweep.table import count_states, style_of, table_lines
 
     ordered = best_first(rows)
     room = max(3, console.height - 4)
@@ -80,16 +94,85 @@ def drawn(rows: Any, console: Any) -> Any:
 
 
 @contextmanager
-def shown(directory: SweepDirectory, jobs: Mapping[str, JobFile]) -> Iterator[Any]:
-    """Where changes are said while somebody looks after jobs."""
+def view_of(directory: SweepDirectory, jobs: Mapping[str, JobFile]) -> Iterator[View]:
+    """The view of a sweep for where standard output goes to."""
     if not sys.stdout.isatty():
         yield Lines(jobs)
         return
     from rich.console import Console
     from rich.live import Live
 
+    # Soft wrap: a long line printed above the table stays one line, to be copied whole.
     with Live(console=Console(soft_wrap=True), auto_refresh=False, vertical_overflow="crop") as live:
         table = Table(directory, jobs, live)
         table.draw()
         yield table
         table.draw()
+
+
+def print_change(record: Record, job: JobFile) -> None:
+    """Print a line about a job that has changed; the traceback of a failed one goes to standard error."""
+    number, status = f"#{record.number}", record.status
+    if status == Status.QUEUED and "why" in record.history[-1]:
+        print(f"{number} queued again ({record.history[-1]['why']})", flush=True)
+    elif status == Status.QUEUED:
+        where = f" as Slurm job {record.facts['slurm']}" if "slurm" in record.history[-1] else ""
+        print(f"{number} queued{where}: {' '.join(record.facts['overrides'])}".rstrip(": "), flush=True)
+    elif status == Status.RUNNING:
+        there = record.facts.get("nodes") or record.facts.get("host")
+        again = f", attempt {record.attempts}" if record.attempts > 1 else ""
+        print(f"{number} running on {there}{again}", flush=True)
+    elif status == Status.COMPLETED:
+        score = f" score={record.score:.6g}" if record.score is not None else ""
+        print(f"{number} completed{score}", flush=True)
+    else:
+        error = record.facts.get("error")
+        print(f"{number} {status}" + (f": {error}".partition("\n")[0] if error else ""), flush=True)
+        if status != Status.CANCELLED:
+            print(reason(record, job), file=sys.stderr, flush=True)
+
+
+def reason(record: Record, job: JobFile) -> str:
+    """Why a job did not complete: the traceback of the rank that failed first, and the path of its log."""
+    since = record.since_queued()[0]["time"]
+    found = first_error(job.folder, since - 1)  # the clock of another node may be a little behind
+    lines = [f"job #{record.number} {record.status}"]
+    if record.status == Status.REFUSED:
+        lines.append(str(record.facts.get("error")))
+    elif found is not None and is_consequence(found["message"]) and record.facts.get("error"):
+        lines += [str(record.facts["error"]), f"rank {found['rank']}, which missed it: {found['message']}"]
+        lines += tail(job, since)
+    elif found is not None:
+        lines.append(f"rank {found['rank']} failed: {found['message']}\n{found['traceback'].rstrip()}")
+    elif record.facts.get("error"):
+        lines.append(str(record.facts["error"]))
+        lines += tail(job, since)
+    lines.append(f"logs: {logs_of(record, job, rank=0 if found is None else found['rank'])}")
+    return "\n".join(lines)
+
+
+def logs_of(record: Record, job: JobFile, rank: int) -> Path:
+    """The log of a rank in the newest attempt of a job; before there is one, what its processes printed."""
+    if record.run is not None and "attempt" in record.facts:
+        found = rank_log(record.run / "attempts" / record.facts["attempt"], rank)
+        if found.is_file():
+            return found
+    printed = printed_by(job)
+    return printed[-1] if printed else job.folder
+
+
+def printed_by(job: JobFile) -> list[Path]:
+    """Files of what a job's processes have printed, oldest first."""
+    slurm = job.path.parents[2] / "slurm"
+    ids = {line["slurm"] for line in job.ledger.records()[job.key].history if "slurm" in line}
+    found = [job.folder / OUTPUT, *(path for name in ids for path in slurm.glob(f"{name}_*_log.*"))]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime)
+
+
+def tail(job: JobFile, since: float, count: int = 15) -> list[str]:
+    """The last lines that a job has printed since a time, for a job that recorded no error."""
+    lines: list[str] = []
+    for path in printed_by(job):
+        if path.suffix != ".out" and path.stat().st_mtime >= since:
+            lines += [line for line in path.read_text(errors="replace").splitlines() if line.strip()][-count:]
+    return lines[-count:]

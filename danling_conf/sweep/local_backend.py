@@ -1,4 +1,4 @@
-"""Jobs of a sweep on this machine: each a process with devices of its own, as many at once as there is room for."""
+"""Local backend: each job of a sweep is a process with devices of its own, as many at once as there is room for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from danling_conf.sweep.backend import Ending
 from danling_conf.topology.machine import count_devices
 
 OUTPUT = "output.log"
-"""What a job's processes print, in the job's folder."""
+"""Name of the file, in a job's folder, that holds what its processes print."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class LocalJobs:
     """
 
     interval = 0.1
-    patience = 0.0  # what a process has written is there when it has ended
+    patience = 0.0  # on one machine, a file that an ended process wrote is visible
 
     def __init__(self, parallel_jobs: int | None, environment: Mapping[str, str] = os.environ) -> None:
         self._most = parallel_jobs
@@ -110,14 +110,19 @@ class LocalJobs:
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         elif self._at_once > 1:
+            # Every torch process would otherwise start a thread for each core, and slow the others down.
             threads = max(1, self._cores // (self._at_once * job.world_size))
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         with open(job.folder / OUTPUT, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-u", *job.words], env=environment, cwd=job.directory,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True,  # Ctrl-C is for whoever looks after the sweep, who tells the jobs
-            )  # fmt: skip
+                [sys.executable, "-u", *job.argv],
+                env=environment,
+                cwd=job.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C reaches the sweep's process only, which passes it on to the jobs
+            )
         self._running[job.key] = _Running(job, process, devices, ranks_on_cpu)
 
 
@@ -128,7 +133,7 @@ def _devices(environment: Mapping[str, str]) -> list[str]:
 
 
 def _ending(code: int) -> Ending:
-    """What an exit code says of a job that said nothing itself."""
+    """The end that an exit code stands for, of a job that did not record one."""
     if code == 0:
         return Ending(status=Status.COMPLETED)
     if -code in (signal.SIGTERM, signal.SIGINT):

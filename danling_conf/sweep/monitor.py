@@ -1,27 +1,55 @@
-"""Looking after a sweep: its jobs' ends are noticed and written down, failed ones are retried or stop the others."""
+"""Monitor of a sweep: records how jobs end that could not say so themselves, retries failed ones or stops the others.
+
+A job writes its own end to the ledger where it can. One that was killed, or whose node was lost, cannot; the monitor
+asks the backend about it. What `hydra.launcher.on_failure` demands happens here as well.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.status import Status
 from danling_conf.sweep.backend import Backend, Ending
-from danling_conf.sweep.policy import RETRIED, OnFailure
+
+CONTINUE, STOP, RETRY = "continue", "stop", "retry"
+RETRIED = (Status.FAILED, Status.OUT_OF_MEMORY, Status.NODE_LOST, Status.PREEMPTED, Status.LOST)
+"""Ends after which another start may do better."""
 
 
-class Following:
-    """Looks after some jobs of a sweep until all of them have ended.
+@dataclass(frozen=True, kw_only=True)
+class OnFailure:
+    """What a failed job means for the rest of its sweep: `hydra.launcher.on_failure`, parsed."""
+
+    stops: bool = False
+    """Whether the first failure ends the other jobs."""
+    retries: int = 0
+    """How often a failed job is started again."""
+
+
+def parse_on_failure(text: str) -> OnFailure:
+    """Parse `continue`, `stop`, `retry` or `retry N`. Raises ValueError."""
+    found = re.fullmatch(r"(continue|stop|retry)(?:[ _]?(\d+))?", text.strip())
+    if found is None or (found[2] and found[1] != RETRY):
+        raise ValueError(f"on_failure is {CONTINUE}, {STOP}, or {RETRY} N, not {text!r}")
+    return OnFailure(stops=found[1] == STOP, retries=int(found[2] or 1) if found[1] == RETRY else 0)
+
+
+class Monitor:
+    """Monitors some jobs of a sweep until all of them have ended.
 
     Args:
         jobs: by key.
-        show: called with every record that has changed.
-        may_act: whether to write down ends, retry and stop now, or only to look on.
-        after_look: called after every look.
+        show: called with every record whose status has changed.
+        may_act: whether this process may record ends, retry and stop jobs now; otherwise it only watches. Asked at
+            every poll, since the process that holds the sweep's lock may end at any time.
+        after_poll: called after every poll.
     """
 
     def __init__(
@@ -33,47 +61,47 @@ class Following:
         show: Callable[[Record], None] = lambda record: None,
         *,
         may_act: Callable[[], bool] = lambda: True,
-        after_look: Callable[[], None] = lambda: None,
+        after_poll: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger, self._backend, self._jobs, self._policy, self._show = ledger, backend, dict(jobs), policy, show
-        self._may_act, self._after_look = may_act, after_look
-        self._seen: dict[str, int] = {}
+        self._may_act, self._after_poll = may_act, after_poll
+        self._shown: dict[str, int] = {}
         self._ended_since: dict[str, float] = {}
-        self._stopped = self._said = False
+        self._stopped = self._warned = False
 
-    def to_the_end(self) -> list[Record]:
-        """Look on until every job has ended; gives their records in the order of the sweep."""
-        while self.look():
+    def run(self) -> list[Record]:
+        """Poll until every job has ended. Returns their records in the order of the sweep."""
+        while self.poll():
             time.sleep(self._backend.interval)
-        return list(self._mine().values())
+        return list(self._records().values())
 
-    def look(self) -> bool:
-        """One look; says whether a job is still to end."""
-        self._tell()
+    def poll(self) -> bool:
+        """Check all jobs once. Returns whether any has still to end."""
+        self._show_changes()
+        retrying = False
         if self._may_act():
-            unfinished = [record for record in self._mine().values() if not record.ended]
+            unfinished = [record for record in self._records().values() if not record.ended]
             if unfinished:
                 self._settle(unfinished, self._backend.endings(unfinished))
-                self._tell()
-            retrying = self._enact()
+                self._show_changes()
+            retrying = self._enact_policy()
+            # Last, so that a sweep that stops with this failure starts no further job.
             self._backend.proceed()
-        else:
-            retrying = False
-        self._after_look()
-        return retrying or any(not record.ended for record in self._mine().values())
+        self._after_poll()
+        return retrying or any(not record.ended for record in self._records().values())
 
-    def _mine(self) -> dict[str, Record]:
+    def _records(self) -> dict[str, Record]:
         return {key: record for key, record in self._ledger.records().items() if key in self._jobs}
 
-    def _tell(self) -> None:
-        for key, record in self._mine().items():
+    def _show_changes(self) -> None:
+        for key, record in self._records().items():
             changes = sum("status" in line for line in record.history)
-            if self._seen.get(key) != changes:
-                self._seen[key] = changes
+            if self._shown.get(key) != changes:
+                self._shown[key] = changes
                 self._show(record)
 
     def _settle(self, unfinished: Sequence[Record], endings: Mapping[str, Ending]) -> None:
-        """Write down ends of which the jobs themselves could not speak any more."""
+        """Record the ends of jobs that have not recorded them themselves."""
         now = time.monotonic()
         for record in unfinished:
             ending = endings.get(record.key)
@@ -82,45 +110,40 @@ class Following:
                 continue
             since = self._ended_since.setdefault(record.key, now)
             if now - since < self._backend.patience:
-                continue  # its own word may still be on its way
-            self._ledger.records()  # it may just have been told to stop
-            ending = as_told(record, ending)
+                continue  # its own line may not be visible here yet
             self._ledger.settle(record.key, status=ending.status, error=ending.error)
             del self._ended_since[record.key]
 
-    def _enact(self) -> bool:
-        """Retry what failed, or stop the others; says whether something is still to be retried."""
-        records = self._mine().values()
-        # What somebody has stopped has not failed.
-        bad = [
-            r
-            for r in records
-            if r.ended and r.status not in (Status.COMPLETED, Status.CANCELLED) and "told" not in r.facts
-        ]
-        again = [record for record in bad if record.status in RETRIED and record.queued <= self._policy.retries]
-        again = [] if self._stopped else again
-        # Its last processes may still be on their way out, with the run in their hands.
-        over = self._backend.endings(again) if again else {}
-        if over:
-            self._retry([self._jobs[record.key] for record in again if record.key in over])
-        given_up = [record for record in bad if record not in again and record.status != Status.INTERRUPTED]
+    def _enact_policy(self) -> bool:
+        """Retry failed jobs, or stop the others. Returns whether any is still to be retried."""
+        records = list(self._records().values())
+        failed = [record for record in records if _has_failed(record)]
+        to_retry = [] if self._stopped else [record for record in failed if self._may_retry(record)]
+        self._retry(to_retry)
+        given_up = [record for record in failed if record not in to_retry and record.status != Status.INTERRUPTED]
         if given_up and self._policy.stops and not self._stopped:
             self._stopped = True
             self._backend.cancel([record for record in records if not record.ended])
-        return bool(again)
+        return bool(to_retry)
 
-    def _retry(self, jobs: Sequence[JobFile]) -> None:
+    def _may_retry(self, record: Record) -> bool:
+        return record.status in RETRIED and record.queued <= self._policy.retries
+
+    def _retry(self, records: Sequence[Record]) -> None:
+        """Submit failed jobs again, those whose processes have all ended."""
+        # A job records its failure before its last processes have left, which still hold the lock of the run.
+        over = self._backend.endings(records) if records else {}
+        if not over:
+            return
         try:
-            self._backend.submit(jobs)
-        except SlurmUnavailable as error:  # one of its moods, which the other jobs do not feel: tried at the next look
-            if not self._said:
-                self._said = True
+            self._backend.submit([self._jobs[record.key] for record in records if record.key in over])
+        except SlurmUnavailable as error:  # a busy controller does not hurt the other jobs: the next poll tries again
+            if not self._warned:
+                self._warned = True
                 print(f"a failed job cannot be submitted again yet: {error}", file=sys.stderr, flush=True)
             time.sleep(self._backend.interval)
 
 
-def as_told(record: Record, ending: Ending) -> Ending:
-    """How a job ended that left no word: where it had been told to stop, it did not fail."""
-    if "told" in record.facts and ending.status in (Status.FAILED, Status.LOST):
-        return Ending(status=Status.CANCELLED, error=ending.error)
-    return ending
+def _has_failed(record: Record) -> bool:
+    """Whether a job ended otherwise than it should have; one that was asked to stop has not failed."""
+    return record.ended and record.status not in (Status.COMPLETED, Status.CANCELLED) and not record.stop_requested

@@ -1,4 +1,8 @@
-"""Processes of jobs on this machine, seen by somebody who has not started them."""
+"""Local jobs whose starter is gone: found again by what their processes were started for.
+
+A later command has no handle on them. A process id in the ledger is not enough: the system may have given it to another
+process since.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,15 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from danling_conf.records.job_file import JOB_FILE, JOB_VARIABLE, JobFile
-from danling_conf.records.ledger import LEDGER, Record
+from danling_conf.records.job_file import JOB_VARIABLE, JobFile
+from danling_conf.records.ledger import Record
+from danling_conf.records.state import GONE
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.schema.files import JOB_FILE, LEDGER
 from danling_conf.sweep.backend import Ending
 
-GONE = "its process is gone, and has left no word"
-NOT_STARTED = "not started: the command that looked after the sweep is gone"
+NOT_STARTED = "not started: the command that monitored the sweep is gone"
 _PROC = Path("/proc")
 
 
@@ -24,12 +29,11 @@ def is_here(record: Record) -> bool:
 
 
 def running_here() -> dict[Path, int]:
-    """The processes of jobs on this machine, by job file. A number in a ledger may be another process's by now; what a
-    process was started for stays."""
+    """The processes of jobs on this machine, by job file."""
     found: dict[Path, int] = {}
     for path in _PROC.glob("[0-9]*"):
         job = _job_of(path)
-        # What a job has forked has its environment as well.
+        # Children inherit the environment: the job's own process is the one whose parent is of no such job.
         if job is not None and (job not in found or _job_of(_PROC / str(_parent(path))) != job):
             found[job] = int(path.name)
     return found
@@ -39,18 +43,18 @@ def process_of(record: Record, sweep: Path, running: dict[Path, int] | None = No
     """The process of a job on this machine; None where there is none.
 
     Args:
-        running: what `running_here` gives, where it is asked for many jobs.
+        running: what `running_here` returned, where many jobs are looked up.
     """
     job = (sweep / "jobs" / record.key / JOB_FILE).resolve()
     if _PROC.is_dir():
         return (running_here() if running is None else running).get(job)
-    # Where the system does not say what a process was started for, that there is one must do.
+    # Without /proc there is no way to see what a process was started for: a living one has to do.
     pid = record.facts.get("pid") if record.status == Status.RUNNING and is_here(record) else None
     return pid if pid is not None and _answers(pid) else None
 
 
 def tell_to_stop(pid: int) -> bool:
-    """Tell a job to save and leave; says whether it was still there."""
+    """Ask a job to save and exit. Returns whether it was still there."""
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
@@ -59,9 +63,9 @@ def tell_to_stop(pid: int) -> bool:
 
 
 class LeftLocalJobs:
-    """Jobs on this machine, looked at by a process that has not started them; it starts none either.
+    """Backend of local jobs that another process started. It watches them, and starts none.
 
-    While the command that started them lives, that one knows best how they end.
+    While the command that started them lives, that one records how they end.
 
     Args:
         sweep: the sweep's directory.
@@ -75,10 +79,10 @@ class LeftLocalJobs:
         self._lock = FollowingLock(sweep)
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
-        raise NotImplementedError("jobs are started by the command that asked for them, or by danling-conf resume")
+        raise NotImplementedError("jobs are started by their sweep's own command, or by danling-conf resume")
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
-        """Jobs whose process is gone; and those that nobody will start any more."""
+        """Jobs whose process is gone, and waiting jobs that no process will start any more."""
         if not self._lock.is_free() or not os.access(self._sweep / LEDGER, os.W_OK):
             return {}
         running, found = running_here(), {}
@@ -93,7 +97,7 @@ class LeftLocalJobs:
         return found
 
     def proceed(self) -> None:
-        """Nothing: it starts none."""
+        """Do nothing: it starts no jobs."""
 
     def cancel(self, records: Sequence[Record]) -> None:
         running = running_here()
@@ -104,13 +108,13 @@ class LeftLocalJobs:
 
 
 def _job_of(process: Path) -> Path | None:
-    """The job file that a live process was started for."""
+    """The job file that a live process was started for; zombies do not count."""
     try:
         if (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
             return None
         content = (process / "environ").read_bytes()
     except (OSError, IndexError):
-        return None  # of somebody else, or just gone
+        return None  # of another user, or just ended
     prefix = f"{JOB_VARIABLE}=".encode()
     found = next((item for item in content.split(b"\0") if item.startswith(prefix)), None)
     return None if found is None else Path(os.fsdecode(found[len(prefix) :])).resolve()

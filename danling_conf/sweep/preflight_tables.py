@@ -1,4 +1,4 @@
-"""What checking a sweep has found, as tables: the faults of its jobs, what its jobs take, what varies in it."""
+"""Tables of the pre-flight: the faults of a sweep's jobs, the resources that its jobs take, the settings that vary."""
 
 from __future__ import annotations
 
@@ -10,10 +10,31 @@ from danling_conf.config.identity import layout_name
 from danling_conf.config.job import Job
 from danling_conf.sweep.preflight import Refused
 from danling_conf.topology.resources import Shape
-from danling_conf.topology.violation import ABSENT, show
+from danling_conf.topology.violation import ABSENT, ConfigRefused, show
 
 _WIDTHS = (10, 26, 32, 26)  # with two blanks between: 100 columns
 _MOST_VALUES = 8
+
+
+class SweepRefused(ConfigRefused):
+    """Raised where jobs of a sweep are refused; the report is their table.
+
+    Args:
+        refused: the refused jobs, in order.
+        of: number of all jobs.
+    """
+
+    def __init__(self, refused: Sequence[Refused], of: int) -> None:
+        self.refused, self.of = tuple(refused), of
+        super().__init__([item for job in refused for item in job.violations])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.refused, self.of)
+
+    def report(self) -> str:
+        fine = self.of - len(self.refused)
+        count = f"{fine} of {self.of} jobs {'is' if fine == 1 else 'are'} fine"
+        return "\n".join([*fault_table(self.refused, of=self.of), "", count])
 
 
 def fault_table(refused: Sequence[Refused], *, of: int) -> list[str]:
@@ -37,7 +58,7 @@ def fault_table(refused: Sequence[Refused], *, of: int) -> list[str]:
 
 
 def numbers_as_text(numbers: Iterable[int]) -> str:
-    """Numbers of jobs, neighbours together: `#0-5,#8`."""
+    """Numbers of jobs, with ranges: `#0-5,#8`."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
         if spans and number == spans[-1][1] + 1:
@@ -48,7 +69,7 @@ def numbers_as_text(numbers: Iterable[int]) -> str:
 
 
 def shape_table(jobs: Sequence[Job], shapes: Mapping[int, Shape]) -> list[str]:
-    """What jobs take, by layout and shape, and what all of them cost at most."""
+    """Resources of the jobs by layout and shape, and the most that all of them can cost."""
     groups = Counter((layout_name(job.layout), shapes[job.number]) for job in jobs)
     header = ("layout", "jobs", "nodes", "tasks/node", "GPUs/node", "CPUs/task", "hours", "GPU hours")
     rows: list[tuple[str, ...]] = [header]
@@ -68,7 +89,7 @@ def shape_table(jobs: Sequence[Job], shapes: Mapping[int, Shape]) -> list[str]:
 
 
 def varying(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """The settings that differ between jobs, each with its values."""
+    """The settings that differ between jobs, with their values, one a line."""
     values: dict[str, dict[str, None]] = {}
     for job in jobs:
         for override in job:

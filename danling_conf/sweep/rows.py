@@ -1,8 +1,7 @@
-"""The jobs of a sweep as rows of a table: settings, state, progress, score, attempts, times."""
+"""Rows of a table of jobs: settings, state, progress, score, attempts, times."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +11,17 @@ from typing import Any
 from danling_conf.config.identity import flatten
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.ledger import Record
-from danling_conf.records.metrics import BASE, metrics_file, read_metrics
+from danling_conf.records.metrics import last_line, read_metrics
+from danling_conf.records.reading import warn_of_damage
 from danling_conf.records.status import ENDED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.files import Damaged
 from danling_conf.sweep.backend import Ending
-
-_TAIL_BYTES = 1 << 16
 
 
 @dataclass(kw_only=True)
 class Row:
-    """A job of a sweep, or a run that belongs to none."""
+    """A job of a sweep, or a run outside of any sweep."""
 
     sweep: Path | None = None
     number: int | None = None
@@ -33,7 +32,7 @@ class Row:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Dotted paths and values."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Those that differ among the rows of a table, by the name that a user gives them."""
+    """Settings that differ among the rows of a table, by their names on the command line."""
     state: str
     error: str | None = None
     step: int | None = None
@@ -68,17 +67,26 @@ def rows_of_sweep(sweep: SweepDirectory, seen: Mapping[str, Ending] | None = Non
 def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None) -> Row:
     """The row of one job. A job file that is broken leaves its settings out."""
     try:
-        job: Mapping[str, Any] = sweep.job(record.key).content
-        config = flatten(job["config"])
-    except (ValueError, KeyError, AttributeError):
+        config = flatten(sweep.job(record.key).content.get("config", {}))
+    except Damaged as damage:
+        warn_of_damage(damage.path, damage.reason)
         config = {}
     facts = record.facts
     row = Row(
-        sweep=sweep.path, number=record.number, key=record.key, job_id=facts.get("job_id"),
-        config_id=facts.get("config_id"), overrides=facts.get("overrides", ()), config=config,
-        state=seen.status if seen else record.status, error=seen.error if seen else facts.get("error"),
-        epochs=facts.get("epochs"), score=record.score, attempts=record.attempts, run=record.run,
-    )  # fmt: skip
+        sweep=sweep.path,
+        number=record.number,
+        key=record.key,
+        job_id=facts.get("job_id"),
+        config_id=facts.get("config_id"),
+        overrides=facts.get("overrides", ()),
+        config=config,
+        state=seen.status if seen else record.status,
+        error=seen.error if seen else facts.get("error"),
+        epochs=facts.get("epochs"),
+        score=record.score,
+        attempts=record.attempts,
+        run=record.run,
+    )
     row.started, row.ended, row.seconds = _times(record, row.state in ENDED)
     if record.run is not None and record.attempts:
         row.step, row.total_steps, row.epoch = progress(record.run)
@@ -88,7 +96,7 @@ def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None
 
 
 def best_first(rows: Iterable[Row]) -> list[Row]:
-    """The best score first; then what has none, in the order of the sweep."""
+    """Sort by score, the best first; rows without one follow in the order of the sweep."""
 
     def order(row: Row) -> tuple[bool, float]:
         score = row.score if row.score is not None else 0.0
@@ -98,8 +106,10 @@ def best_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def set_swept(rows: Sequence[Row]) -> list[str]:
-    """Give each row the settings that were given for the jobs and differ among them, named as they were given
-    (`optim.lr`, and `parallel` for the layout's name); returns the names."""
+    """Set `settings` of each row to the overrides that differ among the rows. Returns their names.
+
+    Names are those of the command line: `optim.lr`, and `parallel` for the layout's name.
+    """
     given = [_given(row.overrides) for row in rows]
     names = [name for name in dict.fromkeys(name for each in given for name in each) if not name.startswith("hydra")]
     kept = []
@@ -113,8 +123,11 @@ def set_swept(rows: Sequence[Row]) -> list[str]:
 
 
 def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float | None) -> bool:
-    """Which way a job's score goes. Where only the metric knows, its history tells which of the values became the
-    score; a metric is better when it is larger, as far as nothing says otherwise."""
+    """Whether a smaller score is better.
+
+    Where only the metric's own object knows, the metric's history shows it: the score is the smallest or the largest of
+    its values. Without a history, larger is better.
+    """
     mode, name = config.get("score_mode"), config.get("score_name", "loss")
     if mode is not None or name == "loss":
         return mode != "max"
@@ -130,32 +143,14 @@ def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float 
 
 
 def progress(run: Path) -> tuple[int | None, int | None, int | None]:
-    """The newest step of a run, of how many, and its epoch; None for what nothing says."""
+    """The newest step of a run, the number of steps, and the epoch; None for what is not recorded."""
     beats = read_heartbeats(run).values()
     signs = [(beat["written"], beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
-    line = _last_line(run)
+    line = last_line(run)
     if line is not None:
         total = next((sign[2] for sign in signs), None)
         signs.append((line["time"], line["step"], total, line["epoch"]))
     return max(signs, key=lambda sign: sign[0])[1:] if signs else (None, None, None)
-
-
-def _last_line(run: Path) -> dict[str, Any] | None:
-    """The last whole line of the metrics; only the end of a file that may be long is read."""
-    try:
-        with open(metrics_file(run), "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and all(key in found for key in BASE):
-            return found
-    return None
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Jobs of a sweep on Slurm: submitted through submitit, one array for all of one shape."""
+"""Slurm backend: jobs are submitted through submitit, one array for all of one shape; Slurm reports their ends."""
 
 from __future__ import annotations
 
@@ -11,34 +11,50 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from danling_conf.launch.slurm import queries
-from danling_conf.launch.slurm.queries import ENDS, JobState, SlurmUnavailable
-from danling_conf.launch.slurm.srun_log import first_death
-from danling_conf.launch.slurm.task import run_task
+from danling_conf.launch.slurm.queries import ENDS, JobState, SlurmUnavailable, first_death
+from danling_conf.launch.slurm.rank import run_task
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
+from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.sweep.backend import Ending
+from danling_conf.topology.resources import Capacity, Shape
+from danling_conf.topology.violation import ConfigRefused, Violation
 
 FOLDER = "slurm"
-"""Folder of a sweep for what submitit writes and for what tasks print."""
+"""Folder of a sweep for submitit's files and the output of tasks."""
+_WARNING_SECONDS = 120
+"""How long before its time limit a job is warned, so that it saves; a fifth of short limits."""
 _UNREACHABLE_SECONDS = 600.0
+"""How long Slurm may not answer before the monitor gives up."""
+_CANCELLED_AT_ONCE = 500
+"""Jobs in one `scancel`: a command line has a limit."""
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT")
 _NEVER = re.compile(r"DependencyNeverSatisfied|BadConstraints|requeued.held|HoldMaxRequeue|PerJob")
-"""Reasons for which a job waits in vain."""
+"""Reasons of pending jobs that will never start."""
 _OF_THIS_PROCESS = re.compile(
     r"(MASTER_|LOCAL_|SUBMITIT_|DANLING_CONF_|TORCHELASTIC_|SLURM_(?!CONF$|CLUSTERS$))|(RANK|WORLD_SIZE|GROUP_RANK)$"
 )
-"""Variables that say what this process is a part of, an allocation for instance; a job is something else."""
-_WORDS = {
+"""Variables that describe this process, such as the allocation that it is in; jobs must not inherit them."""
+_EXPLANATIONS = {
     Status.CANCELLED: "cancelled in Slurm",
     Status.TIMED_OUT: "it has reached its time limit",
     Status.OUT_OF_MEMORY: "it took more memory than it had asked for",
     Status.NODE_LOST: "a node was lost",
 }
+
+
+_PASSED_ON = (
+    *("partition", "qos", "account", "constraint", "exclude", "nodelist", "gres", "gpus_per_task", "cpus_per_gpu"),
+    *("mem_per_gpu", "mem_per_cpu", "comment", "dependency", "exclusive", "setup", "array_parallelism"),
+)
+"""Settings of the launcher that submitit takes under the same name."""
 
 
 class SlurmJobs:
@@ -49,7 +65,7 @@ class SlurmJobs:
     """
 
     interval = 2.0
-    patience = 10.0  # file systems of a cluster may show other nodes' lines late
+    patience = 10.0  # shared file systems may show lines of other nodes late
 
     def __init__(self, sweep: Path) -> None:
         if shutil.which("sbatch") is None:
@@ -58,7 +74,7 @@ class SlurmJobs:
         self._unreachable_since: float | None = None
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
-        """Queue jobs, those of one shape in one array. Raises SlurmUnavailable with what `sbatch` complains of."""
+        """Queue jobs, those of one shape in one array. Raises SlurmUnavailable with the error of `sbatch`."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -91,7 +107,7 @@ class SlurmJobs:
             now = time.monotonic()
             if self._unreachable_since is None:
                 self._unreachable_since = now
-                print(f"Slurm does not answer, and is asked again: {error}", file=sys.stderr, flush=True)
+                print(f"Slurm does not answer, trying again: {error}", file=sys.stderr, flush=True)
             if now - self._unreachable_since > _UNREACHABLE_SECONDS:
                 raise
             return {}
@@ -100,25 +116,27 @@ class SlurmJobs:
         for job_id, record in by_id.items():
             ending = _ending(job_id, found.get(job_id))
             if ending is not None and ending.status == Status.FAILED:
+                # srun names the task that died first, where no rank could record an error. The log grows with every
+                # requeue: only what was printed since the last start counts.
                 log = self._folder / f"{job_id}_0_log.err"
-                said = first_death(log, int(record.facts.get("printed", 0)))
-                ending = ending if said is None else Ending(status=Status.FAILED, error=said)
+                death = first_death(log, int(record.facts.get("printed", 0)))
+                ending = ending if death is None else Ending(status=Status.FAILED, error=death)
             if ending is not None:
                 endings[record.key] = ending
         return endings
 
     def proceed(self) -> None:
-        """Nothing: the queue is Slurm's."""
+        """Do nothing: Slurm has the queue."""
 
     def cancel(self, records: Sequence[Record]) -> None:
         ids = [record.facts["slurm"] for record in records if "slurm" in record.facts]
-        for start in range(0, len(ids), 500):
-            queries.run("scancel", *ids[start : start + 500])
+        for start in range(0, len(ids), _CANCELLED_AT_ONCE):
+            queries.run("scancel", *ids[start : start + _CANCELLED_AT_ONCE])
 
 
 def _ending(job_id: str, state: JobState | None) -> Ending | None:
     if state is None:
-        return Ending(status=Status.LOST, error="Slurm no longer knows the job, and it has left no word")
+        return Ending(status=Status.LOST, error="Slurm no longer knows the job, and it recorded no end")
     if state.state in _HELD or (state.state == "PENDING" and _NEVER.search(state.reason)):
         queries.run("scancel", job_id)
         return Ending(status=Status.FAILED, error=f"Slurm will never start it: {state.reason}")
@@ -127,17 +145,17 @@ def _ending(job_id: str, state: JobState | None) -> Ending | None:
         return None
     if status == Status.FAILED:
         return Ending(status=Status.FAILED, error=_failure(job_id, state))
-    return Ending(status=status, error=_WORDS.get(status))
+    return Ending(status=status, error=_EXPLANATIONS.get(status))
 
 
 def _failure(job_id: str, state: JobState) -> str:
-    """What there is to say of a job that failed without a word of its own."""
+    """The error of a job that failed and recorded none itself."""
     code = state.exit_code
     if not code:
         try:
             code = queries.show(job_id).get("ExitCode", "")
         except SlurmUnavailable:
-            return "it failed, and has left no word"
+            return "it failed and recorded no error"
     status, _, number = code.partition(":")
     if status == "137" or number == "9":
         return "a rank was killed (SIGKILL): memory may have run out"
@@ -146,7 +164,7 @@ def _failure(job_id: str, state: JobState) -> str:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Signals come afterwards: what is queued must be in the ledger."""
+    """Delay signals: a job that is queued and not in the ledger would run without anybody knowing of it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -156,7 +174,7 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def own_environment() -> Iterator[None]:
-    """`sbatch` hands this process's environment to the job: without what only holds here."""
+    """Hide variables of this process from `sbatch`, which passes its environment on to the job."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if _OF_THIS_PROCESS.match(name)}
     try:
         yield
@@ -172,7 +190,7 @@ def _by_parameters(jobs: Sequence[JobFile]) -> dict[str, list[JobFile]]:
 
 
 def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What submitit is told of a job: its shape, and what the launcher's settings say beside it."""
+    """Parameters of submitit for a job: its shape, and the launcher's settings."""
     launcher, shape = job["launcher"], job["shape"]
     parameters: dict[str, Any] = {
         "job_name": launcher["name"],
@@ -180,13 +198,11 @@ def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
         "nodes": shape["nodes"],
         "ntasks_per_node": shape["tasks_per_node"],
         "signal_delay_s": shape["signal_delay_s"],
-        # Whatever a sweep asks for, its jobs can be preempted and requeued, and a rank that fails fails the job.
+        # Any job can be preempted and requeued; a rank that fails must end the job, or the others wait for it.
         "additional_parameters": _additional(launcher["additional_parameters"]),
         "srun_args": ["--kill-on-bad-exit=1", *(launcher["srun_args"] or [])],
     }
-    for name in ("partition", "qos", "account", "constraint", "exclude", "nodelist", "gres", "gpus_per_task",
-                 "cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment", "dependency", "exclusive", "setup",
-                 "array_parallelism"):  # fmt: skip
+    for name in _PASSED_ON:
         if launcher[name] not in (None, False):
             parameters[name] = launcher[name]
     if launcher["mem_gb"] is not None:
@@ -201,8 +217,52 @@ def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _additional(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Further options of `sbatch`; one that is false is one that is not given."""
+    """Further options of `sbatch`; `false` leaves an option out."""
     options = {name.replace("_", "-"): value for name, value in given.items()}
     if "no-requeue" not in options:
         options.setdefault("requeue", True)
     return {name: value for name, value in options.items() if value is not False}
+
+
+@cache
+def capacity_of(name: str | None) -> Capacity:
+    """What a partition offers; Slurm is queried once. Raises ConfigRefused where there is no such one, or no Slurm."""
+    try:
+        found = queries.partition(name)
+    except LookupError as error:
+        fix = "choose one of these" if name else "choose one: hydra.launcher.partition=NAME"
+        raise ConfigRefused([Violation("hydra.launcher.partition", name, str(error.args[0]), fix)]) from error
+    except SlurmUnavailable as error:
+        fix = "submit from a machine of the cluster; `danling-conf check SCRIPT -m ... --gpus-per-node N` checks here"
+        raise ConfigRefused([Violation("hydra/launcher", "danling_slurm", str(error), fix)]) from error
+    minutes = None if found.minutes is None else int(found.minutes)
+    return Capacity(
+        devices_per_node=found.gpus_per_node,
+        cpus_per_node=found.cpus_per_node,
+        nodes=found.nodes,
+        minutes=minutes,
+        name=found.name,
+    )
+
+
+def capacity_for(launcher: SlurmLauncherConfig) -> Capacity:
+    """What the partition of a launcher's settings offers. Raises as `capacity_of`."""
+    return capacity_of(launcher.partition)
+
+
+def frozen_shape(shape: Shape, launcher: Mapping[str, Any]) -> dict[str, Any]:
+    """The form of a shape in a job file.
+
+    Args:
+        launcher: `hydra.launcher` of the job, checked.
+    """
+    known = {item.name for item in fields(SlurmLauncherConfig)}
+    settings = SlurmLauncherConfig(**{name: value for name, value in launcher.items() if name in known})
+    limit = 60 * settings.timeout_min
+    return {
+        "nodes": shape.nodes,
+        "tasks_per_node": shape.tasks_per_node,
+        "gpus_per_node": shape.gpus_per_node,
+        "cpus_per_task": shape.cpus_per_task,
+        "signal_delay_s": settings.signal_delay_s or min(_WARNING_SECONDS, limit // 5),
+    }

@@ -1,4 +1,7 @@
-"""A sweep: every job checked, then run where its launcher says; true exit code, scores for Hydra's sweepers."""
+"""Submission of a sweep: Hydra's sweepers make the jobs, all are checked, then they start where the launcher says.
+
+Hydra gets scores back, so that sweepers that learn from them work, and the process a true exit code.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.check import check, compose_or_refuse
-from danling_conf.config.hydra_adapter import Composer
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, knows_all_jobs
 from danling_conf.config.job import Job
 from danling_conf.launch.app import App
 from danling_conf.launch.slurm.queries import SlurmUnavailable
@@ -29,36 +32,62 @@ from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import FollowingLock
-from danling_conf.sweep.hydra_launcher import JobsLauncher
+from danling_conf.sweep.hydra_launcher import JobsLauncher, LaunchesJobs
 from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, own, shapes_of
-from danling_conf.sweep.preflight_tables import fault_table, shape_table
-from danling_conf.sweep.run import backend_for, follow
-from danling_conf.sweep.slurm_shapes import capacity_for, frozen_shape, settings_of
-from danling_conf.sweep.sweep_refused import SweepRefused
+from danling_conf.sweep.preflight_tables import SweepRefused, fault_table, shape_table
+from danling_conf.sweep.slurm_backend import capacity_for, frozen_shape
+from danling_conf.sweep.supervise import backend_for, supervise
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
-# Hydra makes the sweep's directory before it launches; its name must be known without a configuration object.
+# Our launchers only: Hydra makes the sweep's directory, and writes to it, before it launches the first job. Its path
+# is of settings, but there is no configuration object yet from which it could be computed; an interpolation can.
 _DIRECTORY = "hydra.sweep.dir='${{workspace_root}}/${{lineage}}/${{experiment}}/sweeps/{stamp}'"
-_LOOKED_AT = 16
-"""Jobs of a refused sweep whose faults are collected one by one."""
+_EXAMINED = 16
+"""Jobs of a refused sweep that are composed one by one to find their faults; thousands would take minutes."""
 
 
 @dataclass
-class Sweep:
-    """What the launcher needs to run jobs; Hydra carries it where it expects a task function."""
+class Sweep(LaunchesJobs):
+    """A sweep of an app: Hydra carries it to our launchers in place of a task function."""
 
     app: App
     composing: Composer
     arguments: list[str]
     """Of the command line."""
-    __name__: str = "sweep"
+    __name__: str = "sweep"  # Hydra asks a task function for its name
 
     def __call__(self, config: DictConfig) -> Any:
         raise TypeError("this sweep runs with the launchers of danling-conf: hydra/launcher=danling_local")
 
+    def launch(self, master: DictConfig, jobs: list[list[str]], first: int) -> list[JobReturn]:
+        """Check and run a batch of jobs; scores are the return values.
+
+        Raises:
+            ConfigRefused: before any job starts, with the faults of all jobs.
+        """
+        cluster = cluster_of(master)
+        if master.hydra.launcher.get("detach") and not knows_all_jobs(master):
+            sweeper = str(master.hydra.sweeper._target_).rpartition(".")[2]
+            rule = f"{sweeper} chooses jobs by the scores of those before, which a detached sweep does not wait for"
+            raise ConfigRefused([Violation("hydra.launcher.detach", True, rule, "leave it out")])
+        capacity = capacity_for if cluster == "slurm" else None
+        accepted, refused = check_jobs(self.composing, master, jobs, first, capacity=capacity)
+        if refused and not (accepted and master.hydra.launcher.skip_refused):
+            raise SweepRefused(refused, of=len(jobs))
+        if refused:
+            print("\n".join(fault_table(refused, of=len(jobs))), file=sys.stderr)
+            print("they are left out, as hydra.launcher.skip_refused says", file=sys.stderr)
+        directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
+        started = start_jobs(self, directory, accepted, cluster)
+        records = dict(zip([job.number for job in accepted], started, strict=True))
+        return [
+            _outcome(overrides, records.get(number), score_wanted=not knows_all_jobs(master))
+            for number, overrides in enumerate(jobs, first)
+        ]
+
 
 def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
-    """Run Hydra's sweep over this machine. Exits with 1 when a job failed; raises ConfigRefused when one is refused."""
+    """Run a sweep. Exits with 1 when a job failed; raises ConfigRefused when one is refused."""
     arguments = list(overrides)
     arguments += _launcher(composing, arguments)
     if not any(item.startswith("hydra.sweep.dir=") for item in arguments):
@@ -77,16 +106,16 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
 
 
 def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
-    """The override that chooses our launcher in place of Hydra's default one; none where the user chose one of ours.
+    """The override that replaces Hydra's default launcher by ours; none where the user chose one of ours.
 
-    Raises ConfigRefused for any other launcher, which would run jobs that nobody has checked.
+    Raises ConfigRefused for any other launcher, which would run unchecked jobs.
     """
     ours = "hydra/launcher=danling_local"
     try:
         composed = composing.compose(arguments, multirun=True)
         kind = get_class(composed.hydra.launcher._target_)
-    except (HydraException, OmegaConfBaseException, ValueError):
-        # Whatever is wrong is told of all jobs, by the sweep.
+    except COMPOSITION_ERRORS:
+        # The sweep itself meets the same error, and reports the faults of all jobs.
         return [] if any(item.startswith("hydra/launcher=") for item in arguments) else [ours]
     chosen = composed.hydra.runtime.choices.get("hydra/launcher")
     if issubclass(kind, JobsLauncher):
@@ -98,59 +127,38 @@ def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
 
 
 class JobFailed(RuntimeError):
-    """A job of the sweep did not complete; why has been shown."""
-
-
-def run_jobs(sweep: Sweep, master: DictConfig, jobs: list[list[str]], first: int) -> list[JobReturn]:
-    """Check all jobs, then run them where the launcher says; gives their results in order, scores as return values.
-
-    Raises ConfigRefused, before any job starts, with the faults of all jobs.
-    """
-    cluster = cluster_of(master)
-    if master.hydra.launcher.get("detach") and not _is_basic(master):
-        sweeper = str(master.hydra.sweeper._target_).rpartition(".")[2]
-        rule = f"{sweeper} chooses jobs by the scores of those before, which a detached sweep does not wait for"
-        raise ConfigRefused([Violation("hydra.launcher.detach", True, rule, "leave it out")])
-    capacity = capacity_for if cluster == "slurm" else None
-    accepted, refused = check_jobs(sweep.composing, master, jobs, first, capacity=capacity)
-    if refused and not (accepted and master.hydra.launcher.skip_refused):
-        raise SweepRefused(refused, of=len(jobs))
-    if refused:
-        print("\n".join(fault_table(refused, of=len(jobs))), file=sys.stderr)
-        print("they are left out, as hydra.launcher.skip_refused says", file=sys.stderr)
-    directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
-    records = dict(zip([job.number for job in accepted], start_jobs(sweep, directory, accepted, cluster), strict=True))
-    return [
-        _outcome(overrides, records.get(number), score_wanted=not _is_basic(master))
-        for number, overrides in enumerate(jobs, first)
-    ]
+    """A job of the sweep did not complete; the reason has been shown."""
 
 
 def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], cluster: str) -> list[Record]:
-    """Plan accepted jobs in a sweep's directory, start them, and follow them to their end unless they are detached.
+    """Freeze accepted jobs in a sweep's directory, start them, and monitor them to their end unless they are detached.
 
-    Raises ConfigRefused when Slurm does not take them.
+    Returns:
+        Their records, in order.
+
+    Raises:
+        ConfigRefused: Slurm does not take them.
     """
     shapes = None
     if cluster == "slurm":
-        asked = shapes_of(jobs, capacity_for)
-        print("\n".join(shape_table(jobs, asked)), flush=True)
-        shapes = {job.number: frozen_shape(asked[job.number], settings_of(job.launcher)) for job in jobs}
+        found = shapes_of(jobs, capacity_for)
+        print("\n".join(shape_table(jobs, found)), flush=True)
+        shapes = {job.number: frozen_shape(found[job.number], job.launcher) for job in jobs}
     launcher = jobs[0].launcher
-    words = worker_command()[2 : -len(sys.argv[1:]) or None]
+    argv = worker_command()[2 : -len(sys.argv[1:]) or None]  # without the interpreter, and without overrides
     code = code_identity(sweep.app.script.parent)
-    program = Program(words=tuple(words), directory=Path.cwd(), code_id=code.code_id)
+    program = Program(argv=tuple(argv), directory=Path.cwd(), code_id=code.code_id)
     files = directory.plan(jobs, program, shapes)
-    directory.ask(command=[*words, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
+    directory.ask(command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
     with FollowingLock(directory.path) as lock:
-        lock.acquire()
+        lock.acquire()  # before jobs are submitted: another command must not take their slow start for a loss
         with _refusing():
             backend = backend_for(cluster, launcher, directory.path)
             backend.submit(list(files.values()))
         if not launcher.get("detach"):
-            return follow(directory, backend, files, launcher, lock=lock)
-    print(f"detached; to look after it: danling-conf runs {directory.path} --watch", flush=True)
+            return supervise(directory, backend, files, launcher, lock=lock)
+    print(f"detached; to monitor it: danling-conf runs {directory.path} --watch", flush=True)
     return list(directory.ledger.records().values())[-len(jobs) :]
 
 
@@ -169,11 +177,11 @@ def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequ
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What Slurm does not take, or does not answer, is the user's to mend."""
+    """Turn errors of Slurm into refusals: the launcher's settings, or the machine, are the user's to fix."""
     try:
         yield
     except SlurmUnavailable as error:
-        fix = "mend the launcher's settings; what was queued before it is in the ledger: danling-conf cancel ends it"
+        fix = "fix the launcher's settings; what was queued before it is in the ledger: danling-conf cancel ends it"
         raise ConfigRefused([Violation("hydra.launcher", ABSENT, str(error), fix)]) from error
 
 
@@ -182,21 +190,14 @@ def cluster_of(composed: DictConfig) -> str:
     return str(getattr(get_class(composed.hydra.launcher._target_), "cluster", "local"))
 
 
-def _is_basic(master: DictConfig) -> bool:
-    """Whether the sweeper knows all jobs beforehand."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    return bool(get_class(master.hydra.sweeper._target_) is BasicSweeper)
-
-
 def _outcome(overrides: list[str], record: Record | None, *, score_wanted: bool) -> JobReturn:
-    """What Hydra's sweeper is told of a job; `record` is None for one that was left out."""
+    """The result of a job for Hydra's sweeper; `record` is None for a job that was left out."""
     outcome = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
     if record is None:
         outcome.return_value = None
         if score_wanted:
             outcome.status, outcome.return_value = JobStatus.FAILED, JobFailed("the job was refused")
-    elif record.status == Status.COMPLETED or not record.ended:  # a detached one has not ended yet
+    elif record.status == Status.COMPLETED or not record.ended:  # a detached job has not ended yet
         outcome.return_value = record.score
     else:
         outcome.status = JobStatus.FAILED
@@ -208,7 +209,7 @@ def _remove_unused(composing: Composer, arguments: list[str]) -> None:
     """Remove the directory that Hydra has made for a sweep of which no job was started."""
     try:
         directory = Path(composing.compose(arguments, multirun=True).hydra.sweep.dir)
-    except (HydraException, OmegaConfBaseException, ValueError):
+    except COMPOSITION_ERRORS:
         return  # the sweep itself could not be composed, so nothing was made
     if directory.is_dir() and [item.name for item in directory.iterdir()] == ["multirun.yaml"]:
         shutil.rmtree(directory)
@@ -217,25 +218,21 @@ def _remove_unused(composing: Composer, arguments: list[str]) -> None:
 def _refusal_of(composing: Composer, overrides: Sequence[str], error: Exception) -> ConfigRefused:
     """The faults of a sweep that Hydra would not compose, and the jobs that have them.
 
-    What Hydra minds in the sweep as a whole is in its first jobs; composing a thousand one by one would take minutes.
+    A fault of the sweep as a whole is in its first jobs as well, so only those are examined.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     try:
-        parsed = OverridesParser.create(config_loader=composing.loader).parse_overrides(list(overrides))
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        jobs = composing.split_jobs(overrides)
     except HydraException:
         jobs = [list(overrides)]
     refused = []
-    for number, job in enumerate(jobs[:_LOOKED_AT]):
+    for number, job in enumerate(jobs[:_EXAMINED]):
         try:
             check(composing, compose_or_refuse(composing, job), job)
         except ConfigRefused as refusal:
             refused.append(Refused(number=number, overrides=own(job), violations=refusal.violations))
-    if refused and len(jobs) <= _LOOKED_AT:
+    if refused and len(jobs) <= _EXAMINED:
         return SweepRefused(refused, of=len(jobs))
     if refused:
         return ConfigRefused(unique(item for job in refused for item in job.violations))
-    said = str(error).strip().splitlines()[0]
-    return ConfigRefused([Violation("sweep", " ".join(overrides), said, "mend the sweep's overrides")])
+    rule = str(error).strip().splitlines()[0]
+    return ConfigRefused([Violation("sweep", " ".join(overrides), rule, "fix the sweep's overrides")])

@@ -1,4 +1,4 @@
-"""A table of jobs as text, as wide as there is room for."""
+"""Table of jobs as text, fitted to a width."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from danling_conf.topology.violation import show
 
 _GAP = 2
 _LONGEST = 28
-"""Settings that are longer are cut, where there is no room for all of them."""
+"""Longer settings are cut where there is no room for all of them."""
 _BAD = (
     Status.FAILED,
     Status.REFUSED,
@@ -31,7 +31,7 @@ class _Column:
     cells: list[str]
     right: bool = False
     dropped: int = 0
-    """The higher, the sooner it goes where there is no room; 0 stays."""
+    """Where there is no room, columns with higher numbers are dropped first; 0 stays."""
 
     @property
     def width(self) -> int:
@@ -70,7 +70,7 @@ def count_states(rows: Sequence[Row]) -> str:
 
 
 def value_of(value: Any) -> str:
-    """A setting as one would type it; short where it is a long fraction."""
+    """A setting as it is typed on the command line; six digits of a fraction."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else show(value).replace("\n", " ")
@@ -99,11 +99,13 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
     names = list(dict.fromkeys(name for row in rows for name in row.settings))
     swept = [
         _Column(
-            name, [value_of(row.settings.get(name)) for row in rows],
-            right=all(isinstance(row.settings.get(name), (int, float)) for row in rows), dropped=3 + place,
+            name,
+            [value_of(row.settings.get(name)) for row in rows],
+            right=all(isinstance(row.settings.get(name), (int, float)) for row in rows),
+            dropped=3 + place,
         )
         for place, name in enumerate(names)
-    ]  # fmt: skip
+    ]
     columns = [
         _Column("job", [f"#{row.number}" if row.number is not None else "" for row in rows]),
         *swept,
@@ -121,12 +123,12 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
 
 
 def _fit(columns: list[_Column], width: int) -> list[str]:
-    """Cut and drop columns until they fit; gives the names of those dropped."""
+    """Cut and drop columns until they fit. Returns the names of dropped columns."""
     for column in columns:
         if column.dropped >= 3 and _width(columns) > width:
             column.cells = [cell if len(cell) <= _LONGEST else cell[: _LONGEST - 1] + "…" for cell in column.cells]
     left_out = []
-    # What a job took can be read elsewhere; of the settings, the last ones go first, and one stays.
+    # Attempts and times go first, then settings from the last one on; one setting stays, which tells rows apart.
     order = [column for column in columns if column.dropped in (1, 2)]
     order += sorted((column for column in columns if column.dropped > 3), key=lambda column: -column.dropped)
     for column in order:

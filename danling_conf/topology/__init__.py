@@ -1,1 +1,1 @@
-"""Whether it can run: degrees, axes, ranks, resources and rules, in pure Python."""
+"""Topology of a run: degrees, axes, ranks, resources, and the rules that decide whether it can run. Pure Python."""

@@ -1,4 +1,4 @@
-"""Degrees: filled from the world size, and the mesh axes and rank coordinates that follow from them."""
+"""Degrees of a layout, and what follows from them: mesh axes, coordinates of a rank, data ranks, random streams."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from math import prod
 
 from danling_conf.schema.layout import DATA_AXES, FILL, WORLD_AXES, Layout
 from danling_conf.schema.parallel import AxesConfig
+from danling_conf.schema.runner import RunnerConfig
 
 
-def layout_of(axes: AxesConfig, fsdp_enabled: bool) -> Layout:
-    """The layout that a configuration's axes describe; a degree of -1 stays to be filled."""
-    degrees = {axis: getattr(axes, axis) for axis in Layout().degrees()}
-    return Layout(fsdp=fsdp_enabled, **degrees)
+def layout_of(config: RunnerConfig) -> Layout:
+    """The layout of a configuration; before it is resolved, a degree may be -1, to be filled.
+
+    A function and not a property of RunnerConfig: a subclass may well have a setting called `layout`.
+    """
+    return layout_of_axes(config.parallel.axes, fsdp=config.fsdp.enabled)
+
+
+def layout_of_axes(axes: AxesConfig, *, fsdp: bool) -> Layout:
+    """The layout of some degrees, with or without FSDP."""
+    return Layout(fsdp=fsdp, **{axis: getattr(axes, axis) for axis in Layout().degrees()})
 
 
 def fill(layout: Layout, world_size: int) -> Layout:
@@ -35,6 +43,7 @@ def mesh_axes(layout: Layout) -> dict[str, int]:
     """Axes of the device mesh, outermost first, and their degrees; axes of degree 1 are left out, but for the shard
     axis of a layout with FSDP."""
     degrees = {axis: getattr(layout, axis) for axis in WORLD_AXES}
+    # FSDP takes a mesh on one rank too, so that fsdp1 and fsdp8 are the same code.
     return {axis: degree for axis, degree in degrees.items() if degree > 1 or (axis == "shard" and layout.fsdp)}
 
 

@@ -1,4 +1,4 @@
-"""What is known of this machine and of how the process was started, without torch."""
+"""Facts of this machine, and of how the process was started, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from danling_conf.topology.rank_environment import started_rank
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-"""Packages that metrics may be sent by."""
+"""Packages of trackers that metrics can be sent to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
     """The facts of the machine and process that this runs in."""
     rank = started_rank(environment)
     if rank is not None and rank.world_size == 1 and rank.launcher != "torchrun":
-        rank = None  # a shell inside an allocation, or what another program left behind: nobody meant one rank by it
+        # A shell inside an allocation has such variables, and so has a child of another launcher: neither is a rank.
+        rank = None
     return Machine(
         devices=count_devices(environment.get("CUDA_VISIBLE_DEVICES")),
         started_world_size=rank.world_size if rank else None,
@@ -69,9 +70,10 @@ def _can_compile(environment: Mapping[str, str]) -> bool:
 
 @cache
 def count_devices(visible: str | None) -> int:
-    """NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES and nvidia-smi tell; 0 without them."""
+    """NVIDIA devices that this process may use, by CUDA_VISIBLE_DEVICES and nvidia-smi; 0 without them."""
     if visible is not None and not _named_devices(visible, sys.maxsize):
         return 0
+    # Not torch.cuda.device_count(): importing torch would cost more than all of the check.
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
@@ -80,7 +82,7 @@ def count_devices(visible: str | None) -> int:
 
 
 def _named_devices(visible: str, present: int) -> int:
-    """How many devices a list names, read as CUDA does: up to the first entry that is none; 0 when one is repeated."""
+    """Number of devices in a list, as CUDA reads it: up to the first entry that names none; 0 if one is repeated."""
     names: list[str] = []
     for name in (item.strip() for item in visible.split(",")):
         if not name or (name.removeprefix("-").isdecimal() and not 0 <= int(name) < present):

@@ -1,4 +1,4 @@
-"""Which rank this process is: one reading of what torchrun, srun, submitit and our own workers say."""
+"""Rank of this process: the one reader of the variables of torchrun, srun, submitit and our own workers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class RankEnvironment:
 
 
 SINGLE = RankEnvironment(launcher="none", rank=0, world_size=1, local_rank=0, local_world_size=1)
-"""A process that nothing started."""
+"""A process that no launcher started."""
 
 
 def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment | None:
-    """The rank that a launcher gave this process; None when it was started by hand.
+    """The rank that a launcher assigned to this process; None when no launcher started it.
 
     Raises ConfigRefused when the variables contradict each other.
     """
@@ -49,13 +49,13 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
             local_rank=_number(environment, "LOCAL_RANK", "RANK"),
             local_world_size=_number(environment, "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
         )
-        # torchrun is started once a node, so that its ranks are others than srun's tasks.
+        # torchrun is started once a node, so its ranks differ from srun's tasks, and rightly so.
         if in_step and found.launcher != "torchrun" and _number(environment, "SLURM_STEP_NUM_TASKS") > 1:
-            told = (_number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS"))
-            if told != (found.rank, found.world_size):
+            of_srun = (_number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS"))
+            if of_srun != (found.rank, found.world_size):
                 raise _contradiction(
-                    f"RANK and WORLD_SIZE say rank {found.rank} of {found.world_size}, and srun says rank {told[0]} of "
-                    f"{told[1]}"
+                    f"RANK and WORLD_SIZE say rank {found.rank} of {found.world_size}, and srun says rank {of_srun[0]} "
+                    f"of {of_srun[1]}"
                 )
     # A shell inside an allocation has the job's variables as well; a step's are set by srun alone.
     elif in_step:

@@ -1,4 +1,4 @@
-"""Where the ranks of a launcher that gives no address meet: all of them find the same one without asking each other."""
+"""Rendezvous of ranks under a launcher that sets no address: each computes the same one, without communicating."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from danling_conf.topology.rank_environment import RankEnvironment
 
 
 def rendezvous_variables(ranks: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables by which torch lets ranks meet: RANK, WORLD_SIZE, LOCAL_RANK, and where the launcher gives none,
+    """Environment variables of torch's rendezvous: RANK, WORLD_SIZE, LOCAL_RANK, and where the launcher sets none,
     MASTER_ADDR and MASTER_PORT."""
     return {
         "RANK": str(ranks.rank),
@@ -23,7 +23,7 @@ def rendezvous_variables(ranks: RankEnvironment, environment: Mapping[str, str])
 
 
 def _master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT where the launcher gives none: the first node, and a port of the job's own."""
+    """MASTER_ADDR and MASTER_PORT where the launcher sets none: the first node, and a port of the job's own."""
     if ranks.launcher == "submitit":
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(f"submitit {environment['SUBMITIT_LOCAL_JOB_ID']}")}
     if ranks.launcher != "srun":
@@ -34,13 +34,13 @@ def _master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> d
     elif shutil.which("scontrol"):
         address = _address_of(_scontrol("show", "hostnames", nodes).split()[0])
     else:
-        raise RuntimeError(f"MASTER_ADDR is not set, and scontrol, which tells the first of {nodes}, is not installed")
+        raise RuntimeError(f"MASTER_ADDR is not set, and scontrol, which finds the first of {nodes}, is not installed")
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return {"MASTER_ADDR": address, "MASTER_PORT": _port(".".join(environment.get(name, "0") for name in names))}
 
 
 def _port(job: str) -> str:
-    """A port that all ranks of a job know without asking, below those that systems give to outgoing connections."""
+    """A port that all ranks of a job compute alike, below those that systems use for outgoing connections."""
     return str(15000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 17000)
 
 
@@ -50,5 +50,5 @@ def _address_of(node: str) -> str:
     return found[1] if found else node
 
 
-def _scontrol(*words: str) -> str:
-    return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout

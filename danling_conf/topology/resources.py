@@ -1,4 +1,4 @@
-"""What a layout takes of a cluster: nodes, tasks, GPUs and CPUs of its job, and whether there is as much."""
+"""Resources of a layout's job on a cluster: nodes, tasks, GPUs and CPUs, and whether the cluster has them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAUNCHER = "hydra.launcher"
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What a node has and a partition allows; None is unknown, and then nothing is refused for it."""
+    """What a node has and a partition allows. None is unknown, and nothing is refused for it."""
 
     devices_per_node: int
     """GPUs of a node; 0 where jobs run on CPUs."""
@@ -29,7 +29,7 @@ class Capacity:
     """Of the partition."""
 
     def for_jobs(self, launcher: SlurmLauncherConfig) -> Capacity:
-        """With what the launcher's settings say of a node in place of what the partition says."""
+        """The same, where the launcher's settings of a node replace those of the partition."""
         return self if launcher.gpus_per_node is None else replace(self, devices_per_node=launcher.gpus_per_node)
 
 
@@ -68,7 +68,7 @@ def cluster_machine(here: Machine, capacity: Capacity, launcher: SlurmLauncherCo
         devices=capacity.devices_per_node,
         started_world_size=None,
         launcher=None,
-        compiler=True,  # nobody can know from here
+        compiler=True,  # unknown from here
         cluster_world_size=(launcher.nodes or 1) * ranks,
     )
 
@@ -76,11 +76,13 @@ def cluster_machine(here: Machine, capacity: Capacity, launcher: SlurmLauncherCo
 def shape_of(
     layout: Layout, *, on_cpu: bool, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None = None
 ) -> tuple[Shape, list[Violation]]:
-    """The shape of a layout's job, settings that are given first, and what does not fit; of use when all fits.
+    """The shape of a layout's job, and what does not fit. Settings that are given come first.
+
+    A shape with violations is not fit to be submitted.
 
     Args:
         layout: every degree known.
-        on_cpu: whether ranks run on CPUs although nodes may have GPUs.
+        on_cpu: whether ranks run on CPUs, also where nodes have GPUs.
         name: of the layout, for messages.
     """
     if any(getattr(layout, axis) == FILL for axis in WORLD_AXES):
@@ -94,7 +96,8 @@ def shape_of(
         nodes=nodes, tasks_per_node=tasks, gpus_per_node=gpus, cpus_per_task=cpus, minutes=launcher.timeout_min
     )
     if not violations:
-        violations = list(_beyond(shape, capacity, launcher, name))
+        about = shape, capacity, launcher, name
+        violations = [*_beyond_node(*about), *_beyond_partition(*about)]
     return shape, violations
 
 
@@ -141,7 +144,7 @@ def _spread(
             f"leave it out, or choose a divisor of {ranks}",
         )
         return max(1, ranks // tasks), tasks, [fault] if ranks % tasks else []
-    nodes = 1 if most is None else -(-ranks // most)
+    nodes = 1 if most is None else -(-ranks // most)  # rounded up
     if ranks % nodes == 0:
         return nodes, ranks // nodes, []
     even = next(count for count in range(nodes, ranks + 1) if ranks % count == 0)
@@ -154,41 +157,46 @@ def _spread(
     return nodes, max(1, ranks // nodes), [fault]
 
 
-def _beyond(shape: Shape, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None) -> Iterator[Violation]:
-    """What a node does not have, or a partition does not allow."""
-    where = f"the partition {capacity.name}" if capacity.name else "the partition"
-    tasks: tuple[str, Any] = (
-        (f"{_LAUNCHER}.tasks_per_node", launcher.tasks_per_node) if launcher.tasks_per_node is not None
-        else (f"{_LAUNCHER}.nodes", launcher.nodes) if launcher.nodes is not None
-        else ("parallel", name or ABSENT)
-    )  # fmt: skip
-    if shape.gpus_per_node > capacity.devices_per_node and shape.gpus_per_node:
-        path, value = tasks
-        if launcher.gpus_per_task is not None and launcher.gpus_per_task > 1:
-            path, value = f"{_LAUNCHER}.gpus_per_task", launcher.gpus_per_task
-        rule = f"{_count(shape.tasks_per_node, 'rank')} on a node take {_count(shape.gpus_per_node, 'GPU')}"
+def _beyond_node(
+    shape: Shape, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None
+) -> Iterator[Violation]:
+    """What a node does not have. Each fault names the setting that decides, or else what spread the ranks."""
+    spread = _first_set(launcher, "tasks_per_node", "nodes") or ("parallel", name or ABSENT)
+    ranks = _count(shape.tasks_per_node, "rank")
+    if shape.gpus_per_node > capacity.devices_per_node:
+        several = launcher.gpus_per_task is not None and launcher.gpus_per_task > 1
+        path, value = (f"{_LAUNCHER}.gpus_per_task", launcher.gpus_per_task) if several else spread
+        rule = f"{ranks} on a node take {_count(shape.gpus_per_node, 'GPU')}"
         has = _count(capacity.devices_per_node, "GPU")
         yield Violation(path, value, f"{rule}, and a node has {has}", f"at most {capacity.devices_per_node} on a node")
     cpus = shape.tasks_per_node * shape.cpus_per_task
     if capacity.cpus_per_node is not None and cpus > capacity.cpus_per_node:
-        path, value = tasks
-        if launcher.cpus_per_task is not None:
-            path, value = f"{_LAUNCHER}.cpus_per_task", launcher.cpus_per_task
-        elif launcher.cpus_per_gpu is not None and shape.gpus_per_node:
-            path, value = f"{_LAUNCHER}.cpus_per_gpu", launcher.cpus_per_gpu
-        rule = (
-            f"{_count(shape.tasks_per_node, 'rank')} of {_count(shape.cpus_per_task, 'CPU')} take {cpus} CPUs, "
-            f"and a node has {capacity.cpus_per_node}"
-        )
+        asked = ("cpus_per_task", "cpus_per_gpu") if shape.gpus_per_node else ("cpus_per_task",)
+        path, value = _first_set(launcher, *asked) or spread
+        cores = _count(shape.cpus_per_task, "CPU")
+        rule = f"{ranks} of {cores} take {cpus} CPUs, and a node has {capacity.cpus_per_node}"
         yield Violation(path, value, rule, _fewer_cpus(shape, capacity.cpus_per_node))
+
+
+def _beyond_partition(
+    shape: Shape, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None
+) -> Iterator[Violation]:
+    """What a partition does not allow."""
+    where = f"the partition {capacity.name}" if capacity.name else "the partition"
     if capacity.nodes is not None and shape.nodes > capacity.nodes:
-        path, value = ("parallel", name or ABSENT) if launcher.nodes is None else (f"{_LAUNCHER}.nodes", launcher.nodes)
+        path, value = _first_set(launcher, "nodes") or ("parallel", name or ABSENT)
         rule = f"it takes {_count(shape.nodes, 'node')}, and a job in {where} may have {capacity.nodes}"
         yield Violation(path, value, rule, "choose a smaller layout, or another partition")
     if capacity.minutes is not None and shape.minutes > capacity.minutes:
         rule = f"jobs in {where} may take {capacity.minutes} minutes"
         fix = f"at most {capacity.minutes}: a run that reaches it is saved and queued again"
         yield Violation(f"{_LAUNCHER}.timeout_min", shape.minutes, rule, fix)
+
+
+def _first_set(launcher: SlurmLauncherConfig, *names: str) -> tuple[str, Any] | None:
+    """Path and value of the first of these settings that is given; None when none is."""
+    given = ((f"{_LAUNCHER}.{name}", getattr(launcher, name)) for name in names)
+    return next((item for item in given if item[1] is not None), None)
 
 
 def _fewer_cpus(shape: Shape, cpus_per_node: int) -> str:

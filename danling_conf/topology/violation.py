@@ -1,4 +1,4 @@
-"""One fault of a configuration, and how faults are shown."""
+"""Violation: one fault of a configuration, as data, and the errors that carry violations to where they are shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Violation:
-    """A setting that breaks a rule: where, what, why, and how to mend it."""
+    """A setting that breaks a rule: where, what, why, and how to fix it."""
 
     path: str
     """Dotted path of the setting, as it is written on the command line; empty for the command line as a whole."""
@@ -30,14 +30,14 @@ class _Absent:
         return "ABSENT"
 
     def __reduce__(self) -> str:
-        return "ABSENT"  # pickled by its name: there is one
+        return "ABSENT"  # pickled by its name, since it is compared by identity
 
 
 ABSENT = _Absent()
 
 
 def show(value: Any) -> str:
-    """A value as one would type it."""
+    """A value as it is typed on a command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -80,6 +80,16 @@ class ConfigRefused(ValueError):
         lines = [f"configuration refused: {count} fault{'s' if count > 1 else ''}"]
         lines += [f"  {item}".replace("\n", "\n  ") for item in self.violations]
         return "\n".join(lines)
+
+
+def refuse(violations: Iterable[Violation]) -> None:
+    """Raise what builders raise: nothing without a violation, SettingError for one, ConfigRefused for several."""
+    found = list(violations)
+    if len(found) == 1:
+        (item,) = found
+        raise SettingError(item.path, item.value, item.rule, item.fix)
+    if found:
+        raise ConfigRefused(found)
 
 
 def unique(violations: Iterable[Violation]) -> list[Violation]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.models.experts import MixtureOfExperts
+from models.experts import MixtureOfExperts
 
 
 @dataclass(kw_only=True)
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
 
     @property
     def sequence_plan(self) -> dict[str, str]:
-        """What changes in `tp_plan` when activations between the sharded layers are shared out along the sequence."""
+        """What changes in `tp_plan` when activations between the sharded layers are split along the sequence."""
         plan = {
             "embedding": "embedding_rowwise_sequence",
             "layers.*.attention_norm": "sequence_parallel",
@@ -307,7 +307,7 @@ class Decoder(nn.Module):
             ValueError: for an empty prompt or a negative temperature.
         """
         if prompt.shape[1] == 0:
-            raise ValueError("prompt: has no tokens to go on from; give at least one")
+            raise ValueError("prompt: has no tokens to continue; give at least one")
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: must be at least 0 (0 takes the most probable token)")
         training = self.training

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from examples.tasks.task import Task, build_task
+from tasks.task import Task, build_task
 
 __all__ = ["Task", "build_task"]

@@ -1,4 +1,4 @@
-"""What there is to train: a model, data, a loss and metrics, under one name."""
+"""Tasks: a model, data, a loss and metrics under one name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from examples.models.decoder import Decoder, DecoderConfig
-from examples.models.mlp import MLP, MLPConfig
-from examples.tasks.digits import CLASSES, PIXELS, digits
-from examples.tasks.text import VOCAB_SIZE, Windows, bigram_loss, corpus, split, unigram_loss
+from models.decoder import Decoder, DecoderConfig
+from models.mlp import MLP, MLPConfig
+from tasks.digits import CLASSES, PIXELS, digits
+from tasks.text import VOCAB_SIZE, Windows, bigram_loss, corpus, split, unigram_loss
 
 Batch = tuple[Tensor, Tensor]
 Section = TypeVar("Section")
@@ -104,7 +104,7 @@ def _lm(model: Mapping[str, Any], data: Mapping[str, Any]) -> Task:
         raise ValueError(f"model.vocab_size={vocab_size}: bytes need at least {VOCAB_SIZE}")
     context = settings.context or longest
     if context is None:
-        raise ValueError("data.context: the model does not say how long its sequences are; set it")
+        raise ValueError("data.context: the model has no longest sequence; set it")
     if longest is not None and context > longest:
         raise ValueError(f"data.context={context}: longer than the model takes, {longest}")
     train, val = split(corpus(), settings.val_fraction)
@@ -126,14 +126,14 @@ def _decoder(model: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], int, in
 
 
 def _named_model(model: Mapping[str, Any]) -> tuple[None, int | None, int | None]:
-    """The same of a model that the configuration names, as far as its own configuration tells."""
+    """The same of a model that the configuration names, as far as its own configuration has them."""
     config = model.get("config")
     config = config if isinstance(config, Mapping) else {}
     return None, config.get("max_position_embeddings"), config.get("vocab_size")
 
 
 def _lm_loss(output: Any, batch: Batch) -> Tensor:
-    logits = getattr(output, "logits", output)  # models of libraries give more
+    logits = getattr(output, "logits", output)  # models of libraries return more than logits
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[1].flatten())
 
 

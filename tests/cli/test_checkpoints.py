@@ -109,7 +109,9 @@ def test_directories_above_a_run_and_sweeps(run: Path, capsys: pytest.CaptureFix
     assert f"{other}: 0 checkpoints in checkpoints/" in text
     sweep = run.parent / "sweeps" / "first"
     sweep.mkdir(parents=True)
-    (sweep / "jobs.jsonl").write_text("".join(json.dumps({"job": 0, "run": str(run)}) + "\n" for _ in range(2)))
+    (sweep / "jobs.jsonl").write_text(
+        "".join(json.dumps({"key": "k", "job": 0, "run": str(run)}) + "\n" for _ in range(2))
+    )
     _, _, text = listed(capsys, sweep)
     assert text.count(" in checkpoints/") == 1
 

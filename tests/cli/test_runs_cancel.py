@@ -13,7 +13,16 @@ import pytest
 from danling_conf.cli.main import main
 from tests.support.commands import APP, alive, run, runs, started, wait_for
 from tests.support.sweeps import APP as GATED
-from tests.support.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
+from tests.support.sweeps import (
+    records,
+    run_sweep,
+    slurm_of,
+    started_sweep,
+    states,
+    sweep_in,
+    wait_for_states,
+    write_sweep,
+)
 
 CLI = [sys.executable, "-m", "danling_conf.cli.main"]
 
@@ -69,7 +78,8 @@ def test_a_number_that_is_another_process_by_now_is_left_alone(tmp_path: Path, c
         facts = {"status": "running", "host": os.uname().nodename, "pid": other.pid}
         write_sweep(tmp_path / "sweeps" / "one", [{"lr": 0.1, "lines": [{"status": "queued"}, facts]}])
         assert main(["cancel", str(tmp_path)]) == 0
-        assert "#0 cancelled" in capsys.readouterr().out
+        assert "nothing to do: no job is live" in capsys.readouterr().out
+        assert states(tmp_path) == ["lost"]
         assert alive(other.pid)
 
 
@@ -82,21 +92,6 @@ def test_a_job_on_another_machine_is_refused(tmp_path: Path, capsys: Any) -> Non
     out = capsys.readouterr().out
     assert "1 job: 1 running" in out
     assert "on elsewhere jobs ran when last heard of" in out
-
-
-def slurm_of(folder: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
-    """Stand-ins for Slurm's commands: one job in a state, which `scancel` cancels."""
-    folder.mkdir()
-    (folder / "state").write_text(state)
-    scripts = {
-        "squeue": f'echo "7_0|$(cat {folder}/state)|None"',
-        "scancel": f'echo "$@" >> {folder}/cancelled; echo CANCELLED > {folder}/state',
-        "scontrol": "echo ExitCode=7:0",
-    }
-    for name, script in scripts.items():
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 def test_slurm_is_asked_and_its_answer_written_down(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from danling_conf.cli.main import main
-from danling_conf.cli.runs_found import sweep_of
+from danling_conf.records.find import sweep_of
 from danling_conf.records.metrics import read_lines
 from danling_conf.records.sweep_lock import FollowingLock
 from tests.support.commands import APP, alive, run, runs, started, wait_for
@@ -108,7 +108,7 @@ def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -
         watched = run([*CLI, "runs", tmp_path, "--watch"], cwd=tmp_path)
     assert watched.code == 1
     assert "#0 lost: its process is gone" in watched.out
-    assert "#1 cancelled: not started: the command that looked after the sweep is gone" in watched.out
+    assert "#1 cancelled: not started: the command that monitored the sweep is gone" in watched.out
     assert main(["resume", str(tmp_path)]) == 0
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from danling_conf.cli.main import main
+from danling_conf.records.ledger import Ledger
 from danling_conf.records.ranks import look_at
+from danling_conf.records.run_lock import RunLock
 
 pytestmark = pytest.mark.composition
 
@@ -18,12 +21,24 @@ ATTEMPT = "20260101-000000"
 NOW = 1_000_000.0
 
 
+_locks: list[RunLock] = []
+
+
+@pytest.fixture(autouse=True)
+def _released() -> Iterator[None]:
+    yield
+    while _locks:
+        _locks.pop().release()
+
+
 def make_run(run: Path, *, enabled: bool = True, interval: float = 1.0) -> Path:
+    """A run that lives: this process holds its lock."""
     attempt = run / "attempts" / ATTEMPT
     attempt.mkdir(parents=True)
     (run / "run.json").write_text("{}")
     heartbeat = {"enabled": enabled, "interval_seconds": interval, "dir_name": "heartbeats"}
     (attempt / "frozen.json").write_text(json.dumps({"config": {"heartbeat": heartbeat}}))
+    _locks.append(RunLock(run))
     return run
 
 
@@ -105,6 +120,7 @@ def test_what_has_ended_is_not_stuck(tmp_path: Path) -> None:
     for rank in range(3):
         beat(run, rank, written=NOW - 1000)
     (run / "attempts" / ATTEMPT / "result.json").write_text('{"status": "failed", "score": null, "error": "x"}')
+    _locks.pop().release()
     seen = look_at(run, NOW)
     assert (seen.status, seen.stuck, seen.slowest) == ("failed", [], None)
 
@@ -125,7 +141,8 @@ def test_the_command_for_people_and_for_scripts(tmp_path: Path, capsys: pytest.C
         beat(second, rank, now=now, written=now - 100 * (rank == 1))
     sweep = tmp_path / "sweep"
     sweep.mkdir()
-    (sweep / "jobs.jsonl").write_text("".join(json.dumps({"run": str(run)}) + "\n" for run in (second, first)))
+    for number, run in enumerate((second, first)):
+        Ledger(sweep).add(f"k{number}", job=number, run=str(run))
     assert main(["watch", str(first), "--once"]) == 0
     out = capsys.readouterr().out
     assert "running  step 5/9" in out
@@ -146,5 +163,6 @@ def test_the_live_view_ends_with_its_runs(tmp_path: Path, capsys: pytest.Capture
     run = make_run(tmp_path)
     beat(run, 0, now=time.time())
     (run / "attempts" / ATTEMPT / "result.json").write_text('{"status": "completed", "score": 1.0, "error": null}')
+    _locks.pop().release()
     assert main(["watch", str(run)]) == 0
     assert "completed" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from danling_conf.components.dataloader import from_keywords, make, set_epoch, settings_for
 from danling_conf.components.samplers import DROP, REPEAT, ShardedSampler, seed_of
 from danling_conf.schema.dataloader import DataloaderConfig, SplitDataloaderConfig
+from danling_conf.topology.violation import SettingError
 
 
 class Numbers(Dataset):
@@ -92,16 +93,16 @@ def test_options_arrive_at_the_loader():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"prefetch_factor": 2}, r"dataloader.prefetch_factor=2: .* set dataloader.num_workers=2"),
-        ({"persistent_workers": True}, r"dataloader.persistent_workers=True"),
-        ({"val": {"prefetch_factor": 2}}, r"dataloader.val.prefetch_factor=2: .* set dataloader.val.num_workers=2"),
+        ({"prefetch_factor": 2}, r"dataloader.prefetch_factor=2\n.* set dataloader.num_workers=2"),
+        ({"persistent_workers": True}, r"dataloader.persistent_workers=true"),
+        ({"val": {"prefetch_factor": 2}}, r"dataloader.val.prefetch_factor=2\n.* set dataloader.val.num_workers=2"),
         ({"num_workers": 2, "val": {"num_workers": 0, "prefetch_factor": 2}}, r"dataloader.val.prefetch_factor=2"),
-        ({"val": {"batchsize": 2}}, r"dataloader.val.batchsize=2: .*mean batch_size"),
-        ({"val": 3}, r"dataloader.val=3: it must be a mapping"),
+        ({"val": {"batchsize": 2}}, r"dataloader.val.batchsize=2\n.*mean batch_size"),
+        ({"val": 3}, r"dataloader.val=3\n +it must be a mapping"),
     ],
 )
 def test_faults_of_settings_say_where_what_and_how_to_fix(settings, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="(?s)" + said):
         settings_for(section(**settings), "val")
 
 
@@ -122,7 +123,8 @@ def test_a_split_without_workers_leaves_what_splits_with_workers_share():
 
 @pytest.mark.parametrize(("size", "degree", "drop"), [(7, 2, True), (3, 1, True), (0, 1, False)])
 def test_a_training_split_without_a_batch_is_refused(size, degree, drop):
-    with pytest.raises(ValueError, match=rf"dataloader.batch_size=4: split train: {size} samples give no batch"):
+    message = rf"dataloader.batch_size=4\n +the {size} samples of split train make no batch"
+    with pytest.raises(ValueError, match=message):
         make(Numbers(size), section(batch_size=4, drop_last=drop), "train", data_degree=degree)
 
 
@@ -184,10 +186,10 @@ def test_evaluation_sees_every_sample_once(size, shuffle):
 
 @pytest.mark.parametrize(("size", "degree"), [(3, 1), (6, 2), (0, 1)])
 def test_a_held_out_split_without_a_whole_batch_is_refused(size, degree):
-    why = rf"drop_last=true: split val: {size} samples give no whole batch of 4 on any of {degree} data ranks: set"
+    why = rf"drop_last=true\n +the {size} samples of split val make no whole batch of 4 on any of {degree} ranks\n +fix"
     for own, path in (({"drop_last": True}, "dataloader.val"), ({}, "dataloader")):
         shared = section(batch_size=4, drop_last=True if not own else None, val=own)
-        with pytest.raises(ValueError, match=rf"^{path}\.{why} dataloader\.val\.drop_last=false"):
+        with pytest.raises(ValueError, match=rf"^{path}\.{why}: set dataloader\.val\.drop_last=false"):
             make(Numbers(size), shared, "val", data_degree=degree)
         assert len(make(Numbers(3 * degree + 1), shared, "val", data_degree=degree)) == 1
 
@@ -196,9 +198,9 @@ def test_iterable_data_sets_deal_themselves_out():
     shares = [batches(make(Shardable(range(8)), section(), "train", data_rank=r, data_degree=2)) for r in range(2)]
     assert shares == [[[0], [2], [4], [6]], [[1], [3], [5], [7]]]
     assert batches(make(Stream(range(5)), section(batch_size=2), "train")) == [[0, 1], [2, 3]]
-    with pytest.raises(ValueError, match=r"split train: .*each of the 2 data ranks would see all .*`shard"):
+    with pytest.raises(ValueError, match=r"(?s)split train\n.*each of the 2 data ranks would see all .*`shard"):
         make(Stream(range(5)), section(), "train", data_degree=2)
-    with pytest.raises(ValueError, match=r"dataloader.train.shuffle=true: an iterable"):
+    with pytest.raises(ValueError, match=r"dataloader.train.shuffle=true\n +an iterable"):
         make(Stream(range(5)), section(train={"shuffle": True}), "train")
 
 
@@ -207,9 +209,9 @@ def test_data_sets_that_cannot_be_loaded_from_are_refused():
         def __getitem__(self, index):
             return index
 
-    with pytest.raises(TypeError, match="has no length"):
+    with pytest.raises(SettingError, match="has no length"):
         make(Endless(), section(), "val")
-    with pytest.raises(TypeError, match="cannot be loaded from"):
+    with pytest.raises(SettingError, match="neither samples by index nor"):
         make({1, 2}, section(), "val")
 
 

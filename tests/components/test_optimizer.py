@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from danling_conf.components.muon import MuonAdamW
 from danling_conf.components.optimizer import from_keywords, make
 from danling_conf.schema.optim import OptimConfig
+from danling_conf.topology.violation import ConfigRefused, SettingError
 
 
 def section(**settings):
@@ -154,19 +155,19 @@ def test_a_submodule_called_module_keeps_its_name():
     ("settings", "said"),
     [
         ({"type": "adamww"}, r"optim.type=adamww.*mean AdamW"),
-        ({"type": "adamw", "momentum": 0.9}, r"optim.momentum=0.9: AdamW has no such option"),
-        ({"type": "adamw", "betas": [0.9, 1.5]}, r"optim: AdamW refuses its options.*beta"),
-        ({"param_groups": [{"pattern": "blocs"}]}, r"param_groups\[0\].pattern='blocs': it matches no.*blocks"),
-        ({"param_groups": [{"pattern": "["}]}, r"param_groups\[0\].pattern='\[': it is not a regular expression"),
+        ({"type": "adamw", "momentum": 0.9}, r"optim.momentum=0.9\n +AdamW has no such option"),
+        ({"type": "adamw", "betas": [0.9, 1.5]}, r"optim\n +AdamW refuses its options.*beta"),
+        ({"param_groups": [{"pattern": "blocs"}]}, r"param_groups\[0\].pattern=blocs\n +it matches no.*blocks"),
+        ({"param_groups": [{"pattern": "["}]}, r"param_groups\[0\].pattern=\[\n +it is not a regular expression"),
         ({"param_groups": [{"pattern": "norm"}, {"pattern": "norm.bias"}]}, r"\[1\].pattern.*earlier groups"),
         ({"param_groups": [{"pattern": "norm", "lr": 1.0, "lr_multiplier": 2.0}]}, r"\[0\].lr_multiplier=2.0"),
-        ({"param_groups": ["norm"]}, r"param_groups\[0\]='norm': it must be a mapping"),
+        ({"param_groups": ["norm"]}, r"param_groups\[0\]=norm\n +it must be a mapping"),
         ({"type": "lbfgs", "param_groups": [{"pattern": "norm"}]}, r"LBFGS has a single parameter group"),
-        ({"type": "no_such_package.Lion"}, r"optim.type=no_such_package.Lion: it cannot be imported"),
+        ({"type": "no_such_package.Lion"}, r"optim.type=no_such_package.Lion\n +it cannot be imported"),
     ],
 )
 def test_faults_say_where_what_and_how_to_fix(settings, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="(?s)" + said):
         make(model(), section(**settings))
 
 
@@ -203,9 +204,9 @@ def test_an_own_class_gets_its_options():
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.002)
     with pytest.raises(ValueError, match="unexpected keyword argument 'nugde'"):
         make(model(), section(type=path, nugde=0.25))
-    with pytest.raises(ValueError, match=r"optim.param_groups\[0\].nugde=1: Own has no such option.*mean nudge"):
+    with pytest.raises(ValueError, match=r"optim.param_groups\[0\].nugde=1\n +Own has no such option\n.*mean nudge"):
         make(model(), section(type=path, param_groups=[{"pattern": "norm", "nugde": 1}]))
-    with pytest.raises(TypeError, match="not a subclass of Optimizer"):
+    with pytest.raises(SettingError, match="not a subclass of Optimizer"):
         make(model(), section(type=f"{Own.__module__}.Model"))
 
 
@@ -285,14 +286,14 @@ def test_groups_of_muon_choose_algorithms_and_options():
 @pytest.mark.parametrize(
     ("group", "said"),
     [
-        ({"pattern": "norm", "algorithm": "muon"}, r"algorithm=muon: Muon takes matrices only, .*1 dimensions"),
-        ({"pattern": "norm", "momentum": 0.9}, r"\[0\].momentum=0.9: every parameter .* by AdamW"),
-        ({"pattern": "down", "betas": [0.9, 0.9]}, r"\[0\].betas=.*: every parameter .* by Muon"),
-        ({"pattern": "down", "beta1": 0.9}, r"\[0\].beta1=0.9: every parameter .* by Muon"),
+        ({"pattern": "norm", "algorithm": "muon"}, r"algorithm=muon\n +Muon takes matrices only, .*1 dimensions"),
+        ({"pattern": "norm", "momentum": 0.9}, r"\[0\].momentum=0.9\n +every parameter .* by AdamW"),
+        ({"pattern": "down", "betas": [0.9, 0.9]}, r"\[0\].betas=.*\n +every parameter .* by Muon"),
+        ({"pattern": "down", "beta1": 0.9}, r"\[0\].beta1=0.9\n +every parameter .* by Muon"),
     ],
 )
 def test_groups_of_muon_without_effect_are_refused(group, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="(?s)" + said):
         make(model(), section(type="muon", param_groups=[group]))
 
 
@@ -429,3 +430,16 @@ def test_sharded_muon_trains_as_a_single_process_does(world_size, training, tmp_
         assert algorithms == algorithm_of(single, optimizer)
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(value), rtol=0, atol=2e-5, msg=name)
+
+
+def test_all_faults_of_groups_are_reported_at_once():
+    groups = [{"pattern": "nowhere"}, {"pattern": "norm"}, {"pattern": "neither"}]
+    with pytest.raises(ConfigRefused) as refused:
+        make(model(), section(param_groups=groups))
+    assert [item.path for item in refused.value.violations] == [
+        "optim.param_groups[0].pattern",
+        "optim.param_groups[2].pattern",
+    ]
+    with pytest.raises(SettingError) as alone:
+        make(model(), section(param_groups=groups[:2]))
+    assert alone.value.violation == refused.value.violations[0]

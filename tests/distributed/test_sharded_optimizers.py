@@ -57,5 +57,5 @@ def _failures(names: list[str]) -> dict[str, str]:
 @pytest.mark.slow
 def test_the_table_says_which_optimizers_step_sharded_parameters():
     known = [name for name, entry in OPTIMIZERS.items() if not entry.needs_closure]
-    for failed in spawn.run(_failures, 2, known):
+    for failed in spawn.shared(_failures, 2, known):
         assert sorted(failed) == [name for name in known if not OPTIMIZERS[name].sharded], failed

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.models.decoder import Attention, Block, Decoder, DecoderConfig, RotaryEmbedding
-from examples.models.experts import MixtureOfExperts
+from models.decoder import Attention, Block, Decoder, DecoderConfig, RotaryEmbedding
+from models.experts import MixtureOfExperts
 
 DENSE = dict(width=32, depth=2, heads=4, context=16, vocab_size=64)
 GROUPED = DENSE | dict(kv_heads=2)

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from examples.models.mlp import MLP, MLPConfig
-from examples.tasks import build_task
-from examples.tasks.text import Windows, bigram_loss, corpus, split, unigram_loss
+from models.mlp import MLP, MLPConfig
+from tasks import build_task
+from tasks.text import Windows, bigram_loss, corpus, split, unigram_loss
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SMALL = dict(width=32, depth=2, heads=2, context=32)

@@ -1,7 +1,7 @@
 """Installing is all the registration there is: the wheel and an editable install, seen from an app elsewhere.
 
-The app is plain Hydra and never imports this package. Nothing is downloaded: what the package depends on is borrowed
-from the environment of the tests.
+The app is plain Hydra and never imports this package; a copy of the examples runs what it holds itself. Nothing is
+downloaded: what the package depends on is borrowed from the environment of the tests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUPS = ("parallel", "fsdp", "compile", "checkpoint", "dataloader", "optim", "s
 
 
 def call(*command: str | Path, folder: Path, **variables: str) -> str:
-    """Run a command without this repository in sight; gives its output."""
+    """Run a command without this repository in sight; returns its output."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COMP_", "VIRTUAL"))}
     done = subprocess.run(
         [str(part) for part in command],
@@ -59,7 +59,7 @@ def wheel(sources, tmp_path_factory) -> Path:
 
 
 def environment(folder: Path, *install: str | Path) -> Path:
-    """A fresh environment with the package installed in it, and its dependencies borrowed; gives its Python."""
+    """A fresh environment with the package installed in it, and its dependencies borrowed; returns its Python."""
     call(sys.executable, "-m", "venv", folder, folder=folder.parent)
     python = folder / "bin" / "python"
     call(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", *install,
@@ -129,6 +129,62 @@ def test_the_installed_package_is_the_one_that_is_imported(from_wheel, editable,
     code = "import danling_conf; print(danling_conf.__file__)"
     assert Path(call(from_wheel, "-c", code, folder=tmp_path).strip()).is_relative_to(from_wheel.parents[1])
     assert Path(call(editable, "-c", code, folder=tmp_path).strip()).is_relative_to(REPOSITORY / "danling_conf")
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "conf", "docs", "examples", "models", "tasks", "tests"])
+def test_nothing_else_of_the_repository_can_be_imported(python, tmp_path, name):
+    """Such a name would shadow a user's own folder."""
+    code = f"import importlib.util as u; s = u.find_spec({name!r}); print(*(s and s.submodule_search_locations or []))"
+    for found in call(python, "-c", code, folder=tmp_path).split():
+        assert Path(found) not in (REPOSITORY / name, REPOSITORY / "examples" / name)
+
+
+def test_modules_and_files_of_the_package_are_found(python, tmp_path):
+    """By import hooks too: Hydra walks its namespace package, and typing marks are read as resources."""
+    code = (
+        "import importlib.resources as r, pkgutil, hydra_plugins, hydra_plugins.danling_conf_plugin.local_launcher\n"
+        "assert r.files('danling_conf').joinpath('py.typed').is_file()\n"
+        "assert 'danling_conf_plugin' in [m.name for m in pkgutil.iter_modules(hydra_plugins.__path__)]\n"
+    )
+    call(python, "-c", code, folder=tmp_path)
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """The examples and their configurations in a folder of a user's own, who has changed the task `digits`."""
+    for name in ("examples", "conf"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    task = tmp_path / "examples" / "tasks" / "task.py"
+    changed = task.read_text().replace("by chance", "in my own copy")
+    assert changed != task.read_text()
+    task.write_text(changed)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "started",
+    [
+        ("examples/train.py",),
+        ("examples/train.py", "parallel=ddp2", "dataloader=workers", "dataloader.num_workers=1"),
+        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "examples/train.py", "parallel=ddp"),
+    ],
+    ids=["alone", "local workers", "torchrun"],
+)
+def test_a_copy_of_the_examples_runs_its_own_code(python, copied, started):
+    shown = call(python, *started, "task=digits", "epochs=1", folder=copied, OMP_NUM_THREADS="1")
+    assert "in my own copy" in shown
+
+
+def test_a_copied_script_is_checked_with_what_lies_beside_it(python, copied):
+    script, settings = copied / "examples" / "train.py", copied / "examples" / "settings_of_mine.py"
+    settings.write_text("STEPS = 7\n")
+    text = script.read_text().replace(
+        "import danling_conf\n", "import danling_conf\nfrom settings_of_mine import STEPS\n"
+    )
+    script.write_text(text.replace('    task_name: str = "lm"\n', '    task_name: str = "lm"\n    mine: int = STEPS\n'))
+    command = python.with_name("danling-conf")
+    assert "accepted" in call(command, "check", "examples/train.py", "mine=8", folder=copied)
+    assert "7" in call(command, "explain", "mine", "examples/train.py", folder=copied)
 
 
 def test_groups_in_help(python, app):

@@ -29,6 +29,7 @@ ALLOWED = {
     "parallel": {"schema", "topology", "_torch_private", "components"},
     "checkpoint": {"schema", "topology", "_torch_private", "components", "parallel"},
     "runner": {"schema", "topology", "config", "records", "_torch_private", "components", "parallel", "checkpoint"},
+    "builders": {"topology", "components", "parallel"},
     "launch": {"schema", "topology", "config", "records"},
     "sweep": {"schema", "topology", "config", "records", "launch"},
     "command": {"topology", "config", "records", "launch", "sweep"},
@@ -102,6 +103,25 @@ def test_the_order_has_no_circle():
     while done != ALLOWED.keys():
         ready = {part for part, below in ALLOWED.items() if part not in done and below <= done}
         assert ready, f"a circle among {ALLOWED.keys() - done}"
+        done |= ready
+
+
+def test_no_circle_of_modules():
+    """Nor among the modules of one part."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for part, path in parts()
+        if part != "__init__"  # it imports nothing before a name is used
+    }
+    below = {
+        name: {found for item in imported(ast.parse(path.read_text())) for found in (item, item.rpartition(".")[0])}
+        & (modules.keys() - {name})
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+    while done != modules.keys():
+        ready = {name for name in modules.keys() - done if below[name] <= done}
+        assert ready, f"a circle among {sorted(modules.keys() - done)}"
         done |= ready
 
 

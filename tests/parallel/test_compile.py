@@ -84,10 +84,10 @@ def test_compiled_model_computes_the_same_under_the_same_names(scope: str) -> No
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (CompileConfig(enable=True, backend="indctor"), r"compile\.backend=indctor: torch knows .*inductor"),
-        (CompileConfig(enable=True, mode="fastest"), r"compile\.mode=fastest: torch\.compile refuses"),
-        (CompileConfig(enable=True, mode="default", options={"trace.enabled": True}), "set one"),
-        (CompileConfig(enable=True, options={"no_such": 1}), r"compile\.options=.*refuses"),
+        (CompileConfig(enable=True, backend="indctor"), r"compile\.backend=indctor\n.*no such backend\n.*inductor"),
+        (CompileConfig(enable=True, mode="fastest"), r"compile\.mode=fastest\n\s+torch\.compile refuses"),
+        (CompileConfig(enable=True, mode="default", options={"trace.enabled": True}), "set one of them"),
+        (CompileConfig(enable=True, options={"no_such": 1}), r"compile\.options=.*\n.*refuses.*no_such.{,200}\n"),
     ],
 )
 def test_what_torch_does_not_know_is_refused_before_the_first_step(section: CompileConfig, message: str) -> None:

@@ -266,12 +266,12 @@ def test_batch_norm_statistics_and_recurrent_weights_are_set() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": Layout(shard=2)}, r"fsdp\.enabled=false: .*shard=2"),
+        ({"layout": Layout(shard=2)}, r"fsdp\.enabled=false\n.*shard=2"),
         *(
-            ({"layout": Layout(**{axis: 2})}, rf"parallel\.axes\.{axis}=2: the mesh has no {axis} axis")
+            ({"layout": Layout(**{axis: 2})}, rf"parallel\.axes\.{axis}=2\n\s+the mesh has no {axis} axis")
             for axis in ("replicate", "context", "tensor", "pipeline")
         ),
-        ({"fsdp": FsdpConfig(enabled=True)}, r"fsdp\.enabled=true: the mesh has no shard axis"),
+        ({"fsdp": FsdpConfig(enabled=True)}, r"fsdp\.enabled=true\n\s+the mesh has no shard axis"),
     ],
 )
 def test_a_layout_without_its_mesh_is_refused(changes: dict[str, Any], message: str) -> None:

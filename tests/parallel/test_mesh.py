@@ -68,7 +68,7 @@ def test_meshes_of_four_ranks() -> None:
     assert (first["fsdp2_tp2"]["data ranks"], first["fsdp2_tp2"]["tensor ranks"]) == ([0, 2], [0, 1])
     assert last["fsdp2_tp2"]["data rank"] == (1, 2)
     assert last["tp4"]["data rank"] == (0, 1)
-    assert "shard=8 needs 8 processes, 4 were started" in first["wrong"]
+    assert "shard=8 needs 8 processes, and 4 were started" in first["wrong"]
     assert first["filled"] == {"replicate": 2, "shard": 2}
     assert first["groups"] > 5
     assert first["timeouts"] == {7}
@@ -106,7 +106,7 @@ def test_a_single_process_without_a_process_group_has_no_mesh() -> None:
 
 
 def test_a_layout_of_two_does_not_start_alone() -> None:
-    with pytest.raises(ValueError, match=r"parallel\.axes: replicate=2 needs 2 processes, 1 were started"):
+    with pytest.raises(ValueError, match=r"parallel\.axes\n\s+replicate=2 needs 2 processes, and 1 were started"):
         mesh.make(Layout(replicate=2), "cpu")
 
 
@@ -126,5 +126,5 @@ def test_without_a_launcher_the_process_is_a_world_of_one_and_fsdp_keeps_its_axi
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"parallel\.mesh_device_type=hpu: this machine has no usable hpu device"):
+    with pytest.raises(ValueError, match=r"parallel\.mesh_device_type=hpu\n\s+this machine has no usable hpu device"):
         device_type("hpu")

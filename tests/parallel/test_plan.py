@@ -6,7 +6,7 @@ from torch import nn
 
 from danling_conf.parallel import tensor
 from danling_conf.parallel.plan import matches, plan_of, unmatched
-from danling_conf.schema.tensor_styles import TENSOR_STYLES
+from danling_conf.schema.parallel import TENSOR_STYLES
 
 
 def model() -> nn.Module:

@@ -15,7 +15,7 @@ from danling_conf.parallel import stages
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.schema.parallel import MULTI_STAGE_SCHEDULES, PIPELINE_SCHEDULES, SINGLE_STAGE_SCHEDULES
-from examples.models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder, DecoderConfig
 
 
 def decoder(depth: int = 5, **settings: bool) -> Decoder:

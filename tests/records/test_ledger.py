@@ -15,8 +15,7 @@ from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_lock import FollowingLock
 from danling_conf.sweep.backend import Ending
-from danling_conf.sweep.monitor import Following
-from danling_conf.sweep.policy import parse_on_failure
+from danling_conf.sweep.monitor import Monitor, parse_on_failure
 
 _FORK = multiprocessing.get_context("spawn")
 
@@ -134,7 +133,7 @@ def follow(ledger: Ledger, endings: Mapping[str, Ending], policy: str, *, acts: 
     """One look at jobs that all run."""
     backend = Backend(ledger, endings)
     jobs = {key: JobFile(path=ledger.directory / key, content={"key": key}) for key in ledger.records()}
-    Following(ledger, backend, jobs, parse_on_failure(policy), may_act=lambda: acts).look()  # type: ignore[arg-type]
+    Monitor(ledger, backend, jobs, parse_on_failure(policy), may_act=lambda: acts).poll()  # type: ignore[arg-type]
     return backend
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from danling_conf.records.find import runs_in, runs_or_refuse
-from danling_conf.records.heartbeats import newest_attempt, read_heartbeats
+from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.metrics import PRODUCTIVE, goodput, metrics_file, read_metrics, series
+from danling_conf.records.run_directory import newest_attempt
 from danling_conf.topology.violation import ConfigRefused
 
 pytestmark = pytest.mark.composition
@@ -73,7 +74,8 @@ def test_runs_of_a_run_a_sweep_and_a_root(tmp_path: Path) -> None:
         (run / "run.json").touch()
     sweep = tmp_path / "exp" / "sweeps" / "one"
     sweep.mkdir(parents=True)
-    jobs = [{"run": str(runs[0])}, {"status": "refused"}, {"run": str(runs[1])}, {"run": str(runs[0])}]
+    of_jobs = [{"run": str(runs[0])}, {"status": "refused"}, {"run": str(runs[1])}, {"run": str(runs[0])}]
+    jobs = [{"key": f"k{number}", "job": number, **facts} for number, facts in enumerate(of_jobs)]
     (sweep / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     assert list(runs_in(runs[0])) == [runs[0]]
     assert list(runs_in(sweep)) == runs
@@ -87,8 +89,10 @@ def test_runs_of_a_run_a_sweep_and_a_root(tmp_path: Path) -> None:
 def test_heartbeats_are_those_of_the_attempt_that_wrote_last(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeats"
     folder.mkdir()
+    beat = {"world_size": 3, "host": "h", "pid": 7, "step": 5, "epoch": 0, "state": "training", "state_since": 1.0,
+            "written": 2.0, "interval": 1.0, "memory_bytes": 9}  # fmt: skip
     for rank, attempt in enumerate(("20260101-000000.10", "20260101-000000.10", "20260101-000000.9")):
-        (folder / f"rank-{rank}.json").write_text(json.dumps({"rank": rank, "attempt": attempt}))
+        (folder / f"rank-{rank}.json").write_text(json.dumps({**beat, "rank": rank, "attempt": attempt}))
     (folder / "rank-3.json").write_text('{"rank": 3,')
     (folder / "rank-x.json").write_text("{}")
     assert list(read_heartbeats(tmp_path)) == [0, 1]

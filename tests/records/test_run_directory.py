@@ -14,7 +14,8 @@ import pytest
 import danling_conf
 from danling_conf import ConfigRefused
 from danling_conf.config.identity import config_id
-from danling_conf.records.run_directory import RUN_FILE, Attempt, claim, newest_run, owner_of, read_run, write_whole
+from danling_conf.records.run_directory import Attempt, claim, newest_run, owner_of, read_run, write_whole
+from danling_conf.schema.files import RUN_FILE
 
 pytestmark = pytest.mark.composition
 

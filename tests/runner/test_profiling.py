@@ -145,7 +145,7 @@ def traced(root: str, name: str) -> dict[str, Any]:
     from functools import partial
 
     from danling_conf.groups.source import layout_settings
-    from examples.models.decoder import Decoder, DecoderConfig
+    from models.decoder import Decoder, DecoderConfig
 
     settings = {
         "steps": 6, "accum_steps": 2, "eval_interval": 3, "max_grad_norm": 1.0, "dataloader": {"batch_size": 4},

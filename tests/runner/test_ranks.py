@@ -126,7 +126,7 @@ def test_dropout_differs_between_data_ranks(refused: list[dict[str, Any]]) -> No
 def test_a_split_too_small_for_the_ranks_is_refused_on_all(refused: list[dict[str, Any]]) -> None:
     for found in refused:
         assert "dataloader.batch_size=4" in found["too small"]
-        assert "5 samples give no batch: one takes 4 on each of 2 data ranks" in found["too small"]
+        assert "the 5 samples of split train make no batch: one takes 4 on each of 2 data ranks" in found["too small"]
 
 
 def test_the_mean_weighs_batches_by_their_samples(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def test_a_builder_s_fault_is_refused_with_path_rule_and_fix() -> None:
     with pytest.raises(ConfigRefused) as caught, refused():
         shard(None, FsdpConfig(enabled=True), None)  # type: ignore[arg-type]
     (violation,) = caught.value.violations
-    assert violation.path == "fsdp.enabled=true"
+    assert (violation.path, violation.value) == ("fsdp.enabled", True)
     assert "no shard axis" in violation.rule
     assert "choose a layout" in violation.fix
 

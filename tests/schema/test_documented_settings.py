@@ -15,6 +15,7 @@ from danling_conf.config.resolve import merge_leaves, resolve
 from danling_conf.config.typed import check_declarations
 from danling_conf.schema import RunnerConfig, facts_of
 from danling_conf.schema.docs import describe, field_docs
+from danling_conf.schema.launcher import LocalLauncherConfig, SlurmLauncherConfig
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.topology.rules import Context
 from tests.support.settings import Row, documented, given, nested, sections, settings
@@ -166,6 +167,19 @@ def test_what_is_said_to_read_a_setting_reads_it(path):
     name = path.rpartition(".")[2]
     if path not in ("model", "data"):
         assert re.search(rf"\b{name}\b", source) or BY_ITERATION.get(found.read_by, "\0") in source
+
+
+SECTIONS = [*dict.fromkeys(kind for _, kind in sections()), LocalLauncherConfig, SlurmLauncherConfig]
+
+
+@pytest.mark.parametrize("kind", SECTIONS, ids=lambda kind: kind.__name__)
+def test_readers_and_targets_can_be_imported(kind):
+    """Found without importing them, since builders need torch."""
+    assert source_of(kind.read_by) is not None, f"{kind.__name__} is read by {kind.read_by}"
+    target = next((item.default for item in fields(kind) if item.name == "_target_"), None)
+    if target is not None:
+        module, _, name = target.rpartition(".")
+        assert re.search(rf"^(def|class) {name}\b", source_of(module) or "", re.MULTILINE), target
 
 
 @dataclass(kw_only=True)

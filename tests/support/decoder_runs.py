@@ -18,7 +18,7 @@ import danling_conf
 from danling_conf.checkpoint.gather import gather
 from danling_conf.checkpoint.state import MODEL, model_tensors
 from danling_conf.groups.source import layout_settings
-from examples.models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder, DecoderConfig
 
 LENGTH, VOCABULARY = 8, 16
 

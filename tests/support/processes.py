@@ -170,7 +170,7 @@ def _serve() -> None:
     """Import what tests need, then fork one process a line, each for the call in the folder that the line names."""
     for name in (
         "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torchdata",
-        "danling_conf.runner.training", "danling_conf.config.resolve", "examples.models.decoder",
+        "danling_conf.runner.training", "danling_conf.config.resolve", "models.decoder",
         "tests.support.decoder_runs", "tests.support.processes",
     ):  # fmt: skip
         importlib.import_module(name)

@@ -1,28 +1,44 @@
-"""Real gloo ranks for a test: forked from a server that has imported torch once, ended by handle whatever happens."""
+"""Gloo ranks for tests: forked from a server that has imported torch once, and killed by handle whatever happens.
+
+`run` starts ranks for one call. `shared` keeps them for the next call of the same world size, which then pays for no
+start, no import and no cold cache; each call still has a process group of its own.
+"""
 
 from __future__ import annotations
 
 import faulthandler
+import functools
+import gc
 import io
 import multiprocessing
 import os
+import pickle
 import time
 import traceback
+import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor.debug
 
 from danling_conf.parallel import process_group
 from danling_conf.schema.process import CommConfig
 
 _PRELOADED = [
-    "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint",
-    "torch.distributed.pipelining", "torch._dynamo", "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama", __name__,
-]  # fmt: skip
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.pipelining",
+    "torch._dynamo",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    __name__,
+]
 
 
 _GRACE = 3.0
@@ -33,54 +49,125 @@ class RankFailed(AssertionError):
     """A rank raised, died or did not finish."""
 
 
-def run(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120, collectives: float = 60
-) -> list[Any]:
-    """Call `function(*arguments)` on `world_size` gloo ranks of one process group; returns their results by rank.
+class World:
+    """Ranks that wait for calls. The first call that fails ends them: what it left behind is unknown."""
 
-    `function` and what it returns must pickle. Raises RankFailed with the traceback of the rank that failed first;
-    where that waited `collectives` seconds for a rank that has stopped, with its name.
-    """
-    # A fork of this process could inherit locked threads (autograd, OpenMP); the server has none.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    # The server of the store lives here, so that it outlives any rank.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks: list[tuple[Any, Connection]] = []
-    try:
-        for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank,
-                args=(theirs, store.port, rank, world_size, collectives, function, arguments),
-                daemon=True,
-            )
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._calls = 0
+        # A fork of this process could inherit locked threads (autograd, OpenMP); the server has none.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        # The server of the store lives here, so that it outlives any rank.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._ranks: list[tuple[Any, Connection]] = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, self._store.port, rank, size), daemon=True)
             process.start()
             theirs.close()
-            ranks.append((process, ours))
-        return _collect(ranks, time.monotonic() + timeout)
-    finally:
-        for process, connection in ranks:
+            self._ranks.append((process, ours))
+
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout: float, collectives: float) -> list[Any]:
+        """Call a function on every rank, in a new process group.
+
+        Args:
+            function: what every rank calls; it, its arguments and its result must pickle.
+            *arguments: of `function`.
+            timeout: seconds until ranks that have not returned are taken to hang.
+            collectives: seconds after which a collective fails that waits for another rank.
+
+        Returns:
+            The results by rank.
+
+        Raises:
+            RankFailed: with the traceback of the rank that failed first, and with the ranks that hang.
+        """
+        call = pickle.dumps((self._calls, collectives, function, arguments))
+        self._calls += 1
+        try:
+            for _, connection in self._ranks:
+                connection.send_bytes(call)
+            return _collect(self._ranks, time.monotonic() + timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the ranks; those that do not end by themselves are killed."""
+        for _, connection in self._ranks:
+            connection.close()
+        for process, _ in self._ranks:
             process.join(timeout=1)
             if process.is_alive():
                 process.kill()
                 process.join()
-            connection.close()
+        self._ranks.clear()
+
+
+_shared: World | None = None
+"""The world that `shared` uses: one at a time, since every rank holds some hundred megabytes."""
+
+
+def run(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120, collectives: float = 60
+) -> list[Any]:
+    """`World.call` in a world for this call alone."""
+    world = World(world_size)
+    try:
+        return world.call(function, *arguments, timeout=timeout, collectives=collectives)
+    finally:
+        world.close()
+
+
+def shared(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    check: Callable[[list[Any]], Any] = lambda results: results,
+    timeout: float = 120,
+    collectives: float = 60,
+) -> Any:
+    """`World.call` in the world that the previous calls of this size have used, and what `check` makes of its results.
+
+    A call that fails there, or whose results `check` rejects by an AssertionError, is repeated in a world of its own:
+    an earlier call may have left the cause behind. It fails only where it fails there as well; a warning shows every
+    call that did not.
+    """
+    global _shared
+    if _shared is None or _shared.size != world_size:
+        close_shared()
+        _shared = World(world_size)
+    try:
+        return check(_shared.call(function, *arguments, timeout=timeout, collectives=collectives))
+    except AssertionError as failure:
+        close_shared()
+        results = check(run(function, world_size, *arguments, timeout=timeout, collectives=collectives))
+        warnings.warn(f"passed in a world of its own only; in the shared one: {failure}", stacklevel=2)
+        return results
+
+
+def close_shared() -> None:
+    """End the ranks that wait for the next call of `shared`."""
+    global _shared
+    if _shared is not None:
+        _shared.close()
+        _shared = None
 
 
 def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[tuple[float, int, str]] = []
-    pending = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+    pending: dict[Any, int] = {connection: rank for rank, (_, connection) in enumerate(ranks)}
     while pending:
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             break
         for connection in ready:
-            rank = pending.pop(connection)  # type: ignore[index]
+            rank = pending.pop(connection)
             try:
                 failure, result = connection.recv()  # type: ignore[union-attr]
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 ranks[rank][0].join(timeout=5)
                 failures.append((time.monotonic(), rank, f"it died with exit code {ranks[rank][0].exitcode}"))
                 continue
@@ -102,29 +189,50 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(ranks))]
 
 
-def _rank(
-    connection: Connection,
-    port: int,
-    rank: int,
-    world_size: int,
-    collectives: float,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
+def _serve(connection: Connection, port: int, rank: int, world_size: int) -> None:
+    """Be a rank: answer calls until the connection ends."""
     faulthandler.enable()  # a rank that crashes in C++ says where it was
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        limit = CommConfig(init_timeout_seconds=int(collectives))
-        process_group.start(limit, "cpu", store=store, rank=rank, world_size=world_size)
-        result = io.BytesIO()
-        # Plain pickling would send handles of shared memory, which ends with this process.
-        torch.save(function(*arguments), result)
-        process_group.stop()
-        connection.send((None, result.getvalue()))
-    except BaseException:
-        connection.send(((time.monotonic(), traceback.format_exc()), None))
-        # No orderly end: the other ranks may be waiting for this one.
-        connection.close()
-        os._exit(1)
+    dynamo, environment = torch._dynamo.config.save_config(), dict(os.environ)
+    server = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except EOFError:
+            # Nothing is left to tidy up, and torch takes its time over an orderly exit.
+            os._exit(0)
+        try:
+            number, collectives, function, arguments = pickle.loads(call)
+            limit = CommConfig(init_timeout_seconds=int(collectives))
+            store = dist.PrefixStore(f"call-{number}", server)
+            store.set_timeout(timedelta(seconds=collectives))
+            process_group.start(limit, "cpu", store=store, rank=rank, world_size=world_size)
+            result = io.BytesIO()
+            # Plain pickling would send handles of shared memory, which ends with this process.
+            torch.save(function(*arguments), result)
+            process_group.stop()
+            _forget(dynamo, environment)
+            connection.send((None, result.getvalue()))
+        except BaseException:
+            connection.send(((time.monotonic(), traceback.format_exc()), None))
+            # No orderly end: the other ranks may be waiting for this one.
+            connection.close()
+            os._exit(1)
+
+
+def _forget(dynamo: bytes, environment: dict[str, str]) -> None:
+    """Undo what a call has left in this process: what it compiled, settings, and caches."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch saves settings that it deprecates
+        torch._dynamo.config.load_config(dynamo)
+    os.environ.clear()
+    os.environ.update(environment)
+    # DTensor finds its plans by the shape of a mesh, not by its groups: a plan of the previous call names groups that
+    # are gone, or others that now have their names.
+    torch.distributed.tensor.debug._clear_sharding_prop_cache()
+    for item in gc.get_objects():
+        # By its type: `isinstance` would wake objects that stand in for others.
+        if type(item) is functools._lru_cache_wrapper and str(item.__module__).startswith("torch.distributed."):
+            item.cache_clear()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.status import Status
@@ -78,3 +81,19 @@ def write_sweep(path: Path, jobs: list[dict[str, Any]], *, cluster: str = "local
     asked = {"cluster": cluster, "launcher": {"on_failure": "continue", **launcher}, "command": ["train.py", "-m"]}
     (path / "sweep.json").write_text(json.dumps(asked))
     return SweepDirectory(path=path)
+
+
+def slurm_of(folder: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """Stand-ins for Slurm's commands: one job in a state, which `scancel` cancels."""
+    folder.mkdir()
+    (folder / "state").write_text(state)
+    scripts = {
+        "squeue": f'echo "7_0|$(cat {folder}/state)|None"',
+        "scancel": f'echo "$@" >> {folder}/cancelled; echo CANCELLED > {folder}/state',
+        "scontrol": "echo ExitCode=7:0",
+        "sbatch": "exit 1",
+    }
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")

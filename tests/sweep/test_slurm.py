@@ -11,9 +11,8 @@ import pytest
 from danling_conf import compose
 from danling_conf.launch.slurm import queries, requeue
 from danling_conf.launch.slurm.queries import JobState, SlurmUnavailable, own_job, partition, states
-from danling_conf.launch.slurm.rank import compare_with_first
-from danling_conf.launch.slurm.requeue import ASKED, PREEMPTED, REQUEUED, TIME_LIMIT, Cause, cause_of, superseded
-from danling_conf.launch.slurm.task import see_own_devices
+from danling_conf.launch.slurm.rank import compare_with_first, see_own_devices
+from danling_conf.launch.slurm.requeue import ASKED, REQUEUED, TIME_LIMIT, Cause, cause_of, superseded
 from danling_conf.records.frozen import frozen_job
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.status import Status
@@ -100,11 +99,11 @@ def test_a_task_of_an_array_is_told_from_the_others() -> None:
 @pytest.mark.parametrize(
     ("shown", "why", "requeue"),
     [
-        ({"JobState": "RUNNING", "PreemptTime": END}, PREEMPTED, True),
+        ({"JobState": "RUNNING", "PreemptTime": END}, Status.PREEMPTED, True),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": END}, TIME_LIMIT, True),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2026-01-01T18:00:00"}, ASKED, True),
         ({"JobState": "RUNNING", "EndTime": "Unknown"}, ASKED, True),
-        ({"JobState": "COMPLETING", "PreemptTime": END}, PREEMPTED, False),
+        ({"JobState": "COMPLETING", "PreemptTime": END}, Status.PREEMPTED, False),
         ({"JobState": "COMPLETING", "Reason": "TimeLimit"}, Status.TIMED_OUT, False),
         ({"JobState": "TIMEOUT"}, Status.TIMED_OUT, False),
         ({"JobState": "COMPLETING", "Restarts": "3"}, REQUEUED, False),

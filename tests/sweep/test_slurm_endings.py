@@ -11,10 +11,9 @@ from danling_conf.launch.slurm import queries
 from danling_conf.launch.slurm.queries import JobState, SlurmUnavailable
 from danling_conf.records.job_file import JobFile, first_error, is_consequence, write_error
 from danling_conf.records.ledger import Ledger, Record
-from danling_conf.sweep import slurm_backend as slurm_jobs
+from danling_conf.sweep import slurm_backend
 from danling_conf.sweep.backend import Ending
-from danling_conf.sweep.monitor import Following
-from danling_conf.sweep.policy import OnFailure, parse_on_failure
+from danling_conf.sweep.monitor import Monitor, OnFailure, parse_on_failure
 from danling_conf.sweep.slurm_backend import SlurmJobs
 
 
@@ -31,7 +30,7 @@ class Clock:
 
 @pytest.fixture
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmJobs:
-    monkeypatch.setattr(slurm_jobs.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm_backend.shutil, "which", lambda name: name)
     return SlurmJobs(tmp_path)
 
 
@@ -141,7 +140,7 @@ def test_a_slurm_that_does_not_answer_is_asked_again_but_not_for_ever(
     for _ in range(3):
         assert backend.endings([record]) == {}
         clock.passes(100)
-    assert capsys.readouterr().err.count("Slurm does not answer, and is asked again") == 1
+    assert capsys.readouterr().err.count("Slurm does not answer, trying again") == 1
     clock.passes(600)
     with pytest.raises(SlurmUnavailable, match="no answer"):
         backend.endings([record])
@@ -153,12 +152,12 @@ def test_a_jobs_own_word_has_time_to_arrive(
     """Slurm says that it has ended before the ledger's file system shows what the job wrote."""
     clock, ledger = Clock(monkeypatch), queued(tmp_path)
     monkeypatch.setattr(queries, "states", lambda ids: {"7": JobState(state="COMPLETED")})
-    following = Following(ledger, backend, {"k": JobFile(path=tmp_path, content={})}, OnFailure())
-    assert following.look()
+    monitor = Monitor(ledger, backend, {"k": JobFile(path=tmp_path, content={})}, OnFailure())
+    assert monitor.poll()
     clock.passes(backend.patience / 2)
-    assert following.look()
+    assert monitor.poll()
     Ledger(tmp_path).add("k", status="completed", score=0.5)
-    assert not following.look()
+    assert not monitor.poll()
     assert ledger.records()["k"].score == 0.5
 
 
@@ -167,10 +166,10 @@ def test_an_end_without_a_word_is_written_down(
 ) -> None:
     clock, ledger = Clock(monkeypatch), queued(tmp_path)
     monkeypatch.setattr(queries, "states", lambda ids: {"7": JobState(state="OUT_OF_MEMORY")})
-    following = Following(ledger, backend, {"k": JobFile(path=tmp_path, content={})}, OnFailure())
-    assert following.look()
+    monitor = Monitor(ledger, backend, {"k": JobFile(path=tmp_path, content={})}, OnFailure())
+    assert monitor.poll()
     clock.passes(backend.patience + 1)
-    assert not following.look()
+    assert not monitor.poll()
     assert Ledger(tmp_path).records()["k"].status == "out of memory"
 
 

@@ -14,7 +14,7 @@ from danling_conf.topology.layout import (
     data_rank,
     expert_axes,
     fill,
-    layout_of,
+    layout_of_axes,
     mesh_axes,
     random_stream,
     rank_at,
@@ -107,7 +107,7 @@ def test_data_ranks_are_shared_by_the_ranks_of_one_model_copy(layout):
 
 @given(layouts)
 def test_the_axes_of_a_configuration_are_its_layout(layout):
-    assert layout_of(AxesConfig(**layout.degrees()), layout.fsdp) == layout
+    assert layout_of_axes(AxesConfig(**layout.degrees()), fsdp=layout.fsdp) == layout
 
 
 def test_streams_of_random_numbers_differ_where_activations_do():

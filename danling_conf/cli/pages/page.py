@@ -1,4 +1,4 @@
-"""The page itself: its style, and what stands on it beside charts."""
+"""HTML page: its style, and what stands on it beside charts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from html import escape
 
 from danling_conf.cli.pages.script import SCRIPT
 from danling_conf.cli.pages.style import STYLE
+from danling_conf.records.status import Status
+
+KINDS: dict[str, str] = {
+    Status.COMPLETED: "good",
+    Status.RUNNING: "busy",
+    Status.QUEUED: "",
+    Status.PLANNED: "",
+    Status.CANCELLED: "",
+    Status.INTERRUPTED: "busy",
+    Status.NOT_STARTED: "",
+    Status.EMPTY: "",
+    Status.UNKNOWN: "",
+}
+"""Style of a badge that shows a status; of one that is not here, `bad`."""
+LOSS_RATIO = 100.0
+"""A loss that falls by more than this is shown logarithmically."""
 
 
 class Html(str):

@@ -75,7 +75,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
 
 
 def _round(step: float) -> float:
-    size = 10 ** math.floor(math.log10(step))
+    size = 10.0 ** math.floor(math.log10(step))
     return next(size * factor for factor in (1, 2, 5, 10) if size * factor >= 0.7 * step)
 
 

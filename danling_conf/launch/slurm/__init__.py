@@ -1,1 +1,1 @@
-"""Slurm: what its commands say, jobs submitted through submitit, and what a rank does under it."""
+"""Slurm: queries of its commands, a rank of a job, and the requeue of a job."""

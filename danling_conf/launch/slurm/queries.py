@@ -1,4 +1,4 @@
-"""What Slurm's commands say: of a partition before jobs are submitted, and of jobs afterwards."""
+"""Queries of Slurm: of a partition before jobs are submitted, and of jobs afterwards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from danling_conf.records.status import Status
 
@@ -28,6 +29,7 @@ ENDS = {
     "REVOKED": Status.CANCELLED,
 }
 """Slurm's final states, as the ledger calls them."""
+_TASK = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,\-]+): (?P<how>.+)$", re.MULTILINE)
 
 
 class SlurmUnavailable(RuntimeError):
@@ -54,22 +56,22 @@ class JobState:
     """What Slurm says of a job."""
 
     state: str
-    """In Slurm's words: `PENDING`, `RUNNING`, `Status.COMPLETED`."""
+    """In Slurm's words: `PENDING`, `RUNNING`, `COMPLETED`."""
     reason: str = ""
     exit_code: str = ""
 
 
-def run(*words: str) -> str:
-    """Output of a command of Slurm's. Raises SlurmUnavailable with what it complains of."""
-    if shutil.which(words[0]) is None:
-        raise SlurmUnavailable(f"{words[0]} is not installed here: submit from a machine of the cluster")
+def run(*argv: str) -> str:
+    """Output of a command of Slurm's. Raises SlurmUnavailable with its error."""
+    if shutil.which(argv[0]) is None:
+        raise SlurmUnavailable(f"{argv[0]} is not installed here: submit from a machine of the cluster")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise SlurmUnavailable(f"{' '.join(words)}: no answer within {_SECONDS} s") from error
+        raise SlurmUnavailable(f"{' '.join(argv)}: no answer within {_SECONDS} s") from error
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise SlurmUnavailable(f"{words[0]}: {said[-1]}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SlurmUnavailable(f"{argv[0]}: {lines[-1]}")
     return done.stdout
 
 
@@ -130,6 +132,28 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
 def show(job_id: str) -> dict[str, str]:
     """All that `scontrol` says of one job. Raises SlurmUnavailable, also where Slurm has forgotten it."""
     return dict(item.split("=", 1) for item in run("scontrol", "-o", "show", "job", job_id).split() if "=" in item)
+
+
+def first_death(log: Path, since: int = 0) -> str | None:
+    """The first task of a step that ended badly, and how, as srun prints it; None where it prints none.
+
+    A task that was killed could write nothing itself.
+
+    Args:
+        log: what the batch script has printed to standard error, over all starts of the job.
+        since: bytes that were there when the newest start began.
+    """
+    try:
+        text = log.read_bytes()[since:].decode(errors="replace")
+    except OSError:
+        return None
+    found = _TASK.search(text)
+    if found is None:
+        return None
+    hint = ": memory may have run out" if found["how"] in ("Killed", "Out Of Memory") else ""
+    how = "killed (SIGKILL)" if found["how"] == "Killed" else found["how"]
+    several = "ranks" if re.search(r"[,\-]", found["ranks"]) else "rank"
+    return f"{several} {found['ranks']} on {found['node']}: {how}{hint}"
 
 
 def time_of(stamp: str) -> float | None:

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as distributed
 
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
 
 LONGEST_SECONDS = 60.0
@@ -79,7 +79,7 @@ class LogPace:
 
     def _longest_wait(self) -> float:
         waited = torch.tensor(time.perf_counter() - self._began)
-        if several_ranks():
+        if is_distributed():
             with waiting("the log line"):
                 distributed.all_reduce(waited, op=distributed.ReduceOp.MAX)
         return float(waited)

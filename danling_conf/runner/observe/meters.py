@@ -7,7 +7,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from danling_conf.parallel.forward_backward import Measured
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 
 
 class LossMeter:
@@ -77,6 +77,6 @@ def reduce_sum(values: Tensor) -> Sums:
     Ranks that share samples (tensor) hold the same two numbers, which cancel in the ratio; those of other pipeline
     stages hold zeros.
     """
-    if several_ranks():
+    if is_distributed():
         distributed.all_reduce(values)
     return Sums(values.tolist())

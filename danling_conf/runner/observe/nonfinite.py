@@ -17,7 +17,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 
 _log = logging.getLogger(__name__)
 COUNT, SKIP, FAIL = "count", "skip", "fail"
@@ -84,7 +84,7 @@ class NonFinite:
             return False
         of_step, self._of_step = self._of_step, []
         bad = torch.stack(of_step).isnan().any().float()
-        if several_ranks():
+        if is_distributed():
             distributed.all_reduce(bad, op=distributed.ReduceOp.MAX)
         return bool(bad.item())
 

@@ -24,12 +24,12 @@ from danling_conf.components import profiler
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.config.identity import flatten, plain
 from danling_conf.parallel import expert
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records import logs
 from danling_conf.records.metrics import PRODUCTIVE, goodput
 from danling_conf.records.run_directory import Attempt
-from danling_conf.records.stopped import Stopped
+from danling_conf.records.status import Status, outcome_of
 from danling_conf.runner.display import Display
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.heartbeat import Heartbeat
@@ -200,7 +200,7 @@ class Observers:
         step = self._state.step
         if self.config.nonfinite == FAIL and self.nonfinite.unread(step):
             flags = self.nonfinite.flags(step)
-            if several_ranks():
+            if is_distributed():
                 with waiting("the check for what is not finite"):
                     distributed.all_reduce(flags)
             self._judge(self.nonfinite.read(step, flags.tolist()))
@@ -221,13 +221,15 @@ class Observers:
             if self._relay is not None:
                 stack.callback(self._relay.stop)
             if self._trackers is not None:
-                status = "completed" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+                # A loop may catch Stopped and close the runner afterwards, when no exception is in flight any more.
+                interrupted = error is None and self._state.interrupted
+                status = Status.INTERRUPTED if interrupted else outcome_of(error).status
                 stack.callback(self._finish, self._trackers, status)
             if self._profiler is not None:
                 stack.callback(self._profiler.stop)
             self._profiler, self._relay, self._heartbeat = None, None, None
 
-    def _finish(self, trackers: Trackers, status: str) -> None:
+    def _finish(self, trackers: Trackers, status: Status) -> None:
         assert self._world is not None
         assert self._setup is not None
         world = self._world

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as distributed
 
-from danling_conf.parallel.process_group import several_ranks
+from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
 from danling_conf.runner.observe.meters import LossMeter
 from danling_conf.runner.observe.nonfinite import NonFinite
@@ -34,7 +34,7 @@ class Summary:
 
 def summarise(meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int, device: torch.device) -> Summary:
     """Read and reset the running mean and what was not finite. Collective; waits for the device."""
-    several = several_ranks()
+    several = is_distributed()
     world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
     own = torch.zeros(3, world, dtype=torch.float64)
     own[:, rank] = torch.tensor(

@@ -1,4 +1,4 @@
-"""Whether a configuration can run: one function a rule, all of them in one list."""
+"""Rules: whether a configuration can run. One function a rule, all of them in one list."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def violations_of(config: RunnerConfig, context: Context) -> list[Violation]:
 
 
 def ineffective_settings(config: RunnerConfig, context: Context) -> list[Ineffective]:
-    """Settings that were given and change nothing."""
+    """Settings that were given and change nothing in this configuration."""
     return list(dict.fromkeys(found for rule in EFFECT_RULES for found in rule(config, context)))
 
 

@@ -1,11 +1,11 @@
-"""What the tensor, context and expert axes ask of each other and of other settings."""
+"""Rules of the tensor, context and expert axes: what they need of each other and of other settings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.schema.tensor_styles import TENSOR_STYLES
+from danling_conf.schema.parallel import TENSOR_STYLES
 from danling_conf.schema.torch_options import nearest
 from danling_conf.topology.layout import fill, layout_of, mesh_axes
 from danling_conf.topology.rules.rule import Context
@@ -47,7 +47,7 @@ def experts_borrow(config: RunnerConfig, context: Context) -> Iterator[Violation
 
 
 def known_styles(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """A plan of the configuration is in the words that we know."""
+    """Every style of a tensor plan is known."""
     for name, style in (config.parallel.tensor_plan or {}).items():
         if style not in TENSOR_STYLES:
             yield Violation(
@@ -57,8 +57,7 @@ def known_styles(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 def ring_on_cuda(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """torch's ring attention has no CPU version."""
-    on_cpu = not context.machine.devices or config.parallel.mesh_device_type == "cpu"
-    if config.parallel.axes.context > 1 and config.parallel.context_method == "ring" and on_cpu:
+    if config.parallel.axes.context > 1 and config.parallel.context_method == "ring" and context.on_cpu(config):
         yield Violation(
             "parallel.context_method",
             "ring",
@@ -68,10 +67,9 @@ def ring_on_cuda(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 
 def selection_with_gather(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """On an accelerator, attention to gathered keys has a mask that cannot be made while operators are selected."""
-    on_cpu = not context.machine.devices or config.parallel.mesh_device_type == "cpu"
+    """On an accelerator, attention to gathered keys has a mask that cannot be built inside selective checkpointing."""
     gathers = config.parallel.axes.context > 1 and config.parallel.context_method == "gather"
-    if gathers and config.activation_checkpointing.mode == "selective" and not on_cpu:
+    if gathers and config.activation_checkpointing.mode == "selective" and not context.on_cpu(config):
         yield Violation(
             "activation_checkpointing.mode",
             "selective",
@@ -105,7 +103,7 @@ def whole_graphs(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 
 def _degrees(config: RunnerConfig) -> Layout:
-    return layout_of(config.parallel.axes, config.fsdp.enabled)
+    return layout_of(config)
 
 
 def _filled(config: RunnerConfig, context: Context) -> Layout | None:
@@ -115,4 +113,4 @@ def _filled(config: RunnerConfig, context: Context) -> Layout | None:
     try:
         return fill(layout, context.machine.fill_world_size)
     except ValueError:
-        return None  # `world_size` says so
+        return None  # reported by `world_size`

@@ -1,4 +1,4 @@
-"""How long a run lasts, and how it is measured."""
+"""Rules of a run's budget, and of the metric that it is judged by."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def one_budget(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     if config.steps is None and config.epochs is None:
         yield Violation("steps", None, "a run needs a budget: steps or epochs", "set steps=1000 or epochs=10")
     elif config.steps is not None and config.epochs is not None:
-        # Keep the one on the command line: the other comes from a file that the user did not write just now.
-        keep, drop = ("epochs", "steps") if "epochs" in context.given and "steps" not in context.given else (
-            "steps", "epochs")  # fmt: skip
+        # Keep the one on the command line: the other comes from a file that the user did not type just now.
+        epochs_typed = "epochs" in context.given and "steps" not in context.given
+        keep, drop = ("epochs", "steps") if epochs_typed else ("steps", "epochs")
         yield Violation(
             keep,
             getattr(config, keep),

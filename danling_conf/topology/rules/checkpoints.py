@@ -1,4 +1,4 @@
-"""What is saved and loaded: settings that contradict each other, and those that change nothing."""
+"""Rules of checkpoints: settings that contradict each other, and those that change nothing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from danling_conf.schema import RunnerConfig, declared_class, defaults_of
-from danling_conf.schema.checkpoint import DISABLED, LOADED_PARTS, PINNED, async_mode, excluded
-from danling_conf.topology.rules.rule import Context, Ineffective
+from danling_conf.schema.checkpoint import DISABLED, LOADED_PARTS, PINNED, CheckpointConfig, async_mode, excluded
+from danling_conf.topology.rules.rule import Context, Ineffective, one_process
 from danling_conf.topology.violation import Violation
 
 _ON_DEVICES = ("nccl", "xccl", "hccl")
 _BACKENDS = ("gloo", "mpi", "ucc", *_ON_DEVICES)
 _WRITING = (
-    "async_enabled", "async_mode", "dedicated_async_process_group", "async_process_group_backend", "backend",
-    "wait_timeout", "keep_latest_k", "enable_ft_dataloader_checkpoints", "last_save_model_only", "export_dtype",
-)  # fmt: skip
+    "async_enabled",
+    "async_mode",
+    "dedicated_async_process_group",
+    "async_process_group_backend",
+    "backend",
+    "wait_timeout",
+    "keep_latest_k",
+    "enable_ft_dataloader_checkpoints",
+    "last_save_model_only",
+    "export_dtype",
+)
+"""Settings of `checkpoint` that only writing reads."""
 
 
 def excluded_parts(config: RunnerConfig, context: Context) -> Iterator[Violation]:
@@ -36,9 +45,9 @@ def background_group(config: RunnerConfig, context: Context) -> Iterator[Violati
     path = "checkpoint.async_process_group_backend"
     if backend not in _BACKENDS:
         yield Violation(path, backend, f"torch's backends are {', '.join(_BACKENDS)}", "leave it at gloo")
-    elif backend in _ON_DEVICES and (not context.machine.devices or config.parallel.mesh_device_type == "cpu"):
-        yield Violation(path, backend, "it communicates between accelerators, and the run is on the CPU",
-                        "leave it at gloo")  # fmt: skip
+    elif backend in _ON_DEVICES and context.on_cpu(config):
+        rule = "it communicates between accelerators, and the run is on the CPU"
+        yield Violation(path, backend, rule, "leave it at gloo")
 
 
 def replica_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
@@ -59,45 +68,45 @@ def exports_by_safetensors(config: RunnerConfig, context: Context) -> Iterator[V
     wanted = {"last_save_model_only": section.last_save_model_only, "export_dtype": section.export_dtype}
     for name, value in wanted.items():
         if value and not section.load_only and not context.machine.safetensors:
-            yield Violation(f"checkpoint.{name}", value, "exports are written by the package safetensors, which is not "
-                            "installed", "pip install danling-conf[safetensors], or unset it")  # fmt: skip
+            rule = "exports are written by the package safetensors, which is not installed"
+            yield Violation(f"checkpoint.{name}", value, rule, "pip install danling-conf[safetensors], or unset it")
 
 
 def writing_settings(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
-    """Settings of saving that nothing reads as things stand."""
+    """Settings of saving that nothing reads in this configuration."""
     section = config.checkpoint
     default = defaults_of(declared_class(section))
+    for name, reason in _unread(section, single=one_process(config)):
+        if getattr(section, name) != getattr(default, name):
+            yield Ineffective(f"checkpoint.{name}", reason)
 
-    def given(name: str) -> bool:
-        return getattr(section, name) != getattr(default, name)
 
+def _unread(section: CheckpointConfig, *, single: bool) -> Iterator[tuple[str, str]]:
+    """Settings that nothing reads beside the others, and why; whether they are given is not looked at."""
     if section.load_only:
-        for name in filter(given, _WRITING):
-            yield Ineffective(f"checkpoint.{name}", "no checkpoints are written (checkpoint.load_only=true)")
+        yield from ((name, "no checkpoints are written (checkpoint.load_only=true)") for name in _WRITING)
         return
-    axes = config.parallel.axes
-    single = all(getattr(axes, axis) == 1 for axis in ("replicate", "shard", "context", "pipeline", "tensor"))
-    if section.async_mode is not None and given("async_enabled"):
-        yield Ineffective("checkpoint.async_enabled", f"checkpoint.async_mode={section.async_mode} is given and wins")
-    if given("keep_latest_k") and section.interval is None:
-        yield Ineffective("checkpoint.keep_latest_k", "there is no history without checkpoint.interval")
-    if async_mode(section) == DISABLED and given("wait_timeout"):
-        yield Ineffective("checkpoint.wait_timeout", "nothing is written in the background")
+    if section.async_mode is not None:
+        yield "async_enabled", f"checkpoint.async_mode={section.async_mode} is given and wins"
+    if section.interval is None:
+        yield "keep_latest_k", "there is no history without checkpoint.interval"
+    if async_mode(section) == DISABLED:
+        yield "wait_timeout", "nothing is written in the background"
     if section.async_mode == PINNED and (section.backend == "file" or (section.backend == "auto" and single)):
-        yield Ineffective("checkpoint.async_mode", "memory is page-locked for the backend dcp only; it is as async")
+        yield "async_mode", "memory is page-locked for the backend dcp only; it is as async"
     if single:
-        for name in filter(given, ("dedicated_async_process_group", "async_process_group_backend")):
-            yield Ineffective(f"checkpoint.{name}", "the layout has one process and no process groups")
-    elif given("async_process_group_backend") and not section.dedicated_async_process_group:
-        yield Ineffective("checkpoint.async_process_group_backend", "saving has no process group of its own")
+        yield "dedicated_async_process_group", "the layout has one process and no process groups"
+        yield "async_process_group_backend", "the layout has one process and no process groups"
+    elif not section.dedicated_async_process_group:
+        yield "async_process_group_backend", "saving has no process group of its own"
     if not section.enable_ft_dataloader_checkpoints:
-        for name in filter(given, ("ft_replica_id", "ft_dataloader_checkpoint_prefix")):
-            yield Ineffective(f"checkpoint.{name}", "no replica writes a state of its own "
-                              "(checkpoint.enable_ft_dataloader_checkpoints=false)")  # fmt: skip
+        reason = "no replica writes a state of its own (checkpoint.enable_ft_dataloader_checkpoints=false)"
+        yield "ft_replica_id", reason
+        yield "ft_dataloader_checkpoint_prefix", reason
 
 
 def sources_to_exclude_from(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
-    """Nothing is excluded where nothing is loaded, and nothing insisted on where nothing is resumed."""
+    """Exclusions where nothing is loaded, and `force_resume` where nothing is resumed."""
     loads = config.resume is not None or config.auto_resume or config.pretrained is not None
     if config.checkpoint.exclude_from_loading and not loads:
         yield Ineffective("checkpoint.exclude_from_loading", "nothing is loaded")

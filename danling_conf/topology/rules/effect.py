@@ -1,4 +1,4 @@
-"""Settings that are accepted and change nothing: the run says so instead of ignoring them silently."""
+"""Effect rules: settings that are accepted and change nothing. The run warns of each, so none is ignored silently."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of
-from danling_conf.topology.rules.rule import Context, Ineffective
+from danling_conf.topology.rules.rule import Context, Ineffective, changed, one_process
 
 _OF_AXIS = {
     "tensor": ("tensor_plan", "sequence_parallel", "loss_parallel"),
     "context": ("context_method", "context_balance"),
     "pipeline": (
-        "pipeline_schedule", "pipeline_microbatch_size", "pipeline_n_microbatches", "module_fqns_per_model_part"
+        "pipeline_schedule",
+        "pipeline_microbatch_size",
+        "pipeline_n_microbatches",
+        "module_fqns_per_model_part",
     ),
-}  # fmt: skip
+}
 
 
 def not_built_yet(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
-    """Settings whose machinery is not there yet, given a value of their own."""
+    """Settings that are not implemented yet, with another value than the default."""
     yield from _pending(config, defaults_of(declared_class(config)), "")
 
 
 def policy_without_fsdp(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """An FSDP policy under a layout that does not shard."""
     if not config.fsdp.enabled:
-        yield from _changed(config.fsdp, "fsdp", "the layout does not use FSDP (fsdp.enabled=false)")
+        yield from changed(config.fsdp, "fsdp", "the layout does not use FSDP (fsdp.enabled=false)")
 
 
 def settings_without_axis(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
@@ -38,13 +41,13 @@ def settings_without_axis(config: RunnerConfig, context: Context) -> Iterator[In
                 if getattr(section, name) != getattr(default, name):
                     yield Ineffective(f"parallel.{name}", f"the {axis} degree is 1")
     if section.axes.context > 1 and section.context_method == "ulysses" and not section.context_balance:
-        yield Ineffective("parallel.context_balance", "ulysses is even as it is")
+        yield Ineffective("parallel.context_balance", "ulysses is balanced anyway")
 
 
 def options_without_compile(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """Compiler options while nothing is compiled."""
     if not config.compile.enable:
-        yield from _changed(config.compile, "compile", "nothing is compiled (compile.enable=false)")
+        yield from changed(config.compile, "compile", "nothing is compiled (compile.enable=false)")
     elif config.compile.optimize_ddp != "ddp_optimizer" and (
         config.fsdp.enabled or config.parallel.axes.replicate == 1
     ):
@@ -54,15 +57,13 @@ def options_without_compile(config: RunnerConfig, context: Context) -> Iterator[
 def pacing_without_interval(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """Garbage-collection settings while collection is not paced."""
     if config.gc.interval is None:
-        yield from _changed(config.gc, "gc", "collection is not paced (gc.interval=null)")
+        yield from changed(config.gc, "gc", "collection is not paced (gc.interval=null)")
 
 
 def limits_without_processes(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """Timeouts and precision policies of a run that has one process."""
-    axes = config.parallel.axes
-    single = all(getattr(axes, axis) == 1 for axis in ("replicate", "shard", "context", "pipeline", "tensor"))
-    if single and not config.fsdp.enabled and not context.machine.started_world_size:
-        yield from _changed(config.comm, "comm", "the layout has one process and no collectives")
+    if one_process(config) and not config.fsdp.enabled and not context.machine.started_world_size:
+        yield from changed(config.comm, "comm", "the layout has one process and no collectives")
 
 
 def overruled_precision(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
@@ -100,12 +101,3 @@ def _pending(value: Any, default: Any, prefix: str) -> Iterator[Ineffective]:
         pending = facts_of(item).pending
         if pending and mine != theirs:
             yield Ineffective(prefix + item.name, f"{pending} is not implemented yet")
-
-
-def _changed(section: Any, prefix: str, reason: str) -> Iterator[Ineffective]:
-    default = defaults_of(declared_class(section))
-    for item in fields(default):
-        if item.name.startswith("_") or facts_of(item).pending:
-            continue
-        if getattr(section, item.name) != getattr(default, item.name):
-            yield Ineffective(f"{prefix}.{item.name}", reason)

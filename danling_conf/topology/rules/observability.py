@@ -1,12 +1,11 @@
-"""What a run shows of itself: trackers that are not installed, and settings of what is switched off."""
+"""Rules of observability: trackers that are not installed, and settings of what is switched off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
-from danling_conf.schema import RunnerConfig, declared_class, defaults_of
-from danling_conf.topology.rules.rule import Context, Ineffective
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rules.rule import Context, Ineffective, changed
 from danling_conf.topology.violation import Violation
 
 _SECTIONS = {
@@ -18,13 +17,13 @@ _SECTIONS = {
 
 
 def installed_trackers(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """A tracker that is asked for must be there: nobody wants to learn at the end that nothing was tracked."""
-    asked = {
+    """A tracker that is chosen is installed: a run must not end before anybody learns that nothing was tracked."""
+    chosen = {
         "tensorboard": ("tensorboard", config.tensorboard),
         "wandb": ("wandb.enabled", config.wandb.enabled),
         "mlflow": ("mlflow.enabled", config.mlflow.enabled),
     }
-    for package, (path, wanted) in asked.items():
+    for package, (path, wanted) in chosen.items():
         if wanted and package not in context.machine.trackers:
             fix = f"pip install danling-conf[{package}], or leave it out"
             yield Violation(path, True, f"the package {package} is not installed", fix)
@@ -34,9 +33,5 @@ def settings_of_what_is_off(config: RunnerConfig, context: Context) -> Iterator[
     """Settings of a section that is not enabled."""
     for name, reason in _SECTIONS.items():
         section = getattr(config, name)
-        if section.enabled:
-            continue
-        default = defaults_of(declared_class(section))
-        for item in fields(default):
-            if not item.name.startswith("_") and getattr(section, item.name) != getattr(default, item.name):
-                yield Ineffective(f"{name}.{item.name}", f"{reason} ({name}.enabled=false)")
+        if not section.enabled:
+            yield from changed(section, name, f"{reason} ({name}.enabled=false)")

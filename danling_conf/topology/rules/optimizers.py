@@ -1,13 +1,14 @@
-"""What the chosen optimizer and scheduler accept."""
+"""Rules of optimizers and schedulers: whether they exist, and take the options that are given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.torch_options import (
     OPTIMIZERS,
     SCHEDULERS,
+    Problem,
     find_optimizer,
     find_scheduler,
     group_problems,
@@ -20,6 +21,13 @@ from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import ABSENT, Violation
 
 
+def violations_of(problems: Iterable[Problem], where: str) -> Iterator[Violation]:
+    """The problems of a section's options, with the path of the section."""
+    for problem in problems:
+        value = ABSENT if problem.value is None else problem.value
+        yield Violation(f"{where}.{problem.option}", value, problem.why, problem.fix)
+
+
 def known_optimizer(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """The optimizer exists, takes its options, and can be stepped by the runner."""
     section = config.optim
@@ -27,13 +35,9 @@ def known_optimizer(config: RunnerConfig, context: Context) -> Iterator[Violatio
     if entry is None:
         yield Violation("optim.type", section.type, "torch.optim has no such class", nearest(section.type, OPTIMIZERS))
         return
-    for problem in option_problems(entry, optimizer_options(section)):
-        value = ABSENT if problem.value is None else problem.value
-        yield Violation(f"optim.{problem.option}", value, problem.why, problem.fix)
+    yield from violations_of(option_problems(entry, optimizer_options(section)), "optim")
     for index, group in enumerate(section.param_groups or []):
-        for problem in group_problems(entry, group):
-            value = ABSENT if problem.value is None else problem.value
-            yield Violation(f"optim.param_groups[{index}].{problem.option}", value, problem.why, problem.fix)
+        yield from violations_of(group_problems(entry, group), f"optim.param_groups[{index}]")
     if entry.needs_closure:
         yield Violation(
             "optim.type",
@@ -66,9 +70,7 @@ def known_scheduler(config: RunnerConfig, context: Context) -> Iterator[Violatio
             nearest(section.type, {*SCHEDULERS, "plateau"}),
         )
         return
-    for problem in option_problems(entry, scheduler_options(section)):
-        value = ABSENT if problem.value is None else problem.value
-        yield Violation(f"scheduler.{problem.option}", value, problem.why, problem.fix)
+    yield from violations_of(option_problems(entry, scheduler_options(section)), "scheduler")
     if section.monitor is not None and not entry.metric_driven and not entry.own_class:
         yield Violation(
             "scheduler.monitor",

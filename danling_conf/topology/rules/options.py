@@ -1,4 +1,4 @@
-"""Options that exclude or need each other."""
+"""Rules of options that exclude or need each other: compile, precision, loaders, saving."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violatio
             "compile.mode", section.mode, f"modes belong to inductor, not to {section.backend}", "compile.mode=null"
         )
     elif section.mode is not None and section.mode not in _INDUCTOR_MODES:
-        yield Violation("compile.mode", section.mode, f"inductor's modes are {', '.join(_INDUCTOR_MODES)}",
-                        "choose one of them")  # fmt: skip
-    on_cpu = not context.machine.devices or config.parallel.mesh_device_type == "cpu"
-    if section.enable and inductor and on_cpu and not context.machine.compiler:
+        rule = f"inductor's modes are {', '.join(_INDUCTOR_MODES)}"
+        yield Violation("compile.mode", section.mode, rule, "choose one of them")
+    if section.enable and inductor and context.on_cpu(config) and not context.machine.compiler:
         yield Violation(
             "compile.enable",
             True,
@@ -40,9 +39,9 @@ def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violatio
 def precision_fits(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """fp16 needs loss scaling, and ranks that hold different gradients would scale differently."""
     policy = config.fsdp.mp_policy
-    path, dtype = ("precision", config.precision) if policy is None else (
-        "fsdp.mp_policy.param_dtype", policy.param_dtype
-    )  # fmt: skip
+    path, dtype = "precision", config.precision
+    if policy is not None:
+        path, dtype = "fsdp.mp_policy.param_dtype", policy.param_dtype
     if dtype != "fp16":
         return
     axes = config.parallel.axes

@@ -1,4 +1,4 @@
-"""Directories and files that a run needs."""
+"""Rules of directories and files that a run needs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.files import CHECKPOINT_FILE, RUN_FILE
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
-RUN_FILE, FACTS = "run.json", "checkpoint.json"
-"""What a run's directory and a checkpoint are known by: of `resolution.run_directory` and `checkpoint.manifest`."""
 _WEIGHTS = "*.safetensors"
 
 
@@ -48,15 +47,15 @@ def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """What is resumed or loaded exists, and is a run or a checkpoint."""
-    for key, is_run in (("resume", RUN_FILE), ("pretrained", FACTS)):
+    for key, is_run in (("resume", RUN_FILE), ("pretrained", CHECKPOINT_FILE)):
         source = getattr(config, key)
         if source is None:
             continue
         folder = Path(source).expanduser()
         checkpoints = folder / config.checkpoint.dir_name
-        # Within a run also what lacks its facts: it is told below what is wrong with it.
+        # A broken checkpoint of a run passes here: loading names what is wrong with it.
         inside = [folder] if folder.name.startswith("ckpt-") else []
-        marks = [folder / is_run, folder / FACTS, *checkpoints.glob(f"[!.]*/{FACTS}")]
+        marks = [folder / is_run, folder / CHECKPOINT_FILE, *checkpoints.glob(f"[!.]*/{CHECKPOINT_FILE}")]
         if key == "pretrained":
             marks += [*folder.glob(_WEIGHTS), *(checkpoints / "export").glob(_WEIGHTS)]
             marks += [folder] if folder.suffix == ".safetensors" else []

@@ -1,4 +1,4 @@
-"""Whether a pipeline can be cut as the settings say, and run by the schedule that they name."""
+"""Rules of pipelines: whether stages and microbatches can be cut as configured, and run by the schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from danling_conf.schema import RunnerConfig, open_keys
-from danling_conf.schema.parallel import SINGLE_STAGE_SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES
+from danling_conf.schema.parallel import (
+    SINGLE_STAGE_SCHEDULES,
+    SPLIT_BACKWARD_SCHEDULES,
+    V_SCHEDULES,
+    ParallelConfig,
+)
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import ABSENT, Violation
 
@@ -18,7 +23,7 @@ def microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     if config.parallel.axes.pipeline <= 1:
         return
     where, batch = _batch_of_training(config)
-    path, divisor = _cut_by(config)
+    path, divisor = divisor_of_batch(config.parallel)
     if batch % divisor:
         yield Violation(
             path,
@@ -77,7 +82,7 @@ def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Viol
     """Schedules need some number of microbatches to be in flight."""
     degree, schedule = config.parallel.axes.pipeline, config.parallel.pipeline_schedule
     where, batch = _batch_of_training(config)
-    path, divisor = _cut_by(config)
+    path, divisor = divisor_of_batch(config.parallel)
     if degree <= 1 or batch % divisor:
         return
     count = config.parallel.pipeline_n_microbatches or batch // divisor
@@ -104,7 +109,7 @@ def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Viol
 
 
 def split_backward(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """Gradients of inputs and of weights cannot be computed apart in compiled code."""
+    """Gradients of inputs and of weights cannot be computed separately in compiled code."""
     schedule = config.parallel.pipeline_schedule
     if config.parallel.axes.pipeline <= 1 or schedule not in SPLIT_BACKWARD_SCHEDULES:
         return
@@ -112,13 +117,13 @@ def split_backward(config: RunnerConfig, context: Context) -> Iterator[Violation
         yield Violation(
             _SCHEDULE,
             schedule,
-            "it computes the gradients of inputs and of weights apart, which torch cannot do in compiled code",
+            "it computes the gradients of inputs and of weights separately, which torch cannot do in compiled code",
             f"compile=none, or {_SCHEDULE}=Interleaved1F1B",
         )
 
 
 def stages_are_not_compiled(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """A schedule works inside of a stage's forward, so that blocks can be compiled and stages cannot."""
+    """A schedule works inside a stage's forward, so blocks can be compiled and stages cannot."""
     if config.parallel.axes.pipeline > 1 and config.compile.enable and config.compile.scope == "model":
         yield Violation(
             "compile.scope", "model", "a pipeline has no whole model to compile, only blocks", "compile.scope=block"
@@ -126,7 +131,7 @@ def stages_are_not_compiled(config: RunnerConfig, context: Context) -> Iterator[
 
 
 def _of_training(config: RunnerConfig, name: str) -> Any:
-    """What the training split says of a setting of its own; None where it says nothing."""
+    """A setting of the training split itself; None where it has none."""
     own = open_keys(config.dataloader).get("train") or {}
     return own.get(name) if isinstance(own, dict) else getattr(own, name, None)
 
@@ -139,7 +144,8 @@ def _batch_of_training(config: RunnerConfig) -> tuple[str, int]:
     return "dataloader.batch_size", config.dataloader.batch_size or 1
 
 
-def _cut_by(config: RunnerConfig) -> tuple[str, int]:
-    if config.parallel.pipeline_n_microbatches is not None:
-        return "parallel.pipeline_n_microbatches", config.parallel.pipeline_n_microbatches
-    return "parallel.pipeline_microbatch_size", config.parallel.pipeline_microbatch_size
+def divisor_of_batch(section: ParallelConfig) -> tuple[str, int]:
+    """The setting that cuts a batch into microbatches, and its value, which must divide the batch."""
+    if section.pipeline_n_microbatches is not None:
+        return "parallel.pipeline_n_microbatches", section.pipeline_n_microbatches
+    return "parallel.pipeline_microbatch_size", section.pipeline_microbatch_size

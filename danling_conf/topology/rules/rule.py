@@ -1,33 +1,60 @@
-"""What a rule is: a pure function from a typed configuration and what is known around it to violations."""
+"""A rule: a pure function from a typed configuration, and what is known around it, to violations.
+
+An effect rule returns settings that are allowed and change nothing. Both kinds are listed in the package's `__init__`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from danling_conf.schema import RunnerConfig
+from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of
+from danling_conf.schema.layout import WORLD_AXES
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.violation import Violation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What rules may know beside the configuration."""
+    """What rules know beside the configuration."""
 
     machine: Machine = field(default_factory=Machine)
     given: frozenset[str] = frozenset()
-    """Paths that were given on the command line, so that a fix can speak of what the user wrote."""
+    """Paths that were given on the command line, so that a fix can name what the user typed."""
+
+    def on_cpu(self, config: RunnerConfig) -> bool:
+        """Whether ranks run on the CPU: there is no accelerator, or the mesh is not to use it."""
+        return not self.machine.devices or config.parallel.mesh_device_type == "cpu"
 
 
 @dataclass(frozen=True)
 class Ineffective:
-    """A setting that is allowed and changes nothing as things stand."""
+    """A setting that is allowed, was given, and changes nothing in this configuration."""
 
     path: str
     reason: str
 
     def __str__(self) -> str:
         return f"{self.path} has no effect: {self.reason}"
+
+
+def one_process(config: RunnerConfig) -> bool:
+    """Whether the layout has one process. A degree of -1 counts as several: it may be filled with any number."""
+    return all(getattr(config.parallel.axes, axis) == 1 for axis in WORLD_AXES)
+
+
+def changed(section: Any, prefix: str, reason: str) -> Iterator[Ineffective]:
+    """Every setting of a section that has another value than its default, as having no effect for one reason.
+
+    Settings that are not implemented yet are left to `effect.not_built_yet`.
+    """
+    default = defaults_of(declared_class(section))
+    for item in fields(default):
+        if item.name.startswith("_") or facts_of(item).pending:
+            continue
+        if getattr(section, item.name) != getattr(default, item.name):
+            yield Ineffective(f"{prefix}.{item.name}", reason)
 
 
 Rule = Callable[[RunnerConfig, Context], Iterable[Violation]]

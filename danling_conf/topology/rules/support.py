@@ -1,4 +1,4 @@
-"""What is accepted and typed but not built yet: refused where it would change how a run trains."""
+"""Rules of what is typed but not implemented yet: refused where it would change how a run trains."""
 
 from __future__ import annotations
 

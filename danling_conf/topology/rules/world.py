@@ -1,4 +1,4 @@
-"""Degrees against each other, against the world size and against the devices."""
+"""Rules of degrees: against each other, the world size and the devices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from danling_conf.schema import FILL, RunnerConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import fill, layout_of
+from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import ABSENT, Violation
 
@@ -30,7 +31,7 @@ def whole_degrees(config: RunnerConfig, context: Context) -> Iterator[Violation]
 
 
 def sharding_is_fsdp(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """Sharding is done by FSDP, so a shard degree and `fsdp.enabled` say the same."""
+    """Sharding is done by FSDP, so a shard degree and `fsdp.enabled` must agree."""
     shard = config.parallel.axes.shard
     if not config.fsdp.enabled and shard not in (0, 1):
         replicate = config.parallel.axes.replicate
@@ -67,12 +68,9 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     try:
         layout = fill(layout, machine.fill_world_size)
     except ValueError as error:
-        given = f"{machine.launcher} started {machine.started_world_size}" if machine.started_world_size else (
-            f"the job's nodes take {_processes(machine.cluster_world_size)}" if machine.cluster_world_size else
-            f"this machine has {machine.devices} devices" if machine.devices else "this machine runs one process on CPU"
-        )  # fmt: skip
         axis = next(axis for axis in WORLD_AXES if getattr(layout, axis) == FILL)
-        yield Violation(f"parallel.axes.{axis}", FILL, f"{given}, and {error}", "give every degree a number")
+        rule = f"{_filled_from(machine)}, and {error}"
+        yield Violation(f"parallel.axes.{axis}", FILL, rule, "give every degree a number")
         return
     started = machine.started_world_size
     product = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in WORLD_AXES if getattr(layout, axis) > 1)
@@ -84,13 +82,7 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
             f"{what} needs {_processes(layout.world_size)}, but {machine.launcher} started {started}",
             f"start {layout.world_size}, or choose a layout of {started}: parallel=fsdp fills itself",
         )
-    elif (
-        machine.cluster_world_size is None
-        and started is None
-        and machine.devices
-        and layout.world_size > machine.devices
-        and not _on_cpu(config)
-    ):
+    elif started is None and _more_than_here(layout, config, machine):
         yield Violation(
             "parallel",
             ABSENT,
@@ -107,7 +99,7 @@ def reshard_divides(config: RunnerConfig, context: Context) -> Iterator[Violatio
     try:
         layout = fill(layout, context.machine.fill_world_size)
     except ValueError:
-        return  # `world_size` says so
+        return  # reported by `world_size`
     degree = layout.shard * layout.context
     if size < 1 or degree % size:
         what = "the shard degree" if layout.context == 1 else "shard x context"
@@ -120,14 +112,25 @@ def reshard_divides(config: RunnerConfig, context: Context) -> Iterator[Violatio
 
 
 def known_layout(config: RunnerConfig) -> Layout | None:
-    """The layout of a configuration; None where its degrees cannot be made sense of (`whole_degrees` says so)."""
-    layout = layout_of(config.parallel.axes, config.fsdp.enabled)
+    """The layout of a configuration; None where its degrees make no sense, which `whole_degrees` reports."""
+    layout = layout_of(config)
     degrees = [getattr(layout, axis) for axis in WORLD_AXES]
     return None if 0 in degrees or degrees.count(FILL) > 1 else layout
 
 
-def _on_cpu(config: RunnerConfig) -> bool:
-    return config.parallel.mesh_device_type == "cpu"
+def _filled_from(machine: Machine) -> str:
+    """Where the world size comes from that a degree of -1 is filled from."""
+    if machine.started_world_size:
+        return f"{machine.launcher} started {machine.started_world_size}"
+    if machine.cluster_world_size:
+        return f"the job's nodes take {_processes(machine.cluster_world_size)}"
+    return f"this machine has {machine.devices} devices" if machine.devices else "this machine runs one process on CPU"
+
+
+def _more_than_here(layout: Layout, config: RunnerConfig, machine: Machine) -> bool:
+    """Whether a run on this machine needs more accelerators than it has; without any, ranks share the CPU."""
+    on_cpu = not machine.devices or config.parallel.mesh_device_type == "cpu"
+    return machine.cluster_world_size is None and not on_cpu and layout.world_size > machine.devices
 
 
 def _processes(count: int) -> str:

@@ -194,7 +194,7 @@ def in_a_pipeline(root: str, name: str) -> dict[str, Any]:
     from functools import partial
 
     from danling_conf.groups.source import layout_settings
-    from examples.models.decoder import Decoder, DecoderConfig
+    from models.decoder import Decoder, DecoderConfig
 
     seen: list[int] = []
 

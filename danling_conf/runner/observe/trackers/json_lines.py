@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import IO
+import time
+from typing import IO, Any
 
-from danling_conf.records.metrics import metrics_file
+from danling_conf.records.metrics import STATUS, metrics_file
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
 
 
@@ -18,6 +19,7 @@ class JsonLines:
     def __init__(self) -> None:
         self._file: IO[str] | None = None
         self._attempt = ""
+        self._place = {"step": 0, "epoch": 0}
 
     def start(self, facts: RunFacts) -> None:
         path = metrics_file(facts.attempt.run_directory)
@@ -27,9 +29,9 @@ class JsonLines:
         if torn:
             self._file.write("\n")
 
-    def begin(self, step: int, epoch: int, time: float) -> None:
+    def begin(self, step: int, epoch: int, at: float) -> None:
         """Mark where the attempt starts."""
-        self._write({"time": time, "attempt": self._attempt, "step": step, "epoch": epoch})
+        self._write({"time": at, "attempt": self._attempt, "step": step, "epoch": epoch})
 
     def log(self, record: Record) -> None:
         self._write(
@@ -44,10 +46,12 @@ class JsonLines:
 
     def finish(self, status: str, score: float | None) -> None:
         if self._file is not None:
+            self._write({"time": time.time(), "attempt": self._attempt, **self._place, STATUS: status})
             self._file.close()
 
-    def _write(self, line: dict[str, object]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         assert self._file is not None
+        self._place = {"step": line["step"], "epoch": line["epoch"]}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # so that it can be watched now
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from danling_conf.records.status import Status
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
 from danling_conf.schema.observability import MlflowConfig
 
 _RUN_TAG = "danling_conf.run"
-_STATUS = {"completed": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_STATUS: dict[str, str] = {Status.COMPLETED: "FINISHED", Status.INTERRUPTED: "KILLED"}
+"""MLflow's words; it calls every other end FAILED."""
 _LONGEST = 500
 """Characters of a parameter's value that every MLflow server takes."""
 
@@ -55,4 +57,4 @@ class Mlflow:
     def finish(self, status: str, score: float | None) -> None:
         if score is not None:
             self._client.log_metric(self._run, "score", score)
-        self._client.set_terminated(self._run, status=_STATUS[status])
+        self._client.set_terminated(self._run, status=_STATUS.get(status, "FAILED"))

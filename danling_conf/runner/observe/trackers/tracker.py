@@ -59,4 +59,4 @@ class Tracker(Protocol):
         """Take a record."""
 
     def finish(self, status: str, score: float | None) -> None:
-        """Close it. `status` is completed, stopped or failed; the score is the best so far."""
+        """Close it. `status` is one of `records.status`; the score is the best so far."""

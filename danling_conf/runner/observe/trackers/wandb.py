@@ -6,6 +6,7 @@ import hashlib
 import os
 from typing import Any
 
+from danling_conf.records.status import Status
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
 from danling_conf.schema.observability import WandbConfig
 
@@ -53,4 +54,4 @@ class Wandb:
     def finish(self, status: str, score: float | None) -> None:
         if score is not None:
             self._run.summary["score"] = score
-        self._run.finish(exit_code=0 if status == "completed" else 1)
+        self._run.finish(exit_code=0 if status == Status.COMPLETED else 1)

@@ -1,4 +1,7 @@
-"""Jobs of a sweep's directory, started and followed: by the command that asked for them, or by one that comes later."""
+"""Supervision of a sweep from a command: the monitor with a view on the terminal, the sweep's lock, and signals.
+
+The command that starts a sweep supervises it; `danling-conf runs --watch` and `resume` do the same later.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,14 @@ from danling_conf.records.stopped import STOPPING, Stopped
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import FollowingLock
 from danling_conf.sweep.backend import Backend
-from danling_conf.sweep.live_table import shown
+from danling_conf.sweep.live_table import view_of
 from danling_conf.sweep.local_backend import LocalJobs
-from danling_conf.sweep.monitor import Following
+from danling_conf.sweep.monitor import Monitor, parse_on_failure
 from danling_conf.sweep.orphans import LeftLocalJobs
-from danling_conf.sweep.policy import parse_on_failure
 
 
 def backend_for(cluster: str, launcher: Mapping[str, Any], directory: Path) -> Backend:
-    """Where the jobs of a sweep run."""
+    """The backend that starts the jobs of a sweep."""
     if cluster == "slurm":
         from danling_conf.sweep.slurm_backend import SlurmJobs
 
@@ -33,7 +35,7 @@ def backend_for(cluster: str, launcher: Mapping[str, Any], directory: Path) -> B
     return LocalJobs(launcher.get("parallel_jobs"))
 
 
-def follow(
+def supervise(
     directory: SweepDirectory,
     backend: Backend,
     jobs: Mapping[str, JobFile],
@@ -41,55 +43,70 @@ def follow(
     *,
     lock: FollowingLock | None = None,
 ) -> list[Record]:
-    """Look after jobs that were submitted until all have ended, and say what becomes of them; gives their records.
+    """Monitor submitted jobs until all have ended, and show every change.
 
-    A signal ends it, and the process with 128 + its number: jobs on this machine are told to save and leave, jobs of a
-    cluster go on without anybody to look after them.
+    A signal ends it, and the process with 128 + its number: jobs on this machine are asked to save and exit, jobs of a
+    cluster continue without a monitor.
 
     Args:
+        jobs: by key.
+        launcher: `hydra.launcher` of the sweep.
         lock: of the sweep, where this process has it already.
+
+    Returns:
+        The jobs' records, in the order of the sweep.
     """
-    only_looks = isinstance(backend, LeftLocalJobs)
-    with lock or FollowingLock(directory.path) as held, _stopped_by_signals(), shown(directory, jobs) as view:
-        following = Following(
-            directory.ledger, backend, jobs, parse_on_failure(launcher["on_failure"]), view.say,
-            may_act=(lambda: True) if only_looks else held.acquire, after_look=view.refresh,
-        )  # fmt: skip
+    # The backend of local jobs whose starter is gone looks at the lock itself, and would find it taken by this process.
+    only_watches = isinstance(backend, LeftLocalJobs)
+    with lock or FollowingLock(directory.path) as held, _stopped_by_signals(), view_of(directory, jobs) as view:
+        monitor = Monitor(
+            directory.ledger,
+            backend,
+            jobs,
+            parse_on_failure(launcher["on_failure"]),
+            view.show,
+            may_act=(lambda: True) if only_watches else held.acquire,
+            after_poll=view.refresh,
+        )
         try:
-            records = following.to_the_end()
+            records = monitor.run()
         except Stopped as stopped:
-            _leave(stopped, directory, backend, following)
+            _stop(stopped, directory, backend, monitor)
             raise
         except SlurmUnavailable as error:
-            print(f"{error}\nSlurm has not answered for minutes; the jobs go on without anybody to look after them: "
-                  f"danling-conf runs {directory.path} --watch", file=sys.stderr)  # fmt: skip
+            resumed = f"danling-conf runs {directory.path} --watch"
+            print(
+                f"{error}\nSlurm has not answered for minutes; the jobs continue without a monitor: {resumed}",
+                file=sys.stderr,
+            )
             sys.exit(1)
     completed = sum(record.status == Status.COMPLETED for record in records)
     print(f"sweep done: {completed} of {len(records)} jobs completed: {directory.path}", flush=True)
     return records
 
 
-def _leave(stopped: Stopped, directory: SweepDirectory, backend: Backend, following: Following) -> None:
+def _stop(stopped: Stopped, directory: SweepDirectory, backend: Backend, monitor: Monitor) -> None:
+    """End the jobs of this machine, which end with their command; those of a cluster do not need it."""
     if not isinstance(backend, LocalJobs):
-        print(f"{stopped}; the jobs go on: danling-conf runs {directory.path}", file=sys.stderr)
+        print(f"{stopped}; the jobs continue: danling-conf runs {directory.path}", file=sys.stderr)
         return
     live = [record for record in directory.ledger.records().values() if not record.ended]
     directory.ledger.add_all([(record.key, {"told": stopped.name}) for record in live])
     backend.cancel(live)
-    print(f"{stopped}; the jobs are told to save and leave", file=sys.stderr, flush=True)
+    print(f"{stopped}; the jobs are asked to save and exit", file=sys.stderr, flush=True)
     try:
         backend.wait()
-    except Stopped:  # a second time: at once
+    except Stopped:  # a second signal: the jobs take it as an order to exit without saving
         backend.cancel(list(directory.ledger.records().values()))
         backend.wait()
-    while following.look():
+    while monitor.poll():
         pass
     print(f"to go on: danling-conf resume {directory.path}", file=sys.stderr)
 
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Signals raise Stopped, wherever this process is."""
+    """Let signals raise Stopped, wherever this process is."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)

@@ -1,0 +1,119 @@
+"""State of a run: how it stands now, from what is on disk and from its lock.
+
+Every command, page and live view asks `state_of`, so that they agree. What only Slurm or the process table knows of a
+sweep's job is asked one room further up, by `sweep.ends`, which writes it in the ledger; then it is on disk too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danling_conf.records.find import sweep_of
+from danling_conf.records.heartbeats import read_heartbeats
+from danling_conf.records.ledger import Record
+from danling_conf.records.metrics import ends_in_metrics, read_lines
+from danling_conf.records.reading import read_fields, read_json, warn_of_damage
+from danling_conf.records.run_directory import newest_attempt
+from danling_conf.records.run_lock import holder_of, is_live
+from danling_conf.records.status import ENDED, Status, written_status
+from danling_conf.schema.files import FROZEN, RESULT
+
+SILENT_INTERVALS = 3.0
+"""A rank whose heartbeat is older than so many intervals does not write any more: it is stopped, or gone."""
+LEAST_SECONDS = 2.0
+"""No rank is called silent before that."""
+GONE = "its process is gone, and wrote no result"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How a run, or an attempt, stands."""
+
+    status: Status
+    error: str | None = None
+    """Why it ended as it did; None where it has not, completed, or nothing says it."""
+    score: float | None = None
+    """Of a run that completed."""
+
+
+def state_of(run: Path, now: float | None = None) -> RunState:
+    """How a run stands: as its newest attempt does.
+
+    The sweep that the attempt belongs to has the last word, since only its ledger tells of a time limit or a lost node;
+    then the run's lock, which the system releases however a process ends; then what the attempt wrote.
+
+    Args:
+        now: seconds since 1970; the time, where None.
+    """
+    attempt = newest_attempt(run)
+    record = _record_of(run, attempt)
+    if record is not None and record.status != Status.RUNNING:
+        return RunState(status=record.status, error=record.error, score=record.score)
+    if attempt is None:
+        return RunState(status=Status.EMPTY)
+    if is_live(run):
+        return RunState(status=Status.RUNNING)
+    ended = written_end(attempt)
+    if ended is not None:
+        return ended
+    if record is None and not read_json(attempt / FROZEN).get("hydra"):
+        # Nobody launched this attempt (a notebook, plain @hydra.main), so nobody writes a result: the runner's own
+        # record of its end is the only one. A launched one that has it and no result was killed in between.
+        status = ends_in_metrics(read_lines(run)).get(attempt.name)
+        if status is not None:
+            return RunState(status=status)
+    holder = holder_of(run)
+    if holder is not None and not holder.here:
+        if record is not None or any(_is_fresh(beat, now or time.time()) for beat in read_heartbeats(run).values()):
+            return RunState(status=Status.RUNNING)
+        return RunState(status=Status.UNKNOWN, error=f"its process ran on {holder.host}, and wrote no result")
+    stopped = record is not None and record.stop_requested
+    return RunState(status=Status.CANCELLED if stopped else Status.LOST, error=GONE)
+
+
+def written_end(attempt: Path) -> RunState | None:
+    """The end that an attempt wrote; None where it wrote none."""
+    result = read_fields(attempt / RESULT)
+    if not result:
+        return None
+    status = written_status(result.text("status"))
+    if status not in ENDED:
+        warn_of_damage(result.path, f"{result.values.get('status')!r} is no end of a run")
+        return None
+    score = result.number("score") if status is Status.COMPLETED else None
+    return RunState(status=status, error=result.text("error"), score=score)
+
+
+def is_silent(beat: Mapping[str, Any], now: float) -> bool:
+    """Whether a rank has not written its heartbeat for too long."""
+    return bool(now - beat["written"] > max(LEAST_SECONDS, SILENT_INTERVALS * beat["interval"]))
+
+
+def _is_fresh(beat: Mapping[str, Any], now: float) -> bool:
+    return beat["state"] != "stopping" and not is_silent(beat, now)
+
+
+def _record_of(run: Path, attempt: Path | None) -> Record | None:
+    """The job of a sweep that the newest attempt belongs to; None for an attempt that was started by itself."""
+    owner = sweep_of(run)
+    if owner is None:
+        return None
+    record = owner[1]
+    return record if covers(record, attempt) else None
+
+
+def covers(record: Record, attempt: Path | None) -> bool:
+    """Whether a job of a sweep speaks for a run's newest attempt: it has started it, or is to start the next one.
+
+    A run may go on by hand after the sweep.
+    """
+    if attempt is None or record.attempt == attempt or record.facts.get("attempt") == attempt.name:
+        return True
+    if "attempt" in record.facts:
+        return False
+    last = max((line.get("time", 0.0) for line in record.history), default=0.0)
+    return attempt.stat().st_mtime < last

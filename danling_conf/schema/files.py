@@ -1,0 +1,154 @@
+"""Files of a run and of a sweep: the name of each on disk, and the one way to read those that hold JSON.
+
+Every room that names such a file imports it from here, so that a rename is one line. The reader trusts nothing: a user,
+another program or a full disk may have left anything in a file's place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "run.json"
+"""In a run's directory: what the run is."""
+RUN_LOCK = "run.lock"
+"""In a run's directory: held by the live attempt."""
+ATTEMPTS = "attempts"
+"""Folder of a run, with a folder for each attempt."""
+FROZEN = "frozen.json"
+"""In an attempt: its configuration as every rank reads it."""
+RESULT = "result.json"
+"""In an attempt: how it ended."""
+DIFFERENCE = "difference.yaml"
+"""In an attempt: the settings that differ from the defaults."""
+ENVIRONMENT = "environment.json"
+"""In an attempt: host, packages, accelerators."""
+DIFF = "git.diff"
+"""In an attempt or a sweep: the code's difference from its commit."""
+METRICS = "metrics.jsonl"
+"""In a run's directory: what it measured, over all attempts."""
+LEDGER = "jobs.jsonl"
+"""In a sweep's directory: the ledger of its jobs."""
+SWEEP_FILE = "sweep.json"
+"""In a sweep's directory: the command, how its app is started, the launcher's settings."""
+SWEEP_LOCK = "following.lock"
+"""In a sweep's directory: held by the process that monitors the sweep."""
+JOB_FILE = "job.json"
+"""In a job's folder of a sweep: the frozen job."""
+CHECKPOINT_FILE = "checkpoint.json"
+"""In a checkpoint: its facts, written last."""
+EXPORT_FILE = "export.json"
+"""In an export of the model alone: its facts."""
+
+LARGEST_BYTES = 1 << 26
+"""A JSON object of ours is far smaller; what is larger is not read into memory."""
+DEEPEST = 100
+"""Levels of nesting that a configuration can have; recursive code downstream must not run out of stack."""
+_LARGEST_INTEGER = 1 << 64
+
+
+def error_file(folder: Path, rank: int) -> Path:
+    """The file, in an attempt or a job's folder, that says why a rank failed."""
+    return folder / f"error-{rank}.json"
+
+
+class Damaged(ValueError):
+    """A file does not hold what was written there. Carries `path` and `reason`."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
+
+
+def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 0) -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        limit: the most bytes that are read; None for any number.
+        start: bytes at the beginning that are passed over, because they were read before.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        Damaged: something else than a regular file is there, it is larger than `limit`, or it cannot be read.
+    """
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits for a writer that never comes.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            raise Damaged(path, "it is a link to nothing") from error
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:
+        raise Damaged(path, f"it cannot be read: {error.strerror}") from error
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise Damaged(path, f"it is {_kind(found.st_mode)}, not a file")
+        if limit is not None and found.st_size > limit:
+            raise Damaged(path, f"it has {found.st_size} bytes, and no more than {limit} are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            file.seek(start)
+            return file.read() if limit is None else file.read(limit)
+    except OSError as error:
+        raise Damaged(path, f"it cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileNotFoundError, or Damaged for anything that is not one."""
+    try:
+        return parse_object(read_regular(path))
+    except Damaged:
+        raise
+    except ValueError as error:
+        raise Damaged(path, str(error)) from error
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """A JSON object of ours. Raises ValueError, with the reason, for anything else: also for one that is too deep, or
+    holds numbers or text that nothing downstream can show."""
+    if not content.strip():
+        raise ValueError("it is empty")
+    try:
+        found = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets without end
+        raise ValueError(f"it is not JSON of ours: {type(error).__name__}") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    _check(found)
+    return found
+
+
+def _check(content: Any) -> None:
+    """Raises ValueError where a value is too deep, too large, or no text."""
+    waiting = [(content, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        if isinstance(value, dict):
+            waiting += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, list):
+            waiting += [(item, depth + 1) for item in value]
+        elif isinstance(value, str):
+            # JSON can escape half a surrogate pair, which no terminal and no file takes.
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise ValueError("it holds text that is not UTF-8")
+        elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+            raise ValueError("it holds an integer of more than 64 bits")
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "something else")

@@ -1,0 +1,166 @@
+"""Ends of a sweep's jobs that nobody has written down: what Slurm, or this machine, says now is entered in the ledger.
+
+Whatever command looks first, every command then finds the same end in the ledger.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from danling_conf.launch.slurm.queries import SlurmUnavailable
+from danling_conf.records.find import sweep_of
+from danling_conf.records.ledger import Record
+from danling_conf.records.run_directory import newest_attempt
+from danling_conf.records.state import GONE, RunState, covers, state_of
+from danling_conf.records.status import Status
+from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.sweep.backend import Backend, Ending
+from danling_conf.sweep.orphans import NOT_STARTED, LeftLocalJobs, is_here, process_of, running_here
+
+_SAVING_SECONDS = 60.0
+"""How long jobs are waited for that still save, as when the command that started them has just been killed."""
+
+
+def is_monitored(sweep: SweepDirectory) -> bool:
+    """Whether a process monitors the sweep."""
+    return not FollowingLock(sweep.path).is_free()
+
+
+def is_own(sweep: SweepDirectory) -> bool:
+    """Whether the sweep is this user's: only of one's own jobs does Slurm say how they ended."""
+    return sweep.path.stat().st_uid == os.getuid()
+
+
+def cluster_of(sweep: SweepDirectory) -> str:
+    """Where a sweep's jobs run: `slurm` or `local`."""
+    return sweep.asked.text("cluster") or "local"
+
+
+def standing_of(run: Path) -> RunState:
+    """How a run stands: `state_of`, after the end of its job is written where nobody has."""
+    return Standings().of([run])[0]
+
+
+class Standings:
+    """How runs stand, look after look: `state_of` each, after the ends of their jobs are written where nobody has.
+
+    Args:
+        every: seconds between two times at which the system, or Slurm, is asked for ends.
+    """
+
+    def __init__(self, every: float = 0.0) -> None:
+        self._every = every
+        self._asked = -math.inf
+        self._unstarted: set[tuple[Path, str]] = set()
+
+    def of(self, runs: Sequence[Path]) -> list[RunState]:
+        """How each of some runs stands now."""
+        if time.monotonic() - self._asked >= self._every:
+            self._asked = time.monotonic()
+            self._settle(runs)
+        return [self._of(run) for run in runs]
+
+    def _settle(self, runs: Sequence[Path]) -> None:
+        # Once for all jobs of a sweep: each time is a call of squeue, or a look at all processes.
+        owners = [owner for owner in map(sweep_of, runs) if owner is not None and not owner[1].ended]
+        sweeps = {sweep.path: sweep for sweep, _ in owners}
+        self._unstarted = {(path, key) for path, sweep in sweeps.items() for key in settle_ends(sweep)[0]}
+
+    def _of(self, run: Path) -> RunState:
+        owner = sweep_of(run)
+        if owner is None or owner[1].ended or (owner[0].path, owner[1].key) not in self._unstarted:
+            return state_of(run)
+        is_next = covers(owner[1], newest_attempt(run))
+        return RunState(status=Status.NOT_STARTED) if is_next else state_of(run)
+
+
+def settle_ends(sweep: SweepDirectory) -> tuple[dict[str, Ending], list[str]]:
+    """Write down the ends of jobs that did not write their own; nothing where another process monitors the sweep.
+
+    Returns:
+        The jobs that nobody will start, by key, which are not written down: they have not ended. And notes for the
+        user.
+    """
+    unfinished = [record for record in sweep.ledger.records().values() if not record.ended]
+    if not unfinished or not is_own(sweep) or is_monitored(sweep):
+        return {}, []
+    if not os.access(sweep.ledger.path, os.W_OK):
+        return {}, []
+    backend: Backend
+    notes: list[str] = []
+    if cluster_of(sweep) == "slurm":
+        if shutil.which("squeue") is None or shutil.which("sbatch") is None:
+            return {}, ["Slurm cannot be asked from this machine: what the ledger says may be old"]
+        from danling_conf.sweep.slurm_backend import SlurmJobs
+
+        backend = SlurmJobs(sweep.path)
+    else:
+        backend, notes = LeftLocalJobs(sweep.path), _on_other_hosts(unfinished)
+    unstarted = {}
+    try:
+        endings = backend.endings(unfinished)
+    except SlurmUnavailable as error:
+        return {}, [f"Slurm does not answer, so that what the ledger says may be old: {error}"]
+    for key, ending in endings.items():
+        if ending.error == NOT_STARTED:
+            unstarted[key] = Ending(status=Status.NOT_STARTED)
+        else:
+            sweep.ledger.settle(key, status=ending.status, error=ending.error)
+    if unstarted:
+        notes.append(f"{NOT_STARTED.removeprefix('not started: ')}: nobody starts the jobs that it has not started")
+    return unstarted, notes
+
+
+def live_jobs(sweep: SweepDirectory, backend: Backend) -> set[str]:
+    """The keys of the jobs that wait in a queue or run, after the ends of all others are written.
+
+    Raises SlurmUnavailable where only Slurm could tell.
+    """
+    unfinished = [record for record in sweep.ledger.records().values() if not record.ended and record.queued]
+    if not unfinished:
+        return set()
+    if cluster_of(sweep) != "slurm":
+        return _live_here(sweep)
+    endings = backend.endings(unfinished)
+    for key, ending in endings.items():
+        sweep.ledger.settle(key, status=ending.status, error=ending.error)
+    return {record.key for record in unfinished if record.key not in endings}
+
+
+def _live_here(sweep: SweepDirectory) -> set[str]:
+    """Jobs of a command that is gone. The system told them to save and leave when it went, so they are waited for."""
+    shown: set[str] = set()
+    deadline = time.monotonic() + _SAVING_SECONDS
+    while True:
+        running = running_here()
+        records = [record for record in sweep.ledger.records().values() if not record.ended]
+        live = {record.key: process_of(record, sweep.path, running) for record in records}
+        for record in records:
+            process = live[record.key]
+            if process is None and record.status == Status.RUNNING and is_here(record):
+                sweep.ledger.settle(record.key, status=Status.LOST, error=GONE)
+            elif process is not None and record.key not in shown:
+                shown.add(record.key)
+                print(f"#{record.number} still runs (process {process}), and is waited for", flush=True)
+        here = {key for key, process in live.items() if process is not None}
+        elsewhere = {record.key for record in records if record.status == Status.RUNNING and not is_here(record)}
+        if not here or time.monotonic() > deadline:
+            for record in records:
+                if record.key in elsewhere:
+                    print(f"#{record.number} ran on {record.facts.get('host')} when last heard of: left alone")
+            return here | elsewhere
+        time.sleep(LeftLocalJobs.interval)
+
+
+def _on_other_hosts(unfinished: list[Record]) -> list[str]:
+    hosts = sorted({
+        str(record.facts["host"]) for record in unfinished
+        if record.status == Status.RUNNING and "host" in record.facts and not is_here(record)
+    })  # fmt: skip
+    return [f"on {', '.join(hosts)} jobs ran when last heard of: look from there"] if hosts else []

@@ -1,0 +1,188 @@
+"""The whole test suite, in parts that share two cores; times and counts of the parts are printed at the end.
+
+python tests/run.py --hydra-14 .venv-hydra-1.4/bin/python --optuna .venv-optuna/bin/python
+python tests/run.py slurm tests -- -k resume     # two parts, with arguments for pytest
+
+Parts of one lane run one after another, lanes side by side. A part that fails stops no other; the exit code is 1 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+REPOSITORY = Path(__file__).parents[1]
+TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Commands of one name, of which every one runs; pytest's also write a report to count from."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part."""
+
+    part: Part
+    seconds: float
+    codes: tuple[int, ...]
+    tests: Counter[str]
+
+    @property
+    def good(self) -> bool:
+        return not any(self.codes) and not self.tests["failed"] + self.tests["errors"]
+
+
+def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[str]) -> tuple[tuple[Part, ...], ...]:
+    """The lanes.
+
+    Args:
+        here: the Python of the environment with everything.
+        hydra_14: the Python of the environment with the newer Hydra and no torch.
+        optuna: the Python of the environment with sweepers that consume scores.
+        workers: how many processes run tests that do not depend on each other.
+        rest: further arguments for every pytest.
+    """
+
+    def pytest(python: str, *arguments: str, parallel: bool = True) -> tuple[str, ...]:
+        # A file stays in one process: its tests share what fixtures and worlds of ranks have made.
+        spread = ("-n", str(workers), "--dist", "loadfile") if parallel else ()
+        return (python, "-m", "pytest", *spread, *arguments, *rest)
+
+    return (
+        (
+            Part("lint", tuple((here, "-m", *tool) for tool in TOOLS), counts=False),
+            Part("composition", (pytest(hydra_14, "-m", "composition"),)),
+            Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),)),
+            Part("tests", (pytest(here, "-m", "not slurm", "--durations", "25"),)),
+        ),
+        # A cluster has two cores of its own in its books, and its tests wait most of the time.
+        (Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),)),),
+    )
+
+
+def run(part: Part, show: Callable[[str], None]) -> Outcome:
+    """Run the commands of a part, and show their output line by line."""
+    began, codes, tests = time.monotonic(), [], Counter[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, command in enumerate(part.commands):
+            report = Path(folder, f"{number}.xml")
+            argv = [*command, f"--junit-xml={report}"] if part.counts else command
+            show(f"$ {' '.join(command)}\n")
+            codes.append(code := exit_code(argv, show))
+            found = counted(report) if part.counts else Counter[str]()
+            # An exit code without a failed test (no tests, a crash, a linter) is an error, and so is no report: a test
+            # may have ended its process, with any code.
+            if (code or (part.counts and not report.is_file())) and not found["failed"] + found["errors"]:
+                found["errors"] += 1
+            tests += found
+    return Outcome(part, time.monotonic() - began, tuple(codes), tests)
+
+
+def exit_code(argv: Sequence[str], show: Callable[[str], None]) -> int:
+    """Run a command; its exit code, or a shell's for a command that does not start."""
+    try:
+        process = subprocess.Popen(
+            argv, cwd=REPOSITORY, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except OSError as error:
+        show(f"{error}\n")
+        return 127
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            show(line)
+    return process.returncode
+
+
+def counted(report: Path) -> Counter[str]:
+    """Tests by outcome, of pytest's report; none where it has written none."""
+    if not report.is_file():
+        return Counter()
+    (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    failed, errors, skipped = counts["failures"], counts["errors"], counts["skipped"]
+    return Counter(failed=failed, errors=errors, skipped=skipped, passed=counts["tests"] - failed - errors - skipped)
+
+
+def side_by_side(lanes: Sequence[Sequence[Part]]) -> list[Outcome]:
+    """Run lanes at the same time. The first shows its output as it comes, others a part at a time."""
+    shown = threading.Lock()
+
+    def write(text: str) -> None:
+        with shown:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def follow(lane: Sequence[Part], live: bool) -> list[Outcome]:
+        outcomes = []
+        for part in lane:
+            write(f"\n--- {part.name}: started\n")
+            kept: list[str] = []
+            outcome = run(part, write if live else kept.append)
+            verdict = "passed" if outcome.good else f"FAILED, exit codes {outcome.codes}"
+            write(f"{''.join(kept)}--- {part.name}: {verdict} in {outcome.seconds:.0f} s\n")
+            outcomes.append(outcome)
+        return outcomes
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        running = [pool.submit(follow, lane, index == 0) for index, lane in enumerate(lanes)]
+        return [outcome for lane in running for outcome in lane.result()]
+
+
+def closing(outcomes: Sequence[Outcome], seconds: float) -> str:
+    """The times of the parts, and the sum of their tests as pytest's last line has it."""
+    lines = [f"{'part':<12} {'seconds':>8} {'passed':>7} {'failed':>7} {'errors':>7} {'skipped':>8}"]
+    total = Counter[str]()
+    for outcome in outcomes:
+        tests = outcome.tests
+        total += tests
+        lines.append(
+            f"{outcome.part.name:<12} {outcome.seconds:8.0f} {tests['passed']:7} {tests['failed']:7}"
+            f" {tests['errors']:7} {tests['skipped']:8}"
+        )
+    counts = [(total["failed"], "failed"), (total["passed"], "passed"), (total["skipped"], "skipped")]
+    counts.append((total["errors"], "error" if total["errors"] == 1 else "errors"))
+    shown = ", ".join(f"{count} {name}" for count, name in counts if count) or "no tests ran"
+    minutes, rest = divmod(int(seconds), 60)
+    text = f" {shown} in {seconds:.2f}s ({minutes // 60}:{minutes % 60:02}:{rest:02}) "
+    return "\n".join(["", *lines, f"{text:=^80}"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, rest = arguments[:cut], arguments[cut + 1 :]
+    parser = argparse.ArgumentParser(prog="tests/run.py", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="PART", help="only these parts: lint, composition, ...")
+    parser.add_argument("--hydra-14", default=".venv-hydra-1.4/bin/python", help="Python with the newer Hydra")
+    parser.add_argument("--optuna", default=".venv-optuna/bin/python", help="Python with Optuna's sweeper")
+    parser.add_argument("--workers", type=int, default=2, help="processes for tests that run side by side")
+    given = parser.parse_args(own)
+    lanes = parts(sys.executable, given.hydra_14, given.optuna, given.workers, rest)
+    unknown = set(given.names) - {part.name for lane in lanes for part in lane}
+    if unknown:
+        parser.error(f"no part is named {', '.join(sorted(unknown))}")
+    began = time.monotonic()
+    chosen = [[part for part in lane if not given.names or part.name in given.names] for lane in lanes]
+    outcomes = side_by_side([lane for lane in chosen if lane])
+    print(closing(outcomes, time.monotonic() - began), flush=True)
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
