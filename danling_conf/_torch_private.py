@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +27,11 @@ from torch.optim import lr_scheduler
 # Trees of tensors, and the hook into the dispatcher; neither module is documented. Without them batches cannot be moved
 # or cut, and nothing records what the constructor of a model on the meta device does.
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "TorchDispatchMode",
@@ -53,13 +58,17 @@ __all__ = [
     "record_collectives",
     "record_memory_history",
     "replicate",
+    "reset_data_parallel",
+    "reset_fully_sharded",
     "scheduled_rates",
     "set_timeout",
     "shut_down_workers",
     "split_mesh",
     "storage_identity",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
+    "tree_unflatten",
     "truncated_normal",
     "written_arguments",
 ]
@@ -196,6 +205,35 @@ def replicate(module: nn.Module, **options: Any) -> nn.Module:
     return cast(nn.Module, replicate(module, **options))
 
 
+def reset_data_parallel(module: DistributedDataParallel) -> None:
+    """Let a DDP module run forward again after a pass that did not come to its end; its buckets are built anew.
+
+    torch does so only where the process group changes. Without `_reset_state`, the forward after an exception that the
+    user's loop survives raises: DDP expects the reduction of the pass before to have finished.
+    """
+    module._has_rebuilt_buckets = False
+    module.reducer._reset_state()
+
+
+def reset_fully_sharded(module: FSDPModule) -> None:
+    """Let a module under FSDP2 run forward again after a pass that did not come to its end, with no gradients kept from
+    earlier micro-batches.
+
+    `reset_iter_state` is public in 2.13; the gradients that wait for the last micro-batch are not part of it. Without
+    this, micro-batches that are left out still count in the next optimizer step.
+    """
+    state: Any = module._get_fsdp_state()
+    if state._is_root is None:  # it never ran
+        return
+    module.reset_iter_state()
+    for inner in state._state_ctx.all_states:
+        for group in inner._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+
+
 def enable_ring(balance: bool) -> None:
     """Let attention on tensors that are sharded along the sequence go around the ranks; CUDA only. `balance` says
     whether each rank has an early and a late piece.
@@ -213,6 +251,11 @@ def optimize_ddp(value: bool | str) -> None:
     """Choose how dynamo treats DDP. `torch._dynamo.config` is documented but has no public path; another name there
     raises AttributeError for `compile.optimize_ddp`."""
     torch._dynamo.config.optimize_ddp = value  # type: ignore[assignment]
+
+
+def dynamo_is_loaded() -> bool:
+    """Whether something may be compiled. Without the name, what must run eagerly may be compiled, and nothing else."""
+    return "torch._dynamo" in sys.modules
 
 
 # Operators.
@@ -383,10 +426,3 @@ def saved_buffers(module: nn.Module) -> list[torch.Tensor]:
 def without_compile(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` has wrapped, or the module itself."""
     return cast(nn.Module, getattr(module, "_orig_mod", module))
-
-
-def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
-    """Apply a function to every tensor of nested lists, tuples and mappings; anything else stays."""
-    from torch.utils._pytree import tree_map
-
-    return tree_map(lambda item: function(item) if isinstance(item, torch.Tensor) else item, tree)

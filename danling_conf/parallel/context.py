@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention.bias import causal_lower_right
 
 from danling_conf import _torch_private
+from danling_conf.components.batch import check_walkable, map_tensors, tensors
 from danling_conf.parallel import hugging_face, inside_step, trial
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.pass_through import PassThrough
@@ -68,6 +69,7 @@ class ContextParallel:
         A sequence is the second dim of the first tensor that has two; tensors whose second dim is of another length,
         and those with one dim, stay whole. Raises SettingError where it cannot be cut evenly.
         """
+        check_walkable(batch, f"parallel.axes.context={self.degree}", "be cut into parts of its sequences")
         length = sequence_length(batch)
         if length is None:
             return batch
@@ -79,7 +81,7 @@ class ContextParallel:
                 f"a sequence of {length} tokens cannot be cut into {how}",
                 f"make its length a multiple of {self.pieces}",
             )
-        return _torch_private.tree_map(partial(self._cut, length=length), batch)
+        return map_tensors(partial(self._cut, length=length), batch)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Where the tokens of this rank's part of `length` stand in the whole sequence: (length,)."""
@@ -146,8 +148,8 @@ class ContextParallel:
         whole = DTensor.from_local(tensor.contiguous(), self.mesh, [source], run_check=False)
         return whole.redistribute(placements=[target]).to_local()
 
-    def _cut(self, item: Any, length: int) -> Any:
-        if not isinstance(item, Tensor) or item.ndim < 2 or item.shape[1] != length:
+    def _cut(self, item: Tensor, length: int) -> Tensor:
+        if item.ndim < 2 or item.shape[1] != length:
             return item
         pieces = item.chunk(self.pieces, dim=1)
         return torch.cat([pieces[piece] for piece in self.held()], dim=1)
@@ -288,8 +290,7 @@ def _give_positions(
 
 def sequence_length(batch: Any) -> int | None:
     """The second dim of the first tensor of a batch that has two; None where there is none."""
-    leaves = _torch_private.tree_leaves(batch)
-    return next((item.shape[1] for item in leaves if isinstance(item, Tensor) and item.ndim >= 2), None)
+    return next((item.shape[1] for item in tensors(batch) if item.ndim >= 2), None)
 
 
 def _lower_right(size: int, end: int, device: torch.device) -> Tensor:

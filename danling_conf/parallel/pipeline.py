@@ -16,7 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from danling_conf._torch_private import quiet_fake_tensors, tree_leaves, tree_map
+from danling_conf._torch_private import quiet_fake_tensors, tree_map
+from danling_conf.components.batch import CountSamples, count_samples, rows, tensors
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.program import Recording
@@ -87,6 +88,8 @@ class Pipeline:
     ) -> None:
         self.parts, self.placement, self.section = parts, list(placement), section
         self.group, self.rank, self.device = mesh.get_group(), mesh.get_local_rank(), device
+        self.count: CountSamples = count_samples
+        """Samples in a batch; set by who has a function of the user's."""
         self.last = len(self.placement) - 1
         self.has_last = self.last in parts
         self._several_data_ranks = several_data_ranks
@@ -102,7 +105,7 @@ class Pipeline:
 
         Raises SettingError where that does not divide the batch.
         """
-        size = batch_size(batch)
+        size = self.count(batch)
         path, divisor = divisor_of_batch(self.section)
         if size % divisor:
             raise SettingError(
@@ -112,7 +115,7 @@ class Pipeline:
                 "choose a divisor, or set dataloader.train.drop_last=true, which leaves out an incomplete batch",
             )
         count = self.section.pipeline_n_microbatches or size // divisor
-        return [_rows(batch, slice(start, start + size // count), size) for start in range(0, size, size // count)]
+        return [rows(batch, slice(start, start + size // count), size) for start in range(0, size, size // count)]
 
     def train(
         self,
@@ -156,9 +159,9 @@ class Pipeline:
         """
         size = self.section.pipeline_microbatch_size
         if self.section.pipeline_n_microbatches is not None:
-            size = -(-batch_size(batch) // self.section.pipeline_n_microbatches)
-        samples = batch_size(batch)
-        cut = [_rows(batch, slice(start, start + size), samples) for start in range(0, samples, size)]
+            size = -(-self.count(batch) // self.section.pipeline_n_microbatches)
+        samples = self.count(batch)
+        cut = [rows(batch, slice(start, start + size), samples) for start in range(0, samples, size)]
         self._prove_once(forward, cut[0])
         self._work.forward, self._work.objective, self._work.autocast = forward, None, autocast
         sent: list[tuple[dist.Work | None, Tensor]] = []
@@ -418,19 +421,6 @@ class _StandIn:
         return stage.compute(*args, **kwargs)
 
 
-def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor. Raises SettingError where it has none."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
-    raise SettingError(
-        "parallel.axes.pipeline",
-        ABSENT,
-        "a batch without tensors cannot be cut into microbatches",
-        "let the data set return tensors, or set the degree to 1",
-    )
-
-
 def passes(section: ParallelConfig, samples: int, largest: int) -> int:
     """Microbatches that `Pipeline.evaluate` makes of the largest batch among ranks, this rank having `samples`."""
     if section.pipeline_n_microbatches is not None:
@@ -462,12 +452,5 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     )
 
 
-def _rows(batch: Any, rows: slice, size: int) -> Any:
-    def cut(item: Any) -> Any:
-        return item[rows] if isinstance(item, Tensor) and item.ndim and item.shape[0] == size else item
-
-    return tree_map(cut, batch)
-
-
 def _signature(batch: Any) -> tuple[Any, ...]:
-    return tuple((item.shape, item.dtype) for item in tree_leaves(batch) if isinstance(item, Tensor))
+    return tuple((item.shape, item.dtype) for item in tensors(batch))

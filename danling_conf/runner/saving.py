@@ -16,7 +16,7 @@ from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.observe.stopwatch import CHECKPOINT
 from danling_conf.runner.setup import Setup
 from danling_conf.runner.signals import StopRequest
-from danling_conf.runner.state import TrainState
+from danling_conf.runner.state import EXHAUSTED, TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 
@@ -119,8 +119,10 @@ class RunSaver:
             "scaler": None if setup.scaler is None else setup.scaler.state_dict(),
             "runner": {**state.state_dict(), "score": setup.score.state_dict()},
         }
+        # A loader whose end was seen would start another epoch with its state.
+        loader = EXHAUSTED if state.epoch_ends else setup.loaders["train"].state_dict()
         own = {
-            "loader": None if state.between_epochs else setup.loaders["train"].state_dict(),
+            "loader": None if state.between_epochs else loader,
             "generators": process.generator_state(self.world.device),
         }
         self.display.activity("saving")
