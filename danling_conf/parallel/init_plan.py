@@ -172,6 +172,16 @@ def to_meta(model: nn.Module) -> None:
     replace_tensors(model, lambda item: torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="meta"))
 
 
+def make_contiguous(model: nn.Module) -> None:
+    """Lay out every parameter of a model on the meta device in the order of its dims, in place: FSDP2 takes no other,
+    and some constructors (`torch.linalg.qr`) return one."""
+
+    def contiguous(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    replace_tensors(model, contiguous)
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model with its parameters and buffers on the meta device, without a copy of their values."""
     memo: dict[int, Any] = {}

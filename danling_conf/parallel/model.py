@@ -6,6 +6,7 @@ The order of the steps matters, and is written down in `assemble`.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from danling_conf.parallel import tensor as tensor_axis
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel
-from danling_conf.parallel.init_plan import Source, build, meta_copy, named_tensors, refuse_meta
+from danling_conf.parallel.init_plan import Source, build, make_contiguous, meta_copy, named_tensors, refuse_meta
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
 from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
@@ -41,6 +42,8 @@ from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import coordinates
 from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
+
+_log = logging.getLogger(__name__)
 
 _OWN_AXES = ("tensor", "context")
 """Axes that a model with a `parallelize(mesh)` of its own lays itself out over."""
@@ -138,6 +141,8 @@ def assemble(
     whole, source = _whole_model(model, seed, device)
     hugging_face.prepare(whole)
     by_ddp = ddp.is_plain(mesh) and not fsdp.enabled
+    if source is not None and fsdp.enabled:
+        make_contiguous(whole)
     if source is None and not by_ddp:
         _share_weights(whole, device)
 
@@ -305,6 +310,9 @@ def _cut(
         stages_of.check_used(model, names, trial)
         rehearse(trial, names, blocks, forward, batch)
 
+    normalised = [name for name, module in model.named_modules() if isinstance(module, sharding.BATCH_NORMS)]
+    if normalised:
+        _log.warning("pipeline: %s normalises over the samples of a microbatch, not of a batch", normalised[0])
     trial = None
     if example is not None and forward is not None:
         batch = example()

@@ -387,7 +387,8 @@ def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
         stage.sent = None
         if not stage.last:
             passed_on, stage.passed_on = stage.passed_on, None
-            return passed_on if stage.through_blocks else _hidden(output)
+            # Blocks of images may return a permuted tensor, which gloo does not send.
+            return (passed_on if stage.through_blocks else _hidden(output)).contiguous()
         if stage.policy is not None:
             output = _cast(output, stage.policy.output_dtype)
         return output if work.objective is None else work.objective(output, microbatch)
