@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from danling_conf.app import compose, main
     from danling_conf.config.resolve import load, resolve, save
     from danling_conf.groups import name_of, parse_layout, register
+    from danling_conf.runner.averaging import EMA
+    from danling_conf.runner.callbacks import Callback
+    from danling_conf.runner.monitors import LearningRateMonitor, SamplePredictions
     from danling_conf.runner.training import Runner
     from danling_conf.schema import RunnerConfig
     from danling_conf.topology.violation import ConfigRefused
@@ -16,9 +19,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Callback": "danling_conf.runner.callbacks",
     "ConfigRefused": "danling_conf.topology.violation",
+    "EMA": "danling_conf.runner.averaging",
+    "LearningRateMonitor": "danling_conf.runner.monitors",
     "Runner": "danling_conf.runner.training",
     "RunnerConfig": "danling_conf.schema",
+    "SamplePredictions": "danling_conf.runner.monitors",
     "compose": "danling_conf.app",
     "load": "danling_conf.config.resolve",
     "main": "danling_conf.app",
@@ -30,9 +37,13 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "EMA",
+    "Callback",
     "ConfigRefused",
+    "LearningRateMonitor",
     "Runner",
     "RunnerConfig",
+    "SamplePredictions",
     "compose",
     "load",
     "main",

@@ -102,12 +102,22 @@ class Loader:
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
         self.allow_degree_change, self.replica = allow_degree_change, replica
 
-    def restore(self, source: Path, *, parts: Sequence[nn.Module], optimizer: Optimizer, choose: bool) -> Loaded:
+    def restore(
+        self,
+        source: Path,
+        *,
+        parts: Sequence[nn.Module],
+        optimizer: Optimizer,
+        choose: bool,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> Loaded:
         """Load a checkpoint into model and optimizer. Collective.
 
         Args:
             source: a checkpoint, or a run, which means its latest one.
             choose: whether the newest whole checkpoint of the run is wanted, and a broken one passed over.
+            extra: further tensors by name (`OWNER.KEY.NAME`), laid out as parameters are; loaded in place. Those of a
+                key that the checkpoint does not know are left as they are.
 
         Raises:
             NothingSaved: there is no checkpoint at `source`.
@@ -119,7 +129,7 @@ class Loader:
         passed_over: list[str] = []
         for path in self._on_main_rank(lambda: self._candidates(source, choose)):
             try:
-                loaded = self._load(path, parts, optimizer)
+                loaded = self._load(path, parts, optimizer, self._kept(dict(extra or {})))
             except Broken as error:
                 if not choose:
                     raise
@@ -149,7 +159,9 @@ class Loader:
             raise NothingSaved(f"{source}: there is no whole checkpoint in it, nor as its {self.dir_name}/latest")
         return found
 
-    def _load(self, path: Path, parts: Sequence[nn.Module], optimizer: Optimizer) -> Loaded:
+    def _load(
+        self, path: Path, parts: Sequence[nn.Module], optimizer: Optimizer, extra: Mapping[str, Tensor]
+    ) -> Loaded:
         with ExitStack() as stack:
             self._on_all_ranks(lambda: stack.enter_context(reading(path)))
             facts = self._on_all_ranks(lambda: manifest.read(path))
@@ -163,7 +175,10 @@ class Loader:
             wanted = {name: item for name, item in opened.known.items() if not self._skips(name)}
             if not self._skips("optimizer"):
                 targets |= state.optimizer_targets(parts, optimizer, wanted)
-            opened.load(targets)
+            owners = {_owner(name) for name in opened.known}
+            more = {name: item for name, item in extra.items() if _owner(name) in owners}
+            self._on_all_ranks(lambda: _check_extra(path, more, opened.known))
+            opened.load(targets | more)
         if not self._skips("optimizer"):
             kept = {name: value for name, value in options["values"].items() if not self._skips(f"optimizer.{name}")}
             state.load_optimizer(parts, optimizer, targets, {**options, "values": kept})
@@ -315,6 +330,16 @@ def gather_objects(item: Any, world_size: int) -> list[Any]:
     with waiting("the other ranks"):
         distributed.all_gather_object(everywhere, item)
     return everywhere
+
+
+def _owner(name: str) -> str:
+    return ".".join(name.split(".", 2)[:2])
+
+
+def _check_extra(path: Path, mine: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
+    wrong = [name for name, item in mine.items() if name not in known or known[name].shape != tuple(item.shape)]
+    if wrong:
+        raise ModelDiffers(path, f"absent or of another shape: {', '.join(wrong[:_SHOWN])}{_more(wrong)}")
 
 
 def _open(path: Path, facts: Manifest) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class CheckpointManager:
         between_epochs: bool = False,
         history: bool,
         best: bool = False,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Path | None:
         """Save the state as it is now; `latest`, and `best` where it is, point to it once it is whole.
 
@@ -115,6 +116,7 @@ class CheckpointManager:
             step, epoch: optimizer steps and epochs done.
             between_epochs: whether the checkpoint is called by its epoch.
             history: whether it is kept when a later one takes its names.
+            extra: further tensors by name, laid out as parameters are.
 
         Returns:
             The checkpoint's folder, which may not be there yet; None when checkpoints are not written.
@@ -128,7 +130,7 @@ class CheckpointManager:
         self._wait_for_previous(name)
         durable.enter(durable.STAGING)
         writer = self._writer_of_all()
-        everything = state.model_tensors(parts) | state.optimizer_tensors(parts, optimizer)
+        everything = state.model_tensors(parts) | state.optimizer_tensors(parts, optimizer) | dict(extra or {})
         options = state.options_of(parts, optimizer)
         if self.layout.pipeline > 1:
             options = state.merged_options(gather_objects(options, self.layout.world_size))

@@ -63,12 +63,21 @@ def model_factory(section: Mapping[str, Any]) -> Callable[[], nn.Module]:
         )
 
     def make() -> nn.Module:
-        return _instantiate(section)
+        model: nn.Module = from_target(section, "model")
+        return model
 
     return make
 
 
-def _instantiate(section: Mapping[str, Any]) -> Any:
+def from_target(section: Mapping[str, Any], where: str) -> Any:
+    """What `section` names by its `_target_`, called with its other keys.
+
+    Args:
+        where: path of the section in the configuration, such as `model`.
+
+    Raises:
+        SettingError: the target cannot be imported, or refuses its arguments.
+    """
     options: dict[str, Any] = {"_convert_": "all"}
     if "_execution_whitelist_" in inspect.signature(instantiate).parameters:  # Hydra 1.4
         # 1.4 calls only what the caller permits. These are the targets that the user's own configuration names.
@@ -78,7 +87,7 @@ def _instantiate(section: Mapping[str, Any]) -> Any:
     except InstantiationException as error:
         cause = error.__cause__ or error
         why = " ".join(str(cause).split())
-        raise SettingError(f"model.{TARGET}", section[TARGET], why, "correct the name or its arguments") from error
+        raise SettingError(f"{where}.{TARGET}", section[TARGET], why, "correct the name or its arguments") from error
 
 
 def _targets(section: Any) -> Iterator[str]:

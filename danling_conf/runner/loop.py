@@ -21,6 +21,7 @@ from danling_conf.parallel.forward_backward import Measured
 from danling_conf.parallel.waiting import waiting
 from danling_conf.runner import process
 from danling_conf.runner.cadence import next_multiple
+from danling_conf.runner.callbacks import Callbacks
 from danling_conf.runner.conclusion import conclusion
 from danling_conf.runner.data import evaluated_splits, no_batch, same_number_on_all_ranks
 from danling_conf.runner.display import Display
@@ -31,7 +32,7 @@ from danling_conf.runner.observe.stopwatch import EVALUATION
 from danling_conf.runner.resuming import Resumption
 from danling_conf.runner.saving import RunSaver
 from danling_conf.runner.setup import Setup
-from danling_conf.runner.signals import StopRequest
+from danling_conf.runner.signals import END_REQUESTED, StopRequest
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
@@ -50,6 +51,7 @@ class Loop:
     Args:
         state: how far the run is; the loop moves it on.
         saver, resumption, observers, display: what saves, resumes, watches and shows the run.
+        callbacks: called at the points that `Callback` names.
         stop_request: knows of signals.
         report: called at the end.
     """
@@ -66,11 +68,12 @@ class Loop:
         observers: Observers,
         display: Display,
         stop_request: StopRequest,
+        callbacks: Callbacks,
         report: Report | None,
     ) -> None:
         self.config, self.world, self.state, self.setup = config, world, state, setup
         self.saver, self.resumption, self.observers, self.display = saver, resumption, observers, display
-        self.stop_request, self.report = stop_request, report
+        self.stop_request, self.callbacks, self.report = stop_request, callbacks, report
         # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
         self._next_event = state.first_step
         """The next step after which something is due."""
@@ -85,8 +88,10 @@ class Loop:
             yield from (to_device(batch, self.world.device) for batch in loader)
             return
         self.display.start()
-        self.display.activity("compiling the first step" if self.config.compile.enable else None)
         try:
+            if self.config.evaluate_first and self.state.step == 0 and self.state.between_epochs:
+                self._evaluate_first()
+            self.display.activity("compiling the first step" if self.config.compile.enable else None)
             while not self._done():
                 yield from self._epoch(loader)
         except RuntimeError as error:
@@ -96,6 +101,17 @@ class Loop:
         except BaseException:  # of the loop around this generator as well, when it is closed
             self.display.stop()
             raise
+
+    def _evaluate_first(self) -> None:
+        """Evaluate before the first step. Training goes on as if this had not been done. Collective."""
+        began, generators = time.perf_counter(), process.generator_state(self.world.device)
+        found: dict[str, float] = {}
+        for split in evaluated_splits(self.setup.loaders, self.setup.score.split, final=False):
+            found |= self.evaluate(split)
+        process.restore_generators(generators, self.world.device)
+        self.display.pause_clock(time.perf_counter() - began)
+        if found:
+            self.observers.evaluated(found, "before the first step")
 
     def _done(self) -> bool:
         """Whether the budget is used up, or the score has stopped improving."""
@@ -172,6 +188,8 @@ class Loop:
         last = state.micro_batches == count or state.epoch_ends
         if state.micro_batches == 1 and state.step + 1 == state.first_step:
             setup.utilisation.count(batch)
+        if state.micro_batches == 1 and self.callbacks.step_start is not None:
+            self.callbacks.step_start()
         try:
             # Not the backward pass alone: a model that is sharded or cut into stages communicates in its forward too.
             with waiting("forward and backward"):
@@ -182,6 +200,9 @@ class Loop:
                 rescale, state.micro_batches = count / state.micro_batches, 0
                 state.training_loss.commit()
                 self._update(rescale)
+                # Before what is due after the step, so that it is evaluated and saved with what callbacks did.
+                if self.callbacks.step_end is not None:
+                    self.callbacks.step_end()
                 if state.step >= self._next_event:
                     self._after_step()
                 self._stop_where_asked()
@@ -233,9 +254,13 @@ class Loop:
         setup, state, nonfinite = self.setup, self.state, self.observers.nonfinite
         with waiting("the gradients"):
             setup.passes.finish(setup.parameters, rescale=rescale)
-            if self.config.max_grad_norm is not None or nonfinite.measures_gradients:
-                if setup.scaler is not None:
-                    setup.scaler.unscale_(self.setup.optimizer)
+            measures = self.config.max_grad_norm is not None or nonfinite.measures_gradients
+            hook = self.callbacks.before_optimizer_step
+            if setup.scaler is not None and (measures or hook is not None):
+                setup.scaler.unscale_(self.setup.optimizer)
+            if hook is not None:
+                hook()
+            if measures:
                 limit = self.config.max_grad_norm or math.inf
                 norm = gradients.clip(setup.parameters, limit, pipeline=setup.pipeline_group)
                 self.observers.norm(norm, expected=setup.scaler is not None)
@@ -261,6 +286,8 @@ class Loop:
         if section.interval and state.step % section.interval == 0:
             process.collect(section)
         if self.observers.pace.due(state.step):
+            if self.callbacks.log is not None:
+                self.callbacks.log()
             self.observers.log_line()
         better = False
         if cadence.evaluate_every is not None and state.step % cadence.evaluate_every == 0:
@@ -297,12 +324,23 @@ class Loop:
             self.saver.save_run(history=due and cadence.keeps_history, best=better)
 
     def _stop_where_asked(self) -> None:
-        """Between two steps: fail where a save has failed; save and leave where a signal asked for it."""
+        """Between two steps: fail where a save has failed; save and leave where a signal asked for it; end the training
+        where a rank asked for that."""
         self.saver.checkpoints.check()
         number = self.stop_request.signal_on_any_rank()
-        if number and not self._done():  # a run that is complete ends as such
+        if not number or self._done():  # a run that is complete ends as such
+            return
+        if number == END_REQUESTED:
+            self._end()
+        else:
             self.state.interrupted = True
             self.saver.stop(number)
+
+    def _end(self) -> None:
+        """End the training as if its budget were used up."""
+        self.state.stopped_early = True
+        reason = self.stop_request.reason
+        self.display.line(f"stopped by runner.stop at step {self.state.step}" + (f": {reason}" if reason else ""))
 
     def _evaluate_due_splits(self, *, final: bool) -> bool:
         """Evaluate the splits that were not evaluated at this step, and update the score. Collective.
@@ -333,6 +371,9 @@ class Loop:
         if score.exhausted and not final and not self._done():
             state.stopped_early = True
             self.display.line(f"early stop: {score.key} has not improved for {score.patience} evaluations")
+        # Here and not only after the next step: what is measured is the usual reason to stop.
+        if found and self.callbacks and not final and self.stop_request.end_on_any_rank() and not self._done():
+            self._end()
         return better
 
     def _scored_by_training(self) -> bool:
@@ -348,16 +389,24 @@ class Loop:
         """Loss and metrics of a split, by `split.name`. Collective."""
         self.display.activity(f"evaluating {split}")
         self._recover()
-        with waiting("evaluation"):
-            found = measure(
-                self.setup.passes,
-                self.setup.loaders[split],
-                metrics=self.setup.metrics,
-                metric_inputs=self.setup.metric_inputs,
-                device=self.world.device,
-            )
+        if self.callbacks.evaluation_start is not None:
+            self.callbacks.evaluation_start(split)
+        results: dict[str, float] = {}
+        try:
+            with waiting("evaluation"):
+                found = measure(
+                    self.setup.passes,
+                    self.setup.loaders[split],
+                    metrics=self.setup.metrics,
+                    metric_inputs=self.setup.metric_inputs,
+                    device=self.world.device,
+                )
+            results = {f"{split}.{name}": value for name, value in found.items()}
+        finally:  # what a callback changed for the evaluation is undone in any case
+            if self.callbacks.evaluation_end is not None:
+                self.callbacks.evaluation_end(split, results)
         self.display.activity(None)
-        return {f"{split}.{name}": value for name, value in found.items()}
+        return results
 
     @collective_timeout.named
     def finish(self) -> float:
@@ -368,6 +417,9 @@ class Loop:
         """
         better = self._evaluate_due_splits(final=True)
         self.saver.save_at_the_end(better=better)
+        if self.callbacks.fit_end is not None:
+            self.callbacks.fit_end()
+        self.observers.flush()
         self._conclude()
         return self.setup.score.best if self.setup.score.best is not None else float("nan")
 

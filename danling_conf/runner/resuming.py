@@ -16,6 +16,7 @@ from danling_conf.config.identity import differences, plain
 from danling_conf.records.frozen import code_of, earlier_code
 from danling_conf.runner import process
 from danling_conf.runner.cadence import optimizer_steps
+from danling_conf.runner.callbacks import Callbacks
 from danling_conf.runner.setup import Setup
 from danling_conf.runner.state import EXHAUSTED, TrainState
 from danling_conf.runner.world import World
@@ -46,12 +47,20 @@ class Resumption:
     Args:
         state: set to what the checkpoint says.
         setup: model, optimizer, schedule and score are loaded in place.
+        callbacks: likewise.
     """
 
     def __init__(
-        self, config: RunnerConfig, world: World, state: TrainState, setup: Setup, checkpoints: CheckpointManager
+        self,
+        config: RunnerConfig,
+        world: World,
+        state: TrainState,
+        setup: Setup,
+        checkpoints: CheckpointManager,
+        callbacks: Callbacks,
     ) -> None:
         self.config, self.world, self.state, self.setup, self.checkpoints = config, world, state, setup, checkpoints
+        self.callbacks = callbacks
         source = world.attempt.restore
         self._named = config.resume is not None and Path(config.resume).expanduser().absolute() == source
         """Whether the user named the checkpoint (`resume`); `auto_resume` found it otherwise."""
@@ -126,7 +135,10 @@ class Resumption:
                 group.update(options)
         self._load_state(loaded.shared, same_schedule=same_schedule)
         self._load_rank_state(loaded)
-        return self._notes(source, loaded, same_schedule=same_schedule)
+        lines = self.callbacks.load_state(loaded.shared.get("callbacks", {}))
+        if self.callbacks.load is not None:
+            self.callbacks.load()
+        return [*self._notes(source, loaded, same_schedule=same_schedule), *lines]
 
     def _load_checkpoint(self, source: Path) -> Loaded:
         """Load model and optimizer; the rest is returned. Raises NothingSaved, or ConfigRefused."""
@@ -136,6 +148,7 @@ class Resumption:
                 parts=self.setup.assembled.parts,
                 optimizer=self.setup.optimizer,
                 choose=not self._named,
+                extra=self.callbacks.tensors(),
             )
         except (NothingSaved, SettingError):
             raise

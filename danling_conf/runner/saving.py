@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 from danling_conf.checkpoint.background import SaveFailed
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.config.identity import plain
 from danling_conf.records.stopped import Stopped
 from danling_conf.runner import process
+from danling_conf.runner.callbacks import Callbacks
 from danling_conf.runner.conclusion import resume_stopped_command, shown
 from danling_conf.runner.display import Display
 from danling_conf.runner.observe.observers import Observers
@@ -32,6 +34,7 @@ class RunSaver:
         state: read; its `saved_at` is set.
         checkpoints: writes what this collects.
         observers: refuse to save after a step that was not finite.
+        callbacks: their state is saved as well.
     """
 
     def __init__(
@@ -43,9 +46,11 @@ class RunSaver:
         checkpoints: CheckpointManager,
         display: Display,
         observers: Observers,
+        callbacks: Callbacks,
     ) -> None:
         self.config, self.world, self.state, self.setup = config, world, state, setup
         self.checkpoints, self.display, self.observers = checkpoints, display, observers
+        self.callbacks = callbacks
 
     def save_run(self, *, history: bool, best: bool) -> None:
         """Save the run as it is, unless its last step was not finite. Collective.
@@ -71,9 +76,7 @@ class RunSaver:
             self._save(history=False, best=better)
         if section.last_save_model_only or section.export_dtype is not None:
             self.display.activity("exporting")
-            final = self.checkpoints.export(
-                parts=self.setup.assembled.parts, optimizer=self.setup.optimizer, step=state.step, epoch=state.epoch
-            )
+            final = self._export()
             best = ", the best so far" if better and section.last_save_model_only else ""
             self.display.line(f"the model of step {state.step}{best}, is in {shown(final)}")
         self.display.activity("saving")
@@ -111,13 +114,30 @@ class RunSaver:
             stop_request.remove(failing=failing)
             self.checkpoints.close()
 
+    def _export(self) -> Path:
+        if self.callbacks.export_start is not None:
+            self.callbacks.export_start()
+        try:
+            return self.checkpoints.export(
+                parts=self.setup.assembled.parts,
+                optimizer=self.setup.optimizer,
+                step=self.state.step,
+                epoch=self.state.epoch,
+            )
+        finally:
+            if self.callbacks.export_end is not None:
+                self.callbacks.export_end()
+
     def _save(self, *, history: bool, best: bool) -> None:
         state, setup = self.state, self.setup
+        if self.callbacks.save is not None:
+            self.callbacks.save()
         shared = {
             "settings": plain(self.config),
             "scheduler": setup.schedule.state_dict(),
             "scaler": None if setup.scaler is None else setup.scaler.state_dict(),
             "runner": {**state.state_dict(), "score": setup.score.state_dict()},
+            "callbacks": self.callbacks.state_dict(),
         }
         # A loader whose end was seen would start another epoch with its state.
         loader = EXHAUSTED if state.epoch_ends else setup.loaders["train"].state_dict()
@@ -136,6 +156,7 @@ class RunSaver:
             between_epochs=state.between_epochs and setup.cadence.epochs is not None,
             history=history,
             best=best,
+            extra=self.callbacks.tensors(),
         )
         self.display.activity(None)
         state.saved_at = state.step

@@ -17,6 +17,9 @@ from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records.stopped import STOPPING, early_signal
 
+END_REQUESTED = 1
+"""What ranks agree on beside signals: the run is to end as if its budget were used up. Smaller than every number in
+`STOPPING`, so that a signal comes first."""
 _listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
 _NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name))
 
@@ -35,6 +38,8 @@ class StopRequest:
         self._second_ends = second_ends
         self.number = 0
         """The signal that arrived; 0 for none."""
+        self.reason: str | None = None
+        """Why this rank asked for the end of the run; None where it did not."""
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._wakeup = -1
@@ -62,21 +67,39 @@ class StopRequest:
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._pipe[0],), name="danling-conf-signals", daemon=True).start()
 
+    def end(self, reason: str) -> None:
+        """Ask for the end of the run, as if its budget were used up. One rank is enough."""
+        self.reason = reason
+
+    @property
+    def _own(self) -> int:
+        return self.number or (0 if self.reason is None else END_REQUESTED)
+
+    def end_on_any_rank(self) -> bool:
+        """Whether any rank has asked for the end, the same answer on every rank. Collective, and waits for all."""
+        if self._group is None:
+            return self.reason is not None
+        asked = torch.tensor(int(self.reason is not None))
+        with waiting("the ranks' agreement on the end"):
+            distributed.all_reduce(asked, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(asked.item())
+
     def signal_on_any_rank(self) -> int:
-        """The signal that any rank received, the same answer on every rank; 0 for none. Collective.
+        """The signal that any rank received, the same answer on every rank; `END_REQUESTED` where one asked for the end
+        instead, 0 for neither. Collective.
 
         With several ranks the answer is that of the reduction which the call before began, so that no rank waits for
         it: a run stops one step after the signal.
         """
         if self._group is None:
-            return self.number
+            return self._own
         answer = 0
         if self._reduction is not None:
             number, work = self._reduction
             with waiting("the ranks' agreement on signals"):
                 work.wait()
             answer = int(number.item())
-        number = torch.tensor(self.number)
+        number = torch.tensor(self._own)
         self._reduction = (
             number,
             distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._group, async_op=True),

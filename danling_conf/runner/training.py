@@ -5,8 +5,9 @@ It joins the ranks, builds what the configuration describes and passes the piece
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from danling_conf.records.logs import close_logs, open_logs
 from danling_conf.runner import process
 from danling_conf.runner.batch import Forward, MetricInputs
 from danling_conf.runner.cadence import Cadence
+from danling_conf.runner.callbacks import Callback, Callbacks, configured, given
 from danling_conf.runner.display import Display
 from danling_conf.runner.loop import Loop, Report
 from danling_conf.runner.observe import collective_timeout
@@ -44,6 +46,7 @@ from danling_conf.schema import RunnerConfig
 
 Item = TypeVar("Item")
 _FINISHED = "has finished"
+_log = logging.getLogger(__name__)
 
 
 class NotPrepared(RuntimeError):
@@ -82,6 +85,7 @@ class Runner:
         checkpoints: what saves and loads the run.
         display: shows progress on the terminal and in the log.
         loop: the training loop.
+        callbacks: what the loop calls, see `danling_conf.Callback`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -95,6 +99,7 @@ class Runner:
         self._loop: Loop | None = None
         self._used: str | None = None
         """Why it cannot train (again)."""
+        self._callbacks: Callbacks | None = None
         self._stack = ExitStack()
         """What `close` releases, in reverse order."""
         self.observers = Observers(self.config, self.state)
@@ -153,6 +158,10 @@ class Runner:
         return _prepared(self._loop)
 
     @property
+    def callbacks(self) -> Callbacks:
+        return _prepared(self._callbacks)
+
+    @property
     def display(self) -> Display:
         return _prepared(self._display)
 
@@ -191,10 +200,11 @@ class Runner:
         """Train to the end of the budget; returns the best score.
 
         Args:
-            model, datasets, options: see `prepare`.
+            model, datasets, options: see `prepare`; `callbacks=[...]` for instance.
 
         Raises:
             ConfigRefused: the configuration does not fit the model or the data.
+            CallbackFailed: a callback raised an exception.
         """
         try:
             self.prepare(model, datasets, **options)
@@ -218,6 +228,7 @@ class Runner:
         count_samples: CountSamples | None = None,
         tokens_per_sample: int | None = None,
         report: Report | None = None,
+        callbacks: Iterable[Callback] = (),
     ) -> None:
         """Build everything, and resume from a checkpoint where the configuration says so. Collective.
 
@@ -247,11 +258,15 @@ class Runner:
             tokens_per_sample: shows tokens per second instead of samples per second.
             report: returns lines to print at the end, from the model and the results. Called on every rank, since a
                 sharded model needs them all; in a pipeline, where no rank has the model, with None.
+            callbacks: called at the points that `danling_conf.Callback` names, after those of the configuration
+                (`callbacks`). The same on every rank. Their state is in the checkpoint, by name; a line is shown for a
+                callback that only the checkpoint or only the run has.
 
         One batch of each split that is not trained on is tried before training, with the loss and the metrics.
 
         Raises:
-            ConfigRefused: the configuration does not fit the model, the data or the checkpoint.
+            ConfigRefused: the configuration does not fit the model, the data or the checkpoint; or a callback that it
+                names cannot be made.
             RuntimeError: this runner was used before.
         """
         if self._used is not None:
@@ -271,15 +286,26 @@ class Runner:
                 count_samples=count_samples,
                 tokens_per_sample=tokens_per_sample,
             )
+            self._callbacks = Callbacks([*configured(self.config.callbacks), *given(callbacks)], self)
+            self._callbacks.check_ranks()
+            if self._callbacks.setup is not None:
+                self._callbacks.setup()
         self._display = self._make_display()
         self._checkpoints = self._make_checkpoints()
         saver = RunSaver(
-            self.config, self.world, self.state, self.setup, self.checkpoints, self.display, self.observers
+            self.config,
+            self.world,
+            self.state,
+            self.setup,
+            self.checkpoints,
+            self.display,
+            self.observers,
+            self.callbacks,
         )
         self._listen_for_signals()
         self._stack.callback(saver.close, self.stop_request)
         process.seed_rank(self.world.attempt.seed, self.world.stream)
-        resumption = Resumption(self.config, self.world, self.state, self.setup, self.checkpoints)
+        resumption = Resumption(self.config, self.world, self.state, self.setup, self.checkpoints, self.callbacks)
         with refused():
             notes = [*self.setup.notes, *resumption.load()]
         # After weights are loaded: FSDP2 keeps what a forward has gathered of the root's.
@@ -302,10 +328,14 @@ class Runner:
             observers=self.observers,
             display=self.display,
             stop_request=self.stop_request,
+            callbacks=self.callbacks,
             report=report,
         )
         for note in notes:
             self.display.line(note)
+        self._stack.callback(self._call_of_exception)
+        if self.callbacks.fit_start is not None:
+            self.callbacks.fit_start()
         self._used = "was prepared before"
 
     def _make_display(self) -> Display:
@@ -343,6 +373,49 @@ class Runner:
         self.state.first_step = self.state.step + 1
         self.display.restart_clock()
         self.observers.prepared(self.setup, self.display)
+
+    def _call_of_exception(self) -> None:
+        """Call `on_exception` where the runner is closed by an exception."""
+        error = sys.exc_info()[1]
+        if error is None or self.callbacks.exception is None:
+            return
+        try:
+            self.callbacks.exception(error)
+        except Exception:
+            _log.exception("on_exception failed; the run ends by another exception, which is shown")
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Log a value by name, from anywhere: the model's hooks, the loss, a callback, a loop of one's own.
+
+        It stays on the device, and no rank waits. A log line takes the mean of all values that all ranks have logged by
+        this name since the line before, each of the same weight, and writes it to every tracker and `metrics.jsonl`.
+        Ranks may log different names: the mean of a name is over the ranks that have logged it. What no log line has
+        taken is logged when the run is complete. Do not call it in code that `torch.compile` compiles.
+
+        Args:
+            name: letters, digits, spaces and `. _ - /`; no name of the runner's own values.
+            value: a number, or a tensor with one element.
+
+        Raises:
+            ValueError: the name or the value is not as above.
+        """
+        self.observers.logged.add(name, value, self.device)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Log a text at this step, such as sample predictions: to `texts.jsonl` in the run's directory, TensorBoard,
+        Weights & Biases and MLflow. The main rank's counts."""
+        self.observers.text(name, text)
+
+    def stop(self, reason: str = "") -> None:
+        """Ask for the end of the training, as if its budget were used up: the run is evaluated, saved, and completed.
+
+        One rank is enough. All ranks end at the same step: the one under way, with several ranks the one after it.
+        Asked for in an evaluation, no further step is done. A run that is resumed goes on.
+
+        Args:
+            reason: shown with the line that says so.
+        """
+        self.stop_request.end(reason)
 
     def batches(self, split: str = "train") -> Iterator[Any]:
         """Batches of this rank, on its device. Of the training split: epoch after epoch, until the budget is used up or

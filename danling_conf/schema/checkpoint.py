@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Optional
 from danling_conf.schema.fsdp import DTYPE_ALIASES, DTYPES
 from danling_conf.schema.setting import setting
 
-LOADED_PARTS = ("model", "optimizer", "scheduler", "scaler", "dataloaders", "generators", "runner")
+LOADED_PARTS = ("model", "optimizer", "scheduler", "scaler", "dataloaders", "generators", "runner", "callbacks")
 """Parts that a checkpoint restores, by the names that `checkpoint.exclude_from_loading` takes."""
 _ALIASES = {"data_loader": "dataloaders", "dataloader": "dataloaders", "lr_scheduler": "scheduler"}
 
@@ -60,9 +60,10 @@ class CheckpointConfig:
     )
     """Prefix of that folder's name."""
     exclude_from_loading: Any = setting(None, kinds=(str, list))
-    """Keys that loading skips: `model`, `optimizer`, `scheduler`, `scaler`, `dataloaders`, `generators`, `runner`, or
-    dotted keys below them, such as `model.head` or `optimizer.head.weight`. Aliases: `data_loader` and `dataloader` for
-    `dataloaders`, `lr_scheduler` for `scheduler`. One string or a list. Unset: all is loaded."""
+    """Keys that loading skips: `model`, `optimizer`, `scheduler`, `scaler`, `dataloaders`, `generators`, `runner`,
+    `callbacks`, or dotted keys below them, such as `model.head`, `optimizer.head.weight` or `callbacks.EMA`. Aliases:
+    `data_loader` and `dataloader` for `dataloaders`, `lr_scheduler` for `scheduler`. One string or a list. Unset: all
+    is loaded."""
     last_save_model_only: bool = setting(False, semantic=False, read_by="danling_conf.runner.saving")
     """The last checkpoint of the run is an export of the model alone (safetensors, in `export`), from which a run
     cannot be resumed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, Optional
+from typing import Any, ClassVar, Dict, List, Optional
 
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.checkpoint import CheckpointConfig
@@ -57,6 +57,10 @@ class RunnerConfig:
     eval_interval: Optional[int] = setting(None, at_least=1, semantic=False)
     """Evaluate every so many epochs (epoch mode) or optimizer steps (step mode), and at the end. Unset: every epoch, or
     ten times a run."""
+    evaluate_first: bool = setting(False, semantic=False)
+    """Evaluate once before the first step, so that what is broken there is seen at once. The results are logged and do
+    not count for the score, the schedule or `patience`; training is the same with and without. Not repeated when a run
+    is resumed."""
     patience: Optional[int] = setting(None, at_least=1)
     """Stop after this many evaluations in a row without a better score. Unset: never stop early."""
     score_split: Optional[str] = None
@@ -92,6 +96,10 @@ class RunnerConfig:
     tensorboard: bool = setting(False, semantic=False)
     """Write TensorBoard scalars."""
 
+    callbacks: Optional[List[Dict[str, Any]]] = setting(None, read_by="danling_conf.runner.callbacks")
+    """Callbacks, in the order in which they are called: each has a `_target_`, the dotted path of a subclass of
+    `danling_conf.Callback`, and its arguments (`{_target_: danling_conf.EMA, decay: 0.999}`). Those that are passed in
+    code come after them. Unset: none."""
     model: Dict[str, Any] = field(default_factory=dict)
     """Settings of your own model; not interpreted here."""
     data: Dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,11 +35,12 @@ from danling_conf.runner.display import Display
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.heartbeat import Heartbeat
 from danling_conf.runner.observe.log_pace import LogPace
+from danling_conf.runner.observe.logged import LoggedValues
 from danling_conf.runner.observe.nonfinite import FAIL, NonFinite, NotFinite, warning_of
 from danling_conf.runner.observe.stopwatch import Lap, Stopwatch
 from danling_conf.runner.observe.summary import Summary, peak_bytes, summarise
 from danling_conf.runner.observe.trackers.choose import Trackers
-from danling_conf.runner.observe.trackers.tracker import END, EVALUATION, TRAINING, Record, RunFacts
+from danling_conf.runner.observe.trackers.tracker import END, EVALUATION, LOGGED, TRAINING, Record, RunFacts
 from danling_conf.runner.observe.warning_relay import WarningRelay
 from danling_conf.runner.setup import Setup
 from danling_conf.runner.state import TrainState
@@ -58,11 +60,13 @@ class Observers:
     Attributes:
         stopwatch: where wall time goes.
         nonfinite: steps whose loss or gradients are not finite.
+        logged: values that were logged by name since the last log line.
     """
 
     def __init__(self, config: RunnerConfig, state: TrainState) -> None:
         self.config, self._state = config, state
         self.stopwatch = Stopwatch()
+        self.logged = LoggedValues()
         self.last_step_time: float | None = None
         self._heartbeat: Heartbeat | None = None
         self._profiler: profiler.StepProfiler | None = None
@@ -180,7 +184,9 @@ class Observers:
         assert self._setup is not None
         state, assembled, device = self._state, self._setup.assembled, self._world.device
         lap = self.stopwatch.lap(state.step)
-        summary = summarise(state.training_loss, self.nonfinite, lap, state.step, device)
+        names = len(self.logged.names)
+        summary = summarise(state.training_loss, self.nonfinite, lap, state.step, device, names=names)
+        logged = self.logged.take(device) if summary.logged else {}
         if summary.loss is not None:
             state.results["train.loss"] = summary.loss
         with waiting("the log line"):
@@ -189,7 +195,7 @@ class Observers:
             state.results["train.expert_load"] = load
         self.pace.logged(state.step, summary.step_seconds)
         if self._trackers is not None:
-            self._log(TRAINING, self._scalars(self._setup, summary, lap, load))
+            self._log(TRAINING, {**self._scalars(self._setup, summary, lap, load), **logged})
         if self._relay is not None:
             self._relay.show()
         self._judge(summary.bad_steps)
@@ -209,6 +215,18 @@ class Observers:
         """Log the results of an evaluation to every tracker."""
         if self._trackers is not None:
             self._log(EVALUATION, results, note)
+
+    def flush(self) -> None:
+        """Log the values by name that no log line has taken. Collective."""
+        assert self._world is not None
+        left = self.logged.take_where_any(self._world.device)
+        if left and self._trackers is not None:
+            self._log(LOGGED, left)
+
+    def text(self, name: str, text: str) -> None:
+        """Log a text to every tracker that takes texts."""
+        if self._trackers is not None:
+            self._log(LOGGED, {}, texts={name: text})
 
     def close(self) -> None:
         """Stop observing: traces, trackers, the relay of warnings and the heartbeat end, in this order."""
@@ -250,11 +268,19 @@ class Observers:
             self._warned = True
             self._display.line(f"warning: {text}")
 
-    def _log(self, kind: str, scalars: dict[str, Any], note: str = "") -> None:
+    def _log(self, kind: str, scalars: dict[str, Any], note: str = "", texts: Mapping[str, str] | None = None) -> None:
         assert self._trackers is not None
         finite, state = {name: _finite(value) for name, value in scalars.items()}, self._state
         self._trackers.log(
-            Record(kind=kind, scalars=finite, step=state.step, epoch=state.epoch, time=time.time(), note=note)
+            Record(
+                kind=kind,
+                scalars=finite,
+                step=state.step,
+                epoch=state.epoch,
+                time=time.time(),
+                note=note,
+                texts=texts or {},
+            )
         )
 
     def _scalars(self, setup: Setup, summary: Summary, lap: Lap | None, load: float | None) -> dict[str, Any]:

@@ -30,10 +30,18 @@ class Summary:
     """Of one step, on the rank that took longest; None where nothing was timed."""
     bad_steps: list[int]
     """Steps that were not finite."""
+    logged: bool
+    """Whether any rank has logged values by name."""
 
 
-def summarise(meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int, device: torch.device) -> Summary:
-    """Read and reset the running mean and what was not finite. Collective; waits for the device."""
+def summarise(
+    meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int, device: torch.device, *, names: int = 0
+) -> Summary:
+    """Read and reset the running mean and what was not finite. Collective; waits for the device.
+
+    Args:
+        names: how many names this rank has logged values by.
+    """
     several = is_distributed()
     world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
     own = torch.zeros(3, world, dtype=torch.float64)
@@ -41,7 +49,8 @@ def summarise(meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int
         [peak_bytes(), 0.0 if lap is None else lap.data, 0.0 if lap is None else lap.stepping / lap.steps],
         dtype=torch.float64,
     )
-    values = torch.cat([meter.sums(device), own.flatten().to(device), nonfinite.flags(step)])
+    count = torch.tensor([names], dtype=torch.float64, device=device)
+    values = torch.cat([meter.sums(device), own.flatten().to(device), count, nonfinite.flags(step)])
     if several:
         with waiting("the log line"):
             distributed.all_reduce(values)
@@ -53,7 +62,8 @@ def summarise(meter: LossMeter, nonfinite: NonFinite, lap: Lap | None, step: int
         peak_bytes=memory,
         data_seconds=data,
         step_seconds=None if lap is None else max(seconds),
-        bad_steps=nonfinite.read(step, read[2 + 3 * world :]),
+        bad_steps=nonfinite.read(step, read[3 + 3 * world :]),
+        logged=read[2 + 3 * world] > 0,
     )
 
 

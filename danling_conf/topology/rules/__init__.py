@@ -46,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     options.loader_workers,
     options.saving_with_interval,
     options.selection_by_ops,
+    options.named_callbacks,
     checkpoints.excluded_parts,
     checkpoints.background_group,
     checkpoints.replica_names,

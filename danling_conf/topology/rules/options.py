@@ -86,3 +86,11 @@ def selection_by_ops(config: RunnerConfig, context: Context) -> Iterator[Violati
             f"operators are kept by the selective mode only, and the mode is {section.mode}",
             "activation_checkpointing.mode=selective",
         )
+
+
+def named_callbacks(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Each entry of `callbacks` names what it makes."""
+    for index, entry in enumerate(config.callbacks or []):
+        if not isinstance(entry.get("_target_"), str):
+            fix = "write {_target_: danling_conf.EMA, decay: 0.999}, for instance"
+            yield Violation(f"callbacks[{index}]._target_", entry.get("_target_", ABSENT), "it names no callback", fix)

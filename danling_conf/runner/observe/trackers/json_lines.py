@@ -9,10 +9,11 @@ from typing import IO, Any
 
 from danling_conf.records.metrics import STATUS, metrics_file
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
+from danling_conf.schema.files import TEXTS
 
 
 class JsonLines:
-    """Appends a line a record to `metrics.jsonl`; see `records.metrics`."""
+    """Appends a line a record to `metrics.jsonl`, see `records.metrics`; and a line a text to `texts.jsonl`."""
 
     name = "the run's metrics file"
 
@@ -24,6 +25,7 @@ class JsonLines:
     def start(self, facts: RunFacts) -> None:
         path = metrics_file(facts.attempt.run_directory)
         self._attempt = facts.attempt.directory.name
+        self._texts = facts.attempt.run_directory / TEXTS
         torn = _ends_within_a_line(path)
         self._file = open(path, "a")  # noqa: SIM115  open for as long as the run lasts
         if torn:
@@ -34,15 +36,13 @@ class JsonLines:
         self._write({"time": at, "attempt": self._attempt, "step": step, "epoch": epoch})
 
     def log(self, record: Record) -> None:
-        self._write(
-            {
-                "time": record.time,
-                "attempt": self._attempt,
-                "step": record.step,
-                "epoch": record.epoch,
-                **record.scalars,
-            }
-        )
+        place = {"time": record.time, "attempt": self._attempt, "step": record.step, "epoch": record.epoch}
+        if record.scalars or not record.texts:
+            self._write({**place, **record.scalars})
+        if record.texts:
+            with open(self._texts, "a") as file:
+                for name, text in record.texts.items():
+                    file.write(json.dumps({**place, "name": name, "text": text}) + "\n")
 
     def finish(self, status: str, score: float | None) -> None:
         if self._file is not None:

@@ -52,7 +52,10 @@ class Mlflow:
 
         stamp = int(record.time * 1000)
         values = [Metric(name, value, stamp, record.step) for name, value in record.finite().items()]
-        self._client.log_batch(self._run, metrics=values)
+        if values:
+            self._client.log_batch(self._run, metrics=values)
+        for name, text in record.texts.items():
+            self._client.log_text(self._run, text, f"{name}/step-{record.step:08d}.txt")
 
     def finish(self, status: str, score: float | None) -> None:
         if score is not None:

@@ -35,6 +35,10 @@ class TensorBoard:
         self._step = record.step
         for name, value in record.finite().items():
             self._writer.add_scalar(name.replace(".", "/", 1), value, record.step, walltime=record.time)
+        for name, text in record.texts.items():
+            # TensorBoard shows Markdown: indented lines stay as they are.
+            shown = "".join(f"    {line}\n" for line in text.splitlines())
+            self._writer.add_text(name.replace(".", "/", 1), shown, record.step, walltime=record.time)
 
     def finish(self, status: str, score: float | None) -> None:
         if score is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from danling_conf.records.run_directory import Attempt
 
-TRAINING, EVALUATION, END = "training", "evaluation", "end"
+TRAINING, EVALUATION, LOGGED, END = "training", "evaluation", "logged", "end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,8 @@ class Record:
     """What was measured at one step."""
 
     kind: str
-    """`training`: over the steps since the last such record. `evaluation`: of the splits as the model is now. `end`: of
-    the whole run."""
+    """`training`: over the steps since the last such record. `evaluation`: of the splits as the model is now. `logged`:
+    what `Runner.log` and `Runner.log_text` took, apart from a log line. `end`: of the whole run."""
     scalars: Mapping[str, float | None]
     """Values by dotted name; None for what is no finite number."""
     step: int
@@ -26,6 +26,8 @@ class Record:
     """Seconds since 1970."""
     note: str = ""
     """For a person."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Texts by dotted name, such as sample predictions."""
 
     def finite(self) -> dict[str, float]:
         """The scalars that have a value."""

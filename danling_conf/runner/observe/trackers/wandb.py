@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import os
 from typing import Any
 
@@ -49,7 +50,14 @@ class Wandb:
         )
 
     def log(self, record: Record) -> None:
-        self._run.log({**record.finite(), "epoch": record.epoch}, step=record.step)
+        values: dict[str, Any] = {**record.finite(), "epoch": record.epoch}
+        if record.texts:
+            import wandb
+
+            values |= {
+                name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False) for name, text in record.texts.items()
+            }
+        self._run.log(values, step=record.step)
 
     def finish(self, status: str, score: float | None) -> None:
         if score is not None:
