@@ -134,7 +134,7 @@ class Loader:
         ImportError where the package safetensors is missing."""
         with ExitStack() as stack:
             opened = self._on_all_ranks(lambda: self._open_weights(source, stack))
-            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(source, targets, opened.known))
             self._on_all_ranks(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
             opened.load(targets)
@@ -155,8 +155,8 @@ class Loader:
             facts = self._on_all_ranks(lambda: manifest.read(path))
             self._verify(path, facts)
             shared, own, notes = self._on_all_ranks(lambda: self._small_parts(path, facts, optimizer))
-            opened = self._on_all_ranks(lambda: _open(path, facts))
-            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            opened = self._on_all_ranks(lambda: open_tensors(path, facts))
+            targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(path, targets, opened.known))
             options = shared.pop("optimizer")
             self._on_all_ranks(lambda: self._check_excluded(opened.known))
@@ -245,7 +245,7 @@ class Loader:
         stack.enter_context(reading(found))
         facts = manifest.read(found)
         manifest.verify(found, facts)
-        return _open(found, facts)
+        return open_tensors(found, facts)
 
     def _check_model(self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
         theirs = {name: item.shape for name, item in known.items() if name.startswith(MODEL) and not self._skips(name)}
@@ -253,9 +253,9 @@ class Loader:
         everywhere = set(mine)
         if self.layout.pipeline > 1:
             everywhere = set().union(*gather_objects(set(mine), self.layout.world_size))
-        misfit = _misfit(mine, theirs, everywhere)
-        if misfit is not None:
-            raise ModelDiffers(path, misfit)
+        difference = misfit(mine, theirs, everywhere)
+        if difference is not None:
+            raise ModelDiffers(path, difference)
 
     def _check_excluded(self, known: Iterable[str]) -> None:
         names = [*known, *LOADED_PARTS]
@@ -317,11 +317,12 @@ def gather_objects(item: Any, world_size: int) -> list[Any]:
     return everywhere
 
 
-def _open(path: Path, facts: Manifest) -> Source:
+def open_tensors(path: Path, facts: Manifest) -> Source:
+    """The tensors of a checkpoint, by the backend that wrote it. Raises Broken."""
     return sources.shards(path) if facts.backend == "dcp" else sources.one_file(path / sources.STATE)
 
 
-def _without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
+def without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
     """Leave out what a checkpoint lacks and has under another name: tied weights, which others save once."""
     held = {_identity(item) for name, item in tensors.items() if name in known}
     return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}
@@ -331,7 +332,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return address(tensor), tensor.storage_offset() if is_whole(tensor) else 0, tensor.shape
 
 
-def _misfit(
+def misfit(
     mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], everywhere: set[str]
 ) -> str | None:
     """How a saved model differs from what this rank has, in names and shapes; None where it fits."""

@@ -35,7 +35,7 @@ ALLOWED = {
     "command": {"topology", "config", "records", "launch", "sweep"},
     "app": {"config", "launch", "command"},
     "cli": {"schema", "groups", "topology", "config", "records", "checkpoint", "launch", "sweep", "command", "app"},
-    "__init__": {"schema", "groups", "topology", "config", "runner", "app"},
+    "__init__": {"schema", "groups", "topology", "config", "checkpoint", "runner", "app"},
     "hydra_plugins": {"groups", "sweep"},
 }
 """What each part of the house may import beside itself."""
