@@ -19,6 +19,7 @@ from danling_conf.checkpoint.gather import address
 from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
 from danling_conf.checkpoint.safe_load import load_plain
+from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known, is_whole
 from danling_conf.checkpoint.writing import SHARED, rank_file
@@ -192,7 +193,7 @@ class Loader:
     def _check_origin(self, path: Path, facts: Manifest, optimizer: Optimizer) -> None:
         if facts.made_under != self.layout and not self.allow_degree_change:
             raise LayoutDiffers(path, facts.layout, self.layout_name)
-        mine = type(optimizer).__name__
+        mine = class_of(optimizer)
         if facts.optimizer != mine and not self._skips("optimizer"):
             raise OptimizerDiffers(path, facts.optimizer, mine)
 

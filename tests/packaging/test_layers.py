@@ -29,7 +29,7 @@ ALLOWED = {
     "parallel": {"schema", "topology", "_torch_private", "components"},
     "checkpoint": {"schema", "topology", "_torch_private", "components", "parallel"},
     "runner": {"schema", "topology", "config", "records", "_torch_private", "components", "parallel", "checkpoint"},
-    "builders": {"topology", "components", "parallel"},
+    "builders": {"topology", "components", "parallel", "runner"},
     "launch": {"schema", "topology", "config", "records"},
     "sweep": {"schema", "topology", "config", "records", "launch"},
     "command": {"topology", "config", "records", "launch", "sweep"},
