@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from danling_conf.checkpoint.background import SaveFailed
 from danling_conf.checkpoint.loading import LayoutDiffers, Loaded, NothingSaved
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.checkpoint.several import Optimizers
@@ -31,6 +32,8 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
 
 _log = logging.getLogger(__name__)
+_FAILING_SECONDS = 60.0
+"""How long a loop that fails waits for a save that is under way."""
 
 
 class Stateful(Protocol):
@@ -44,8 +47,9 @@ class Stateful(Protocol):
 class Checkpoints:
     """Saves and resumes a loop that counts optimizer steps. A context manager: leaving it waits for the last save.
 
-    Everything is collective. `models` and `optimizers` are saved whole under any layout without a pipeline. Names in
-    the checkpoint are `<model>.<parameter>`.
+    Everything is collective. Signals are not listened for: a process that is ended loses the steps since the last save.
+    The options of the optimizers' groups are resumed as well. Models and optimizers are saved whole under any layout
+    without a pipeline. Names in the checkpoint are `<model>.<parameter>`.
 
     Args:
         config: the whole configuration: it is saved, and compared when the run is resumed.
@@ -53,7 +57,10 @@ class Checkpoints:
         models: by name, as `assemble` returns them, on their device and with values.
         optimizers: by name; no two have the same parameter.
         batches: of the training split, which resume at the very batch.
-        others: whatever else the loop needs, the same on all ranks, by name.
+        others: whatever else the loop needs, the same on all ranks, by name; states of plain values and tensors.
+
+    Raises:
+        ConfigRefused: the layout has a pipeline, `steps` is unset, or two optimizers have the same parameter.
     """
 
     def __init__(
@@ -202,7 +209,11 @@ class Checkpoints:
         try:
             if self._batches is not None:
                 self._batches.close()
-            self.manager.drain()
+            self.manager.drain(None if error is None else _FAILING_SECONDS)
+        except SaveFailed as failure:
+            if error is None:
+                raise
+            _log.warning("%s", failure)  # the loop fails by something else, which is what is shown
         finally:
             self.manager.close()
 
