@@ -34,13 +34,33 @@ def write(
     Raises OSError.
     """
     model = _bare(parts[0])
+    whole = len(parts) == 1 and facts.degrees["pipeline"] == 1
+    write_model(staging, model if is_of_transformers(model) else None, tensors, facts, cast, whole=whole)
+
+
+def write_model(
+    staging: Path,
+    model: Any,
+    tensors: Iterator[tuple[str, Tensor]],
+    facts: Manifest,
+    cast: str | None,
+    *,
+    whole: bool = True,
+) -> None:
+    """Write an export as `write` does.
+
+    Args:
+        model: of transformers, which decides the format; its values are not used, so it may be on the meta device. None
+            for any other model.
+        whole: whether it is the whole model, and not a stage of a pipeline.
+    """
     named = ((name.removeprefix(MODEL), _cast(tensor, cast)) for name, tensor in tensors)
-    if len(parts) == 1 and _is_of_transformers(model) and facts.degrees["pipeline"] == 1:
+    if model is not None and whole:
         _by_transformers(staging, model, dict(named))
     else:
         _plainly(staging, named)
-        if _is_of_transformers(model):
-            model.config.save_pretrained(staging)  # type: ignore[union-attr, operator]
+        if model is not None:
+            model.config.save_pretrained(staging)
     files = {path.name: durable.sum_of(path) for path in sorted(staging.iterdir())}
     for name in files:
         durable.sync(staging / name)
@@ -103,7 +123,8 @@ def _bare(model: nn.Module) -> nn.Module:
     return without_compile(inner)
 
 
-def _is_of_transformers(model: nn.Module) -> bool:
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model has the writer and the configuration that those of transformers have."""
     return callable(getattr(model, "save_pretrained", None)) and hasattr(getattr(model, "config", None), "to_json_file")
 
 

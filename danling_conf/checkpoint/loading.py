@@ -19,6 +19,7 @@ from danling_conf.checkpoint.gather import address
 from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
 from danling_conf.checkpoint.safe_load import load_plain
+from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known, is_whole
 from danling_conf.checkpoint.writing import SHARED, rank_file
@@ -144,7 +145,7 @@ class Loader:
         ImportError where the package safetensors is missing."""
         with ExitStack() as stack:
             opened = self._on_all_ranks(lambda: self._open_weights(source, stack))
-            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(source, targets, opened.known))
             self._on_all_ranks(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
             opened.load(targets)
@@ -167,8 +168,8 @@ class Loader:
             facts = self._on_all_ranks(lambda: manifest.read(path))
             self._verify(path, facts)
             shared, own, notes = self._on_all_ranks(lambda: self._small_parts(path, facts, optimizer))
-            opened = self._on_all_ranks(lambda: _open(path, facts))
-            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            opened = self._on_all_ranks(lambda: open_tensors(path, facts))
+            targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(path, targets, opened.known))
             options = shared.pop("optimizer")
             self._on_all_ranks(lambda: self._check_excluded(opened.known))
@@ -207,7 +208,7 @@ class Loader:
     def _check_origin(self, path: Path, facts: Manifest, optimizer: Optimizer) -> None:
         if facts.made_under != self.layout and not self.allow_degree_change:
             raise LayoutDiffers(path, facts.layout, self.layout_name)
-        mine = type(optimizer).__name__
+        mine = class_of(optimizer)
         if facts.optimizer != mine and not self._skips("optimizer"):
             raise OptimizerDiffers(path, facts.optimizer, mine)
 
@@ -260,7 +261,7 @@ class Loader:
         stack.enter_context(reading(found))
         facts = manifest.read(found)
         manifest.verify(found, facts)
-        return _open(found, facts)
+        return open_tensors(found, facts)
 
     def _check_model(self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
         theirs = {name: item.shape for name, item in known.items() if name.startswith(MODEL) and not self._skips(name)}
@@ -268,9 +269,9 @@ class Loader:
         everywhere = set(mine)
         if self.layout.pipeline > 1:
             everywhere = set().union(*gather_objects(set(mine), self.layout.world_size))
-        misfit = _misfit(mine, theirs, everywhere)
-        if misfit is not None:
-            raise ModelDiffers(path, misfit)
+        difference = misfit(mine, theirs, everywhere)
+        if difference is not None:
+            raise ModelDiffers(path, difference)
 
     def _check_excluded(self, known: Iterable[str]) -> None:
         names = [*known, *LOADED_PARTS]
@@ -342,11 +343,12 @@ def _check_extra(path: Path, mine: Mapping[str, Tensor], known: Mapping[str, Kno
         raise ModelDiffers(path, f"absent or of another shape: {', '.join(wrong[:_SHOWN])}{_more(wrong)}")
 
 
-def _open(path: Path, facts: Manifest) -> Source:
+def open_tensors(path: Path, facts: Manifest) -> Source:
+    """The tensors of a checkpoint, by the backend that wrote it. Raises Broken."""
     return sources.shards(path) if facts.backend == "dcp" else sources.one_file(path / sources.STATE)
 
 
-def _without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
+def without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
     """Leave out what a checkpoint lacks and has under another name: tied weights, which others save once."""
     held = {_identity(item) for name, item in tensors.items() if name in known}
     return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}
@@ -356,7 +358,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return address(tensor), tensor.storage_offset() if is_whole(tensor) else 0, tensor.shape
 
 
-def _misfit(
+def misfit(
     mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], everywhere: set[str]
 ) -> str | None:
     """How a saved model differs from what this rank has, in names and shapes; None where it fits."""

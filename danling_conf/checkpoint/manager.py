@@ -22,6 +22,7 @@ from danling_conf.checkpoint.gather import address, gather, leads
 from danling_conf.checkpoint.loading import Loader, gather_objects, on_all_ranks
 from danling_conf.checkpoint.manifest import Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
+from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.writing import Snapshot, Writer
 from danling_conf.parallel import process_group
 from danling_conf.schema.checkpoint import DISABLED, PINNED, CheckpointConfig, async_mode
@@ -262,7 +263,7 @@ class CheckpointManager:
             degrees=self.layout.degrees(),
             fsdp=self.layout.fsdp,
             history=history,
-            optimizer=type(optimizer).__name__,
+            optimizer=class_of(optimizer),
         )
 
 

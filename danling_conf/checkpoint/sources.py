@@ -57,10 +57,14 @@ class Source:
         self._reader = reader
         self.known = {name: Known(tuple(item.size), item.properties.dtype) for name, item in described.items()}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Read into tensors, whole or sharded. Collective. Raises Broken or RuntimeError."""
+    def load(self, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+        """Read into tensors, whole or sharded. Collective, unless this process reads `alone`.
+
+        Raises Broken or RuntimeError.
+        """
+        alone = alone or not is_distributed()
         with ordinary_errors("the checkpoint cannot be loaded"), waiting("the checkpoint"):
-            load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=not is_distributed())
+            load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=alone)
 
 
 def shards(folder: Path) -> Source:

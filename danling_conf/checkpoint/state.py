@@ -118,6 +118,11 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def extra_names(module: nn.Module) -> set[str]:
+    """Names of the extra state of modules (`get_extra_state`) that is no tensor."""
+    return {name for name, value in _model_state([module]).items() if not isinstance(value, Tensor)}
+
+
 def load_extra(parts: Sequence[nn.Module], extra: Mapping[str, Any]) -> None:
     """Load the extra state of modules (`set_extra_state`)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

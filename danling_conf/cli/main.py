@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from danling_conf.records.reading import shown_damage
 from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED
+from danling_conf.schema.fsdp import DTYPES
 from danling_conf.topology.violation import ConfigRefused
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ def _checkpoints(parsed: argparse.Namespace) -> int:
     return 0 if whole else EXIT_FAILED
 
 
+def _export(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.export import export
+
+    return export(parsed.source, parsed.directory, best=parsed.best, dtype=parsed.dtype)
+
+
 def _report(parsed: argparse.Namespace) -> int:
     from danling_conf.cli.report import write_report
 
@@ -120,6 +127,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "explain": _explain,
     "check": _check,
     "checkpoints": _checkpoints,
+    "export": _export,
     "watch": _watch,
     "runs": _runs,
     "resume": _resume,
@@ -157,6 +165,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     checkpoints.add_argument("directory", metavar="RUN", help="a run's directory, a sweep's, or one above them")
     checkpoints.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+    export = commands.add_parser(
+        "export",
+        help="write the weights of a run or a checkpoint as safetensors, in one process, whatever layout saved them",
+        description="Writes safetensors and their checksums. For a model of transformers the folder is one that "
+        "from_pretrained loads; its class comes from the recorded model._target_, or from the export at the end of the "
+        "run. Exits with 2 for what is refused, with 1 for a broken checkpoint or a failed write.",
+    )
+    export.add_argument(
+        "source", metavar="SOURCE", help="a run's directory (its newest whole checkpoint), a checkpoint"
+    )
+    export.add_argument("directory", metavar="DIR", help="the folder to write; nothing is overwritten")
+    export.add_argument("--best", action="store_true", help="the run's best checkpoint in place of its newest")
+    export.add_argument("--dtype", choices=DTYPES, help="cast floating-point tensors (as trained)")
     watch = commands.add_parser(
         "watch", help="a live view of the ranks of a run or sweep: where each is, who is slowest, who is stuck"
     )
