@@ -78,8 +78,11 @@ def count_choices() -> tuple[int, int]:
 
 
 def _is_declared(group: str, key: str) -> bool:
-    section = next(item.default_factory for item in fields(RunnerConfig) if item.name == group) if group in {
-        item.name for item in fields(RunnerConfig)} else RunnerConfig  # fmt: skip
+    section = (
+        next(item.default_factory for item in fields(RunnerConfig) if item.name == group)
+        if group in {item.name for item in fields(RunnerConfig)}
+        else RunnerConfig
+    )
     return key in {item.name for item in fields(section)}
 
 

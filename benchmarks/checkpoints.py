@@ -76,9 +76,14 @@ def pauses(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
         def save(mode: str, number: int, managers: dict[str, CheckpointManager] = managers) -> None:
             managers[mode].save(
-                parts=[model], optimizer=optimizer, shared=dict(_SHARED), own=dict(_OWN), step=number, epoch=0,
+                parts=[model],
+                optimizer=optimizer,
+                shared=dict(_SHARED),
+                own=dict(_OWN),
+                step=number,
+                epoch=0,
                 history=False,
-            )  # fmt: skip
+            )
 
         found: dict[str, list[float]] = {"disabled": [], "async": [], "idle": [], "beside": []}
         save("async", 0)  # makes the memory that is copied to, once
@@ -149,9 +154,14 @@ def throughput(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
             def save(number: int = number, mine: CheckpointManager = mine) -> None:
                 mine.save(
-                    parts=[model], optimizer=optimizer, shared=dict(_SHARED), own=dict(_OWN), step=number, epoch=0,
+                    parts=[model],
+                    optimizer=optimizer,
+                    shared=dict(_SHARED),
+                    own=dict(_OWN),
+                    step=number,
+                    epoch=0,
                     history=False,
-                )  # fmt: skip
+                )
 
             def load(mine: CheckpointManager = mine, backend: str = backend) -> None:
                 path = mine.folder.path / "latest"
@@ -163,8 +173,10 @@ def throughput(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
             their_save, their_load = theirs[backend]
             for name, ours, other in (
-                ("save", save, their_save), ("load", load, their_load), ("verified load", restore, their_load)
-            ):  # fmt: skip
+                ("save", save, their_save),
+                ("load", load, their_load),
+                ("verified load", restore, their_load),
+            ):
                 pair = (timed(other), timed(ours)) if number % 2 else (timed(ours), timed(other))[::-1]
                 found[name].append(pair)
         for name, pairs in found.items():

@@ -64,8 +64,11 @@ def once(script: Path, overrides: list[str], *, ours: bool, exit_code: int) -> T
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-S", str(script), *overrides],
-        cwd=script.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=script.parent,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began

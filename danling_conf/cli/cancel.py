@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from danling_conf.cli.runs_found import asked_of, find, job_named, one_sweep, reachable_or_refuse
+from danling_conf.cli.runs_found import find, job_named, one_sweep, reachable_or_refuse, request_of
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
@@ -38,7 +38,7 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
         sweep, jobs = owner[0], jobs or [owner[1].key]
     else:
         sweep = one_sweep(found)
-    asked = asked_of(sweep)
+    request = request_of(sweep)
     settle_ends(sweep)  # what has ended already is not cancelled
     named = [job_named(sweep, name) for name in dict.fromkeys(jobs)] or list(sweep.ledger.records().values())
     for record in named:
@@ -48,8 +48,8 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
     if not chosen:
         print(f"nothing to do: no job is live: {sweep.path}")
         return 0
-    reachable_or_refuse(sweep, asked)
-    if asked.on_slurm:
+    reachable_or_refuse(sweep, request)
+    if request.on_slurm:
         return _in_slurm(sweep, chosen, wait_seconds)
     return _here(sweep, chosen, wait_seconds)
 

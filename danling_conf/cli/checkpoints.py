@@ -56,8 +56,11 @@ def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
     if rows:
         lines += _table([_HEAD, *rows])
     lines += [f"unfinished: {path}" for path in folder.unfinished()]
-    lines += [f"{name} points to nothing" for name, target in named.items()
-              if target is None and (folder.path / name).is_symlink()]  # fmt: skip
+    lines += [
+        f"{name} points to nothing"
+        for name, target in named.items()
+        if target is None and (folder.path / name).is_symlink()
+    ]
     return lines + [f"broken: {fault}" for fault in faults], not faults
 
 
@@ -109,8 +112,17 @@ def _row(name: str, facts: Manifest | None, fault: str, names: list[str], check:
     if facts is None:
         return (name, "?", "?", "?", "?", "?", "?", state, " ".join(names))
     saved = datetime.fromisoformat(facts.saved).strftime("%Y-%m-%d %H:%M:%S")
-    return (name, str(facts.step), str(facts.epoch), saved, readable_size(facts.size), facts.layout, facts.backend,
-            state, " ".join(names))  # fmt: skip
+    return (
+        name,
+        str(facts.step),
+        str(facts.epoch),
+        saved,
+        readable_size(facts.size),
+        facts.layout,
+        facts.backend,
+        state,
+        " ".join(names),
+    )
 
 
 def readable_size(count: float) -> str:
@@ -126,9 +138,10 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     right = {1, 2, 4}
     return [
-        "  " + "  ".join(
+        "  "
+        + "  ".join(
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    ]  # fmt: skip
+    ]

@@ -215,15 +215,17 @@ def _checkpoints(run: Path) -> Html:
     for entry in entries:
         names = [badge(name) for name, target in named.items() if target == entry.path.resolve()]
         made = entry.manifest
-        rows.append([
-            entry.path.name,
-            entry.step,
-            None if made is None else clock(datetime.fromisoformat(made.saved).timestamp()),
-            None if made is None else readable_size(made.size),
-            None if made is None else made.layout,
-            badge("broken", "bad") if entry.fault else badge("whole", "good"),
-            Html(" ".join(names)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                entry.path.name,
+                entry.step,
+                None if made is None else clock(datetime.fromisoformat(made.saved).timestamp()),
+                None if made is None else readable_size(made.size),
+                None if made is None else made.layout,
+                badge("broken", "bad") if entry.fault else badge("whole", "good"),
+                Html(" ".join(names)),
+            ]
+        )
     head = ["checkpoint", "step", "saved", "size", "layout", "state", ""]
     return section("Checkpoints", table(head, rows, numeric=(1, 3)), note=folder.path)
 
@@ -248,11 +250,15 @@ def _environment(attempt: AttemptFacts | None) -> Html:
         return Html("")
     found = attempt.environment
     shown = {
-        "host": found.text("host"), "platform": found.text("platform"), "CPUs": found.integer("cpus"),
+        "host": found.text("host"),
+        "platform": found.text("platform"),
+        "CPUs": found.integer("cpus"),
         "accelerators": ", ".join(found.texts("accelerators")) or "none",
-        "Python": (found.text("python") or "").partition(" ")[0], "torch": found.text("torch"),
-        "CUDA": found.text("cuda"), "code": attempt.code_id,
-    }  # fmt: skip
+        "Python": (found.text("python") or "").partition(" ")[0],
+        "torch": found.text("torch"),
+        "CUDA": found.text("cuda"),
+        "code": attempt.code_id,
+    }
     packages = table(["package", "version"], sorted(found.table("packages").values.items()))
     return section("Environment", facts(shown), folded("packages", packages))
 

@@ -30,8 +30,24 @@ from danling_conf.sweep.table import count_states, style_of, table_lines
 
 _LAYOUT = ("parallel.axes.", "fsdp.enabled", "stack")
 _ERRORS = 12
-_FACTS = ("sweep", "job", "key", "job_id", "config_id", "state", "step", "total_steps", "epoch", "score", "attempts",
-          "started", "ended", "seconds", "error", "run")  # fmt: skip
+_FACTS = (
+    "sweep",
+    "job",
+    "key",
+    "job_id",
+    "config_id",
+    "state",
+    "step",
+    "total_steps",
+    "epoch",
+    "score",
+    "attempts",
+    "started",
+    "ended",
+    "seconds",
+    "error",
+    "run",
+)
 
 
 @dataclass(kw_only=True)
@@ -106,11 +122,13 @@ def as_json(directory: str) -> str:
     seen = look(directory)
     sweeps = []
     for sweep in seen.sweeps:
-        asked = sweep.asked
+        request = sweep.request
         kept = {
-            "created": asked.text("created"), "command": asked.texts("command"), "cluster": asked.text("cluster"),
-            "launcher": _sayable(dict(asked.table("launcher").values)),
-        }  # fmt: skip
+            "created": request.text("created"),
+            "command": request.texts("command"),
+            "cluster": request.text("cluster"),
+            "launcher": _sayable(dict(request.table("launcher").values)),
+        }
         sweeps.append({"path": str(sweep.path), **kept, "looked_after": is_monitored(sweep)})
     jobs = [
         {**facts_of(row), "overrides": list(row.overrides), "settings": _sayable(row.settings)} for row in seen.rows
@@ -130,11 +148,23 @@ def _sayable(settings: dict[str, Any]) -> dict[str, Any]:
 def facts_of(row: Row) -> dict[str, object]:
     """A row as plain values; times in seconds since 1970."""
     return {
-        "sweep": str(row.sweep) if row.sweep else None, "job": row.number, "key": row.key, "job_id": row.job_id,
-        "config_id": row.config_id, "state": row.state, "step": row.step, "total_steps": row.total_steps,
-        "epoch": row.epoch, "score": row.score, "attempts": row.attempts, "started": row.started, "ended": row.ended,
-        "seconds": row.seconds, "error": row.error, "run": str(row.run) if row.run else None,
-    }  # fmt: skip
+        "sweep": str(row.sweep) if row.sweep else None,
+        "job": row.number,
+        "key": row.key,
+        "job_id": row.job_id,
+        "config_id": row.config_id,
+        "state": row.state,
+        "step": row.step,
+        "total_steps": row.total_steps,
+        "epoch": row.epoch,
+        "score": row.score,
+        "attempts": row.attempts,
+        "started": row.started,
+        "ended": row.ended,
+        "seconds": row.seconds,
+        "error": row.error,
+        "run": str(row.run) if row.run else None,
+    }
 
 
 def row_of_run(run: Path) -> Row:
@@ -146,12 +176,18 @@ def row_of_run(run: Path) -> Row:
     state = standing_of(run)
     made = read_fields(run / RUN_FILE, "config_id", "settings")
     row = Row(
-        job_id=frozen.text("job_id"), config_id=made.text("config_id"), config=config,
-        state=state.status, error=state.error, overrides=frozen.table("attempt").texts("command")[1:], run=run,
-        score=state.score, epochs=settings.integer("epochs"),
+        job_id=frozen.text("job_id"),
+        config_id=made.text("config_id"),
+        config=config,
+        state=state.status,
+        error=state.error,
+        overrides=frozen.table("attempt").texts("command")[1:],
+        run=run,
+        score=state.score,
+        epochs=settings.integer("epochs"),
         attempts=sum((folder / FROZEN).exists() for folder in attempts),
         smaller_is_better=smaller_is_better(config, run, state.score),
-    )  # fmt: skip
+    )
     row.step, row.total_steps, row.epoch = progress(run)
     row.total_steps = row.total_steps or settings.integer("steps")
     running = state.status is Status.RUNNING

@@ -100,7 +100,7 @@ def file_of(sweep: SweepDirectory, record: Record, *, to_start: bool = False) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class SweepRequest:
     """What a sweep was started with."""
 
     cluster: str
@@ -113,9 +113,9 @@ class Asked:
         return self.cluster == "slurm"
 
 
-def asked_of(sweep: SweepDirectory) -> Asked:
+def request_of(sweep: SweepDirectory) -> SweepRequest:
     """What a sweep was started with. Raises ConfigRefused where nothing says it."""
-    cluster, launcher = sweep.asked.text("cluster"), sweep.asked.table("launcher")
+    cluster, launcher = sweep.request.text("cluster"), sweep.request.table("launcher")
     try:
         if cluster not in ("slurm", "local"):
             raise ValueError(f"cluster is {cluster!r}")
@@ -123,14 +123,16 @@ def asked_of(sweep: SweepDirectory) -> Asked:
     except ValueError as error:
         rule = f"its {SWEEP_FILE} is missing or broken, so that nothing says where its jobs run: {error}"
         raise ConfigRefused([Violation("DIR", str(sweep.path), rule, "start the sweep anew")]) from error
-    return Asked(cluster=cluster, launcher={**launcher.values, "parallel_jobs": launcher.integer("parallel_jobs")})
+    return SweepRequest(
+        cluster=cluster, launcher={**launcher.values, "parallel_jobs": launcher.integer("parallel_jobs")}
+    )
 
 
-def reachable_or_refuse(sweep: SweepDirectory, asked: Asked) -> None:
+def reachable_or_refuse(sweep: SweepDirectory, request: SweepRequest) -> None:
     """Raises ConfigRefused where this user, or this machine, can do nothing for a sweep's jobs."""
     if not os.access(sweep.path, os.W_OK) or not os.access(sweep.path / LEDGER, os.W_OK):
         rule, fix = f"its ledger, {LEDGER}, cannot be written by this user", "ask whoever started the sweep"
-    elif asked.on_slurm and shutil.which("squeue") is None:
+    elif request.on_slurm and shutil.which("squeue") is None:
         rule, fix = "its jobs are Slurm's, whose commands are not installed here", "go to a machine of the cluster"
     else:
         return

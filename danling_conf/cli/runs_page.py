@@ -91,8 +91,11 @@ def _table(seen: Seen) -> Html:
         ]
         for row in seen.rows
     ]
-    return section("Jobs" if seen.sweeps else "Runs", table([*head, *(["sweep"] if several else [])], rows,
-                   numeric=right), *(Html(f'<p class="note">{text(note)}</p>') for note in seen.notes))  # fmt: skip
+    return section(
+        "Jobs" if seen.sweeps else "Runs",
+        table([*head, *(["sweep"] if several else [])], rows, numeric=right),
+        *(Html(f'<p class="note">{text(note)}</p>') for note in seen.notes),
+    )
 
 
 def _curves(seen: Seen, histories: dict[str, list[dict[str, Any]]]) -> Html:
@@ -128,8 +131,9 @@ def _against(name: str, scored: Sequence[Row]) -> Html:
     if len(numbers) == len(values):
         log = min(numbers) > 0 and max(numbers) / min(numbers) >= _DECADES
         points = [Point(x, _score(row), _label(row)) for x, row in zip(numbers, scored, strict=True)]
-        return scatter(points, title=f"score over {name}", x_label=name + (" (log)" if log else ""), y_label="score",
-                       log_x=log)  # fmt: skip
+        return scatter(
+            points, title=f"score over {name}", x_label=name + (" (log)" if log else ""), y_label="score", log_x=log
+        )
     names = list(dict.fromkeys(value_of(value) or "(none)" for value in _in_order(values)))
     places = {each: place for place, each in enumerate(names)}
     points = [
@@ -161,7 +165,7 @@ def _in_order(values: Sequence[Any]) -> list[Any]:
 def _asked(seen: Seen) -> Html:
     commands = []
     for sweep in seen.sweeps:
-        command = sweep.asked.texts("command")
+        command = sweep.request.texts("command")
         if command:
             commands.append(code(f"{sweep.path.name}: {' '.join(command)}"))
     return section("Asked for", folded("the command", *commands)) if commands else Html("")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from danling_conf.cli.runs import look
-from danling_conf.cli.runs_found import asked_of, file_of, find, reachable_or_refuse
+from danling_conf.cli.runs_found import file_of, find, reachable_or_refuse, request_of
 from danling_conf.records.status import EXIT_FAILED, EXIT_INTERRUPTED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.sweep.backend import Backend
@@ -33,13 +33,13 @@ def _supervise(sweep: SweepDirectory) -> int:
     records = sweep.ledger.records()
     if not records:
         raise ConfigRefused([Violation("DIR", str(sweep.path), "its ledger holds no job", "start the sweep anew")])
-    asked = asked_of(sweep)
+    request = request_of(sweep)
     files = {key: file_of(sweep, record) for key, record in records.items()}
-    launcher = dict(asked.launcher)
-    reachable_or_refuse(sweep, asked)
+    launcher = dict(request.launcher)
+    reachable_or_refuse(sweep, request)
     backend: Backend
-    if asked.on_slurm:
-        backend = backend_for(asked.cluster, launcher, sweep.path)
+    if request.on_slurm:
+        backend = backend_for(request.cluster, launcher, sweep.path)
     else:
         # Jobs on this machine are started by the command that asked for them, or by `resume`.
         backend, launcher["on_failure"] = LeftLocalJobs(sweep.path), "continue"

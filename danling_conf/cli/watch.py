@@ -25,9 +25,13 @@ _WIDE = 240
 _ENDS_SECONDS = 10.0
 """Between two times at which Slurm is asked which jobs have ended: a live view must not be a load."""
 _COLOURS: dict[str, str] = {
-    Status.RUNNING: "green", Status.QUEUED: "yellow", Status.PLANNED: "yellow", Status.EMPTY: "yellow",
-    Status.COMPLETED: "blue", Status.INTERRUPTED: "yellow",
-}  # fmt: skip
+    Status.RUNNING: "green",
+    Status.QUEUED: "yellow",
+    Status.PLANNED: "yellow",
+    Status.EMPTY: "yellow",
+    Status.COMPLETED: "blue",
+    Status.INTERRUPTED: "yellow",
+}
 """All others are red."""
 
 
@@ -123,9 +127,18 @@ def _row(each: RankSeen, seen: RunSeen) -> list[str]:
     verdict = f"stuck: {each.stuck}" if each.stuck else "slowest" if each.rank == seen.slowest else ""
     waits = "" if each.waiting_share is None else f"{100 * each.waiting_share:.0f} %"
     return [
-        str(each.rank), each.host, str(each.pid), each.state, duration(each.state_seconds), str(each.step), last, waits,
-        readable_size(each.memory_bytes), f"{duration(each.written_seconds_ago)} ago", verdict,
-    ]  # fmt: skip
+        str(each.rank),
+        each.host,
+        str(each.pid),
+        each.state,
+        duration(each.state_seconds),
+        str(each.step),
+        last,
+        waits,
+        readable_size(each.memory_bytes),
+        f"{duration(each.written_seconds_ago)} ago",
+        verdict,
+    ]
 
 
 def _verdict(seen: RunSeen) -> Text:

@@ -12,8 +12,15 @@ from danling_conf.records.run_directory import attempt_order, newest_attempt
 from danling_conf.schema.files import FROZEN
 
 STATES = (
-    "starting", "compiling", "training", "evaluating", "saving", "reporting", "waiting in a collective", "stopping",
-)  # fmt: skip
+    "starting",
+    "compiling",
+    "training",
+    "evaluating",
+    "saving",
+    "reporting",
+    "waiting in a collective",
+    "stopping",
+)
 """What a rank can be doing."""
 
 
@@ -67,11 +74,20 @@ def _is_text(value: Any) -> bool:
 
 
 _FACTS: dict[str, Callable[[Any], bool]] = {
-    "attempt": _is_text, "rank": _is_count, "world_size": lambda value: _is_count(value) and value < 1 << 24,
-    "host": _is_text, "pid": _is_count, "step": _is_count, "epoch": _is_count, "state": _is_text,
-    "state_since": is_moment, "written": is_moment, "interval": is_number, "memory_bytes": is_number,
+    "attempt": _is_text,
+    "rank": _is_count,
+    "world_size": lambda value: _is_count(value) and value < 1 << 24,
+    "host": _is_text,
+    "pid": _is_count,
+    "step": _is_count,
+    "epoch": _is_count,
+    "state": _is_text,
+    "state_since": is_moment,
+    "written": is_moment,
+    "interval": is_number,
+    "memory_bytes": is_number,
     "total_steps": lambda value: value is None or _is_count(value),
     "last_step_time": lambda value: value is None or is_moment(value),
     "waiting_share": lambda value: value is None or is_number(value),
-}  # fmt: skip
+}
 """What every heartbeat says, and how each is checked: readers compute with all of it."""

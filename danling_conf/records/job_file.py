@@ -86,8 +86,11 @@ class JobFile:
             raise Damaged(path, f"the job cannot be read: {damage.reason}") from damage
         wrong = [name for name, kinds in _CONTENT.items() if name in content and not isinstance(content[name], kinds)]
         wrong += [] if "config" in content else ["config"]
-        texts = {"overrides": content.get("overrides", ()), "program.words": _inside(content, "program", "words"),
-                 "binding.notes": _inside(content, "binding", "notes")}  # fmt: skip
+        texts = {
+            "overrides": content.get("overrides", ()),
+            "program.words": _inside(content, "program", "words"),
+            "binding.notes": _inside(content, "binding", "notes"),
+        }
         wrong += [name for name, found in texts.items() if not all(isinstance(text, str) for text in found)]
         if wrong:
             raise Damaged(path, f"the job cannot be read: {', '.join(wrong)} missing or of another type")
@@ -140,9 +143,19 @@ class JobFile:
 
 
 _CONTENT: dict[str, type | tuple[type, ...]] = {
-    "key": str, "job": int, "overrides": list, "program": dict, "binding": dict, "world_size": int, "launcher": dict,
-    "shape": (dict, type(None)), "job_id": str, "class": list, "config": dict, "hydra": (dict, type(None)),
-}  # fmt: skip
+    "key": str,
+    "job": int,
+    "overrides": list,
+    "program": dict,
+    "binding": dict,
+    "world_size": int,
+    "launcher": dict,
+    "shape": (dict, type(None)),
+    "job_id": str,
+    "class": list,
+    "config": dict,
+    "hydra": (dict, type(None)),
+}
 """What a job file holds, and the types."""
 
 
@@ -164,10 +177,14 @@ def first_error(folder: Path, since: float = 0.0) -> dict[str, Any] | None:
     """
     found = [read_fields(path) for path in sorted(folder.glob("error-*.json"))]
     errors: list[dict[str, Any]] = [
-        {"rank": item.integer("rank"), "raised_at": item.number("raised_at"), "message": item.text("message"),
-         "traceback": item.text("traceback") or ""}
+        {
+            "rank": item.integer("rank"),
+            "raised_at": item.number("raised_at"),
+            "message": item.text("message"),
+            "traceback": item.text("traceback") or "",
+        }
         for item in found
-    ]  # fmt: skip
+    ]
     complete = [item for item in errors if item["rank"] is not None and item["message"] is not None]
     recent = [item for item in complete if is_moment(item["raised_at"]) and item["raised_at"] >= since]
     return min(recent, key=lambda item: (is_consequence(item["message"]), item["raised_at"]), default=None)

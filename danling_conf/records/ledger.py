@@ -234,14 +234,28 @@ def _is_count(value: Any) -> bool:
 
 
 _FACTS: dict[str, Callable[[Any], bool]] = {
-    "key": _is_name, "time": is_moment, "job": _is_count, "job_id": _is_text, "config_id": _is_text,
-    "overrides": lambda value: isinstance(value, list) and all(map(_is_text, value)), "run": _is_text,
+    "key": _is_name,
+    "time": is_moment,
+    "job": _is_count,
+    "job_id": _is_text,
+    "config_id": _is_text,
+    "overrides": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "run": _is_text,
     "status": lambda value: written_status(value) is not None,
     "error": lambda value: value is None or isinstance(value, str),
     "score": lambda value: value is None or is_number(value),
-    "attempt": _is_name, "host": _is_text, "pid": _is_count, "rank": _is_count, "told": _is_text, "slurm": _is_text,
-    "start": _is_count, "why": _is_text, "printed": _is_count, "nodes": lambda value: value is None or _is_text(value),
-    "steps": lambda value: value is None or _is_count(value), "layout": _is_text,
+    "attempt": _is_name,
+    "host": _is_text,
+    "pid": _is_count,
+    "rank": _is_count,
+    "told": _is_text,
+    "slurm": _is_text,
+    "start": _is_count,
+    "why": _is_text,
+    "printed": _is_count,
+    "nodes": lambda value: value is None or _is_text(value),
+    "steps": lambda value: value is None or _is_count(value),
+    "layout": _is_text,
     "epochs": lambda value: value is None or _is_count(value),
-}  # fmt: skip
+}
 """How the facts that readers use are checked."""

@@ -136,9 +136,13 @@ def start(
         if again and any((run / config.checkpoint.dir_name).glob("ckpt-*")):
             restore = run
         return Attempt(
-            run_directory=run, directory=_make_attempt(run), seed=read_run(run)["seed"], restore=restore,
-            command=tuple(command), notes=binding.notes,
-        ), lock  # fmt: skip
+            run_directory=run,
+            directory=_make_attempt(run),
+            seed=read_run(run)["seed"],
+            restore=restore,
+            command=tuple(command),
+            notes=binding.notes,
+        ), lock
 
 
 @contextmanager
@@ -197,8 +201,13 @@ def is_latest(checkpoint: Path) -> bool:
 
 
 _FACTS: dict[str, type | tuple[type, ...]] = {
-    "run_id": str, "config_id": str, "seed": int, "parent": (str, type(None)), "created": str, "settings": dict,
-}  # fmt: skip
+    "run_id": str,
+    "config_id": str,
+    "seed": int,
+    "parent": (str, type(None)),
+    "created": str,
+    "settings": dict,
+}
 """What a run's file says, and the types."""
 
 

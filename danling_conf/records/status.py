@@ -85,8 +85,13 @@ class Status(str, Enum):
 
 
 _OPEN = (
-    Status.PLANNED, Status.QUEUED, Status.RUNNING, Status.EMPTY, Status.NOT_STARTED, Status.UNKNOWN,
-)  # fmt: skip
+    Status.PLANNED,
+    Status.QUEUED,
+    Status.RUNNING,
+    Status.EMPTY,
+    Status.NOT_STARTED,
+    Status.UNKNOWN,
+)
 ENDED = tuple(status for status in Status if status not in _OPEN)
 """The words for an end."""
 WRITTEN = (*ENDED, Status.PLANNED, Status.QUEUED, Status.RUNNING)

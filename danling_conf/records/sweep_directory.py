@@ -38,7 +38,7 @@ class SweepDirectory:
         return Ledger(self.path)
 
     @property
-    def asked(self) -> Fields:
+    def request(self) -> Fields:
         """What was asked for: created, command, program, cluster, launcher; empty where it cannot be read."""
         return read_fields(self.path / SWEEP_FILE, "cluster", "launcher")
 
@@ -49,7 +49,7 @@ class SweepDirectory:
     def job(self, key: str) -> JobFile:
         return JobFile.read(self.path / "jobs" / key / JOB_FILE)
 
-    def ask(
+    def write_request(
         self, *, command: Sequence[str], program: Program, code: CodeIdentity, cluster: str, launcher: Mapping[str, Any]
     ) -> None:
         """Write down what is asked for; once, also where a sweeper asks for more and more jobs."""
@@ -90,10 +90,16 @@ class SweepDirectory:
             shape = None if shapes is None else shapes[job.number]
             files[key] = JobFile.write(self.path, key, job, binding, program, shape)
             facts = {
-                "job": job.number, "job_id": job.job_id, "config_id": job.config_id, "status": Status.PLANNED,
-                "overrides": list(job.overrides), "run": str(binding.run_directory),
-                "layout": layout_name(job.layout), "steps": job.config.steps, "epochs": job.config.epochs,
-            }  # fmt: skip
+                "job": job.number,
+                "job_id": job.job_id,
+                "config_id": job.config_id,
+                "status": Status.PLANNED,
+                "overrides": list(job.overrides),
+                "run": str(binding.run_directory),
+                "layout": layout_name(job.layout),
+                "steps": job.config.steps,
+                "epochs": job.config.epochs,
+            }
             lines.append((key, facts))
         ledger.add_all(lines)
         return files

@@ -19,7 +19,7 @@ from danling_conf.records.run_lock import is_held
 from danling_conf.schema.files import SWEEP_LOCK
 
 
-class FollowingLock:
+class SweepLock:
     """The lock of a sweep, not held at first.
 
     Args:
@@ -92,7 +92,7 @@ class FollowingLock:
         """The process that has it, as far as the file says."""
         return read_text(self._path).strip() or "another process"
 
-    def __enter__(self) -> FollowingLock:
+    def __enter__(self) -> SweepLock:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -19,7 +19,7 @@ from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.state import GONE, RunState, covers, state_of
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.backend import Backend, Ending
 from danling_conf.sweep.orphans import NOT_STARTED, LeftLocalJobs, is_here, process_of, running_here
 
@@ -29,7 +29,7 @@ _SAVING_SECONDS = 60.0
 
 def is_monitored(sweep: SweepDirectory) -> bool:
     """Whether a process monitors the sweep."""
-    return not FollowingLock(sweep.path).is_free()
+    return not SweepLock(sweep.path).is_free()
 
 
 def is_own(sweep: SweepDirectory) -> bool:
@@ -39,7 +39,7 @@ def is_own(sweep: SweepDirectory) -> bool:
 
 def cluster_of(sweep: SweepDirectory) -> str:
     """Where a sweep's jobs run: `slurm` or `local`."""
-    return sweep.asked.text("cluster") or "local"
+    return sweep.request.text("cluster") or "local"
 
 
 def standing_of(run: Path) -> RunState:
@@ -159,8 +159,11 @@ def _live_here(sweep: SweepDirectory) -> set[str]:
 
 
 def _on_other_hosts(unfinished: list[Record]) -> list[str]:
-    hosts = sorted({
-        str(record.facts["host"]) for record in unfinished
-        if record.status == Status.RUNNING and "host" in record.facts and not is_here(record)
-    })  # fmt: skip
+    hosts = sorted(
+        {
+            str(record.facts["host"])
+            for record in unfinished
+            if record.status == Status.RUNNING and "host" in record.facts and not is_here(record)
+        }
+    )
     return [f"on {', '.join(hosts)} jobs ran when last heard of: look from there"] if hosts else []

@@ -15,7 +15,7 @@ from danling_conf.records.job_file import JOB_VARIABLE, JobFile
 from danling_conf.records.ledger import Record
 from danling_conf.records.state import GONE
 from danling_conf.records.status import Status
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.schema.files import JOB_FILE, LEDGER
 from danling_conf.sweep.backend import Ending
 
@@ -76,7 +76,7 @@ class LeftLocalJobs:
 
     def __init__(self, sweep: Path) -> None:
         self._sweep = sweep
-        self._lock = FollowingLock(sweep)
+        self._lock = SweepLock(sweep)
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
         raise NotImplementedError("jobs are started by their sweep's own command, or by danling-conf resume")

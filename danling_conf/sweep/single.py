@@ -63,26 +63,43 @@ def _is_whole(frozen: Fields) -> bool:
 
 
 def _write(
-    sweep: SweepDirectory, run: Path, frozen: Mapping[str, Any], overrides: list[str], program: Program,
+    sweep: SweepDirectory,
+    run: Path,
+    frozen: Mapping[str, Any],
+    overrides: list[str],
+    program: Program,
     code: CodeIdentity,
-) -> None:  # fmt: skip
+) -> None:
     config, key = frozen["config"], str(frozen["job_id"])
     axes = config["parallel"]["axes"]
     layout = Layout(**{name: axes[name] for name in Layout().degrees()}, fsdp=bool(config["fsdp"]["enabled"]))
     saved = any((run / config["checkpoint"]["dir_name"]).glob("ckpt-*"))
     launcher = {"on_failure": "continue", "skip_refused": False, "parallel_jobs": None}
     content = {
-        "key": key, "job": 0, "overrides": overrides, "program": program.to_json(),
+        "key": key,
+        "job": 0,
+        "overrides": overrides,
+        "program": program.to_json(),
         "binding": {"run_directory": str(run), "restore": str(run) if saved else None, "notes": []},
-        "world_size": layout.world_size, "launcher": launcher, "shape": None,
+        "world_size": layout.world_size,
+        "launcher": launcher,
+        "shape": None,
         **{name: frozen[name] for name in ("job_id", "class", "config", "hydra")},
-    }  # fmt: skip
+    }
     job = JobFile(path=sweep.path / "jobs" / key / JOB_FILE, content=content)
     job.folder.mkdir(parents=True)
     job.path.write_text(json.dumps(content, indent=1) + "\n")
     command = ["danling-conf", "resume", str(run)]
-    sweep.ask(command=command, program=program, code=code, cluster="local", launcher=launcher)
+    sweep.write_request(command=command, program=program, code=code, cluster="local", launcher=launcher)
     sweep.ledger.add(
-        key, job=0, job_id=key, config_id=read_fields(run / RUN_FILE).text("config_id") or "", status=Status.PLANNED,
-        overrides=overrides, run=str(run), layout=layout_name(layout), steps=config["steps"], epochs=config["epochs"],
-    )  # fmt: skip
+        key,
+        job=0,
+        job_id=key,
+        config_id=read_fields(run / RUN_FILE).text("config_id") or "",
+        status=Status.PLANNED,
+        overrides=overrides,
+        run=str(run),
+        layout=layout_name(layout),
+        steps=config["steps"],
+        epochs=config["epochs"],
+    )

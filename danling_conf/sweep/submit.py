@@ -31,7 +31,7 @@ from danling_conf.records.job_file import Program
 from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.hydra_launcher import JobsLauncher, LaunchesJobs
 from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, own, shapes_of
 from danling_conf.sweep.preflight_tables import SweepRefused, fault_table, shape_table
@@ -149,9 +149,11 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     code = code_identity(sweep.app.script.parent)
     program = Program(argv=tuple(argv), directory=Path.cwd(), code_id=code.code_id)
     files = directory.plan(jobs, program, shapes)
-    directory.ask(command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
+    directory.write_request(
+        command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher
+    )
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
-    with FollowingLock(directory.path) as lock:
+    with SweepLock(directory.path) as lock:
         lock.acquire()  # before jobs are submitted: another command must not take their slow start for a loss
         with _refusing():
             backend = backend_for(cluster, launcher, directory.path)

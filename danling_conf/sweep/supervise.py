@@ -18,7 +18,7 @@ from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
 from danling_conf.records.stopped import STOPPING, Stopped
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.backend import Backend
 from danling_conf.sweep.live_table import view_of
 from danling_conf.sweep.local_backend import LocalJobs
@@ -41,7 +41,7 @@ def supervise(
     jobs: Mapping[str, JobFile],
     launcher: Mapping[str, Any],
     *,
-    lock: FollowingLock | None = None,
+    lock: SweepLock | None = None,
 ) -> list[Record]:
     """Monitor submitted jobs until all have ended, and show every change.
 
@@ -58,7 +58,7 @@ def supervise(
     """
     # The backend of local jobs whose starter is gone looks at the lock itself, and would find it taken by this process.
     only_watches = isinstance(backend, LeftLocalJobs)
-    with lock or FollowingLock(directory.path) as held, _stopped_by_signals(), view_of(directory, jobs) as view:
+    with lock or SweepLock(directory.path) as held, _stopped_by_signals(), view_of(directory, jobs) as view:
         monitor = Monitor(
             directory.ledger,
             backend,

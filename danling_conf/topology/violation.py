@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,21 @@ class ConfigRefused(ValueError):
         lines = [f"configuration refused: {count} fault{'s' if count > 1 else ''}"]
         lines += [f"  {item}".replace("\n", "\n  ") for item in self.violations]
         return "\n".join(lines)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Turn a builder's SettingError into a refusal, which is shown without a stack trace: the user changes the setting.
+
+    An error in the user's model, data or metrics keeps its trace.
+
+    Raises:
+        ConfigRefused: with the error's violation.
+    """
+    try:
+        yield
+    except SettingError as error:
+        raise ConfigRefused([error.violation]) from error
 
 
 def refuse(violations: Iterable[Violation]) -> None:

@@ -191,9 +191,13 @@ def _svg(body: Sequence[str], label: str, height: float, attributes: str, width:
 
 
 def _axes(
-    x: Scale, y: Scale, x_label: str, y_label: str,
-    x_format: Callable[[float], str], y_format: Callable[[float], str],
-) -> str:  # fmt: skip
+    x: Scale,
+    y: Scale,
+    x_label: str,
+    y_label: str,
+    x_format: Callable[[float], str],
+    y_format: Callable[[float], str],
+) -> str:
     bottom = _HEIGHT - _BOTTOM
     parts = []
     for tick in y.ticks(5):

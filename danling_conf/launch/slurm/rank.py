@@ -110,10 +110,14 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
     slurm, several = own_job(), ranks.world_size > 1
     try:
         config, attempt, lock = open_job(
-            job, app.script, fence=(slurm, start_number), slurm=slurm, start=start_number,
+            job,
+            app.script,
+            fence=(slurm, start_number),
+            slurm=slurm,
+            start=start_number,
             nodes=os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST"),
             printed=os.fstat(2).st_size,  # what srun prints of this start comes after it
-        )  # fmt: skip
+        )
     except ConfigRefused:
         if several:
             announce(meet(ranks), None, ranks.world_size)
@@ -125,9 +129,11 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
             announce(store, (attempt.directory / FROZEN).read_text(), ranks.world_size)
         current = Current(attempt=attempt, ranks=ranks, store=store, guard=lock.check, repeats_signals=True)
         outcome = run_frozen(
-            job.content["hydra"], job.content["config"],
-            lambda _: run_rank(app.function, config, current, app.script.stem), attempt.directory,
-        )  # fmt: skip
+            job.content["hydra"],
+            job.content["config"],
+            lambda _: run_rank(app.function, config, current, app.script.stem),
+            attempt.directory,
+        )
         if isinstance(outcome._return_value, Exception):
             raise outcome._return_value
         if store is not None:
@@ -165,11 +171,15 @@ def compare_with_first(job: JobFile, config: Any, ranks: RankEnvironment) -> Non
     node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     raise ConfigRefused(
         [
-            Violation(path, mine, f"rank {ranks.rank} on {node} reads this, and rank 0 has {theirs}",
-                      f"let all nodes see the same {job.path}")
+            Violation(
+                path,
+                mine,
+                f"rank {ranks.rank} on {node} reads this, and rank 0 has {theirs}",
+                f"let all nodes see the same {job.path}",
+            )
             for path, (mine, theirs) in changed.items()
         ]
-    )  # fmt: skip
+    )
 
 
 def _record_failure(job: JobFile, ranks: RankEnvironment, error: BaseException) -> None:
