@@ -281,4 +281,4 @@ def _next_steps(seen: Seen) -> list[str]:
     path = near(seen.sweeps[0].path if seen.sweeps else seen.path)
     if any(row.live for row in seen.rows) or (seen.sweeps and is_monitored(seen.sweeps[0])):
         return [f"live: danling-conf runs {path} --watch"]
-    return [f"to go on: danling-conf resume {path}"]
+    return [f"to resume: danling-conf resume {path}"]

@@ -91,7 +91,7 @@ def test_a_job_on_another_machine_is_refused(tmp_path: Path, capsys: Any) -> Non
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "1 job: 1 running" in out
-    assert "on elsewhere jobs ran when last heard of" in out
+    assert "jobs were last seen running on elsewhere" in out
 
 
 def test_slurm_is_asked_and_its_answer_written_down(

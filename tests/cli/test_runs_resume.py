@@ -61,7 +61,7 @@ def test_a_client_that_is_killed_loses_nothing(tmp_path: Path, capsys: Any) -> N
         out = capsys.readouterr().out
         assert "1 completed, 1 lost, 1 not started" in out
         assert "#1 lost: its process is gone" in out
-        assert "nobody starts the jobs that it has not started" in out
+        assert "the jobs that it has not started will not start" in out
         assert states(tmp_path) == ["completed", "lost", "queued"]  # written down, too
     assert main(["resume", str(tmp_path)]) == 0
     assert states(tmp_path) == ["completed"] * 3

@@ -111,8 +111,8 @@ def test_an_interrupted_sweep_starts_no_further_job(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert "stopped by SIGINT; the jobs are asked to save and exit" in err
-    assert "to go on: danling-conf resume " in err
+    assert "stopped by SIGINT; waiting for the jobs to save and exit" in err
+    assert "to resume: danling-conf resume " in err
     assert "Traceback" not in out + err
     assert _statuses(tmp_path)[0] == "completed"
     assert set(_statuses(tmp_path)[1:]) <= {"interrupted", "cancelled"}
