@@ -1,4 +1,4 @@
-"""`danling-conf check`: an app's configuration, or all jobs of its sweep, composed and checked, nothing started."""
+"""`danling-conf check`: composes and checks an app's configuration, or all jobs of its sweep, and starts nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NUMBERS = ("--gpus-per-node", "--cpus-per-node")
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """A command line's overrides, and the options that stood among them."""
+    """The overrides of a command line, and the options among them."""
 
     overrides: list[str]
     multirun: bool
@@ -35,12 +35,12 @@ class _Request:
 
 
 def check_app(script: str, argv: list[str]) -> list[str]:
-    """Lines that say what would run.
+    """Check an app. Returns lines that describe what would run.
 
     Args:
         argv: overrides, and anywhere among them `-m`, `--gpus-per-node N` and `--cpus-per-node N`.
 
-    Raises ConfigRefused with all violations, of a sweep those of all its jobs.
+    Raises ConfigRefused with all violations; for a sweep, with those of all its jobs.
     """
     request = _parse(argv)
     look = _check_sweep if request.multirun else _check
@@ -51,7 +51,7 @@ def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[st
     with composer(search) as composing:
         master = compose_or_refuse(composing, overrides)
         capacity = request.capacity or _nodes_of
-        # Hydra's own overrides are the master's; the rest is the only job's.
+        # Hydra's own overrides belong to the sweep's configuration, all others to its only job.
         given = [str(item) for item in master.hydra.overrides.task]
         job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
     config, layout = job.config, job.layout
@@ -86,7 +86,7 @@ def _check_sweep(request: _Request, app: App, search: ConfigSearch, overrides: l
 
 
 def _nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
-    """What Slurm says of the partition; where no Slurm answers, what the launcher's settings say of its nodes."""
+    """Capacity of the partition from Slurm; without Slurm, from the launcher's settings of its nodes."""
     try:
         return capacity_of(launcher.partition)
     except ConfigRefused as refusal:

@@ -1,4 +1,4 @@
-"""`danling-conf resume DIR`: what a sweep or a run still lacks, in the same runs, from their newest checkpoints."""
+"""`danling-conf resume DIR`: starts the unfinished jobs of a sweep, or a run, from their newest checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 
 def resume(directory: str) -> int:
-    """Start what is missing or has failed, and follow it; returns the exit code: 1 where a job did not complete.
+    """Start jobs that have not completed, and monitor them. Returns the exit code: 1 where a job did not complete.
 
     Raises ConfigRefused where nothing can be resumed.
     """
@@ -64,7 +64,8 @@ def _resume(sweep: SweepDirectory, only: str | None) -> int:
             print(f"{_completed(records.values())}; {len(again)} to start: {sweep.path}", flush=True)
             if again:
                 backend.submit([files[record.key] for record in again])
-            if not request.on_slurm:  # a process can wait for its own children only
+            # A process can wait only for its own children, and local jobs end with their command.
+            if not request.on_slurm:
                 files = {key: file for key, file in files.items() if key not in live}
             if request.launcher.get("detach"):
                 return 0

@@ -150,7 +150,7 @@ def test_a_job_is_named_in_three_ways(swept: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["7"], "give a number, key or run id: 0 ("), (["0", "--rank", "3"], "choose a rank of 0"),
+    (["7"], "use a number, key or run id: 0 ("), (["0", "--rank", "3"], "choose a rank of 0"),
     (["0", "--attempt", "x"], "choose one of 20"), ([], "the sweep has 2 jobs"),
 ])  # fmt: skip
 def test_what_is_not_there(swept: Path, capsys: Any, words: list[str], expected: str) -> None:
