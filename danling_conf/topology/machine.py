@@ -63,6 +63,7 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
 
 
 def _can_compile(environment: Mapping[str, str]) -> bool:
+    # inductor's generated C++ includes Python.h, which many distributions ship in a package of its own.
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compilers = (environment.get("CXX") or "g++", "clang++", "c++")
     return headers.is_file() and any(shutil.which(name) for name in compilers)
@@ -71,6 +72,7 @@ def _can_compile(environment: Mapping[str, str]) -> bool:
 @cache
 def count_devices(visible: str | None) -> int:
     """NVIDIA devices that this process may use, by CUDA_VISIBLE_DEVICES and nvidia-smi; 0 without them."""
+    # CUDA_VISIBLE_DEVICES="" hides all devices: then do not even start nvidia-smi.
     if visible is not None and not _named_devices(visible, sys.maxsize):
         return 0
     # Not torch.cuda.device_count(): importing torch would take longer than the whole check.

@@ -64,6 +64,7 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
             rank=_number(environment, "SLURM_PROCID"),
             world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(environment, "SLURM_LOCALID"),
+            # Not SLURM_NTASKS_PER_NODE, which is what was requested: nodes of a step may have different counts.
             local_world_size=_tasks_of_node(environment),
         )
     elif environment.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in environment:
@@ -78,7 +79,7 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
         return None
     if not (0 <= found.rank < found.world_size and 0 <= found.local_rank < found.local_world_size <= found.world_size):
         raise _contradiction(
-            f"{found.launcher} describes a process that cannot be: rank {found.rank} of {found.world_size}, "
+            f"{found.launcher} describes an impossible process: rank {found.rank} of {found.world_size}, "
             f"local rank {found.local_rank} of {found.local_world_size}"
         )
     return found
@@ -91,7 +92,7 @@ def _tasks_of_node(environment: Mapping[str, str]) -> int:
     for item in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
         if found is None:
-            raise _contradiction(f"SLURM_STEP_TASKS_PER_NODE={text} is no list of numbers of tasks")
+            raise _contradiction(f"SLURM_STEP_TASKS_PER_NODE={text} is not a list of numbers of tasks")
         counts += [int(found[1])] * int(found[2] or 1)
     node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
     if node >= len(counts):

@@ -33,11 +33,13 @@ def _master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> d
         return {}
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     if ranks.local_world_size == ranks.world_size:
+        # All ranks are on one node. Its own name may not resolve there, and may lead through a firewall.
         address = "127.0.0.1"
     elif shutil.which("scontrol"):
         address = _address_of(_scontrol("show", "hostnames", nodes).split()[0])
     else:
         raise RuntimeError(f"MASTER_ADDR is not set, and scontrol, which finds the first of {nodes}, is not installed")
+    # The restart count is part of it: ranks of a lost node may still listen on the port of the earlier start.
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return {"MASTER_ADDR": address, "MASTER_PORT": _port(".".join(environment.get(name, "0") for name in names))}
 
@@ -45,6 +47,7 @@ def _master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> d
 def _port(job: str) -> str:
     """A port derived from the job, the same on all ranks, and below the range of ephemeral ports: there, any outgoing
     connection could have taken it."""
+    # Not `hash()`, which Python seeds differently in each process.
     return str(15000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 17000)
 
 
