@@ -41,8 +41,8 @@ Faults of a setting raise `SettingError`, several at once `ConfigRefused`; both 
 
 from __future__ import annotations
 
-from danling_conf.components.dataloader import go_on as resume_dataloader
 from danling_conf.components.dataloader import make as make_dataloader
+from danling_conf.components.dataloader import resume as resume_dataloader
 from danling_conf.components.dataloader import set_epoch, stop_workers
 from danling_conf.components.gradients import accumulate, clip
 from danling_conf.components.instantiate import model_factory
@@ -50,10 +50,10 @@ from danling_conf.components.optimizer import make as make_optimizer
 from danling_conf.components.precision import autocast
 from danling_conf.components.precision import scaler as make_scaler
 from danling_conf.components.profiler import make as make_profiler
-from danling_conf.components.scheduler import go_on as resume_scheduler
 from danling_conf.components.scheduler import interval_of as scheduler_interval
 from danling_conf.components.scheduler import is_metric_driven
 from danling_conf.components.scheduler import make as make_scheduler
+from danling_conf.components.scheduler import resume as resume_scheduler
 from danling_conf.parallel.activation_checkpointing import apply as recompute
 from danling_conf.parallel.compile import apply as compile_model
 from danling_conf.parallel.ddp import replicate

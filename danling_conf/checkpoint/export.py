@@ -1,4 +1,7 @@
-"""Export of the final model alone: safetensors, in the format of transformers where the model is one of its own."""
+"""Export of the model alone as safetensors; models of transformers are written in their own format.
+
+Other programs read exports, so they hold no optimizer and need no danling-conf.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from danling_conf.checkpoint.state import MODEL
 from danling_conf.components.precision import dtype
 
 _FILE_BYTES = 5_000_000_000
-"""Largest file of an export: what the main rank holds of the model at once."""
+"""Largest file of an export. It bounds the part of the model that the main rank holds at once."""
 
 
 def write(
     staging: Path, parts: Sequence[nn.Module], tensors: Iterator[tuple[str, Tensor]], facts: Manifest, cast: str | None
 ) -> None:
-    """Write an export into an empty folder, durable when this returns. On the main rank.
+    """Write an export into an empty folder, on the main rank. It is durable when this returns.
 
     Args:
-        tensors: the whole model, name by name; see `gather.gather`.
-        cast: dtype for tensors of floating point; None leaves them as trained.
+        tensors: names and tensors of the whole model, from `gather.gather`.
+        cast: dtype for floating-point tensors; None leaves them as trained.
 
     Raises OSError.
     """
@@ -69,12 +72,12 @@ def write_model(
 
 
 def _by_transformers(staging: Path, model: Any, state: dict[str, Tensor]) -> None:
-    """By its own writer, which handles tied weights, names that differ on the disk, and its configuration."""
+    """Write with transformers, which knows about tied weights, names that differ on disk, and its configuration."""
     held = {item.dtype for item in state.values() if item.is_floating_point()}
     model.save_pretrained(staging, state_dict=state, is_main_process=True)
     config = staging / "config.json"
     content = json.loads(config.read_text())
-    # It records the dtype of the live model, but loading goes by this entry: it must be the dtype that was written.
+    # transformers records the dtype of the live model, but loads in the recorded dtype: record what was written.
     if len(held) == 1:
         name = str(held.pop()).removeprefix("torch.")
         content |= {key: name for key in ("dtype", "torch_dtype") if key in content}
@@ -82,7 +85,7 @@ def _by_transformers(staging: Path, model: Any, state: dict[str, Tensor]) -> Non
 
 
 def _plainly(staging: Path, named: Iterator[tuple[str, Tensor]]) -> None:
-    """Files of at most `_FILE_BYTES`, called and indexed as transformers and others do it."""
+    """Write files of at most `_FILE_BYTES`, named and indexed like those of transformers."""
     from safetensors.torch import save_file
 
     places: dict[str, int] = {}
@@ -129,6 +132,6 @@ def is_of_transformers(model: nn.Module) -> bool:
 
 
 def drain(tensors: Iterator[Any]) -> None:
-    """Take part in gathering on a rank that keeps nothing."""
+    """Take part in the gather on a rank that keeps nothing: its collectives need every rank."""
     for _ in tensors:
         pass

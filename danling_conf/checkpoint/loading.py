@@ -1,4 +1,7 @@
-"""Loader of checkpoints: found, verified by all ranks together, compared with the model, read, each rank its part."""
+"""Loader of checkpoints: finds one, verifies it on all ranks together, compares it with the model, and reads it.
+
+Each rank reads only its own part. Every fault is raised on all ranks, before anything has been loaded.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ Found = TypeVar("Found")
 
 
 class NothingSaved(ValueError):
-    """There is no checkpoint at all, not even a broken one."""
+    """There is no checkpoint, not even a broken one."""
 
 
 class LayoutDiffers(ValueError):
@@ -52,7 +55,7 @@ class LayoutDiffers(ValueError):
 
 
 class OptimizerDiffers(ValueError):
-    """A checkpoint was made with another class of optimizer."""
+    """A checkpoint was written with another class of optimizer."""
 
     def __init__(self, path: Path, saved: str, current: str) -> None:
         self.path, self.saved, self.current = path, saved, current
@@ -75,19 +78,19 @@ class ModelDiffers(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What was read from a checkpoint, beside what went into model and optimizer."""
+    """Everything that was read from a checkpoint, except for what was loaded into model and optimizer."""
 
     path: Path
     facts: Manifest
     shared: dict[str, Any]
-    """State that is the same on all ranks; a part that was excluded is missing."""
+    """State that is the same on all ranks, without excluded parts."""
     own: dict[str, Any]
-    """State of this rank, or of one that reads the same data; a part that was excluded is missing."""
+    """State of this rank, or of one that read the same data, without excluded parts."""
     notes: list[str] = field(default_factory=list)
 
 
 class Loader:
-    """Loads checkpoints into the model of this run. Everything is collective, and fails on all ranks alike."""
+    """Loads checkpoints into the model of this run. Everything is collective, and fails on all ranks or on none."""
 
     def __init__(
         self,
@@ -116,13 +119,13 @@ class Loader:
 
         Args:
             source: a checkpoint, or a run, which means its latest one.
-            choose: whether the newest whole checkpoint of the run is wanted, and a broken one passed over.
+            choose: whether to take the newest complete checkpoint of the run, and skip broken ones.
             extra: further tensors by name (`OWNER.KEY.NAME`), laid out as parameters are; loaded in place. Those of a
                 key that the checkpoint does not know are left as they are.
 
         Raises:
             NothingSaved: there is no checkpoint at `source`.
-            Broken: the checkpoint is broken, or where we choose, all are.
+            Broken: the checkpoint is broken; with `choose`, all of them are.
             LayoutDiffers: it was written under another layout, which is not allowed.
             OptimizerDiffers, ModelDiffers: it does not fit the optimizer or the model.
             SettingError: `checkpoint.exclude_from_loading` names what the checkpoint does not hold.
@@ -189,7 +192,7 @@ class Loader:
     def _small_parts(
         self, path: Path, facts: Manifest, optimizer: Optimizer
     ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-        """What is in files of its own: state that all ranks share, that of this rank, and notes."""
+        """The parts in small files: state that all ranks share, state of this rank, and notes."""
         self._check_origin(path, facts, optimizer)
         shared = load_plain(path / SHARED)
         if not (isinstance(shared, dict) and shared.keys() >= set(_SHARED_PARTS)):
@@ -213,7 +216,8 @@ class Loader:
             raise OptimizerDiffers(path, facts.optimizer, mine)
 
     def _without_excluded(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """Shared state without what is excluded from loading; of the optimizer's, `_load` leaves that out."""
+        """Shared state without the parts that are excluded from loading, except in `optimizer`: `_load` filters
+        that."""
         kept: dict[str, Any] = {}
         for key, value in shared.items():
             if key == "optimizer":
@@ -233,14 +237,14 @@ class Loader:
         return []
 
     def _rank_to_read(self, made_under: Layout) -> int:
-        """The rank whose own state this one continues: itself, or one that read the same share of the data."""
+        """The rank whose own state this rank continues: itself, or one that read the same share of the data."""
         if made_under == self.layout:
             return self.rank
         wanted = data_rank(self.layout, self.rank) % made_under.data_degree
         return next(rank for rank in range(made_under.world_size) if data_rank(made_under, rank) == wanted)
 
     def _verify(self, path: Path, facts: Manifest) -> None:
-        """Checksums of all files, each by one rank."""
+        """Verify the checksums of all files, each on one rank: every rank reading all would multiply the traffic."""
         mine = sorted(facts.files)[self.rank :: self.layout.world_size]
         self._on_all_ranks(lambda: manifest.verify(path, facts, mine))
 
@@ -291,7 +295,8 @@ class Loader:
         return any(name == key or name.startswith(f"{key}.") for key in self.excluded)
 
     def _on_main_rank(self, find_all: Callable[[], Found]) -> Found:
-        """What rank 0 finds, for all: a folder may change between two reads of it."""
+        """What rank 0 finds, on all ranks: if each looked itself, a save in between would give them different
+        answers."""
         if self.layout.world_size == 1:
             return find_all()
         outcome: list[Any] = [None, None]
@@ -312,7 +317,7 @@ class Loader:
 
 
 def on_all_ranks(do: Callable[[], Found], world_size: int, errors: tuple[type[Exception], ...]) -> Found:
-    """What `do` returns. It fails on all ranks where it fails on one: the others would wait for that one for ever."""
+    """What `do` returns. If it fails on one rank, it fails on all: the others would hang in their next collective."""
     result, fault = None, None
     try:
         result = do()
@@ -326,7 +331,7 @@ def on_all_ranks(do: Callable[[], Found], world_size: int, errors: tuple[type[Ex
 
 
 def gather_objects(item: Any, world_size: int) -> list[Any]:
-    """One object of every rank."""
+    """One object from every rank, in the order of ranks."""
     everywhere: list[Any] = [None] * world_size
     with waiting("the other ranks"):
         distributed.all_gather_object(everywhere, item)
@@ -349,7 +354,7 @@ def open_tensors(path: Path, facts: Manifest) -> Source:
 
 
 def without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
-    """Leave out what a checkpoint lacks and has under another name: tied weights, which others save once."""
+    """Drop tied weights that a checkpoint has under another name only: other libraries save them once."""
     held = {_identity(item) for name, item in tensors.items() if name in known}
     return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}
 
@@ -361,7 +366,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 def misfit(
     mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], everywhere: set[str]
 ) -> str | None:
-    """How a saved model differs from what this rank has, in names and shapes; None where it fits."""
+    """How a saved model differs from that of this rank, in names and shapes; None where it fits."""
     facts = {
         "it lacks": [_short(name) for name in mine if name not in theirs],
         "the model lacks": [_short(name) for name in theirs if name not in everywhere],

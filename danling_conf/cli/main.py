@@ -1,4 +1,4 @@
-"""The `danling-conf` command: its arguments, and which function does what they ask for."""
+"""Command line of `danling-conf`: its arguments, and the function for each subcommand."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 2 for what is refused; 1 where a checkpoint is broken, a job did not complete, or a run that is
-        watched is stuck or did not complete; else 0.
+        The exit code: 2 for a refusal; 1 where a checkpoint is broken, a job did not complete, or a watched run is
+        stuck or did not complete; else 0.
     """
     parsed = _parser().parse_args(arguments)
     try:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigRefused as refusal:
         print(refusal.report(), file=sys.stderr)
         return EXIT_REFUSED
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -44,7 +44,7 @@ def _print(lines: Sequence[str]) -> None:
     print("\n".join(lines))
 
 
-# Each command imports what it needs when it runs: `explain` must not wait for what `report` draws with.
+# Each command imports what it needs when it runs, so that `explain` does not pay for the imports of `report`.
 def _explain(parsed: argparse.Namespace) -> int:
     from danling_conf.cli.explain import explain
 

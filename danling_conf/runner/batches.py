@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from danling_conf.components import dataloader
-from danling_conf.runner.batch import to_device
+from danling_conf.components.batch import to_device
 from danling_conf.runner.data import same_number_on_all_ranks
 from danling_conf.topology.violation import ABSENT, SettingError
 

@@ -103,7 +103,7 @@ class Resumption:
         if found.exhausted:
             return found
         if found.loader is not None:
-            dataloader.go_on(loader, found.loader, data_degree=found.data_degree)
+            dataloader.resume(loader, found.loader, data_degree=found.data_degree)
         else:
             self.state.epoch_step = 0
         return found

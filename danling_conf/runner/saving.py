@@ -94,7 +94,7 @@ class RunSaver:
         outcome = f"saved at step {self.state.step}" if self.checkpoints.enabled else "nothing is saved"
         self.display.line(f"{stopped}; {outcome}")
         if self.checkpoints.enabled:
-            self.display.line(f"to go on: {resume_stopped_command(self.world.attempt, self.world.ranks)}")
+            self.display.line(f"to resume: {resume_stopped_command(self.world.attempt, self.world.ranks)}")
         raise stopped
 
     def close(self, stop_request: StopRequest) -> None:

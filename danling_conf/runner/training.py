@@ -34,7 +34,6 @@ from danling_conf.runner.loop import Loop, Report
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.preflight import preflight
-from danling_conf.runner.refusal import refused
 from danling_conf.runner.resuming import Resumption
 from danling_conf.runner.saving import RunSaver
 from danling_conf.runner.score import Score
@@ -43,6 +42,7 @@ from danling_conf.runner.signals import StopRequest
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World, join
 from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import refused
 
 Item = TypeVar("Item")
 _FINISHED = "has finished"

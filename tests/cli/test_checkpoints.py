@@ -132,7 +132,7 @@ def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], p
     code, _, text = listed(capsys, tmp_path / place)
     assert code == 2
     assert f"RUN={tmp_path / place}" in text
-    assert "fix: give a run's directory" in text
+    assert "fix: name a run's directory" in text
 
 
 def test_torch_is_not_needed(run: Path, tmp_path: Path) -> None:
