@@ -59,7 +59,7 @@ class Batches(Iterator[Any]):
         if state["loader"] is None:
             return
         dataloader.set_epoch(self.loader, self.epoch)
-        dataloader.go_on(self.loader, state["loader"], data_degree=data_degree)
+        dataloader.resume(self.loader, state["loader"], data_degree=data_degree)
         # Now, not at the first batch: making it may draw from the generators, which are restored after this.
         self._iterator = same_number_on_all_ranks(self.loader, iter(self.loader))
 

@@ -26,10 +26,9 @@ from danling_conf.config.identity import layout_name, plain
 from danling_conf.runner import process
 from danling_conf.runner.batches import Batches
 from danling_conf.runner.cadence import cadence_of
-from danling_conf.runner.refusal import refused
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation, refused
 
 _log = logging.getLogger(__name__)
 _FAILING_SECONDS = 60.0
