@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.components import gradients
 from danling_conf.parallel import inside_step
@@ -91,13 +90,16 @@ class Passes:
             if self.model.pipeline is not None:
                 return self._train_pipeline(batch, micro_batches)
             if micro_batches == 1:
-                return self._train_whole(batch, 1)
+                return self._train_whole(batch, 1, last=True)
             with gradients.accumulate(self.model.module, last=last):
-                return self._train_whole(batch, micro_batches)
+                return self._train_whole(batch, micro_batches, last=last)
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Divide the gradients by the count, where the loss returns one; call it after the last micro-batch of a step.
-        Collective."""
+        """Complete the gradients over the data ranks, and divide them by the count where the loss returns one; call it
+        after the last micro-batch of a step. Collective. Raises ConfigRefused where a parameter has no gradient, and
+        `parallel.unused_parameters` does not allow it."""
+        if self.model.gradients is not None:
+            self.model.gradients.finish()
         if self._weighted is None:
             self._weighted = self._agreed(self._counted is not None)
         if not self._weighted:
@@ -134,14 +136,14 @@ class Passes:
                 if use is not None:
                     use(output, part)
 
+        def evaluated(module: nn.Module) -> None:
+            with self.autocast():
+                take(self.forward(module, self.model.inputs(batch)), batch)
+
         with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
             if pipeline is None:
-                # DDP's forward would synchronise buffers, which evaluation does not change.
-                module = self.model.module
-                inner = module.module if isinstance(module, DistributedDataParallel) else module
-                with self.autocast():
-                    take(self.forward(inner, batch), batch)
+                self.model.run(evaluated, training=False)
             else:
                 count = passes(pipeline.section, batch_size(batch), largest)
                 pipeline.evaluate(batch, count, self.forward, take, self.autocast)
@@ -165,11 +167,22 @@ class Passes:
                 error.add_note(_NOTE)
             raise
 
-    def _train_whole(self, batch: Any, micro_batches: int) -> Measured:
-        with self.autocast():
-            measured = self._measured(self.forward(self.model.module, batch), batch)
+    def _train_whole(self, batch: Any, micro_batches: int, *, last: bool) -> Measured:
+        found: list[Measured] = []
+
+        def objective(module: nn.Module) -> Tensor:
+            with self.autocast():
+                found.append(self._measured(self.forward(module, self.model.inputs(batch)), batch))
+            return found[0].total
+
+        # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
+        total = self.model.run(objective, training=True)
+        assert total is not None
+        measured = Measured(total, found[0].weight)
+        if self.model.gradients is not None:
+            self.model.gradients.before_backward(total, last=last)
         self._scaled(measured, micro_batches).backward()
-        return Measured(measured.total.detach(), measured.weight)
+        return Measured(total.detach(), measured.weight)
 
     def _train_pipeline(self, batch: Any, micro_batches: int) -> Measured:
         pipeline = self.model.pipeline
