@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +22,8 @@ from torch import nn
 from torch.distributed import ProcessGroup, Store, distributed_c10d
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 
 # Trees of tensors, and the hook into the dispatcher; neither module is documented. Without them batches cannot be moved
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
+    "Replicated",
     "TorchDispatchMode",
     "all_gather",
     "all_to_all",
@@ -60,6 +63,7 @@ __all__ = [
     "replicate",
     "reset_data_parallel",
     "reset_fully_sharded",
+    "run_inside_fsdp",
     "scheduled_rates",
     "set_timeout",
     "shut_down_workers",
@@ -70,6 +74,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "truncated_normal",
+    "whole_parameters",
     "written_arguments",
 ]
 
@@ -232,6 +237,80 @@ def reset_fully_sharded(module: FSDPModule) -> None:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
+
+
+class Replicated(DistributedDataParallel):
+    """DDP that can run any function of the module inside of its forward: a model whose loss is computed by another
+    method than `forward` is synchronised all the same.
+
+    Without `_run_ddp_forward`, a user's own `forward=` fails under DDP.
+    """
+
+    def run_inside(self, function: Callable[[nn.Module], torch.Tensor | None]) -> torch.Tensor | None:
+        """The tensor that `function` makes of the module. Its gradients are reduced as those of `forward`'s output."""
+        # Not `self(...)`, which may be compiled, and would compile the function with all that it closes over.
+        return cast("torch.Tensor | None", self.forward(_Inside(function)))
+
+    def _run_ddp_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if len(inputs) != 1 or not isinstance(inputs[0], _Inside):
+            return super()._run_ddp_forward(*inputs, **kwargs)
+        with nullcontext() if self._use_python_reducer else self._inside_ddp_forward():
+            return inputs[0].function(self.module)
+
+
+class _Inside:
+    """A function on its way through DDP's handling of inputs, which leaves unknown objects alone."""
+
+    def __init__(self, function: Callable[[nn.Module], torch.Tensor | None]) -> None:
+        self.function = function
+
+
+def run_inside_fsdp(module: Any, function: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    """Run a function between what FSDP2 does before and after the forward of its outermost module: parameters are whole
+    inside, whichever method uses them.
+
+    This is what the public `register_fsdp_forward_method` does, except that a call of the module itself inside of the
+    function passes the hooks by. A second pass through them would end the first one's gradients too early: those of
+    parameters used before the call would be lost without an error.
+
+    Without `_pre_forward`, `_post_forward` or the handles of the hooks, every step under FSDP fails.
+    """
+    state = module._get_fsdp_state()
+    state._pre_forward(module, (), {})
+    with _without_hooks(module, state._pre_forward_hook_handle.id, state._post_forward_hook_handle.id):
+        result = function()
+    return cast("torch.Tensor | None", state._post_forward(module, (), result))
+
+
+def whole_parameters(model: nn.Module) -> dict[int, torch.Tensor]:
+    """For each parameter that FSDP2 shards, by its identity, the whole one that stood in for it in the last forward:
+    the leaf of the graph. Empty for a model without FSDP2.
+
+    Without `_fsdp_param_groups` or their `fsdp_params`, the first step under FSDP fails.
+    """
+    return {
+        id(item.sharded_param): item._unsharded_param
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        for item in group.fsdp_params
+        if hasattr(item, "_unsharded_param")  # a module that no forward has passed yet has none
+    }
+
+
+@contextmanager
+def _without_hooks(module: Any, before: int, after: int) -> Iterator[None]:
+    hooks = [(module._forward_pre_hooks, before), (module._forward_hooks, after)]
+    kept = [(registered, list(registered.items())) for registered, _ in hooks]
+    for registered, number in hooks:
+        registered.pop(number, None)
+    try:
+        yield
+    finally:
+        for registered, items in kept:  # in their old order
+            added = [item for item in registered.items() if item[0] not in dict(items)]
+            registered.clear()
+            registered.update([*items, *added])
 
 
 def enable_ring(balance: bool) -> None:

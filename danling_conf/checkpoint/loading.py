@@ -172,9 +172,12 @@ class Loader:
             self._verify(path, facts)
             shared, own, notes = self._on_all_ranks(lambda: self._small_parts(path, facts, optimizer))
             opened = self._on_all_ranks(lambda: open_tensors(path, facts))
-            targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
-            self._on_all_ranks(lambda: self._check_model(path, targets, opened.known))
             options = shared.pop("optimizer")
+            left_out = options.get("frozen", {})
+            self._check_frozen(path, left_out, parts)
+            saved = {name: item for name, item in state.model_tensors(parts).items() if name not in left_out}
+            targets = without_tied(self._kept(saved), opened.known)
+            self._on_all_ranks(lambda: self._check_model(path, targets, opened.known))
             self._on_all_ranks(lambda: self._check_excluded(opened.known))
             wanted = {name: item for name, item in opened.known.items() if not self._skips(name)}
             if not self._skips("optimizer"):
@@ -276,6 +279,21 @@ class Loader:
         difference = misfit(mine, theirs, everywhere)
         if difference is not None:
             raise ModelDiffers(path, difference)
+
+    def _check_frozen(self, path: Path, left_out: Mapping[str, int], parts: Sequence[nn.Module]) -> None:
+        """Refuse frozen weights that are not those which a checkpoint was made with, and leaves out."""
+        mine = {f"{MODEL}{name}": item for name, item in state.named_parameters(parts)}
+        found = state.digests({name: mine[name] for name in left_out if name in mine and not self._skips(name)})
+        differing = [_short(name) for name, digest in found.items() if digest != left_out[name]]
+
+        def check() -> None:
+            if differing:
+                rule = f"{path} leaves frozen weights out, and those of this run are others: "
+                rule += ", ".join(differing[:_SHOWN]) + _more(differing)
+                fix = "pass the model and the pretrained weights that it was made with, and the same seed"
+                raise SettingError("checkpoint.save_frozen", False, rule, fix)
+
+        self._on_all_ranks(check)
 
     def _check_excluded(self, known: Iterable[str]) -> None:
         names = [*known, *LOADED_PARTS]

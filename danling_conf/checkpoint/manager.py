@@ -134,6 +134,10 @@ class CheckpointManager:
         writer = self._writer_of_all()
         everything = state.model_tensors(parts) | state.optimizer_tensors(parts, optimizer) | dict(extra or {})
         options = state.options_of(parts, optimizer)
+        if not self.section.save_frozen:
+            left_out = state.frozen(parts)
+            options["frozen"] = state.digests(left_out)
+            everything = {name: item for name, item in everything.items() if name not in left_out}
         if self.layout.pipeline > 1:
             options = state.merged_options(gather_objects(options, self.layout.world_size))
         facts = self._facts(step, epoch, history, optimizer)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 
 from danling_conf.components.optimizer import cleaned
@@ -65,12 +65,38 @@ def options_of(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, An
 
 def merged_options(all_of: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The options of all ranks, merged. Ranks of one stage have equal ones."""
-    merged: dict[str, Any] = {"groups": [], "values": {}, "extra": {}}
+    merged: dict[str, Any] = {"groups": [], "values": {}, "extra": {}, "frozen": {}}
     for options in all_of:
         merged["groups"] += [group for group in options["groups"] if group not in merged["groups"]]
         merged["values"] |= options["values"]
         merged["extra"] |= options["extra"]
+        merged["frozen"] |= options.get("frozen", {})
     return merged
+
+
+def frozen(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The parameters that are not trained, by the names of `model_tensors`."""
+    return {f"{MODEL}{name}": item for name, item in named_parameters(parts) if not item.requires_grad}
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """A number of each tensor's bits that is the same however it is sharded, to tell whether two are equal. Collective
+    over the ranks that share one."""
+    return {name: _digest(item) for name, item in tensors.items()}
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _digest(tensor: Tensor) -> int:
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    local = torch.view_as_real(local) if local.is_complex() else local
+    # Whole numbers, which wrap around: unlike a sum of floats it does not depend on the order.
+    total = local.view(_BITS[local.element_size()]).sum(dtype=torch.int64).reshape(1)
+    if isinstance(tensor, DTensor):
+        placements = [Partial() if item.is_shard() else Replicate() for item in tensor.placements]
+        total = DTensor.from_local(total, tensor.device_mesh, placements).full_tensor()
+    return int(total.item())
 
 
 def named_parameters(parts: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter]]:

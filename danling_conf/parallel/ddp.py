@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf import _torch_private
 from danling_conf.parallel.blocks import repeated_blocks, shares_parameters
@@ -20,21 +19,28 @@ def is_plain(mesh: DeviceMesh | None) -> bool:
     return axes_of(mesh) in ((), ("replicate",))
 
 
-def replicate(model: nn.Module, mesh: DeviceMesh | None) -> nn.Module:
+def replicate(model: nn.Module, mesh: DeviceMesh | None, *, find_unused: bool = False) -> nn.Module:
     """`model`, on its device and with values, wrapped by `DistributedDataParallel` over the replicate axis of `mesh`;
     without a mesh, over all ranks of the default process group.
 
     Gradients are views of the buckets they are reduced in, which saves a copy of them in memory and in time. Rank 0's
-    weights and buffers go to the others.
+    weights and buffers go to the others. A model without a trainable parameter is returned as it is.
+
+    Args:
+        find_unused: whether some parameters may get no gradient, others in each step and on each rank.
     """
     if (mesh is None and not is_distributed()) or not is_plain(mesh):
         return model
-    device = next(model.parameters()).device
-    return DistributedDataParallel(
+    trainable = next((item for item in model.parameters() if item.requires_grad), None)
+    if trainable is None:  # torch refuses it; the optimizer's builder says what to do
+        return model
+    device = trainable.device
+    return _torch_private.Replicated(
         model,
         device_ids=None if device.type == "cpu" else [device.index],
         process_group=dist.group.WORLD if mesh is None else mesh["replicate"].get_group(),
         gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
     )
 
 

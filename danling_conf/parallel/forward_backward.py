@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.components import gradients
 from danling_conf.components.batch import CountSamples, count_samples, described, tensors
@@ -116,20 +115,25 @@ class Passes:
                     self.model.pipeline.microbatches(batch)  # what cannot be cut is refused before ranks depend on it
                 measured = self._train_pipeline(batch, micro_batches)
             elif micro_batches == 1:
-                measured = self._train_whole(batch, 1)
+                measured = self._train_whole(batch, 1, last=True)
             else:
                 with gradients.accumulate(self.model.module, last=last):
-                    measured = self._train_whole(batch, micro_batches)
+                    measured = self._train_whole(batch, micro_batches, last=last)
         self._proven = True
         return measured
 
     def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> None:
-        """Divide the gradients by the count, where the loss returns one; call it after the last micro-batch of a step.
-        Collective.
+        """Complete the gradients over the data ranks, and divide them by the count where the loss returns one; call it
+        after the last micro-batch of a step. Collective.
 
         Args:
             rescale: planned over actual micro-batches of a step, which a mean is multiplied by.
+
+        Raises:
+            ConfigRefused: a parameter has no gradient, which `parallel.unused_parameters` does not allow.
         """
+        if self.model.gradients is not None:
+            self.model.gradients.finish()
         if self._weighted is None:
             self._weighted = self._agreed(self._counted is not None)
         if not self._weighted:
@@ -149,6 +153,8 @@ class Passes:
         self._counted = None
         for part in self.model.parts:
             gradients.forget(part)
+        if self.model.gradients is not None:
+            self.model.gradients.forget()
 
     def evaluate(
         self,
@@ -190,14 +196,14 @@ class Passes:
                     raise
                 faults.append(error.violation)
 
+        def evaluated(module: nn.Module) -> None:
+            with self.autocast():
+                take(self.forward(module, self.model.inputs(batch)), batch)
+
         with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
             if pipeline is None:
-                # DDP's forward would synchronise buffers, which evaluation does not change.
-                module = self.model.module
-                inner = module.module if isinstance(module, DistributedDataParallel) else module
-                with self.autocast():
-                    take(self.forward(inner, batch), batch)
+                self.model.run(evaluated, training=False)
             else:
                 count = passes(pipeline.section, self.count(batch), largest)
                 pipeline.evaluate(batch, count, self.forward, take, self.autocast)
@@ -234,12 +240,25 @@ class Passes:
                 error.add_note(_NOTE)
             raise
 
-    def _train_whole(self, batch: Any, micro_batches: int) -> Measured:
-        with self._refused_at_first(), self.autocast():
-            batch = self.part(batch)
-            measured = self._measured(self.forward(self.model.module, batch), batch)
+    def _train_whole(self, batch: Any, micro_batches: int, *, last: bool) -> Measured:
+        found: list[Measured] = []
+        part: Any = None
+
+        def objective(module: nn.Module) -> Tensor:
+            with self.autocast():
+                found.append(self._measured(self.forward(module, self.model.inputs(part)), part))
+            return found[0].total
+
+        # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
+        with self._refused_at_first():
+            part = self.part(batch)
+            total = self.model.run(objective, training=True)
+        assert total is not None
+        measured = Measured(total, found[0].weight)
+        if self.model.gradients is not None:
+            self.model.gradients.before_backward(total, last=last)
         self._scaled(measured, micro_batches).backward()
-        return Measured(measured.total.detach(), measured.weight)
+        return Measured(total.detach(), measured.weight)
 
     def _train_pipeline(self, batch: Any, micro_batches: int) -> Measured:
         pipeline = self.model.pipeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,11 +13,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from danling_conf._torch_private import tree_map
+from danling_conf.components.batch import map_tensors
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.precision import dtype
 from danling_conf.parallel.blocks import repeated_blocks, shares_parameters
-from danling_conf.parallel.mesh import axes_of, axis, weights_mesh
+from danling_conf.parallel.mesh import WEIGHTS, axes_of, axis, weights_mesh
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.topology.violation import SettingError
 
@@ -34,12 +38,16 @@ def shard(
     experts: Sequence[str] = (),
     expert_mesh: DeviceMesh | None = None,
     pipelined: bool = False,
+    one_group: bool = False,
 ) -> nn.Module:
     """Shard each repeated block of `model`, then the rest of it, over the shard axis of `mesh` and its context axis, if
     there is one; with a replicate axis, over both (hybrid sharding).
 
     In place; parameters become `DTensor`s, also those on the meta device. A block that shares a parameter with the rest
     of the model is sharded with the rest. Without `section.enabled` the model is returned unchanged.
+
+    FSDP2 takes no parameter without a dimension, no complex gradient, and one dtype of gradients in a group. What it
+    does not take stays whole on every rank (`whole_parameters`), and `parallel.data_gradients` averages its gradients.
 
     Args:
         precision: bf16 or fp16: dtype of the computation where `section.mp_policy` is unset. Gradients are then reduced
@@ -48,6 +56,7 @@ def shard(
             ranks of `expert_mesh`.
         pipelined: whether `model` is a stage of a pipeline. Its blocks stay gathered between microbatches unless
             `section.reshard_after_forward` is set.
+        one_group: gather the whole model at once, for ranks that may pass different blocks.
 
     Raises:
         SettingError: the mesh has no shard axis, or `reshard_after_forward` does not divide it.
@@ -62,17 +71,84 @@ def shard(
             "choose a layout with FSDP, such as parallel=fsdp, and start the process group before the mesh is made",
         )
     options = _options(section, mesh, precision, pipelined=pipelined)
+    whole = options["ignored_params"] = {item for item in model.parameters() if not item.dim() or _is_complex(item)}
     _shard_experts(model, experts, expert_mesh, options)
-    _shard_batch_norms(model, options)
+    if not one_group:
+        _shard_batch_norms(model, options)
     # Inner modules first: fully_shard takes the parameters of a module that no inner one has taken.
-    for name, block in reversed(repeated_blocks(model, _classes(model, section, pipelined=pipelined))):
+    blocks = [] if one_group else repeated_blocks(model, _classes(model, section, pipelined=pipelined))
+    for name, block in reversed(blocks):
         if shares_parameters(model, block):
             _log.warning("fsdp: %s shares a parameter with the rest of the model and is sharded with it", name)
             continue
+        whole |= _of_other_dtypes(block, whole)
         # Cast between blocks, outputs would meet parts of the root (norm, head) that compute in another dtype.
         fully_shard(block, **{**options, "mp_policy": replace(options["mp_policy"], output_dtype=None)})
+    whole |= _of_other_dtypes(model, whole)
     fully_shard(model, **options)
+    _cast_calls(model, options["mp_policy"])
+    _move(whole, mesh)
     return model
+
+
+def cast_inputs(value: Any, policy: MixedPrecisionPolicy | None) -> Any:
+    """The inputs of a model as FSDP2 casts them: floating-point tensors in the dtype of the computation."""
+    if policy is None or policy.param_dtype is None or not policy.cast_forward_inputs:
+        return value
+    return map_tensors(partial(_to, kind=policy.param_dtype), value)
+
+
+def _cast(value: Any, kind: torch.dtype) -> Any:
+    # As FSDP2's own hooks do: outputs may be of classes that only torch's trees know.
+    return tree_map(lambda item: _to(item, kind) if isinstance(item, torch.Tensor) else item, value)
+
+
+def _to(item: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    return item.to(kind) if item.is_floating_point() else item
+
+
+def _cast_calls(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    """Cast what goes in and out of the model also where a call passes FSDP2's own hooks by; see
+    `_torch_private.run_inside_fsdp`."""
+    if policy.param_dtype is not None and policy.cast_forward_inputs:
+        model.register_forward_pre_hook(lambda _, args, kwargs: cast_inputs((args, kwargs), policy), with_kwargs=True)
+    if policy.output_dtype is not None:
+        model.register_forward_hook(lambda _, args, output: _cast(output, policy.output_dtype))
+
+
+def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of a sharded model that every data rank holds whole. Call it before the first forward,
+    which puts whole parameters in the place of sharded ones."""
+    return [item for item in model.parameters() if item.requires_grad and not _is_sharded(item)]
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    names = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
+    return any(name in names for name in ("shard", WEIGHTS, "expert_shard"))
+
+
+def _is_complex(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.is_complex()
+
+
+def _of_other_dtypes(module: nn.Module, whole: set[nn.Parameter]) -> set[nn.Parameter]:
+    """The parameters that would be in one group and have another dtype than most of what is trained there."""
+    group = [item for item in module.parameters() if item.requires_grad and item not in whole and not _is_sharded(item)]
+    elements: Counter[torch.dtype] = Counter()
+    for item in group:
+        elements[item.dtype] += item.numel()
+    most = max(elements, key=lambda kind: (elements[kind], str(kind)), default=None)
+    return {item for item in group if item.dtype != most}
+
+
+def _move(whole: set[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Move parameters to the device, as `fully_shard` moves those that it takes."""
+    for item in whole:
+        if item.device.type not in ("meta", mesh.device_type):
+            item.data = item.data.to(mesh.device_type)
+    large = [tuple(item.shape) for item in whole if item.dim()]
+    if large:
+        _log.info("fsdp: whole on every rank, since their dtype is not that of their block: parameters of %s", large)
 
 
 def _options(section: FsdpConfig, mesh: DeviceMesh, precision: str | None, *, pipelined: bool) -> dict[str, Any]:

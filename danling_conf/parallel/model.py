@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+from danling_conf import _torch_private
 from danling_conf.parallel import activation_checkpointing as recomputation
 from danling_conf.parallel import compile as compilation
 from danling_conf.parallel import context as context_axis
-from danling_conf.parallel import ddp, hugging_face
+from danling_conf.parallel import data_gradients, ddp, hugging_face
 from danling_conf.parallel import expert as expert_axis
 from danling_conf.parallel import fsdp as sharding
 from danling_conf.parallel import stages as stages_of
@@ -29,6 +30,7 @@ from danling_conf.parallel import tensor as tensor_axis
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel
+from danling_conf.parallel.data_gradients import DataGradients
 from danling_conf.parallel.init_plan import Source, build, make_contiguous, meta_copy, named_tensors, refuse_meta
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
@@ -67,6 +69,25 @@ class Assembled:
     check_attention: Callable[[Forward, Any], None] | None = None
     """To be called once with the first batch, whole, where no example was given: raises SettingError on every rank
     where a block's attention does not reach over the context axis."""
+    policy: MixedPrecisionPolicy | None = None
+    """Of FSDP; None without it."""
+    gradients: DataGradients | None = None
+    """Completes gradients over the data ranks; None in a pipeline, and without DDP and FSDP."""
+
+    def run(self, function: Callable[[nn.Module], torch.Tensor | None], *, training: bool) -> torch.Tensor | None:
+        """What `function` returns for the model: a loss, or nothing. It runs inside of the wrapped model's forward, so
+        that it may use any method or parameter of the model, and its own outputs may be of any type. Collective."""
+        module = self.module
+        if isinstance(module, _torch_private.Replicated):
+            # In evaluation DDP's forward would synchronise buffers, which it does not change.
+            return module.run_inside(function) if training else function(module.module)
+        if isinstance(module, FSDPModule):
+            return _torch_private.run_inside_fsdp(module, lambda: function(module))
+        return function(module)
+
+    def inputs(self, batch: object) -> object:
+        """A batch as the model takes it."""
+        return sharding.cast_inputs(batch, self.policy)
 
     @property
     def module(self) -> nn.Module:
@@ -135,7 +156,8 @@ def assemble(
     #  5. Recompute activations, then compile each block: the recomputation is compiled with the block.
     #  6. FSDP2 or data parallelism, whose hooks must stay outside of the compiled code.
     #  7. Values: after sharding, so that no rank allocates a whole parameter that it only keeps a part of.
-    #  8. DDP, which broadcasts values; last the compilation of a whole model, which sees DDP's buckets.
+    #  8. Compilation of a whole model, then DDP, which broadcasts values. The compiled forward runs inside of DDP's,
+    #     where dynamo finds its buckets.
     parallel = parallel or ParallelConfig()
     _check_layout(layout, mesh, fsdp)
     whole, source = _whole_model(model, seed, device)
@@ -159,6 +181,7 @@ def assemble(
     parts = {0: whole} if stages is None else dict(stages.parts)
     pipelined = stages is not None
 
+    unused = parallel.unused_parameters == data_gradients.ALLOW
     compilation.configure(compile)  # before DDP wraps: `python_reducer` changes what it sets up
     sharded_logits = per_block = False
     for part in parts.values():
@@ -167,12 +190,21 @@ def assemble(
         recomputation.apply(part, activation_checkpointing, recomputed)
         per_block = _compile_blocks(part, compile, layout)
         if not by_ddp:
-            _wrap_blocks(part, fsdp, mesh, expert_mesh, experts, precision=precision, pipelined=pipelined)
+            _wrap_blocks(
+                part,
+                fsdp,
+                mesh,
+                expert_mesh,
+                experts,
+                precision=precision,
+                pipelined=pipelined,
+                one_group=unused and not pipelined,
+            )
     _give_values(list(parts.values()), source, fsdp, device)
     for index, part in parts.items():
-        wrapped = ddp.replicate(part, mesh) if by_ddp else part
         # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
-        parts[index] = wrapped if per_block or pipelined else compilation.apply(wrapped, compile)
+        compiled = part if per_block or pipelined else compilation.apply(part, compile)
+        parts[index] = ddp.replicate(compiled, mesh, find_unused=unused) if by_ddp else compiled
     return Assembled(
         parts=tuple(part for _, part in sorted(parts.items())),
         whole=whole if source is None else source.model,
@@ -183,6 +215,8 @@ def assemble(
         sharded_logits=sharded_logits,
         batch=batch_mesh(mesh),
         check_attention=check_attention,
+        policy=_policy(fsdp, precision),
+        gradients=None if pipelined else _gradients(parts[0], parallel, fsdp, mesh),
     )
 
 
@@ -389,11 +423,19 @@ def _wrap_blocks(
     *,
     precision: str | None,
     pipelined: bool,
+    one_group: bool,
 ) -> None:
     """FSDP2, or data parallelism of weights that other axes shard."""
     if fsdp.enabled:
         sharding.shard(
-            part, fsdp, mesh, precision=precision, experts=experts, expert_mesh=expert_mesh, pipelined=pipelined
+            part,
+            fsdp,
+            mesh,
+            precision=precision,
+            experts=experts,
+            expert_mesh=expert_mesh,
+            pipelined=pipelined,
+            one_group=one_group,
         )
     else:
         ddp.replicate_blocks(part, mesh, experts=experts, expert_mesh=expert_mesh)
@@ -407,6 +449,16 @@ def _give_values(parts: Sequence[nn.Module], source: Source | None, fsdp: FsdpCo
     elif not fsdp.enabled:
         for part in parts:
             part.to(device)
+
+
+def _gradients(
+    model: nn.Module, parallel: ParallelConfig, fsdp: FsdpConfig, mesh: DeviceMesh | None
+) -> DataGradients | None:
+    """What completes the gradients of a model under DDP or FSDP2."""
+    if not fsdp.enabled and not isinstance(model, _torch_private.Replicated):
+        return None
+    whole = sharding.whole_parameters(model) if fsdp.enabled else []
+    return DataGradients(model, unused=parallel.unused_parameters, replicated=whole, mesh=batch_mesh(mesh))
 
 
 def _pipeline(

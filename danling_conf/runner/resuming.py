@@ -79,6 +79,10 @@ class Resumption:
             for name in self.checkpoints.unfinished
         ]
         if self.world.attempt.restore is not None:
+            if self.config.pretrained is not None and not self.config.checkpoint.save_frozen:
+                self._load_weights(
+                    Path(self.config.pretrained).expanduser()
+                )  # the checkpoint leaves out the frozen ones
             try:
                 return [*notes, *self._load_run(self.world.attempt.restore)]
             except NothingSaved as error:

@@ -59,6 +59,10 @@ class CheckpointConfig:
         "ft-replica", semantic=False, read_by="danling_conf.checkpoint.replicas"
     )
     """Prefix of that folder's name."""
+    save_frozen: bool = setting(True, semantic=False, read_by="danling_conf.checkpoint.manager")
+    """Save the parameters that are not trained too. False: a checkpoint leaves them out, which makes that of a large
+    model with small adapters small. Who resumes from it has them from the model's factory and `pretrained`; the run is
+    refused where they are other ones. Exports hold all weights."""
     exclude_from_loading: Any = setting(None, kinds=(str, list))
     """Keys that loading skips: `model`, `optimizer`, `scheduler`, `scaler`, `dataloaders`, `generators`, `runner`,
     `callbacks`, or dotted keys below them, such as `model.head`, `optimizer.head.weight` or `callbacks.EMA`. Aliases:

@@ -113,6 +113,13 @@ class ParallelConfig:
     """Module names of each pipeline stage; the outer length is the number of stages, divisible by
     `parallel.axes.pipeline`. Unset: the repeated blocks are divided evenly, two stages a rank where the schedule
     takes several."""
+    unused_parameters: str = setting(
+        "refuse", choices=("refuse", "allow"), read_by="danling_conf.parallel.data_gradients"
+    )
+    """Trainable parameters that get no gradient in a step of a run with several data ranks. `refuse`: the run ends and
+    names them; FSDP takes those that no rank uses, as one process does. `allow`: they may be others in each step and on
+    each rank, and stay as they are in steps where no rank uses them. That costs a search of the graph in each step, and
+    FSDP gathers the whole model at once, since ranks may pass different blocks."""
     use_device_mesh: bool = setting(True, semantic=False)
     """Describe the ranks by a `DeviceMesh`. Without one, they are the default process group: enough for DDP only."""
     mesh_device_type: Optional[str] = setting(None, semantic=False, choices=("cpu", "cuda", "xpu", "mps", "hpu", "npu"))

@@ -1,0 +1,164 @@
+"""Gradients over the data axes: what DDP and FSDP leave open.
+
+Both take for granted that every trainable parameter gets a gradient on every rank, and FSDP shards only what has a
+dimension to shard and one dtype. A model that is otherwise is trained as in one process, or refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from danling_conf._torch_private import whole_parameters
+from danling_conf.components.optimizer import cleaned
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+ALLOW = "allow"
+_SETTING = "parallel.unused_parameters"
+_SHOWN = 20
+_HIDING = "CheckpointFunction"
+"""Nodes that run a graph of their own in the backward pass (reentrant checkpointing): what it uses cannot be seen."""
+
+
+class DataGradients:
+    """Completes the gradients of a model over its data ranks, and finds the parameters that have none.
+
+    Args:
+        model: wrapped by DDP or FSDP.
+        unused: `parallel.unused_parameters`.
+        replicated: parameters that every rank holds whole beside sharded ones, and that no wrapper reduces.
+        mesh: the ranks whose gradients are averaged; None for DDP without a mesh.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, unused: str, replicated: Sequence[nn.Parameter] = (), mesh: DeviceMesh | None
+    ) -> None:
+        self.model = model
+        self.allowed, self.by_ddp = unused == ALLOW, isinstance(model, DistributedDataParallel)
+        self.named = [(name, item) for name, item in cleaned(model) if item.requires_grad]
+        identities = {id(item) for item in replicated}
+        self.replicated = [item for _, item in self.named if id(item) in identities]
+        self.group = None if mesh is None else mesh.get_group()
+        self.device = self.named[0][1].device if self.named else torch.device("cpu")
+        if isinstance(model, FSDPModule) and self.allowed:
+            model.set_reduce_scatter_unused_params(True)
+        self._used = torch.zeros(len(self.named), dtype=torch.int32)
+        """Which parameters the micro-batches of this step have used so far, where that is looked for."""
+        self._without: set[str] | None = None
+        """Parameters that had no gradient in the first step; None before it."""
+
+    def before_backward(self, loss: Tensor, *, last: bool) -> None:
+        """Look for parameters that the loss does not depend on, before a wrapper would wait for their gradients.
+        Collective in the first step; later only where they are allowed.
+
+        Args:
+            last: whether this is the last micro-batch of its step.
+
+        Raises:
+            ConfigRefused: a parameter gets no gradient, and that is not allowed. On all ranks.
+        """
+        if self._without is None or (self.allowed and not self.by_ddp):
+            mine = self._mask(loss)
+            # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
+            self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
+        if self._without is None and last and not self.allowed:
+            self._refuse_unused()
+
+    def finish(self) -> None:
+        """Complete the gradients of a step, after its last backward pass. Collective.
+
+        Raises:
+            ConfigRefused: a parameter has no gradient that had one in the first step, and that is not allowed. On the
+                ranks where it is so.
+        """
+        self._average_replicated()
+        if self.allowed:
+            if not self.by_ddp:
+                self._drop_unused()
+            self._without = set()
+            return
+        without = {name for name, item in self.named if item.grad is None}
+        if self._without is not None and without != self._without:
+            raise _refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
+        self._without = without
+
+    def forget(self) -> None:
+        """Start the step under way again: its micro-batches do not count."""
+        self._used = torch.zeros_like(self._used)
+
+    def _mask(self, loss: Tensor) -> Tensor:
+        reached = _leaves(loss)
+        whole = whole_parameters(self.model)
+        found = [int(reached is None or id(whole.get(id(item), item)) in reached) for _, item in self.named]
+        return torch.tensor(found, dtype=torch.int32)
+
+    def _refuse_unused(self) -> None:
+        least, most = self._over_ranks(self._used, dist.ReduceOp.MIN), self._over_ranks(self._used, dist.ReduceOp.MAX)
+        self._used = torch.zeros_like(self._used)
+        # One process trains around a parameter that nothing uses, and FSDP does so too.
+        wrong = least == 0 if self.by_ddp else least != most
+        names = [name for (name, _), faulty in zip(self.named, wrong.tolist(), strict=True) if faulty]
+        if names:
+            where = "get no gradient" if bool((most == 0)[wrong].all()) else "get a gradient on some ranks only"
+            raise _refusal(names, where)
+
+    def _average_replicated(self) -> None:
+        if not self.replicated:
+            return
+        mask = torch.tensor([int(item.grad is not None) for item in self.replicated], dtype=torch.int32)
+        used = self._over_ranks(mask, dist.ReduceOp.MAX).tolist()
+        for item, anywhere in zip(self.replicated, used, strict=True):
+            if not anywhere:
+                continue
+            if item.grad is None:
+                item.grad = torch.zeros_like(item)
+            dist.all_reduce(torch.view_as_real(item.grad) if item.grad.is_complex() else item.grad, group=self.group)
+            item.grad.div_(dist.get_world_size(self.group))
+
+    def _drop_unused(self) -> None:
+        """Leave parameters without a gradient that no rank has used: FSDP has reduced zeros for them, and an optimizer
+        would move them by momentum and weight decay."""
+        used = self._over_ranks(self._used, dist.ReduceOp.MAX).tolist()
+        for (_, item), anywhere in zip(self.named, used, strict=True):
+            if not anywhere:
+                item.grad = None
+        self._used = torch.zeros_like(self._used)
+
+    def _over_ranks(self, mask: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        reduced = mask.to(self.device)
+        dist.all_reduce(reduced, op=operation, group=self.group)
+        return reduced.cpu()
+
+
+def _leaves(loss: Tensor) -> set[int] | None:
+    """Identities of the parameters that a loss depends on; None where its graph hides some."""
+    found: set[int] = set()
+    seen: set[object] = set()
+    waiting = [] if loss.grad_fn is None else [loss.grad_fn]
+    if loss.grad_fn is None and loss.requires_grad:
+        found.add(id(loss))
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith(_HIDING):
+            return None
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.add(id(variable))
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
+    return found
+
+
+def _refusal(names: Sequence[str], what: str) -> ConfigRefused:
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    rule = f"these trainable parameters {what}: {shown}"
+    fix = f"freeze them (requires_grad_(False)) or remove them; or train around them: {_SETTING}={ALLOW}"
+    return ConfigRefused([Violation(_SETTING, "refuse", rule, fix)])
