@@ -25,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 
 ConfigStore.instance().store("base", node={root})
 
-# Hydra 1.3 asks for its version_base; 1.4 warns of one.
+# Hydra 1.3 warns without a version_base; 1.4 warns with one.
 version = {{"version_base": None}} if hydra.__version__.startswith("1.3") else {{}}
 
 @hydra.main(config_path="conf", config_name="app", **version)
@@ -51,7 +51,7 @@ def write_bare_app(folder: Path) -> Path:
         _write_yaml(conf / "parallel" / f"{name}.yaml", layout_settings(name), GLOBAL)
     for group, presets in GROUPS.items():
         for name, preset in presets.items():
-            # A typed section takes no key that it does not declare: an open one is declared so.
+            # A plain typed section refuses undeclared keys, and this app has no open sections.
             settings = {key: value for key, value in preset.settings.items() if _is_declared(group, key)}
             _write_yaml(conf / group / f"{name}.yaml", settings, preset.package)
     classes: dict[str, str] = {}
@@ -78,8 +78,11 @@ def count_choices() -> tuple[int, int]:
 
 
 def _is_declared(group: str, key: str) -> bool:
-    section = next(item.default_factory for item in fields(RunnerConfig) if item.name == group) if group in {
-        item.name for item in fields(RunnerConfig)} else RunnerConfig  # fmt: skip
+    section = (
+        next(item.default_factory for item in fields(RunnerConfig) if item.name == group)
+        if group in {item.name for item in fields(RunnerConfig)}
+        else RunnerConfig
+    )
     return key in {item.name for item in fields(section)}
 
 

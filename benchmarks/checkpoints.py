@@ -1,4 +1,4 @@
-"""What checkpoints cost: the pause of a save, throughput beside torch's own, the loader; side by side in one run.
+"""Cost of checkpoints: the pause of a save, throughput compared with torch's own, and the data loader, in one run.
 
 Run it as `python benchmarks/checkpoints.py [FOLDER]`; FOLDER is on the disk that is measured. See benchmarks/README.md
 for what is compared, and how.
@@ -66,7 +66,7 @@ def manager(folder: Path, backend: str, mode: str) -> CheckpointManager:
 
 
 def pauses(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """How long training stands still for a save, and how much slower steps are while one is written."""
+    """How long a save pauses training, and how much slower steps are while it is written."""
     print("pause of a save: seconds for which training stands still, and step time while it is written")
     print(
         f"{'':6}{'sync':>9}{'async':>9}{'ratio':>8}   {'quartiles of the pairs':24}{'step':>9}{'beside':>9}{'ratio':>8}"
@@ -76,12 +76,17 @@ def pauses(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
         def save(mode: str, number: int, managers: dict[str, CheckpointManager] = managers) -> None:
             managers[mode].save(
-                parts=[model], optimizer=optimizer, shared=dict(_SHARED), own=dict(_OWN), step=number, epoch=0,
+                parts=[model],
+                optimizer=optimizer,
+                shared=dict(_SHARED),
+                own=dict(_OWN),
+                step=number,
+                epoch=0,
                 history=False,
-            )  # fmt: skip
+            )
 
         found: dict[str, list[float]] = {"disabled": [], "async": [], "idle": [], "beside": []}
-        save("async", 0)  # makes the memory that is copied to, once
+        save("async", 0)  # allocates the staging memory, once
         managers["async"].drain()
         for number in range(1, ROUNDS + 1):
             order = ["disabled", "async"] if number % 2 else ["async", "disabled"]
@@ -105,13 +110,13 @@ def pauses(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def throughput(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Saving and loading beside torch's own functions on the same tensors, MB/s."""
+    """MB/s of saving and loading, compared with torch's own functions on the same tensors."""
     tensors = state.model_tensors([model]) | state.optimizer_tensors([model], optimizer)
     size = sum(item.nbytes for item in tensors.values()) / 1e6
     place = folder / "plain"
 
     def replaced(new: Path) -> None:
-        """The one before goes when the new one is written, as ours does."""
+        """Remove the previous checkpoint after the new one is written, as ours does."""
         shutil.rmtree(place, ignore_errors=True)
         new.rename(place)
 
@@ -149,9 +154,14 @@ def throughput(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
             def save(number: int = number, mine: CheckpointManager = mine) -> None:
                 mine.save(
-                    parts=[model], optimizer=optimizer, shared=dict(_SHARED), own=dict(_OWN), step=number, epoch=0,
+                    parts=[model],
+                    optimizer=optimizer,
+                    shared=dict(_SHARED),
+                    own=dict(_OWN),
+                    step=number,
+                    epoch=0,
                     history=False,
-                )  # fmt: skip
+                )
 
             def load(mine: CheckpointManager = mine, backend: str = backend) -> None:
                 path = mine.folder.path / "latest"
@@ -163,8 +173,10 @@ def throughput(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
             their_save, their_load = theirs[backend]
             for name, ours, other in (
-                ("save", save, their_save), ("load", load, their_load), ("verified load", restore, their_load)
-            ):  # fmt: skip
+                ("save", save, their_save),
+                ("load", load, their_load),
+                ("verified load", restore, their_load),
+            ):
                 pair = (timed(other), timed(ours)) if number % 2 else (timed(ours), timed(other))[::-1]
                 found[name].append(pair)
         for name, pairs in found.items():
@@ -177,7 +189,7 @@ def throughput(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def loading() -> None:
-    """Our loader beside a plain StatefulDataLoader over the same data, microseconds a batch."""
+    """Microseconds per batch of our loader, compared with a plain StatefulDataLoader over the same data."""
     data = TensorDataset(torch.randn(6400, 16))
     config = danling_conf.compose(["steps=1", "dataloader.batch_size=32"])
     ours = dataloader.make(data, config.dataloader, "train")

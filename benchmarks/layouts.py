@@ -1,4 +1,4 @@
-"""Milliseconds of a training step under `fsdp4`, `tp4` and `fsdp2_tp2`: ours beside the same by hand with torch.
+"""Milliseconds of a training step under `fsdp4`, `tp4` and `fsdp2_tp2`: ours, and the same written by hand with torch.
 
 Run it as `python benchmarks/layouts.py`. See benchmarks/README.md for what is compared, and how.
 """
@@ -50,7 +50,7 @@ def loss_of(logits: Tensor, batch: Any) -> Tensor:
 
 
 def by_hand(name: str) -> Step:
-    """The layout by torch's own functions, as its tutorials have it."""
+    """The layout by torch's own functions, as in its tutorials."""
     layout = parse_layout(name)
     made = init_device_mesh("cpu", (layout.shard, layout.tensor), mesh_dim_names=("shard", "tensor"))
     torch.manual_seed(0)
@@ -135,7 +135,7 @@ def compare(rank: int, port: int, blocks: int, steps: int) -> None:
             measured(stepper, batch, 2)
         pairs: list[tuple[Times, Times]] = []
         for number in range(blocks):
-            # Which of the two goes first alternates.
+            # Alternate the order, so that drift of the machine hits both.
             order = (0, 1) if number % 2 else (1, 0)
             times = {which: measured(steppers[which], batch, steps) for which in order}
             pairs.append((times[0], times[1]))

@@ -1,4 +1,4 @@
-"""Microseconds of an optimizer step with all that watches a run, beside the same runner with none of it.
+"""Microseconds of an optimizer step with all observers of a run, compared with the same runner without any.
 
 Run it as `python benchmarks/observers.py`. See benchmarks/README.md for what is compared, and how.
 """
@@ -25,11 +25,11 @@ from danling_conf.records.metrics import read_metrics
 
 GOAL = 1.03
 EVERYTHING = ("heartbeat.enabled=true", "tensorboard=true", "gc.interval=50")
-"""What is off by default and has no end of its own (a trace has one: `profiling` is left out)."""
+"""Observers that are off by default and run to the end (`profiling` does not: a trace ends by itself)."""
 
 
 class Nothing:
-    """In the place of `NonFinite`: looks at nothing."""
+    """Stands in for `NonFinite`, and checks nothing."""
 
     measures_gradients = False
     steps = 0
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=100, help="blocks of each runner")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps in a block")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more would only wait for each other on a model of this size
+    torch.set_num_threads(1)  # more threads would only wait for each other on a model this small
     blocks, steps = arguments.blocks, arguments.steps
     with tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(folder, "output.txt"), "w") as output, redirect_stdout(output):
@@ -91,13 +91,13 @@ def main() -> None:
                 next(times)
             found: list[list[Times]] = [[], [], []]
             for number in range(blocks):
-                # Which goes first alternates.
+                # Alternate the order, so that drift of the machine hits both.
                 for index in sorted(range(3), key=lambda which: (which + number) % 3):
                     found[index].append(next(runs[index][1]))
         lines = [len(read_metrics(runner.world.attempt.run_directory)) for runner, _ in runs]
         if lines[0] != 0 or min(lines[1:]) < blocks:
             raise RuntimeError(f"{lines} lines of metrics: not what was to be measured")
-        for runner, _ in reversed(runs):  # each gives back what it found
+        for runner, _ in reversed(runs):  # each restores the state that it found
             runner.display.stop()
             runner.close()
     print(

@@ -1,4 +1,4 @@
-"""Milliseconds that checking a job of a sweep takes, beside Hydra's own composition of it, which checks less."""
+"""Milliseconds to check a job of a sweep, compared with Hydra's own composition of it, which checks less."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NODES = Capacity(devices_per_node=8, cpus_per_node=64, nodes=16)
 
 
 def jobs_of(count: int) -> list[list[str]]:
-    """Jobs over four layouts, and values that no two jobs share."""
+    """Jobs over four layouts, all with different values."""
     return [
         [
             "steps=100",

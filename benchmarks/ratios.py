@@ -1,4 +1,4 @@
-"""Ratios of two things that were timed side by side."""
+"""Ratios of two programs that were timed side by side."""
 
 from __future__ import annotations
 

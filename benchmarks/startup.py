@@ -1,4 +1,4 @@
-"""Seconds from process start to a refused and to an accepted configuration: our `main` beside a bare Hydra app.
+"""Seconds from process start to a refused and to an accepted configuration: our `main` compared with a bare Hydra app.
 
 Run it as `python benchmarks/startup.py`. See benchmarks/README.md for what is compared, and how.
 """
@@ -58,14 +58,17 @@ def make_repository(folder: Path) -> None:
 
 def once(script: Path, overrides: list[str], *, ours: bool, exit_code: int) -> Times:
     """Wall-clock and CPU seconds of one process, its children's included."""
-    # -S leaves out the .pth file of our editable install, so that the bare app's Hydra does not find our plugin.
+    # -S ignores the .pth file of our editable install, so that the bare app's Hydra does not find our plugin.
     path = [REPOSITORY, PACKAGES] if ours else [PACKAGES]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-S", str(script), *overrides],
-        cwd=script.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=script.parent,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
@@ -87,7 +90,7 @@ def main() -> None:
         times: dict[str, list[tuple[Times, Times]]] = {case: [] for case in cases}
         for number in range(-1, runs):
             for case, (overrides, bare_code, our_code) in cases.items():
-                # Which of the two goes first alternates; the first pair warms the caches.
+                # Alternate the order, so that drift of the machine hits both. The first pair warms the caches.
                 order = (False, True) if number % 2 else (True, False)
                 pair = {
                     is_ours: once(

@@ -1,4 +1,4 @@
-"""Microseconds of an optimizer step: the runner beside a bare loop, on a model so small that the loop shows.
+"""Microseconds of an optimizer step: the runner compared with a bare loop, on a model so small that the overhead shows.
 
 Run it as `python benchmarks/step_overhead.py`. See benchmarks/README.md for what is compared, and how.
 """
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=100, help="blocks of each loop")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps in a block")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more would only wait for each other on a model of this size
+    torch.set_num_threads(1)  # more threads would only wait for each other on a model this small
     blocks, steps = arguments.blocks, arguments.steps
     with tempfile.TemporaryDirectory() as folder:
         total = (blocks + 2) * steps
@@ -103,7 +103,7 @@ def main() -> None:
             next(bare_blocks), next(our_blocks)
             pairs = []
             for number in range(blocks):
-                # Which of the two goes first alternates.
+                # Alternate the order, so that drift of the machine hits both.
                 if number % 2:
                     first = next(bare_blocks)
                     pairs.append((first, next(our_blocks)))

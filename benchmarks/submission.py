@@ -45,8 +45,9 @@ def seconds(cluster: Cluster, script: Path, launcher: str, count: int) -> float:
     command = [sys.executable, str(script), "-m", f"hydra/launcher={launcher}", HOLD, "steps=10", f"optim.lr={rates}"]
     began = time.monotonic()
     with open(script.with_suffix(".out"), "w") as output:
-        client = subprocess.Popen(command, cwd=script.parent, stdout=output, stderr=output,
-                                  env={**os.environ, **cluster.environment})  # fmt: skip
+        client = subprocess.Popen(
+            command, cwd=script.parent, stdout=output, stderr=output, env={**os.environ, **cluster.environment}
+        )
     try:
         while cluster.run("squeue", "-h", "-r", "--states=PENDING", "-o", "%i").count("\n") < count:
             if client.poll() is not None:
@@ -74,8 +75,10 @@ def main() -> None:
             for count in arguments.jobs:
                 theirs = seconds(cluster, root / "theirs.py", "submitit_slurm", count)
                 ours = seconds(cluster, root / "ours.py", "danling_slurm", count)
-                print(f"| {count} | {theirs:.1f} s | {ours:.1f} s | {ours / theirs:.2f} | {1000 * ours / count:.0f} |",
-                      flush=True)  # fmt: skip
+                print(
+                    f"| {count} | {theirs:.1f} s | {ours:.1f} s | {ours / theirs:.2f} | {1000 * ours / count:.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

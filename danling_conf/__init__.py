@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from danling_conf.app import compose, main
+    from danling_conf.checkpoint.weights import load_weights
     from danling_conf.config.resolve import load, resolve, save
     from danling_conf.groups import name_of, parse_layout, register
     from danling_conf.runner.averaging import EMA
@@ -28,6 +29,7 @@ _EXPORTS = {
     "SamplePredictions": "danling_conf.runner.monitors",
     "compose": "danling_conf.app",
     "load": "danling_conf.config.resolve",
+    "load_weights": "danling_conf.checkpoint.weights",
     "main": "danling_conf.app",
     "name_of": "danling_conf.groups",
     "parse_layout": "danling_conf.groups",
@@ -46,6 +48,7 @@ __all__ = [
     "SamplePredictions",
     "compose",
     "load",
+    "load_weights",
     "main",
     "name_of",
     "parse_layout",

@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,33 +27,49 @@ from torch.optim import lr_scheduler
 # Trees of tensors, and the hook into the dispatcher; neither module is documented. Without them batches cannot be moved
 # or cut, and nothing records what the constructor of a model on the meta device does.
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "TorchDispatchMode",
     "all_gather",
     "all_to_all",
+    "argument_names",
     "default_store",
     "dump_memory_snapshot",
     "enable_ring",
+    "fake_errors",
+    "fake_tensors",
     "flatten_mesh",
+    "is_fake",
     "is_operator",
     "is_view",
     "keep_quiet_about_order",
     "operators",
     "optimize_ddp",
     "outstanding_collective",
+    "own_attributes",
     "process_groups",
+    "quiet_fake_tensors",
+    "real_tensors",
     "record_collectives",
     "record_memory_history",
     "replicate",
+    "reset_data_parallel",
+    "reset_fully_sharded",
     "scheduled_rates",
     "set_timeout",
     "shut_down_workers",
     "split_mesh",
     "storage_identity",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
+    "tree_unflatten",
+    "truncated_normal",
     "written_arguments",
 ]
 
@@ -185,6 +205,35 @@ def replicate(module: nn.Module, **options: Any) -> nn.Module:
     return cast(nn.Module, replicate(module, **options))
 
 
+def reset_data_parallel(module: DistributedDataParallel) -> None:
+    """Let a DDP module run forward again after a pass that did not come to its end; its buckets are built anew.
+
+    torch does so only where the process group changes. Without `_reset_state`, the forward after an exception that the
+    user's loop survives raises: DDP expects the reduction of the pass before to have finished.
+    """
+    module._has_rebuilt_buckets = False
+    module.reducer._reset_state()
+
+
+def reset_fully_sharded(module: FSDPModule) -> None:
+    """Let a module under FSDP2 run forward again after a pass that did not come to its end, with no gradients kept from
+    earlier micro-batches.
+
+    `reset_iter_state` is public in 2.13; the gradients that wait for the last micro-batch are not part of it. Without
+    this, micro-batches that are left out still count in the next optimizer step.
+    """
+    state: Any = module._get_fsdp_state()
+    if state._is_root is None:  # it never ran
+        return
+    module.reset_iter_state()
+    for inner in state._state_ctx.all_states:
+        for group in inner._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+
+
 def enable_ring(balance: bool) -> None:
     """Let attention on tensors that are sharded along the sequence go around the ranks; CUDA only. `balance` says
     whether each rank has an early and a late piece.
@@ -202,6 +251,11 @@ def optimize_ddp(value: bool | str) -> None:
     """Choose how dynamo treats DDP. `torch._dynamo.config` is documented but has no public path; another name there
     raises AttributeError for `compile.optimize_ddp`."""
     torch._dynamo.config.optimize_ddp = value  # type: ignore[assignment]
+
+
+def dynamo_is_loaded() -> bool:
+    """Whether something may be compiled. Without the name, what must run eagerly may be compiled, and nothing else."""
+    return "torch._dynamo" in sys.modules
 
 
 # Operators.
@@ -232,6 +286,11 @@ def written_arguments(operator: Any) -> Iterator[tuple[int, str]]:
             yield position, argument.name
 
 
+def argument_names(operator: Any) -> list[str]:
+    """The names of an operator's arguments, by its schema."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
 def is_view(operator: Any) -> bool:
     """Whether an operator returns a view of its input, by its schema."""
     returns = operator._schema.returns
@@ -242,6 +301,78 @@ def storage_identity(tensor: torch.Tensor) -> int:
     """What views and `.data` of one tensor have in common; meta tensors have no address to compare. Without `_cdata`
     no model can be built on the meta device."""
     return tensor.untyped_storage()._cdata
+
+
+# Fake tensors.
+
+
+def fake_tensors() -> AbstractContextManager[object]:
+    """Tensors made inside have a shape, a dtype and the device that was asked for, and no memory. Without it no model
+    of several ranks can be built other than on the CPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory, since `fake_tensors` was on when it was made."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def fake_errors() -> tuple[type[Exception], ...]:
+    """What an operator raises on fake tensors where its result depends on their values."""
+    from torch._subclasses import fake_tensor
+
+    return fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """Inside of `fake_tensors` or any other dispatch mode: operators run as if there were none."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+@contextmanager
+def truncated_normal(call: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let `nn.init.trunc_normal_` go through `call(function, tensor, *arguments)`. From torch 2.13 on it draws again
+    until every value is inside, so that a value decides what is run."""
+    original = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = partial(call, original)
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = original
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """What was set on a tensor by attribute; of a fake one, without what makes it fake."""
+    found = vars(tensor)
+    if not is_fake(tensor):
+        return dict(found)
+    with tensor.fake_mode:  # type: ignore[attr-defined]
+        bare = vars(torch.empty(0))
+    return {
+        name: value for name, value in found.items() if name not in bare and name not in ("_is_param", "_is_buffer")
+    }
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Without torch's own report of an operator that has no rule for fake tensors, which raises all the same, and
+    without its warning where a fake tensor is copied."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # A deep copy of a tensor looks at its pointer, to find that it has none.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 # Schedulers, loaders, memory.
@@ -295,10 +426,3 @@ def saved_buffers(module: nn.Module) -> list[torch.Tensor]:
 def without_compile(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` has wrapped, or the module itself."""
     return cast(nn.Module, getattr(module, "_orig_mod", module))
-
-
-def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
-    """Apply a function to every tensor of nested lists, tuples and mappings; anything else stays."""
-    from torch.utils._pytree import tree_map
-
-    return tree_map(lambda item: function(item) if isinstance(item, torch.Tensor) else item, tree)

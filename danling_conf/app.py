@@ -1,4 +1,4 @@
-"""`main`: the decorator of a user's train.py."""
+"""`main`, the decorator of a user's training script, and `compose`, for notebooks and tests."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def main(config_path: str | None = None, config_name: str = "danling") -> Callab
     def decorate(function: Function) -> Callable[..., Any]:
         @functools.wraps(function)
         def entry(config: Any = None) -> Any:
-            if config is not None:  # as under @hydra.main, calling it with a configuration calls the function itself
+            if config is not None:  # with a configuration, it calls the function itself, as under @hydra.main
                 return function(config)
+            # Imported here: `import danling_conf` in a library must not load Hydra and all of the schema.
             from danling_conf.command import run_command
             from danling_conf.launch.app import App
 

@@ -1,8 +1,10 @@
 """The builders: every public function that turns sections of a configuration into running objects, in one place.
 
-Each takes its own section, and none the whole configuration, so that a loop of one's own can use some of them and leave
-the others; `examples/own_loop.py` does. The modules behind these names may change, the names do not. Where a builder's
-section has a `_target_`, `hydra.utils.instantiate(section)` returns a partial of it instead.
+Each takes its own section, so that a loop of one's own can use some of them and leave the others, as in
+`examples/own_loop.py`. Those of a run (`join`, `Checkpoints`) take the whole configuration, which is what a run is
+known by; `examples/gan.py` trains two models with two optimizers by them. The modules behind these names may change,
+the names do not. Where a builder's section has a `_target_`, `hydra.utils.instantiate(section)` returns a partial of it
+instead.
 
 Where this process stands:
     device_type, local_device: the kind of device of the run, and the one of this process.
@@ -29,13 +31,18 @@ What trains it:
     autocast, make_scaler: mixed precision outside of FSDP.
     make_profiler: traces of some steps.
 
+A run of one's own loop:
+    join: the run's directory, the process group and the mesh, as `danling_conf.main` or a launcher started this rank.
+    Batches: a loader's batches, epoch after epoch.
+    Checkpoints: saves and resumes any number of models and optimizers.
+
 Faults of a setting raise `SettingError`, several at once `ConfigRefused`; both are ValueErrors with violations.
 """
 
 from __future__ import annotations
 
-from danling_conf.components.dataloader import go_on as resume_dataloader
 from danling_conf.components.dataloader import make as make_dataloader
+from danling_conf.components.dataloader import resume as resume_dataloader
 from danling_conf.components.dataloader import set_epoch, stop_workers
 from danling_conf.components.gradients import accumulate, clip
 from danling_conf.components.instantiate import model_factory
@@ -43,10 +50,10 @@ from danling_conf.components.optimizer import make as make_optimizer
 from danling_conf.components.precision import autocast
 from danling_conf.components.precision import scaler as make_scaler
 from danling_conf.components.profiler import make as make_profiler
-from danling_conf.components.scheduler import go_on as resume_scheduler
 from danling_conf.components.scheduler import interval_of as scheduler_interval
 from danling_conf.components.scheduler import is_metric_driven
 from danling_conf.components.scheduler import make as make_scheduler
+from danling_conf.components.scheduler import resume as resume_scheduler
 from danling_conf.parallel.activation_checkpointing import apply as recompute
 from danling_conf.parallel.compile import apply as compile_model
 from danling_conf.parallel.ddp import replicate
@@ -60,11 +67,16 @@ from danling_conf.parallel.model import assemble
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.process_group import start as start_process_group
 from danling_conf.parallel.process_group import stop as stop_process_groups
+from danling_conf.runner.batches import Batches
+from danling_conf.runner.checkpoints import Checkpoints
+from danling_conf.runner.world import join
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.rank_environment import started_rank
 from danling_conf.topology.violation import ConfigRefused, SettingError
 
 __all__ = [
+    "Batches",
+    "Checkpoints",
     "ConfigRefused",
     "Passes",
     "SettingError",
@@ -77,6 +89,7 @@ __all__ = [
     "device_type",
     "is_distributed",
     "is_metric_driven",
+    "join",
     "layout_of",
     "local_device",
     "make_dataloader",

@@ -1,7 +1,6 @@
-"""Dispatcher of an app's command line: a single run, a sweep, or one process of either.
+"""Dispatcher of an app's command line: starts a single run or a sweep, or runs one process of either.
 
-The same script is started for all of them. Environment variables say which part a process plays, since the command line
-is the same for all processes of a run.
+All processes of a run start the same script with the same command line, so environment variables tell them apart.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
 
         ranks = started_rank()
         if ranks is None:
-            raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is no rank: unset it")
-        # Removed from the environment: programs that the user's function starts are no workers of this run.
+            raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is not a rank: unset it")
+        # Removed from the environment: a training script started by the user's function is not a worker of this run.
         return run_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
     if JOB_VARIABLE in os.environ:
         return _run_job(app, Path(os.environ.pop(JOB_VARIABLE)))

@@ -33,12 +33,19 @@ def train(config: danling_conf.RunnerConfig) -> float:
     world = builders.make_mesh(layout, kind)
     data_rank, data_degree = builders.data_rank_and_degree(world)
 
-    # Built on the meta device, compiled, under FSDP2 or DDP, with weights that do not depend on the layout. Parts of it
+    # Built on the meta device, compiled, under FSDP2 or DDP, with the weights of a plain call. Parts of it
     # can be had alone: `builders.shard(net, config.fsdp, world)`, or `instantiate(config.fsdp)(net, mesh=world)`.
     assembled = builders.assemble(
-        lambda: MLP(MLPConfig()), layout=layout, mesh=world, device=here, seed=config.seed, precision=config.precision,
-        fsdp=config.fsdp, compile=config.compile, activation_checkpointing=config.activation_checkpointing,
-    )  # fmt: skip
+        lambda: MLP(MLPConfig()),
+        layout=layout,
+        mesh=world,
+        device=here,
+        seed=config.seed,
+        precision=config.precision,
+        fsdp=config.fsdp,
+        compile=config.compile,
+        activation_checkpointing=config.activation_checkpointing,
+    )
     net = assembled.module
     data = digits(val_fraction=0.2)
     shares = {"data_rank": data_rank, "data_degree": data_degree, "seed": config.seed}

@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        return not any(self.codes)
+        return not any(self.codes) and not self.tests["failed"] + self.tests["errors"]
 
 
 def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[str]) -> tuple[tuple[Part, ...], ...]:
@@ -86,8 +86,9 @@ def run(part: Part, show: Callable[[str], None]) -> Outcome:
             show(f"$ {' '.join(command)}\n")
             codes.append(code := exit_code(argv, show))
             found = counted(report) if part.counts else Counter[str]()
-            # What fails without a failed test (no tests, a crash, a linter) is an error of the part.
-            if code and not found["failed"] + found["errors"]:
+            # An exit code without a failed test (no tests, a crash, a linter) is an error, and so is no report: a test
+            # may have ended its process, with any code.
+            if (code or (part.counts and not report.is_file())) and not found["failed"] + found["errors"]:
                 found["errors"] += 1
             tests += found
     return Outcome(part, time.monotonic() - began, tuple(codes), tests)

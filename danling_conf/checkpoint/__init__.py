@@ -1,1 +1,1 @@
-"""Checkpoints: the manager that saves, the loader, their files, and the whole state of wrapped models."""
+"""Checkpoints: the manager that saves, the loader, their files, and the state of wrapped models under global names."""

@@ -1,4 +1,4 @@
-"""Background of saves: one job at a time in a thread, whose failure is raised and never lost."""
+"""Background thread of saves: one job at a time, whose failure is raised by the next call and never lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint was not written. The message names its place, the reason, and what is there instead."""
+    """A checkpoint was not written. The message has its path, the reason, and which checkpoint is usable instead."""
 
 
 class Background:
@@ -18,31 +18,31 @@ class Background:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.what = ""
-        """The job under way, or the one before."""
+        """The running job, or the last one."""
 
     @property
     def busy(self) -> bool:
-        """Whether a job is under way."""
+        """Whether a job is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, what: str, job: Callable[[], None]) -> None:
-        """Start a job. Raises RuntimeError while another one is under way: call `wait` first."""
+        """Start a job. Raises RuntimeError while another one is running: call `wait` first."""
         if self.busy:
             raise RuntimeError(f"{self.what} is still being written")
         self.check()
         self.what = what
-        # A daemon: the process must be able to end although a disk does not answer. `wait` is called before it ends.
+        # A daemon thread: a process whose disk hangs must still be able to exit. A normal exit calls `wait` first.
         self._thread = threading.Thread(target=self._run, args=(job,), name="danling-conf-checkpoint", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what a job has raised, once."""
+        """Raise the error of the last job, once."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def wait(self, timeout: float | None = None) -> float:
-        """Wait until no job is under way; returns the seconds that took.
+        """Wait until no job is running. Returns the seconds spent waiting.
 
         Raises:
             SaveFailed: the job failed, or did not end within `timeout` seconds.
@@ -62,5 +62,5 @@ class Background:
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except BaseException as error:  # torch's CheckpointException is no Exception
+        except BaseException as error:  # torch's CheckpointException derives from BaseException, not Exception
             self._failure = error

@@ -1,4 +1,7 @@
-"""Durable files: on the disk once synced, and with a checksum that was taken while they were written."""
+"""Durable files: on the disk once synced, and with a checksum taken while they are written.
+
+A checkpoint must survive a power cut right after the save, and damage by a disk or network must be found on load.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,10 @@ class Sum:
 
 
 class SummedFile(io.RawIOBase):
-    """A file to write from its beginning to its end; knows size and checksum of what was written.
+    """A file that is written sequentially, and knows the size and checksum of what was written.
 
-    The checksum is taken from memory and not from the file, so it also finds what was damaged on the way to the disk.
+    The checksum is taken from memory, so that it also reveals damage on the way to the disk. Reading the file back
+    would hit the page cache, and cost a second pass over a large checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +49,7 @@ class SummedFile(io.RawIOBase):
         self._size, self._crc = 0, 0
         self._path = path
         self.failed: OSError | None = None
-        """Why a write failed: torch's writer reports it as an unexpected position."""
+        """The error of a failed write: torch's zip writer hides it behind "unexpected pos"."""
 
     @property
     def sum(self) -> Sum:
@@ -58,7 +62,7 @@ class SummedFile(io.RawIOBase):
         view = memoryview(content).cast("B")
         done = 0
         try:
-            while done < len(view):  # the system may take less than it is given
+            while done < len(view):  # an unbuffered write may be short: Linux writes at most 2 GiB per call
                 done += self._file.write(view[done:]) or 0
         except OSError as error:
             error.filename = str(self._path)
@@ -110,7 +114,8 @@ def sum_of(path: Path) -> Sum:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's entries: a rename is lost in a crash otherwise."""
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    # A rename changes the folder, not the file: without an fsync of the folder, a crash may undo it.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,7 +125,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A phase of a save."""
+    """Logs the start and the end of a phase of a save."""
     enter(name)
     try:
         yield

@@ -1,4 +1,7 @@
-"""Export of the final model alone: safetensors, in the format of transformers where the model is one of its own."""
+"""Export of the model alone as safetensors; models of transformers are written in their own format.
+
+Other programs read exports, so they hold no optimizer and need no danling-conf.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,48 @@ from danling_conf.checkpoint.state import MODEL
 from danling_conf.components.precision import dtype
 
 _FILE_BYTES = 5_000_000_000
-"""Largest file of an export: what the main rank holds of the model at once."""
+"""Largest file of an export. It bounds the part of the model that the main rank holds at once."""
 
 
 def write(
     staging: Path, parts: Sequence[nn.Module], tensors: Iterator[tuple[str, Tensor]], facts: Manifest, cast: str | None
 ) -> None:
-    """Write an export into an empty folder, durable when this returns. On the main rank.
+    """Write an export into an empty folder, on the main rank. It is durable when this returns.
 
     Args:
-        tensors: the whole model, name by name; see `gather.gather`.
-        cast: dtype for tensors of floating point; None leaves them as trained.
+        tensors: names and tensors of the whole model, from `gather.gather`.
+        cast: dtype for floating-point tensors; None leaves them as trained.
 
     Raises OSError.
     """
     model = _bare(parts[0])
+    whole = len(parts) == 1 and facts.degrees["pipeline"] == 1
+    write_model(staging, model if is_of_transformers(model) else None, tensors, facts, cast, whole=whole)
+
+
+def write_model(
+    staging: Path,
+    model: Any,
+    tensors: Iterator[tuple[str, Tensor]],
+    facts: Manifest,
+    cast: str | None,
+    *,
+    whole: bool = True,
+) -> None:
+    """Write an export as `write` does.
+
+    Args:
+        model: of transformers, which decides the format; its values are not used, so it may be on the meta device. None
+            for any other model.
+        whole: whether it is the whole model, and not a stage of a pipeline.
+    """
     named = ((name.removeprefix(MODEL), _cast(tensor, cast)) for name, tensor in tensors)
-    if len(parts) == 1 and _is_of_transformers(model) and facts.degrees["pipeline"] == 1:
+    if model is not None and whole:
         _by_transformers(staging, model, dict(named))
     else:
         _plainly(staging, named)
-        if _is_of_transformers(model):
-            model.config.save_pretrained(staging)  # type: ignore[union-attr, operator]
+        if model is not None:
+            model.config.save_pretrained(staging)
     files = {path.name: durable.sum_of(path) for path in sorted(staging.iterdir())}
     for name in files:
         durable.sync(staging / name)
@@ -49,12 +72,12 @@ def write(
 
 
 def _by_transformers(staging: Path, model: Any, state: dict[str, Tensor]) -> None:
-    """By its own writer, which handles tied weights, names that differ on the disk, and its configuration."""
+    """Write with transformers, which knows about tied weights, names that differ on disk, and its configuration."""
     held = {item.dtype for item in state.values() if item.is_floating_point()}
     model.save_pretrained(staging, state_dict=state, is_main_process=True)
     config = staging / "config.json"
     content = json.loads(config.read_text())
-    # It records the dtype of the live model, but loading goes by this entry: it must be the dtype that was written.
+    # transformers records the dtype of the live model, but loads in the recorded dtype: record what was written.
     if len(held) == 1:
         name = str(held.pop()).removeprefix("torch.")
         content |= {key: name for key in ("dtype", "torch_dtype") if key in content}
@@ -62,7 +85,7 @@ def _by_transformers(staging: Path, model: Any, state: dict[str, Tensor]) -> Non
 
 
 def _plainly(staging: Path, named: Iterator[tuple[str, Tensor]]) -> None:
-    """Files of at most `_FILE_BYTES`, called and indexed as transformers and others do it."""
+    """Write files of at most `_FILE_BYTES`, named and indexed like those of transformers."""
     from safetensors.torch import save_file
 
     places: dict[str, int] = {}
@@ -103,11 +126,12 @@ def _bare(model: nn.Module) -> nn.Module:
     return without_compile(inner)
 
 
-def _is_of_transformers(model: nn.Module) -> bool:
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model has the writer and the configuration that those of transformers have."""
     return callable(getattr(model, "save_pretrained", None)) and hasattr(getattr(model, "config", None), "to_json_file")
 
 
 def drain(tensors: Iterator[Any]) -> None:
-    """Take part in gathering on a rank that keeps nothing."""
+    """Take part in the gather on a rank that keeps nothing: its collectives need every rank."""
     for _ in tensors:
         pass

@@ -1,8 +1,8 @@
-"""Folder of a run's checkpoints: how they are named, made visible, pointed to, found, kept and removed.
+"""Checkpoint folder of a run: names, publishes, links, finds, prunes and removes checkpoints.
 
-Every checkpoint is a folder that appears by a rename, whole; `latest` and `best` are links that are replaced by a
-rename; what is removed is renamed first. So a process may be killed at any point: what looks like a checkpoint is one.
-Needs no torch.
+Every checkpoint is a folder that appears by a rename, complete. `latest` and `best` are links, replaced by a rename. A
+checkpoint is renamed before it is removed. So a process may be killed at any point, and whatever looks like a
+checkpoint is one. Needs no torch, so that the commands that list checkpoints start fast.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VISIBLE = "ckpt-*"
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One visible checkpoint, or a folder with the name of one."""
+    """One visible checkpoint, or a folder that is named like one."""
 
     path: Path
     manifest: Manifest | None
@@ -41,7 +41,7 @@ class Entry:
 
 
 def name_of(step: int, epoch: int | None) -> str:
-    """A checkpoint's name: by epoch where it stands between epochs of a run that counts in them, else by step."""
+    """A checkpoint's name: by epoch if it was saved between two epochs, else (`epoch` is None) by step."""
     return f"ckpt-s{step:08d}" if epoch is None else f"ckpt-e{epoch:08d}"
 
 
@@ -49,8 +49,8 @@ class Folder:
     """The checkpoints of one run. Changes are made by one process, the one that holds the run.
 
     Args:
-        check_token: compares fencing tokens: raises where another process has taken the run over. Called before
-            anything that is visible changes.
+        check_token: compares fencing tokens, and raises where another process has taken over the run. Called before
+            every visible change: a process on a lost node must not move `latest` back.
     """
 
     def __init__(self, path: Path, check_token: Callable[[], None] = lambda: None) -> None:
@@ -58,7 +58,7 @@ class Folder:
         self.check_token = check_token
 
     def entries(self) -> list[Entry]:
-        """All visible checkpoints, newest first; those without a readable manifest first of all."""
+        """All visible checkpoints, newest first. Those without a readable manifest come before all others."""
         found = []
         for path in sorted(self.path.glob(_VISIBLE), reverse=True):
             try:
@@ -68,22 +68,22 @@ class Folder:
         return sorted(found, key=lambda entry: (entry.manifest is not None, -entry.step))
 
     def pointed(self, name: str) -> Path | None:
-        """Where `latest` or `best` points to; None where it points to nothing."""
+        """The checkpoint that `latest` or `best` points to; None where there is none."""
         target = (self.path / name).resolve()
         return target if target.is_dir() and target.parent == self.path.resolve() else None
 
     def unfinished(self) -> list[Path]:
-        """What unfinished saves left."""
+        """Staging folders of unfinished saves."""
         return sorted(path for path in self.path.glob(f".*{_STAGING}") if path.is_dir() and not path.is_symlink())
 
     def staging(self, name: str) -> Path:
-        """Where a checkpoint is written before it is visible."""
+        """The staging folder in which a checkpoint is written before it is visible."""
         return self.path / f".{name}{_STAGING}"
 
     def repair(self) -> list[str]:
-        """Repair what a killed process left; returns the names of unfinished checkpoints, which are removed.
+        """Clean up after a killed process. Returns the names of unfinished checkpoints, which are removed.
 
-        A checkpoint whose replacement did not become visible takes its place again.
+        A checkpoint that was about to be replaced, but whose replacement is not visible, is restored.
         """
         left = [path.name.removeprefix(".").removesuffix(_STAGING) for path in self.unfinished()]
         for path in self.path.glob(f".*{_OLD}"):
@@ -99,11 +99,12 @@ class Folder:
         return left
 
     def publish(self, staging: Path, name: str) -> Path:
-        """Make a whole folder visible, in place of one of the same name."""
+        """Make a complete staging folder visible, replacing one of the same name."""
         self.check_token()
         final = self.path / name
         if final.exists():
-            # The same step again, as an export or the best: the old one goes when the new one is in its place.
+            # The same step again, as for an export or the best one. A rename cannot replace a folder that is not empty,
+            # so the old one moves away first; `repair` moves it back after a crash between the two renames.
             old = self.path / f".{name}{_OLD}"
             with _locked(final, wait=True):
                 os.replace(final, old)
@@ -116,9 +117,10 @@ class Folder:
         return final
 
     def prune(self, keep: int) -> None:
-        """Remove what no name points to and the history does not hold: all of it, or its newest `keep`.
+        """Remove checkpoints that are neither linked nor among the newest `keep` of the history (0 keeps all of it).
 
-        What has no readable manifest stays, for a person to look at; so does what is being read, until the next save.
+        A folder without a readable manifest stays, for a person to look at. So does one that is being read, until the
+        next save.
         """
         self.check_token()
         named = {self.pointed(name) for name in (LATEST, BEST)}
@@ -132,7 +134,7 @@ class Folder:
                 if not free:
                     _log.info("%s is being read and is kept until the next save", entry.path)
                     continue
-                # Renamed first: what is half removed must not look like a checkpoint.
+                # Rename, then remove: rmtree takes time, and a half-removed folder must not look like a checkpoint.
                 gone = self.path / f".{entry.path.name}{_GONE}"
                 os.replace(entry.path, gone)
             shutil.rmtree(gone)
@@ -144,7 +146,9 @@ class Folder:
         shutil.rmtree(gone)
 
     def point(self, name: str, target: Path) -> None:
-        """Make `latest` or `best` point to a checkpoint."""
+        """Let `latest` or `best` point to a checkpoint."""
+        # symlink fails where the name exists, and unlinking first would leave a moment without `latest`: make a new
+        # link and rename it over the old one. Its target is relative, so that the run's directory can be moved.
         self.check_token()
         temporary = self.path / f".{name}{_STAGING}"
         temporary.unlink(missing_ok=True)
@@ -154,9 +158,9 @@ class Folder:
 
 
 def find(source: Path, dir_name: str) -> Path | None:
-    """The checkpoint that a path names: itself, or the latest of a run; None when there is none.
+    """The checkpoint that a path names: the path itself, or the latest one of a run; None where there is none.
 
-    Where a run's `latest` points to nothing, the newest checkpoint is it.
+    If a run's `latest` points to nothing, the newest readable checkpoint is taken.
     """
     if (source / FACTS).is_file() or source.resolve().name.startswith("ckpt-"):
         return source.resolve()
@@ -169,7 +173,7 @@ def find(source: Path, dir_name: str) -> Path | None:
 
 
 def others(source: Path, dir_name: str) -> list[Path]:
-    """The readable checkpoints beside the one that a path names, newest first."""
+    """The other readable checkpoints of the run that a path names, newest first."""
     named = find(source, dir_name)
     path = source / dir_name if (source / dir_name).is_dir() else source.resolve().parent
     readable = [entry.path for entry in Folder(path).entries() if entry.manifest is not None]
@@ -186,21 +190,23 @@ def reading(checkpoint: Path) -> Iterator[None]:
         raise Broken(f"{path}: there is no such file, so the checkpoint is not whole ({error.strerror})") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # The writer may have renamed the folder between open and flock: then the lock is on a file without a name.
         if not path.is_file() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
             raise Broken(f"{path}: its run has just removed it")
         yield
     finally:
-        # Unlocked, not only closed: a forked worker may hold a copy of the descriptor, and with it the lock.
+        # Unlock explicitly: a forked DataLoader worker may have a copy of the descriptor, which keeps the lock alive.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 @contextmanager
 def _locked(checkpoint: Path, *, wait: bool) -> Iterator[bool]:
-    """Lock readers out of a checkpoint that is removed; yields whether no one was reading it."""
+    """Lock readers out of a checkpoint that is about to be removed. Yields whether nobody is reading it."""
     if not (checkpoint / FACTS).is_file():
         yield True
         return
+    # O_RDWR: NFS emulates an exclusive flock by a POSIX lock, which needs a descriptor that is open for writing.
     descriptor = os.open(checkpoint / FACTS, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,7 @@
-"""Gathering of sharded tensors on the main rank, one at a time: for one file, and for exports."""
+"""Gather of sharded tensors on the main rank, one at a time, for checkpoints of one file and for exports.
+
+One at a time: no rank ever holds a second copy of the whole model on its device.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ from danling_conf.topology.layout import coordinates
 
 
 def leads(layout: Layout, rank: int) -> bool:
-    """Whether a rank is the first of its pipeline stage: it saves what all ranks of the stage hold alike.
+    """Whether a rank is the first of its pipeline stage, which saves everything that all ranks of the stage share.
 
-    Buffers follow each rank's own samples; what is saved is what rank 0, or the first rank of a stage, has.
+    Buffers such as running statistics differ between ranks; those of the leader are saved.
     """
     return not any(position for axis, position in coordinates(layout, rank).items() if axis != "pipeline")
 
 
 def gather(tensors: Mapping[str, Tensor], layout: Layout, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the whole model, on the CPU of rank 0; other ranks receive none, and only take part. Collective.
+    """Yields every tensor of the whole model on the CPU of rank 0. Other ranks only take part. Collective.
 
-    A tensor that is whole on rank 0's CPU already is returned as it is, not copied.
+    A tensor that is already whole on rank 0's CPU is not copied.
     """
     leader, shared = leads(layout, rank), set[str]()
     for stage in range(layout.pipeline):
@@ -40,7 +43,7 @@ def gather(tensors: Mapping[str, Tensor], layout: Layout, rank: int) -> Iterator
         for name, shape, dtype in described:
             with waiting("a tensor of the checkpoint"):
                 found = _unsharded(tensors[name], leader) if here else None
-                if name in shared:  # an earlier stage had a tensor of this name: the same one
+                if name in shared:  # an earlier stage has it as well: a tied weight or a shared buffer
                     continue
                 found = _on_main_rank(found, shape, dtype, source, rank)
             if rank == 0 and found is not None:
@@ -57,7 +60,7 @@ def _unsharded(tensor: Tensor, leader: bool) -> Tensor | None:
 def _on_main_rank(
     found: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, rank: int
 ) -> Tensor | None:
-    """The tensor of the rank `source`, sent to rank 0 where that is another one."""
+    """The tensor of rank `source`, sent to rank 0 if that is another rank."""
     if source == 0:
         return found
     if rank == source and found is not None:
@@ -77,6 +80,6 @@ def _leader_of(layout: Layout, stage: int) -> int:
 
 
 def address(tensor: Tensor) -> int:
-    """Where a tensor's memory on this rank begins."""
+    """Address of a tensor's storage on this rank."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.untyped_storage().data_ptr()

@@ -1,4 +1,7 @@
-"""Loader of checkpoints: found, verified by all ranks together, compared with the model, read, each rank its part."""
+"""Loader of checkpoints: finds one, verifies it on all ranks together, compares it with the model, and reads it.
+
+Each rank reads only its own part. Every fault is raised on all ranks, before anything has been loaded.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from danling_conf.checkpoint.gather import address
 from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
 from danling_conf.checkpoint.safe_load import load_plain
+from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known, is_whole
 from danling_conf.checkpoint.writing import SHARED, rank_file
@@ -36,7 +40,7 @@ Found = TypeVar("Found")
 
 
 class NothingSaved(ValueError):
-    """There is no checkpoint at all, not even a broken one."""
+    """There is no checkpoint, not even a broken one."""
 
 
 class LayoutDiffers(ValueError):
@@ -51,7 +55,7 @@ class LayoutDiffers(ValueError):
 
 
 class OptimizerDiffers(ValueError):
-    """A checkpoint was made with another class of optimizer."""
+    """A checkpoint was written with another class of optimizer."""
 
     def __init__(self, path: Path, saved: str, current: str) -> None:
         self.path, self.saved, self.current = path, saved, current
@@ -74,19 +78,19 @@ class ModelDiffers(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What was read from a checkpoint, beside what went into model and optimizer."""
+    """Everything that was read from a checkpoint, except for what was loaded into model and optimizer."""
 
     path: Path
     facts: Manifest
     shared: dict[str, Any]
-    """State that is the same on all ranks; a part that was excluded is missing."""
+    """State that is the same on all ranks, without excluded parts."""
     own: dict[str, Any]
-    """State of this rank, or of one that reads the same data; a part that was excluded is missing."""
+    """State of this rank, or of one that read the same data, without excluded parts."""
     notes: list[str] = field(default_factory=list)
 
 
 class Loader:
-    """Loads checkpoints into the model of this run. Everything is collective, and fails on all ranks alike."""
+    """Loads checkpoints into the model of this run. Everything is collective, and fails on all ranks or on none."""
 
     def __init__(
         self,
@@ -115,13 +119,13 @@ class Loader:
 
         Args:
             source: a checkpoint, or a run, which means its latest one.
-            choose: whether the newest whole checkpoint of the run is wanted, and a broken one passed over.
+            choose: whether to take the newest complete checkpoint of the run, and skip broken ones.
             extra: further tensors by name (`OWNER.KEY.NAME`), laid out as parameters are; loaded in place. Those of a
                 key that the checkpoint does not know are left as they are.
 
         Raises:
             NothingSaved: there is no checkpoint at `source`.
-            Broken: the checkpoint is broken, or where we choose, all are.
+            Broken: the checkpoint is broken; with `choose`, all of them are.
             LayoutDiffers: it was written under another layout, which is not allowed.
             OptimizerDiffers, ModelDiffers: it does not fit the optimizer or the model.
             SettingError: `checkpoint.exclude_from_loading` names what the checkpoint does not hold.
@@ -144,7 +148,7 @@ class Loader:
         ImportError where the package safetensors is missing."""
         with ExitStack() as stack:
             opened = self._on_all_ranks(lambda: self._open_weights(source, stack))
-            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(source, targets, opened.known))
             self._on_all_ranks(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
             opened.load(targets)
@@ -167,8 +171,8 @@ class Loader:
             facts = self._on_all_ranks(lambda: manifest.read(path))
             self._verify(path, facts)
             shared, own, notes = self._on_all_ranks(lambda: self._small_parts(path, facts, optimizer))
-            opened = self._on_all_ranks(lambda: _open(path, facts))
-            targets = _without_tied(self._kept(state.model_tensors(parts)), opened.known)
+            opened = self._on_all_ranks(lambda: open_tensors(path, facts))
+            targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(path, targets, opened.known))
             options = shared.pop("optimizer")
             self._on_all_ranks(lambda: self._check_excluded(opened.known))
@@ -188,7 +192,7 @@ class Loader:
     def _small_parts(
         self, path: Path, facts: Manifest, optimizer: Optimizer
     ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-        """What is in files of its own: state that all ranks share, that of this rank, and notes."""
+        """The parts in small files: state that all ranks share, state of this rank, and notes."""
         self._check_origin(path, facts, optimizer)
         shared = load_plain(path / SHARED)
         if not (isinstance(shared, dict) and shared.keys() >= set(_SHARED_PARTS)):
@@ -207,12 +211,13 @@ class Loader:
     def _check_origin(self, path: Path, facts: Manifest, optimizer: Optimizer) -> None:
         if facts.made_under != self.layout and not self.allow_degree_change:
             raise LayoutDiffers(path, facts.layout, self.layout_name)
-        mine = type(optimizer).__name__
+        mine = class_of(optimizer)
         if facts.optimizer != mine and not self._skips("optimizer"):
             raise OptimizerDiffers(path, facts.optimizer, mine)
 
     def _without_excluded(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """Shared state without what is excluded from loading; of the optimizer's, `_load` leaves that out."""
+        """Shared state without the parts that are excluded from loading, except in `optimizer`: `_load` filters
+        that."""
         kept: dict[str, Any] = {}
         for key, value in shared.items():
             if key == "optimizer":
@@ -232,14 +237,14 @@ class Loader:
         return []
 
     def _rank_to_read(self, made_under: Layout) -> int:
-        """The rank whose own state this one continues: itself, or one that read the same share of the data."""
+        """The rank whose own state this rank continues: itself, or one that read the same share of the data."""
         if made_under == self.layout:
             return self.rank
         wanted = data_rank(self.layout, self.rank) % made_under.data_degree
         return next(rank for rank in range(made_under.world_size) if data_rank(made_under, rank) == wanted)
 
     def _verify(self, path: Path, facts: Manifest) -> None:
-        """Checksums of all files, each by one rank."""
+        """Verify the checksums of all files, each on one rank: every rank reading all would multiply the traffic."""
         mine = sorted(facts.files)[self.rank :: self.layout.world_size]
         self._on_all_ranks(lambda: manifest.verify(path, facts, mine))
 
@@ -260,7 +265,7 @@ class Loader:
         stack.enter_context(reading(found))
         facts = manifest.read(found)
         manifest.verify(found, facts)
-        return _open(found, facts)
+        return open_tensors(found, facts)
 
     def _check_model(self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
         theirs = {name: item.shape for name, item in known.items() if name.startswith(MODEL) and not self._skips(name)}
@@ -268,9 +273,9 @@ class Loader:
         everywhere = set(mine)
         if self.layout.pipeline > 1:
             everywhere = set().union(*gather_objects(set(mine), self.layout.world_size))
-        misfit = _misfit(mine, theirs, everywhere)
-        if misfit is not None:
-            raise ModelDiffers(path, misfit)
+        difference = misfit(mine, theirs, everywhere)
+        if difference is not None:
+            raise ModelDiffers(path, difference)
 
     def _check_excluded(self, known: Iterable[str]) -> None:
         names = [*known, *LOADED_PARTS]
@@ -290,7 +295,8 @@ class Loader:
         return any(name == key or name.startswith(f"{key}.") for key in self.excluded)
 
     def _on_main_rank(self, find_all: Callable[[], Found]) -> Found:
-        """What rank 0 finds, for all: a folder may change between two reads of it."""
+        """What rank 0 finds, on all ranks: if each looked itself, a save in between would give them different
+        answers."""
         if self.layout.world_size == 1:
             return find_all()
         outcome: list[Any] = [None, None]
@@ -311,7 +317,7 @@ class Loader:
 
 
 def on_all_ranks(do: Callable[[], Found], world_size: int, errors: tuple[type[Exception], ...]) -> Found:
-    """What `do` returns. It fails on all ranks where it fails on one: the others would wait for that one for ever."""
+    """What `do` returns. If it fails on one rank, it fails on all: the others would hang in their next collective."""
     result, fault = None, None
     try:
         result = do()
@@ -325,7 +331,7 @@ def on_all_ranks(do: Callable[[], Found], world_size: int, errors: tuple[type[Ex
 
 
 def gather_objects(item: Any, world_size: int) -> list[Any]:
-    """One object of every rank."""
+    """One object from every rank, in the order of ranks."""
     everywhere: list[Any] = [None] * world_size
     with waiting("the other ranks"):
         distributed.all_gather_object(everywhere, item)
@@ -342,12 +348,13 @@ def _check_extra(path: Path, mine: Mapping[str, Tensor], known: Mapping[str, Kno
         raise ModelDiffers(path, f"absent or of another shape: {', '.join(wrong[:_SHOWN])}{_more(wrong)}")
 
 
-def _open(path: Path, facts: Manifest) -> Source:
+def open_tensors(path: Path, facts: Manifest) -> Source:
+    """The tensors of a checkpoint, by the backend that wrote it. Raises Broken."""
     return sources.shards(path) if facts.backend == "dcp" else sources.one_file(path / sources.STATE)
 
 
-def _without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
-    """Leave out what a checkpoint lacks and has under another name: tied weights, which others save once."""
+def without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
+    """Drop tied weights that a checkpoint has under another name only: other libraries save them once."""
     held = {_identity(item) for name, item in tensors.items() if name in known}
     return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}
 
@@ -356,10 +363,10 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return address(tensor), tensor.storage_offset() if is_whole(tensor) else 0, tensor.shape
 
 
-def _misfit(
+def misfit(
     mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], everywhere: set[str]
 ) -> str | None:
-    """How a saved model differs from what this rank has, in names and shapes; None where it fits."""
+    """How a saved model differs from that of this rank, in names and shapes; None where it fits."""
     facts = {
         "it lacks": [_short(name) for name in mine if name not in theirs],
         "the model lacks": [_short(name) for name in theirs if name not in everywhere],

@@ -1,4 +1,4 @@
-"""Checkpoint manager of a run: saves in the foreground or the background, and the loader."""
+"""Checkpoint manager of a run: takes a snapshot, and writes it in the foreground or in the background."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from danling_conf.checkpoint.gather import address, gather, leads
 from danling_conf.checkpoint.loading import Loader, gather_objects, on_all_ranks
 from danling_conf.checkpoint.manifest import Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
+from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.writing import Snapshot, Writer
 from danling_conf.parallel import process_group
 from danling_conf.schema.checkpoint import DISABLED, PINNED, CheckpointConfig, async_mode
@@ -39,16 +40,16 @@ class CheckpointManager:
     Args:
         section: `checkpoint` of the configuration.
         run: the run's directory.
-        rank: of this process.
-        layout, layout_name: what the ranks are laid out as.
-        allow_degree_change: whether what was written under another layout may be loaded.
+        rank: rank of this process.
+        layout, layout_name: layout of the ranks, and its name.
+        allow_degree_change: whether checkpoints of other layouts may be loaded.
         check_token: see `Folder`.
 
     Attributes:
         enabled: whether checkpoints are written.
-        mode: how: `disabled` (training waits), `async` or `async_with_pinned_mem`.
+        mode: how they are written: `disabled` (training waits), `async` or `async_with_pinned_mem`.
         loader: loads checkpoints into the model and the optimizer.
-        unfinished: names of checkpoints that a killed attempt did not finish; removed.
+        unfinished: names of checkpoints that a killed attempt did not finish, and that were removed.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class CheckpointManager:
         self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
         self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None
         self.mode = async_mode(section)
-        # Two threads must not share a process group: collectives of training and of the save would meet each other.
+        # Two threads must not share a process group: a collective of the save on one rank would be matched with one of
+        # training on another.
         if several and not section.dedicated_async_process_group:
             self.mode = DISABLED
         self._background = Background()
@@ -105,24 +107,24 @@ class CheckpointManager:
         best: bool = False,
         extra: Mapping[str, Tensor] | None = None,
     ) -> Path | None:
-        """Save the state as it is now; `latest`, and `best` where it is, point to it once it is whole.
+        """Save the present state. `latest`, and `best` if it is the best one, point to it once it is complete.
 
-        In the background, unless the section says otherwise: what changes after this returns is not saved. One save is
-        under way at a time; another one is waited for.
+        Unless `mode` is `disabled`, this returns after a copy was taken, and a background thread writes it. Only one
+        save runs at a time: a second one waits for the first.
 
         Args:
             shared: further state that is the same on all ranks; plain values and tensors.
             own: this rank's own state.
             step, epoch: optimizer steps and epochs done.
-            between_epochs: whether the checkpoint is called by its epoch.
-            history: whether it is kept when a later one takes its names.
+            between_epochs: whether the checkpoint is named by its epoch.
+            history: whether to keep it when `latest` and `best` have moved on.
             extra: further tensors by name, laid out as parameters are.
 
         Returns:
-            The checkpoint's folder, which may not be there yet; None when checkpoints are not written.
+            The checkpoint's folder, which may not exist yet; None when checkpoints are not written.
 
         Raises:
-            SaveFailed: it could not be written, or the one before it could not.
+            SaveFailed: this checkpoint, or the previous one, could not be written.
         """
         if not self.enabled:
             return None
@@ -135,6 +137,7 @@ class CheckpointManager:
         if self.layout.pipeline > 1:
             options = state.merged_options(gather_objects(options, self.layout.world_size))
         facts = self._facts(step, epoch, history, optimizer)
+        # Serialized now: the background thread must not see objects that training goes on changing.
         saved = _bytes({**shared, "optimizer": options}) if self.rank == 0 else b""
         snapshot = Snapshot(
             name=name,
@@ -167,7 +170,7 @@ class CheckpointManager:
             try:
                 export.write(staging, parts, tensors, facts, self.section.export_dtype)
             finally:
-                export.drain(tensors)  # the other ranks are in the middle of it where this one fails
+                export.drain(tensors)  # if this rank fails half-way, the others are still in the gather's collectives
             self.folder.publish(staging, EXPORT)
 
         try:
@@ -182,16 +185,16 @@ class CheckpointManager:
         return self._background.busy
 
     def check(self) -> None:
-        """Raise SaveFailed when a save in the background has failed. Costs nothing; not collective."""
+        """Raise SaveFailed if a background save has failed. Does not block; not collective."""
         if not self._background.busy:
             self._background.check()
 
     def drain(self, limit: float | None = None) -> None:
-        """Wait for the save under way, at most `limit` or `checkpoint.wait_timeout` seconds. Raises SaveFailed."""
+        """Wait for the running save, at most `limit` or `checkpoint.wait_timeout` seconds. Raises SaveFailed."""
         self._background.wait(self.section.wait_timeout if limit is None else limit)
 
     def close(self) -> None:
-        """Release what the manager holds. Call `drain` first: what is under way may be lost."""
+        """Release the manager's memory. Call `drain` first: a running save may be lost."""
         if self._stager is not None:
             self._stager.close()
             self._stager = None
@@ -201,10 +204,12 @@ class CheckpointManager:
             _log.info("%s waits for %s, which is still being written", name, self._background.what)
         seconds = self._background.wait()
         if seconds > 1:
-            _log.info("%s waited %.1f s: saves take longer than what lies between them", name, seconds)
+            _log.info(
+                "%s waited %.1f s for the save before it: saves take longer than the time between them", name, seconds
+            )
 
     def _writer_of_all(self) -> Writer:
-        """The writer, made at the first save: it may need a process group, which all ranks make together."""
+        """The writer, made at the first save: it may need a process group, whose creation is collective."""
         if self._writer is None:
             dedicated = self.section.dedicated_async_process_group
             group = process_group.separate(self.section.async_process_group_backend) if dedicated else None
@@ -228,7 +233,7 @@ class CheckpointManager:
             self.replica.prune({path.name for path in self.folder.path.glob("ckpt-*")})
 
     def _copied_where_needed(self, everything: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank writes, as it is now: copies where the writing goes on after training does."""
+        """The tensors that this rank writes, copied where training continues before they are written."""
         copy = self.mode != DISABLED
         if self.backend == "dcp":
             if not leads(self.layout, self.rank):
@@ -237,7 +242,7 @@ class CheckpointManager:
         whole = dict(gather(everything, self.layout, self.rank))
         if not copy:
             return whole
-        # What was sharded, or on an accelerator, has just been copied.
+        # The gather has copied what was sharded or on an accelerator. Only tensors on the CPU are still live.
         live = {address(item) for item in everything.values()}
         return whole | self._copied({name: item for name, item in whole.items() if address(item) in live})
 
@@ -262,7 +267,7 @@ class CheckpointManager:
             degrees=self.layout.degrees(),
             fsdp=self.layout.fsdp,
             history=history,
-            optimizer=type(optimizer).__name__,
+            optimizer=class_of(optimizer),
         )
 
 

@@ -1,6 +1,6 @@
-"""Manifest of a checkpoint: `checkpoint.json`, written last, with the checksum of every file beside it.
+"""Manifest of a checkpoint: `checkpoint.json`, which is written last and has the checksum of every other file.
 
-Needs no torch, so that checkpoints are listed where there is none.
+Needs no torch, so that checkpoints can be listed where it is not installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = 2
 
 
 class Broken(ValueError):
-    """A checkpoint is not what was saved: a file is missing, damaged, or not ours."""
+    """A checkpoint is not as it was saved: a file is missing, damaged or foreign."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +35,21 @@ class Manifest:
     epoch: int
     """Epochs done."""
     saved: str
-    """When, as ISO 8601 with the offset from UTC."""
+    """Time of the save, as ISO 8601 with the offset from UTC."""
     backend: str
-    """`file` or `dcp`; of an export, `safetensors`."""
+    """`file` or `dcp`; `safetensors` for an export."""
     layout: str
     """Name of the layout it was written under."""
     degrees: Mapping[str, int]
     """Degrees of that layout."""
     fsdp: bool
-    """Whether it sharded."""
+    """Whether that layout sharded by FSDP."""
     history: bool
-    """Whether it is kept when a later one takes its names."""
+    """Whether to keep it when `latest` and `best` have moved on."""
     optimizer: str
     """Class of the optimizer."""
     files: Mapping[str, Sum] = field(default_factory=dict)
-    """Every other file of the checkpoint."""
+    """Size and checksum of every other file of the checkpoint, by name."""
 
     @property
     def made_under(self) -> Layout:
@@ -63,10 +63,10 @@ class Manifest:
 
 
 def write(folder: Path, manifest: Manifest, name: str = FACTS) -> None:
-    """Write the facts, which makes the folder a whole checkpoint; durable when this returns.
+    """Write the manifest, which makes the folder a complete checkpoint. It is durable when this returns.
 
     Args:
-        name: of the file; `EXPORTED` for an export, which is no checkpoint to resume from.
+        name: name of the file; `EXPORTED` for an export, which cannot be resumed.
     """
     content = {"format": FORMAT, **asdict(manifest)}
     text = json.dumps({**content, "checksum": _checksum(content)}, indent=1)
@@ -75,7 +75,7 @@ def write(folder: Path, manifest: Manifest, name: str = FACTS) -> None:
 
 
 def read(folder: Path, name: str = FACTS) -> Manifest:
-    """The facts of a checkpoint. Raises Broken, with the path, when they are missing or not what was written."""
+    """The manifest of a checkpoint. Raises Broken, with the path, where it is missing or damaged."""
     path = folder / name
     try:
         content = read_object(path)
@@ -94,10 +94,11 @@ def read(folder: Path, name: str = FACTS) -> Manifest:
     try:
         content["files"] = {name: Sum(**item) for name, item in content["files"].items()}
         found = Manifest(**{item.name: content[item.name] for item in fields(Manifest)})
-        found.made_under  # noqa: B018  raises for degrees that are none
+        found.made_under  # noqa: B018  raises for invalid degrees
         datetime.fromisoformat(found.saved)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Broken(f"{path}: it cannot be read: {type(error).__name__}: {error}") from error
+    # A checkpoint may come from someone else: its names must not lead out of its folder.
     for file in found.files:
         if "/" in file or file in ("", ".", "..", name):
             raise Broken(f"{path}: it cannot be read: it names a file outside of its folder, {file!r}")

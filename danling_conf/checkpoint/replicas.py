@@ -1,4 +1,7 @@
-"""Loader states of replicas, beside the checkpoints: one folder each, where a replica that comes back finds its own."""
+"""Replica folders: the dataloader states of each replica, next to the checkpoints, for fault-tolerant training.
+
+A replica that restarts alone continues its own data, while the model comes from the checkpoint of all replicas.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ VARIABLE = "FT_REPLICA_ID"
 
 
 class ReplicaFolder:
-    """The loader states of the replica that this rank belongs to.
+    """The dataloader states of the replica that this rank belongs to.
 
-    A replica is what `checkpoint.ft_replica_id` names, else the environment variable FT_REPLICA_ID, else this rank.
+    `checkpoint.ft_replica_id` names the replica, else the environment variable FT_REPLICA_ID, else it is the rank.
     """
 
     def __init__(self, section: CheckpointConfig, folder: Path, rank: int) -> None:
@@ -30,6 +33,7 @@ class ReplicaFolder:
         """Write the state that belongs to a checkpoint, whole or not at all. Raises OSError."""
         self.path.mkdir(parents=True, exist_ok=True)
         data, facts = self._files(checkpoint)
+        # First the checksum goes, then the data is replaced: a crash in between leaves no checksum, not a wrong one.
         facts.unlink(missing_ok=True)
         staging = data.with_name(f".{data.name}")
         found = durable.write_file(staging, content)

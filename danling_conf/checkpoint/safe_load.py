@@ -1,7 +1,8 @@
-"""Safe loading of files that someone else may have written: nothing in a checkpoint is executed.
+"""Safe loading of checkpoints that someone else may have written: nothing in them is executed.
 
-torch.distributed.checkpoint reads its `.metadata` by plain unpickling, and bytes in a shard by `torch.load` without
-restriction. Here the metadata may construct what describes tensors and nothing else, and bytes are not read at all.
+torch.distributed.checkpoint unpickles its `.metadata` without restriction, and loads bytes in a shard by an
+unrestricted `torch.load`. Here the metadata may construct only the classes that describe tensors, and bytes are not
+read at all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from danling_conf.checkpoint.manifest import Broken
 
 METADATA = ".metadata"
 _DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
-# Private names among them are those that torch writes into the file; they are not used otherwise.
+# torch writes its private names among them into the file; nothing else here uses them.
 _ALLOWED = {
     *(
         (_DESCRIPTIONS, name)
@@ -45,7 +46,7 @@ _ALLOWED = {
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")),
-    # Python 3.13 moved the classes.
+    # Python 3.13 moved the classes, and pickles them under the new module.
     *(("pathlib._local", name) for name in ("Path", "PosixPath", "PurePosixPath")),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
@@ -102,10 +103,10 @@ class TensorPlanner(DefaultLoadPlanner):
 
 
 def load_plain(path: Path, *, mapped: bool = False) -> Any:
-    """Read a file that `torch.save` wrote: tensors and plain values, nothing else is constructed.
+    """Read a file of `torch.save`. Only tensors and plain values are constructed.
 
     Args:
-        mapped: leave tensors on the disk until they are used.
+        mapped: memory-map tensors, so that only the parts in use are read from disk.
 
     Raises Broken, with the path, when it is not such a file.
     """
@@ -119,13 +120,15 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
 
 @contextmanager
 def ordinary_errors(what: str) -> Iterator[None]:
-    """Turn CheckpointException, which is a BaseException, into an error with the reason of each rank that failed.
+    """Turn torch's CheckpointException into an ordinary error with the reasons of all ranks that failed.
 
-    A `Broken` checkpoint stays one; anything else that a rank raised becomes a RuntimeError.
+    torch derives it from BaseException, so it passes every `except Exception` and would end the process. `Broken` and
+    OSError are raised as they are; any other error becomes a RuntimeError.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+            # A run of one process has no process group on purpose.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
         failures = {rank: failure[0] for rank, failure in error.failures.items()}

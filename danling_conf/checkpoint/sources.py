@@ -1,4 +1,4 @@
-"""Sources of tensors: shards, one file, or safetensors; all read by the same planner, each rank its own part."""
+"""Sources of tensors: shards, one file, or safetensors. The same planner reads all of them, each rank its own part."""
 
 from __future__ import annotations
 
@@ -42,25 +42,29 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""Of safetensors, by its names."""
+"""dtypes by the names that safetensors uses."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Source:
-    """The tensors of a checkpoint: what there is, and reading it into tensors of this rank.
+    """The tensors of a checkpoint, which can be read into tensors of this rank.
 
     Attributes:
-        known: shape and dtype of each, by name.
+        known: shape and dtype of each tensor, by name.
     """
 
     def __init__(self, reader: StorageReader, described: Mapping[str, TensorStorageMetadata]) -> None:
         self._reader = reader
         self.known = {name: Known(tuple(item.size), item.properties.dtype) for name, item in described.items()}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Read into tensors, whole or sharded. Collective. Raises Broken or RuntimeError."""
+    def load(self, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+        """Read into tensors, whole or sharded. Collective, unless this process reads `alone`.
+
+        Raises Broken or RuntimeError.
+        """
+        alone = alone or not is_distributed()
         with ordinary_errors("the checkpoint cannot be loaded"), waiting("the checkpoint"):
-            load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=not is_distributed())
+            load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=alone)
 
 
 def shards(folder: Path) -> Source:
@@ -121,7 +125,7 @@ def safetensors_files(path: Path) -> list[Path]:
 
 
 class _WholeReader(StorageReader):
-    """Reads parts of tensors that are whole, in memory or mapped; each rank reads what it needs."""
+    """Reads parts of unsharded tensors, which are in memory or memory-mapped. Each rank reads only what it needs."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._content = content
@@ -132,13 +136,13 @@ class _WholeReader(StorageReader):
         return False
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """There is nothing to reset."""
+        """Does nothing: there is no state to reset."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(state_dict_metadata=dict(self.described), storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """The content is open already."""
+        """Does nothing: the content is already open."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan

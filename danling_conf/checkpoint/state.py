@@ -1,4 +1,4 @@
-"""State of a model and its optimizer as one flat mapping from names to tensors, whatever shards or splits them.
+"""Flat state of a model and its optimizer: one mapping from names to tensors, however they are sharded or split.
 
 `model.<name>` is a parameter or buffer; `optimizer.<parameter>.<key>` is a tensor of a parameter's optimizer state. The
 names are those in the whole model: without what wrappers put into them, and the same in every part of a pipeline. So a
@@ -23,14 +23,14 @@ MODEL, OPTIMIZER = "model.", "optimizer."
 
 @dataclass(frozen=True)
 class Known:
-    """Shape and dtype of a tensor of a checkpoint, known before it is read."""
+    """Shape and dtype of a tensor in a checkpoint, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def model_tensors(parts: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """The parameters and saved buffers that this rank holds, by name; the very tensors, not copies."""
+    """The parameters and persistent buffers of this rank, by name. They are the live tensors, not copies."""
     return {name: value for name, value in _model_state(parts).items() if isinstance(value, Tensor)}
 
 
@@ -45,7 +45,7 @@ def optimizer_tensors(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[
 
 
 def options_of(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, Any]:
-    """The rest of model and optimizer: options of the groups, state that is no tensor, extra state."""
+    """The rest of model and optimizer: options of the groups, state that is not a tensor, and extra state."""
     names = {id(parameter): name for name, parameter in named_parameters(parts)}
     values: dict[str, Any] = {}
     for name, parameter in named_parameters(parts):
@@ -64,7 +64,7 @@ def options_of(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, An
 
 
 def merged_options(all_of: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The options of all ranks as one; ranks of one stage have the same."""
+    """The options of all ranks, merged. Ranks of one stage have equal ones."""
     merged: dict[str, Any] = {"groups": [], "values": {}, "extra": {}}
     for options in all_of:
         merged["groups"] += [group for group in options["groups"] if group not in merged["groups"]]
@@ -81,7 +81,7 @@ def named_parameters(parts: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter
 def optimizer_targets(
     parts: Sequence[nn.Module], optimizer: Optimizer, known: Mapping[str, Known]
 ) -> dict[str, Tensor]:
-    """Empty tensors for the optimizer state that a checkpoint holds of this rank's parameters, laid out as they are."""
+    """Empty tensors for the optimizer state of this rank's parameters in a checkpoint, sharded like the parameters."""
     keys = _keys_by_parameter(known)
     steppable = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {
@@ -95,7 +95,7 @@ def optimizer_targets(
 def load_optimizer(
     parts: Sequence[nn.Module], optimizer: Optimizer, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> None:
-    """Load the state that was read into the optimizer. Parameters of which nothing was saved start without one."""
+    """Load the tensors that were read, and the options, into the optimizer. Parameters without saved state get none."""
     saved = {name: group["options"] for group in options["groups"] for name in group["names"]}
     names = {id(parameter): name for name, parameter in named_parameters(parts)}
     keys = _keys_by_parameter(tensors)
@@ -112,10 +112,15 @@ def load_optimizer(
             own |= options["values"].get(name, {})
             if own:
                 state[index] = own
-        # Options that this optimizer's groups do not have were added by another run's scheduler (`initial_lr`).
+        # Drop options that this optimizer's groups do not have: another run's scheduler added them (`initial_lr`).
         mine = {key: theirs.get(key, value) for key, value in group.items() if key != "params"}
         groups.append({**mine, "params": indices})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def extra_names(module: nn.Module) -> set[str]:
+    """Names of the extra state of modules (`get_extra_state`) that is no tensor."""
+    return {name for name, value in _model_state([module]).items() if not isinstance(value, Tensor)}
 
 
 def load_extra(parts: Sequence[nn.Module], extra: Mapping[str, Any]) -> None:
@@ -130,7 +135,7 @@ def load_extra(parts: Sequence[nn.Module], extra: Mapping[str, Any]) -> None:
 
 
 def _keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
-    """The keys of optimizer state by parameter, of names such as `optimizer.first.weight.exp_avg`."""
+    """The keys of optimizer state by parameter, from names such as `optimizer.first.weight.exp_avg`."""
     keys: dict[str, list[str]] = {}
     for name in names:
         if name.startswith(OPTIMIZER):
@@ -140,7 +145,7 @@ def _keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _empty(parameter: Tensor, known: Known) -> Tensor:
-    """Something to read into. A state of the parameter's shape is laid out like it; any other (a count) is whole."""
+    """A tensor to read into: sharded like the parameter if it has its shape; any other, such as a count, is whole."""
     if known.shape == tuple(parameter.shape) and known.shape:
         return torch.empty_like(parameter, dtype=known.dtype, requires_grad=False)
     return torch.empty(known.shape, dtype=known.dtype)
@@ -153,5 +158,5 @@ def _model_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is held whole by every rank that has it."""
+    """Whether every rank that has a tensor holds all of it."""
     return not isinstance(tensor, DTensor)

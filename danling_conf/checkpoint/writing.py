@@ -1,4 +1,7 @@
-"""Writer of checkpoints: every rank its files, then all of them durable, then visible. The same for both backends."""
+"""Writer of checkpoints: every rank writes its files, all are made durable, and then the checkpoint becomes visible.
+
+Both backends share this, so that neither can publish a checkpoint that is not complete on the disk.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def rank_file(rank: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A checkpoint that is ready to be written: nothing in it changes any more."""
+    """A checkpoint that is ready to be written. Training no longer changes anything in it."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -57,8 +60,8 @@ class Writer:
     """Writes checkpoints into a run's folder. Collective: every rank writes its part of a checkpoint.
 
     Args:
-        group: what the ranks agree over; None is the default group.
-        keep: history checkpoints to retain; 0 keeps all.
+        group: process group for the collectives of a save; None is the default group.
+        keep: history checkpoints to keep; 0 keeps all.
     """
 
     def __init__(self, folder: Folder, *, rank: int, world_size: int, group: Any, keep: int) -> None:
@@ -66,7 +69,7 @@ class Writer:
         self._group, self._keep = group, keep
 
     def write_checkpoint(self, snapshot: Snapshot) -> None:
-        """Write, make durable, make visible, and remove what is not kept. Raises SaveFailed, on every rank."""
+        """Write a checkpoint, publish it, and prune older ones. Raises SaveFailed, on every rank."""
         staging = self.folder.staging(snapshot.name)
         self._together(snapshot, lambda: self._make_room(staging))
         sums = self._together(snapshot, lambda: self._write_files(snapshot, staging))
@@ -116,6 +119,8 @@ class Writer:
         return writer.files.sums
 
     def _commit(self, snapshot: Snapshot, staging: Path, files: Mapping[str, Sum]) -> None:
+        # The order is what makes a crash harmless: files, manifest, folder entries, rename, links, and only then the
+        # removal of older checkpoints.
         facts = replace(snapshot.facts, files=files)
         manifest.write(staging, facts)
         durable.sync(staging)
@@ -127,7 +132,7 @@ class Writer:
         self.folder.prune(self._keep)
 
     def _together(self, snapshot: Snapshot, do: Callable[[], Any]) -> list[Any]:
-        """What `do` returns on every rank. It fails on all ranks where it fails on one."""
+        """What `do` returned on every rank. If it fails on one rank, it fails on all."""
         result, fault = None, None
         try:
             result = do()
@@ -150,13 +155,13 @@ class Writer:
     def _message(self, name: str, faults: list[str]) -> str:
         reasons = "; ".join(dict.fromkeys(faults))
         return (
-            f"{self.folder.path / name}: the checkpoint could not be written: {reasons}; what was saved before is "
-            "whole: fix that, and resume the run"
+            f"{self.folder.path / name}: the checkpoint could not be written: {reasons}; earlier checkpoints are "
+            "complete: fix the cause, and resume the run"
         )
 
 
 class _Files(FileSystem):
-    """Takes the checksums of the files that DCP writes."""
+    """File system of DCP's writer that takes the checksum of every file."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Sum] = {}
@@ -173,15 +178,16 @@ class _Files(FileSystem):
 
 
 class _ShardWriter(FileSystemWriter):
-    """DCP's writer into a folder that is there and empty; `Writer` makes it durable."""
+    """DCP's writer, into an existing empty folder. `Writer` makes the files durable."""
 
     def __init__(self, path: Path) -> None:
-        # With several threads it loses the error of a thread and reports success.
+        # One thread: with several, DCP loses the error of a thread and reports success.
         super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1)
         self.fs = self.files = _Files()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         future = super().write_data(plan, planner)
+        # A second guard against errors that DCP loses: every entry must have been written.
         missing = {item.index for item in plan.items} - {result.index for result in future.wait()}
         if missing:
             raise OSError(errno.EIO, f"{len(missing)} of {len(plan.items)} entries were not written", str(self.path))

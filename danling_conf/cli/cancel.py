@@ -1,4 +1,4 @@
-"""`danling-conf cancel DIR [JOB...]`: jobs that wait do not start, those that run save and leave."""
+"""`danling-conf cancel DIR [JOB...]`: queued jobs never start, and running ones save and exit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from danling_conf.cli.runs_found import asked_of, find, job_named, one_sweep, reachable_or_refuse
+from danling_conf.cli.runs_found import find, job_named, one_sweep, reachable_or_refuse, request_of
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
@@ -22,11 +22,11 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 _BY = "by danling-conf cancel"
 _ABOUT_TO_START_SECONDS = 0.3
 _OWN_WORD_SECONDS = 3.0
-"""How long after its process has gone a job's own line in the ledger, or its monitor's, is waited for."""
+"""After a job's process has ended, how long to wait for the ledger's line of the job itself or of its monitor."""
 
 
 def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
-    """End jobs and wait until they have ended; returns the exit code: 1 where one has not.
+    """Cancel jobs and wait until they have ended. Returns the exit code: 1 where one has not ended.
 
     Raises ConfigRefused where there is no such sweep or job, or it cannot be reached from here.
     """
@@ -38,8 +38,8 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
         sweep, jobs = owner[0], jobs or [owner[1].key]
     else:
         sweep = one_sweep(found)
-    asked = asked_of(sweep)
-    settle_ends(sweep)  # what has ended already is not cancelled
+    request = request_of(sweep)
+    settle_ends(sweep)  # first: a job that has ended already must not be recorded as cancelled
     named = [job_named(sweep, name) for name in dict.fromkeys(jobs)] or list(sweep.ledger.records().values())
     for record in named:
         if record.ended and jobs:
@@ -48,18 +48,18 @@ def cancel(directory: str, jobs: Sequence[str], *, wait_seconds: float) -> int:
     if not chosen:
         print(f"nothing to do: no job is live: {sweep.path}")
         return 0
-    reachable_or_refuse(sweep, asked)
-    if asked.on_slurm:
+    reachable_or_refuse(sweep, request)
+    if request.on_slurm:
         return _in_slurm(sweep, chosen, wait_seconds)
     return _here(sweep, chosen, wait_seconds)
 
 
 def _run_of_its_own(run: Path, wait_seconds: float) -> int:
-    """Stop a run that its own command has started: the process that holds its lock gets SIGTERM."""
+    """Stop a run outside of any sweep: send SIGTERM to the process that holds its lock."""
     if not is_live(run):
         print(f"nothing to do: the run is {state_of(run).status}: {run}")
         return 0
-    # While the lock is held, the process that has written its number there lives.
+    # As long as the lock is held, the process whose number is in it is alive, so the number cannot have been reused.
     holder = holder_of(run)
     if holder is None or not holder.here:
         rule = f"it runs on {holder.host if holder else 'another machine'}, out of reach from this one"
@@ -68,7 +68,7 @@ def _run_of_its_own(run: Path, wait_seconds: float) -> int:
     deadline = time.monotonic() + wait_seconds
     while is_live(run):
         if time.monotonic() > deadline:
-            print(f"{run.name} was told to stop, and has not ended yet: process {holder.process}")
+            print(f"{run.name} was signalled to stop, and has not ended yet: process {holder.process}")
             return EXIT_FAILED
         time.sleep(0.2)
     state = state_of(run)
@@ -99,11 +99,12 @@ def _here(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: float) 
         raise ConfigRefused([Violation("JOB", str(away[0].number), rule, "cancel it there")])
     waited = [record for record in chosen if record.status in (Status.PLANNED, Status.QUEUED)]
     lines: list[tuple[str, dict[str, str]]] = [(record.key, {"told": Status.CANCELLED}) for record in chosen]
-    # The process that would start them looks in the ledger first.
+    # The command that would start queued jobs reads the ledger before each start.
     lines += [(record.key, {"status": Status.CANCELLED, "error": f"not started: cancelled {_BY}"}) for record in waited]
     sweep.ledger.add_all(lines)
     _tell(sweep, chosen)
-    if waited:  # one of them may just have been about to start; those that run are told once, a second signal ends them
+    # A queued job may have started meanwhile. Running ones are signalled once: a second signal would skip their save.
+    if waited:
         time.sleep(_ABOUT_TO_START_SECONDS)
         _tell(sweep, waited)
     return _wait(sweep, chosen, _Gone(sweep), wait_seconds)
@@ -118,7 +119,7 @@ def _tell(sweep: SweepDirectory, records: Sequence[Record]) -> None:
 
 
 class _Gone:
-    """Jobs whose process has been gone for a while, and whose end nobody has written."""
+    """Jobs whose process has been gone for a while, and whose end is not in the ledger."""
 
     interval = 0.2
 
@@ -137,7 +138,7 @@ class _Gone:
 
 
 def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _Gone, wait_seconds: float) -> int:
-    """Report each end; an end that nobody else writes is written here."""
+    """Report each end, and write those that no other process writes."""
     deadline = time.monotonic() + wait_seconds
     waiting = {record.key for record in chosen}
     ledger = sweep.ledger
@@ -160,6 +161,6 @@ def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _G
                 ledger.settle(key, status=ending.status, error=ending.error)
         if time.monotonic() > deadline:
             for record in sorted(left, key=lambda record: record.number):
-                print(f"#{record.number} was told to stop, and has not ended yet", flush=True)
+                print(f"#{record.number} was signalled to stop, and has not ended yet", flush=True)
             return EXIT_FAILED
         time.sleep(backend.interval)

@@ -1,4 +1,4 @@
-"""`danling-conf check`: an app's configuration, or all jobs of its sweep, composed and checked, nothing started."""
+"""`danling-conf check`: composes and checks an app's configuration, or all jobs of its sweep, and starts nothing."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ _NUMBERS = ("--gpus-per-node", "--cpus-per-node")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """A command line's overrides, and the options that stood among them."""
+class _Request:
+    """The overrides of a command line, and the options among them."""
 
     overrides: list[str]
     multirun: bool
     capacity: Capacity | None
 
 
-def check_app(script: str, words: list[str]) -> list[str]:
-    """Lines that say what would run.
+def check_app(script: str, argv: list[str]) -> list[str]:
+    """Check an app. Returns lines that describe what would run.
 
     Args:
-        words: overrides, and anywhere among them `-m`, `--gpus-per-node N` and `--cpus-per-node N`.
+        argv: overrides, and anywhere among them `-m`, `--gpus-per-node N` and `--cpus-per-node N`.
 
-    Raises ConfigRefused with all violations, of a sweep those of all its jobs.
+    Raises ConfigRefused with all violations; for a sweep, with those of all its jobs.
     """
-    asked = _asked(words)
-    look = _check_sweep if asked.multirun else _check
-    return inspect_app(script, asked.overrides, partial(look, asked))
+    request = _parse(argv)
+    look = _check_sweep if request.multirun else _check
+    return inspect_app(script, request.overrides, partial(look, request))
 
 
-def _check(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
+def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
     with composer(search) as composing:
         master = compose_or_refuse(composing, overrides)
-        capacity = asked.capacity or _nodes_of
-        # Hydra's own overrides are the master's; the rest is the only job's.
+        capacity = request.capacity or _nodes_of
+        # Hydra's own overrides belong to the sweep's configuration, all others to its only job.
         given = [str(item) for item in master.hydra.overrides.task]
         job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
     config, layout = job.config, job.layout
@@ -61,21 +61,21 @@ def _check(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) 
         f"accepted: {app.script.name} {' '.join(overrides)}".rstrip(),
         f"layout {name_of(layout)}, {processes}; config {config_id(config)}, job {job_id(config)}",
     ]
-    if asked.capacity is not None or isinstance(check_launcher(job.launcher)[0], SlurmLauncherConfig):
+    if request.capacity is not None or isinstance(check_launcher(job.launcher)[0], SlurmLauncherConfig):
         lines += shape_table([job], shapes_of([job], capacity))
     warned = (f"warning: {line}" for line in warnings_of(config))
     return [*lines, "differs from the defaults in:", *changed, *warned]
 
 
-def _check_sweep(asked: _Asked, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
+def _check_sweep(request: _Request, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
     with composer(search) as composing:
         master = compose_or_refuse(composing, overrides, multirun=True)
         try:
             jobs = composing.sweep_jobs(master)
         except HydraException as error:
-            said = str(error).strip().splitlines()[0]
-            raise ConfigRefused([Violation("sweep", ABSENT, said, "mend the sweep's overrides")]) from error
-        capacity = asked.capacity or _nodes_of
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigRefused([Violation("sweep", ABSENT, reason, "fix the sweep's overrides")]) from error
+        capacity = request.capacity or _nodes_of
         accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity)
     if refused:
         raise SweepRefused(refused, of=len(jobs))
@@ -86,7 +86,7 @@ def _check_sweep(asked: _Asked, app: App, search: ConfigSearch, overrides: list[
 
 
 def _nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
-    """What Slurm says of the partition; where no Slurm answers, what the launcher's settings say of its nodes."""
+    """Capacity of the partition from Slurm; without Slurm, from the launcher's settings of its nodes."""
     try:
         return capacity_of(launcher.partition)
     except ConfigRefused as refusal:
@@ -95,10 +95,10 @@ def _nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
         return Capacity(devices_per_node=launcher.gpus_per_node)
 
 
-def _asked(words: list[str]) -> _Asked:
+def _parse(argv: list[str]) -> _Request:
     overrides, multirun = [], False
     given: dict[str, int | None] = dict.fromkeys(_NUMBERS, None)
-    rest = iter(words)
+    rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
         if word in ("-m", "--multirun"):
@@ -109,7 +109,7 @@ def _asked(words: list[str]) -> _Asked:
             overrides.append(word)
     gpus, cpus = (given[name] for name in _NUMBERS)
     capacity = None if gpus is None and cpus is None else Capacity(devices_per_node=gpus or 0, cpus_per_node=cpus)
-    return _Asked(overrides=overrides, multirun=multirun, capacity=capacity)
+    return _Request(overrides=overrides, multirun=multirun, capacity=capacity)
 
 
 def _number(name: str, text: str) -> int:

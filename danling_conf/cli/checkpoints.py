@@ -1,4 +1,4 @@
-"""`danling-conf checkpoints`: what a run has saved, and whether it is whole."""
+"""`danling-conf checkpoints`: lists the checkpoints of runs, and whether they are complete."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 def list_checkpoints(directory: str, *, check: bool) -> tuple[list[str], bool]:
     """Lines about the checkpoints of a run, of a sweep's runs, or of all runs below a directory; and whether all of
-    them are whole.
+    them are complete.
 
     Args:
-        check: compare every file with its checksum, not only sizes with what is there.
+        check: compare checksums of files, and not only their sizes.
 
     Raises ConfigRefused where there is no run.
     """
@@ -56,13 +56,16 @@ def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
     if rows:
         lines += _table([_HEAD, *rows])
     lines += [f"unfinished: {path}" for path in folder.unfinished()]
-    lines += [f"{name} points to nothing" for name, target in named.items()
-              if target is None and (folder.path / name).is_symlink()]  # fmt: skip
+    lines += [
+        f"{name} points to nothing"
+        for name, target in named.items()
+        if target is None and (folder.path / name).is_symlink()
+    ]
     return lines + [f"broken: {fault}" for fault in faults], not faults
 
 
 def folder_of(run: Path) -> Path:
-    """The run's folder of checkpoints: the one that its attempts are configured with."""
+    """The run's checkpoint folder, as its attempts are configured."""
     for attempt in reversed(attempts_in(run)):
         configured = read_fields(attempt / FROZEN, "config").table("config").table("checkpoint").text("dir_name")
         if configured and Path(configured).name == configured and "\0" not in configured:
@@ -92,7 +95,7 @@ def _export(path: Path, check: bool) -> tuple[Manifest | None, str]:
 
 
 def _compare(path: Path, facts: Manifest, check: bool) -> None:
-    """Raises Broken where a file is missing, has another size or, when asked for, another checksum."""
+    """Raises Broken where a file is missing or has another size, or, with `check`, another checksum."""
     if check:
         manifest.verify(path, facts)
         return
@@ -109,12 +112,21 @@ def _row(name: str, facts: Manifest | None, fault: str, names: list[str], check:
     if facts is None:
         return (name, "?", "?", "?", "?", "?", "?", state, " ".join(names))
     saved = datetime.fromisoformat(facts.saved).strftime("%Y-%m-%d %H:%M:%S")
-    return (name, str(facts.step), str(facts.epoch), saved, readable_size(facts.size), facts.layout, facts.backend,
-            state, " ".join(names))  # fmt: skip
+    return (
+        name,
+        str(facts.step),
+        str(facts.epoch),
+        saved,
+        readable_size(facts.size),
+        facts.layout,
+        facts.backend,
+        state,
+        " ".join(names),
+    )
 
 
 def readable_size(count: float) -> str:
-    """Bytes for a person: 1.5 MB."""
+    """Bytes in a readable unit: 1.5 MB."""
     for unit in _UNITS[:-1]:
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -126,9 +138,10 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     right = {1, 2, 4}
     return [
-        "  " + "  ".join(
+        "  "
+        + "  ".join(
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    ]  # fmt: skip
+    ]

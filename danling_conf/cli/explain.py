@@ -1,4 +1,4 @@
-"""`danling-conf explain`: what a setting, group or preset means, and where an app's value of it came from."""
+"""`danling-conf explain`: the meaning of a setting, group or preset, and the origin of its value in an app."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LAUNCHER_SECTION = "hydra.launcher"
 def explain(key: str, script: str | None, overrides: list[str]) -> list[str]:
     """Lines that explain a setting, a section, a group or a preset.
 
-    Raises ConfigRefused for a key that is none of these, and for an app's configuration that is refused.
+    Raises ConfigRefused for an unknown key, and for an app whose configuration is refused.
     """
     if script is None:
         return _explain(key, RunnerConfig)
@@ -115,13 +115,13 @@ def _in_app(key: str, app: App, search: ConfigSearch, overrides: list[str]) -> l
 
 
 def _settings_of(config: RunnerConfig, composed: DictConfig) -> dict[str, Any]:
-    """All settings by their paths, those of the launcher too."""
+    """All settings by their paths, including those of the launcher."""
     launcher: Any = OmegaConf.to_container(composed.hydra.launcher)
     return flatten(plain(config)) | flatten({"hydra": {"launcher": launcher}})
 
 
 def _explain_own(key: str, kind: type[RunnerConfig], composing: Composer, *, known: bool) -> list[str]:
-    """What `_explain` gives; for what is not ours, what the app's configuration knows of it."""
+    """What `_explain` returns; for keys that are not ours, what the app's configuration has about them."""
     try:
         return _explain(key, kind)
     except ConfigRefused:
@@ -138,7 +138,7 @@ def _explain_own(key: str, kind: type[RunnerConfig], composing: Composer, *, kno
 
 
 def _origins(composing: Composer, path: str, value: Any, overrides: list[str]) -> list[str]:
-    """Every place that set a path, in the order in which they were merged; the last one holds."""
+    """Every place that sets a path, in the order of merging; the last one wins."""
     steps = []
     last: Any = _MISSING
     for source, content in composing.defaults(overrides):
@@ -174,7 +174,7 @@ def _below(path: str, key: str) -> bool:
 
 
 def _explain_launcher(key: str) -> list[str]:
-    """Lines that explain a launcher, or one of its settings. Raises ConfigRefused for what is neither."""
+    """Lines that explain a launcher or one of its settings. Raises ConfigRefused for any other key."""
     group, equals, name = key.partition("=")
     if equals and group == _LAUNCHER_GROUP:
         if name not in LAUNCHERS:
@@ -193,7 +193,7 @@ def _explain_launcher(key: str) -> list[str]:
         for name, kind in LAUNCHERS.items():
             found = describe(kind, setting)
             if found is not None:
-                # What both launchers know is shown once.
+                # Settings that both launchers have are shown once.
                 lines = lines or _setting_lines(replace(found, path=key))
                 lines.append(f"  of       {_LAUNCHER_GROUP}={name}")
     if lines:

@@ -1,4 +1,7 @@
-"""Inspection of an app without running it: its script is executed up to the point where its `main` would start."""
+"""Inspection of an app without running it: executes its script up to the point where its `main` would start.
+
+Only the script knows its configuration's class and place, since it may register them when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from danling_conf import command
@@ -14,25 +17,28 @@ from danling_conf.config.hydra_adapter import ConfigSearch
 from danling_conf.launch.app import App
 from danling_conf.topology.violation import ConfigRefused, Violation
 
+Found = TypeVar("Found")
+
 
 class _Inspected(BaseException):
-    """Unwinds the script once it has been inspected; no handler for errors must catch it."""
+    """Unwinds the script after the inspection. A BaseException, so that no `except Exception` of the script catches
+    it."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
-def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSearch, list[str]], Any]) -> Any:
+def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSearch, list[str]], Found]) -> Found:
     """Call `look` with the app, its search path and its overrides, where the script would start.
 
     Works for `@danling_conf.main` and for `@hydra.main`.
 
     Raises:
-        ConfigRefused: there is no such script, or it starts no app.
+        ConfigRefused: the script does not exist, or starts no app.
     """
     path = Path(script)
     if not path.is_file():
-        raise ConfigRefused([Violation("SCRIPT", script, "there is no such file", "give a training script's path")])
+        raise ConfigRefused([Violation("SCRIPT", script, "there is no such file", "name a training script")])
 
     def stop(app: App, search: ConfigSearch, given: list[str]) -> None:
         raise _Inspected(look(app, search, given))
@@ -45,7 +51,8 @@ def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSe
         with mock.patch("hydra.main", _plain_hydra_main):
             runpy.run_path(str(path), run_name="__main__")
     except _Inspected as inspected:
-        return inspected.value
+        found: Found = inspected.value
+        return found
     finally:
         command.inspector = None
         sys.argv, sys.path[:] = arguments, paths
@@ -55,7 +62,7 @@ def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSe
 
 
 def _plain_hydra_main(config_path: str | None = None, config_name: str | None = None, **_: Any) -> Any:
-    """Stands in for `hydra.main`: reads its arguments as ours."""
+    """Replaces `hydra.main`, and reads its arguments like those of our `main`."""
     from danling_conf.app import main
 
     return main(config_path=config_path, config_name=config_name or "danling")

@@ -1,4 +1,4 @@
-"""`danling-conf logs DIR JOB`: the log of a rank of a job."""
+"""`danling-conf logs DIR JOB`: prints the log of a rank of a job, and can follow it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SECONDS = 0.3
 
 
 def show_logs(directory: str, job: str | None, *, rank: int, attempt: str | None, follow: bool) -> int:
-    """Print a rank's log of the newest attempt, or of the one that is named; its path goes to standard error.
+    """Print a rank's log of the newest or the named attempt. Its path goes to standard error.
 
     Args:
-        job: number, key or run id; None where the directory has only one.
-        follow: print what comes until the job has ended.
+        job: number, key or run id; None where the directory has only one job.
+        follow: print new lines until the job has ended.
 
-    Raises ConfigRefused where there is no such job, attempt or rank, with those there are.
+    Raises ConfigRefused where there is no such job, attempt or rank, with the ones that exist.
     """
     found = find(directory)
     owner = sweep_of(found.run) if found.run is not None else None
@@ -55,7 +55,7 @@ def _job(sweep: SweepDirectory, name: str | None) -> Record:
     if len(records) == 1:
         return records[0]
     fix = f"add its number, key or run id: danling-conf logs {sweep.path} {records[0].number if records else 0}"
-    raise ConfigRefused([Violation("JOB", ABSENT, f"the sweep has {len(records)} jobs, and a log is one's", fix)])
+    raise ConfigRefused([Violation("JOB", ABSENT, f"the sweep has {len(records)} jobs, and a log belongs to one", fix)])
 
 
 def _log(run: Path | None, owner: tuple[SweepDirectory, Record] | None, rank: int, name: str | None) -> Path:
@@ -65,7 +65,7 @@ def _log(run: Path | None, owner: tuple[SweepDirectory, Record] | None, rank: in
         raise ConfigRefused([Violation("--attempt", name, f"{run} has no such attempt", fix)])
     folder = newest_attempt(run) if run is not None else None
     if owner is not None and name is None and run is not None:
-        # The run may have attempts of before the sweep, or of after it.
+        # The run may have attempts from before the sweep, or from after it.
         folder = owner[1].attempt
     if name is not None and run is not None:
         folder = run / ATTEMPTS / name
@@ -107,7 +107,8 @@ def _print(log: Path, is_live: Callable[[], bool]) -> None:
     with open(log, errors="replace") as file:
         try:
             while True:
-                more = is_live()  # asked first, so that what came with the end is read
+                # Before the read: lines that are written between a read and the end would be lost.
+                more = is_live()
                 for text in iter(lambda: file.read(1 << 16), ""):
                     sys.stdout.write(text)
                 sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The `danling-conf` command: its arguments, and which function does what they ask for."""
+"""Command line of `danling-conf`: its arguments, and the function for each subcommand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from danling_conf.records.reading import shown_damage
 from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED
+from danling_conf.schema.fsdp import DTYPES
 from danling_conf.topology.violation import ConfigRefused
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 2 for what is refused; 1 where a checkpoint is broken, a job did not complete, or a run that is
-        watched is stuck or did not complete; else 0.
+        The exit code: 2 for a refusal; 1 where a checkpoint is broken, a job did not complete, or a watched run is
+        stuck or did not complete; else 0.
     """
     parsed = _parser().parse_args(arguments)
     try:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigRefused as refusal:
         print(refusal.report(), file=sys.stderr)
         return EXIT_REFUSED
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -43,7 +44,7 @@ def _print(lines: Sequence[str]) -> None:
     print("\n".join(lines))
 
 
-# Each command imports what it needs when it runs: `explain` must not wait for what `report` draws with.
+# Each command imports what it needs when it runs, so that `explain` does not pay for the imports of `report`.
 def _explain(parsed: argparse.Namespace) -> int:
     from danling_conf.cli.explain import explain
 
@@ -64,6 +65,12 @@ def _checkpoints(parsed: argparse.Namespace) -> int:
     lines, whole = list_checkpoints(parsed.directory, check=parsed.verify)
     _print(lines)
     return 0 if whole else EXIT_FAILED
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.export import export
+
+    return export(parsed.source, parsed.directory, best=parsed.best, dtype=parsed.dtype)
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -120,6 +127,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "explain": _explain,
     "check": _check,
     "checkpoints": _checkpoints,
+    "export": _export,
     "watch": _watch,
     "runs": _runs,
     "resume": _resume,
@@ -157,6 +165,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     checkpoints.add_argument("directory", metavar="RUN", help="a run's directory, a sweep's, or one above them")
     checkpoints.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+    export = commands.add_parser(
+        "export",
+        help="write the weights of a run or a checkpoint as safetensors, in one process, whatever layout saved them",
+        description="Writes safetensors and their checksums. For a model of transformers the folder is one that "
+        "from_pretrained loads; its class comes from the recorded model._target_, or from the export at the end of the "
+        "run. Exits with 2 for what is refused, with 1 for a broken checkpoint or a failed write.",
+    )
+    export.add_argument(
+        "source", metavar="SOURCE", help="a run's directory (its newest whole checkpoint), a checkpoint"
+    )
+    export.add_argument("directory", metavar="DIR", help="the folder to write; nothing is overwritten")
+    export.add_argument("--best", action="store_true", help="the run's best checkpoint in place of its newest")
+    export.add_argument("--dtype", choices=DTYPES, help="cast floating-point tensors (as trained)")
     watch = commands.add_parser(
         "watch", help="a live view of the ranks of a run or sweep: where each is, who is slowest, who is stuck"
     )

@@ -1,4 +1,4 @@
-"""`danling-conf report RUN --html FILE`: one page that shows a run, readable wherever the file is sent."""
+"""`danling-conf report RUN --html FILE`: a run as one self-contained page, to keep or to send."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from danling_conf.sweep.ends import standing_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
 _BARS: dict[str, str] = {Status.COMPLETED: "good", Status.RUNNING: "s0", Status.INTERRUPTED: "busy"}
-"""Colours of attempts on the time line; all others are bad."""
+"""Colours of attempts on the timeline; `bad` for all other ends."""
 
 
 def write_report(directory: str, html: str) -> list[str]:
-    """Write the page of a run to a file; returns a line for the user.
+    """Write the page of a run to a file. Returns a line for the user.
 
     Raises ConfigRefused where there is no run, or more than one.
     """
     runs = runs_or_refuse(directory)
     if len(runs) > 1:
         rule = f"there are {len(runs)} runs in it, and a report shows one"
-        raise ConfigRefused([Violation("RUN", directory, rule, f"give one of them, such as {runs[0]}")])
+        raise ConfigRefused([Violation("RUN", directory, rule, f"name one of them, such as {runs[0]}")])
     target = Path(html).expanduser()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -215,15 +215,17 @@ def _checkpoints(run: Path) -> Html:
     for entry in entries:
         names = [badge(name) for name, target in named.items() if target == entry.path.resolve()]
         made = entry.manifest
-        rows.append([
-            entry.path.name,
-            entry.step,
-            None if made is None else clock(datetime.fromisoformat(made.saved).timestamp()),
-            None if made is None else readable_size(made.size),
-            None if made is None else made.layout,
-            badge("broken", "bad") if entry.fault else badge("whole", "good"),
-            Html(" ".join(names)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                entry.path.name,
+                entry.step,
+                None if made is None else clock(datetime.fromisoformat(made.saved).timestamp()),
+                None if made is None else readable_size(made.size),
+                None if made is None else made.layout,
+                badge("broken", "bad") if entry.fault else badge("whole", "good"),
+                Html(" ".join(names)),
+            ]
+        )
     head = ["checkpoint", "step", "saved", "size", "layout", "state", ""]
     return section("Checkpoints", table(head, rows, numeric=(1, 3)), note=folder.path)
 
@@ -248,17 +250,21 @@ def _environment(attempt: AttemptFacts | None) -> Html:
         return Html("")
     found = attempt.environment
     shown = {
-        "host": found.text("host"), "platform": found.text("platform"), "CPUs": found.integer("cpus"),
+        "host": found.text("host"),
+        "platform": found.text("platform"),
+        "CPUs": found.integer("cpus"),
         "accelerators": ", ".join(found.texts("accelerators")) or "none",
-        "Python": (found.text("python") or "").partition(" ")[0], "torch": found.text("torch"),
-        "CUDA": found.text("cuda"), "code": attempt.code_id,
-    }  # fmt: skip
+        "Python": (found.text("python") or "").partition(" ")[0],
+        "torch": found.text("torch"),
+        "CUDA": found.text("cuda"),
+        "code": attempt.code_id,
+    }
     packages = table(["package", "version"], sorted(found.table("packages").values.items()))
     return section("Environment", facts(shown), folded("packages", packages))
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person writes them: 45 s, 3 min 20 s, 2 h 5 min, 1 d 4 h."""
+    """Seconds in readable units: 45 s, 3 min 20 s, 2 h 5 min, 1 d 4 h."""
     if seconds < 60:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
     whole = round(seconds)
@@ -270,5 +276,5 @@ def duration(seconds: float) -> str:
 
 
 def clock(moment: float) -> str:
-    """A time, in this machine's zone."""
+    """A time in this machine's time zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

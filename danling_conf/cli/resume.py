@@ -1,17 +1,17 @@
-"""`danling-conf resume DIR`: what a sweep or a run still lacks, in the same runs, from their newest checkpoints."""
+"""`danling-conf resume DIR`: starts the unfinished jobs of a sweep, or a run, from their newest checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from danling_conf.cli.runs_found import asked_of, file_of, find, one_sweep, reachable_or_refuse
+from danling_conf.cli.runs_found import file_of, find, one_sweep, reachable_or_refuse, request_of
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
 from danling_conf.records.state import state_of
 from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.ends import live_jobs
 from danling_conf.sweep.single import sweep_for_run
 from danling_conf.sweep.supervise import backend_for, supervise
@@ -19,7 +19,7 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 
 def resume(directory: str) -> int:
-    """Start what is missing or has failed, and follow it; returns the exit code: 1 where a job did not complete.
+    """Start jobs that have not completed, and monitor them. Returns the exit code: 1 where a job did not complete.
 
     Raises ConfigRefused where nothing can be resumed.
     """
@@ -38,16 +38,16 @@ def resume(directory: str) -> int:
 
 
 def _resume(sweep: SweepDirectory, only: str | None) -> int:
-    asked = asked_of(sweep)
-    reachable_or_refuse(sweep, asked)
-    with FollowingLock(sweep.path) as lock:
+    request = request_of(sweep)
+    reachable_or_refuse(sweep, request)
+    with SweepLock(sweep.path) as lock:
         if not lock.acquire(tries=5):
             fix = f"see how it goes: danling-conf runs {sweep.path}; or end that process first"
-            raise ConfigRefused([
-                Violation("DIR", str(sweep.path), f"{lock.holder} monitors the sweep and would start jobs too", fix)
-            ])  # fmt: skip
+            raise ConfigRefused(
+                [Violation("DIR", str(sweep.path), f"{lock.holder} monitors the sweep and would start jobs too", fix)]
+            )
         try:
-            backend = backend_for(asked.cluster, asked.launcher, sweep.path)
+            backend = backend_for(request.cluster, request.launcher, sweep.path)
             live = live_jobs(sweep, backend)
             records = {key: record for key, record in sweep.ledger.records().items() if only in (None, key)}
             again = [
@@ -64,11 +64,12 @@ def _resume(sweep: SweepDirectory, only: str | None) -> int:
             print(f"{_completed(records.values())}; {len(again)} to start: {sweep.path}", flush=True)
             if again:
                 backend.submit([files[record.key] for record in again])
-            if not asked.on_slurm:  # a process can wait for its own children only
+            # A process can wait only for its own children, and local jobs end with their command.
+            if not request.on_slurm:
                 files = {key: file for key, file in files.items() if key not in live}
-            if asked.launcher.get("detach"):
+            if request.launcher.get("detach"):
                 return 0
-            supervise(sweep, backend, files, asked.launcher, lock=lock)
+            supervise(sweep, backend, files, request.launcher, lock=lock)
         except SlurmUnavailable as error:
             fix = "resume from a machine of the cluster"
             raise ConfigRefused([Violation("DIR", str(sweep.path), str(error), fix)]) from error

@@ -1,4 +1,4 @@
-"""`danling-conf runs DIR`: the jobs of a sweep, or all runs below a directory, as a table, CSV, JSON or a page."""
+"""`danling-conf runs DIR`: shows the jobs of a sweep, or all runs below a directory, as a table, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -30,20 +30,36 @@ from danling_conf.sweep.table import count_states, style_of, table_lines
 
 _LAYOUT = ("parallel.axes.", "fsdp.enabled", "stack")
 _ERRORS = 12
-_FACTS = ("sweep", "job", "key", "job_id", "config_id", "state", "step", "total_steps", "epoch", "score", "attempts",
-          "started", "ended", "seconds", "error", "run")  # fmt: skip
+_FACTS = (
+    "sweep",
+    "job",
+    "key",
+    "job_id",
+    "config_id",
+    "state",
+    "step",
+    "total_steps",
+    "epoch",
+    "score",
+    "attempts",
+    "started",
+    "ended",
+    "seconds",
+    "error",
+    "run",
+)
 
 
 @dataclass(kw_only=True)
 class Seen:
-    """What a directory holds now."""
+    """The present content of a directory."""
 
     path: Path
     rows: list[Row]
-    """The best score first."""
+    """Rows, the best score first."""
     sweeps: list[SweepDirectory]
     notes: list[str] = field(default_factory=list)
-    """What the user should know beside the table."""
+    """Notes for the user below the table."""
 
     @property
     def settings(self) -> list[str]:
@@ -51,9 +67,9 @@ class Seen:
 
 
 def look(directory: str) -> Seen:
-    """What is in a directory now; ends of jobs that nobody has written are written, where this process may.
+    """Look at a directory, after missing ends of its jobs were settled, if this process has permission.
 
-    Raises ConfigRefused where there is nothing.
+    Raises ConfigRefused where it has neither sweeps nor runs.
     """
     found = find(directory)
     seen = Seen(path=found.path, rows=[], sweeps=found.sweeps)
@@ -79,7 +95,7 @@ def look(directory: str) -> Seen:
 
 
 def show_runs(directory: str) -> list[str]:
-    """The table, as lines for a terminal or a file."""
+    """The table as lines for a terminal or a file."""
     seen = look(directory)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     lines = _heading(seen) + table_lines(seen.rows, width)
@@ -89,7 +105,7 @@ def show_runs(directory: str) -> list[str]:
 
 
 def as_csv(directory: str) -> str:
-    """One line a job, the settings that differ last."""
+    """CSV with one line per job; the settings that differ come last."""
     seen = look(directory)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -102,15 +118,17 @@ def as_csv(directory: str) -> str:
 
 
 def as_json(directory: str) -> str:
-    """The same for scripts, with what was asked of each sweep."""
+    """JSON for scripts, including the request of each sweep."""
     seen = look(directory)
     sweeps = []
     for sweep in seen.sweeps:
-        asked = sweep.asked
+        request = sweep.request
         kept = {
-            "created": asked.text("created"), "command": asked.texts("command"), "cluster": asked.text("cluster"),
-            "launcher": _sayable(dict(asked.table("launcher").values)),
-        }  # fmt: skip
+            "created": request.text("created"),
+            "command": request.texts("command"),
+            "cluster": request.text("cluster"),
+            "launcher": _sayable(dict(request.table("launcher").values)),
+        }
         sweeps.append({"path": str(sweep.path), **kept, "looked_after": is_monitored(sweep)})
     jobs = [
         {**facts_of(row), "overrides": list(row.overrides), "settings": _sayable(row.settings)} for row in seen.rows
@@ -120,7 +138,7 @@ def as_json(directory: str) -> str:
 
 
 def _sayable(settings: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """A value for JSON, which has neither infinity nor NaN."""
     return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in settings.items()
@@ -130,15 +148,27 @@ def _sayable(settings: dict[str, Any]) -> dict[str, Any]:
 def facts_of(row: Row) -> dict[str, object]:
     """A row as plain values; times in seconds since 1970."""
     return {
-        "sweep": str(row.sweep) if row.sweep else None, "job": row.number, "key": row.key, "job_id": row.job_id,
-        "config_id": row.config_id, "state": row.state, "step": row.step, "total_steps": row.total_steps,
-        "epoch": row.epoch, "score": row.score, "attempts": row.attempts, "started": row.started, "ended": row.ended,
-        "seconds": row.seconds, "error": row.error, "run": str(row.run) if row.run else None,
-    }  # fmt: skip
+        "sweep": str(row.sweep) if row.sweep else None,
+        "job": row.number,
+        "key": row.key,
+        "job_id": row.job_id,
+        "config_id": row.config_id,
+        "state": row.state,
+        "step": row.step,
+        "total_steps": row.total_steps,
+        "epoch": row.epoch,
+        "score": row.score,
+        "attempts": row.attempts,
+        "started": row.started,
+        "ended": row.ended,
+        "seconds": row.seconds,
+        "error": row.error,
+        "run": str(row.run) if row.run else None,
+    }
 
 
 def row_of_run(run: Path) -> Row:
-    """The row of a run that belongs to no sweep."""
+    """The row of a run outside of any sweep."""
     attempt, attempts = newest_attempt(run), attempts_in(run)
     frozen = read_fields(attempt / FROZEN, "config") if attempt is not None else Fields(run)
     settings = frozen.table("config")
@@ -146,12 +176,18 @@ def row_of_run(run: Path) -> Row:
     state = standing_of(run)
     made = read_fields(run / RUN_FILE, "config_id", "settings")
     row = Row(
-        job_id=frozen.text("job_id"), config_id=made.text("config_id"), config=config,
-        state=state.status, error=state.error, overrides=frozen.table("attempt").texts("command")[1:], run=run,
-        score=state.score, epochs=settings.integer("epochs"),
+        job_id=frozen.text("job_id"),
+        config_id=made.text("config_id"),
+        config=config,
+        state=state.status,
+        error=state.error,
+        overrides=frozen.table("attempt").texts("command")[1:],
+        run=run,
+        score=state.score,
+        epochs=settings.integer("epochs"),
         attempts=sum((folder / FROZEN).exists() for folder in attempts),
         smaller_is_better=smaller_is_better(config, run, state.score),
-    )  # fmt: skip
+    )
     row.step, row.total_steps, row.epoch = progress(run)
     row.total_steps = row.total_steps or settings.integer("steps")
     running = state.status is Status.RUNNING
@@ -163,13 +199,13 @@ def row_of_run(run: Path) -> Row:
 
 
 def _span(attempt: Path, *, live: bool) -> tuple[float, float]:
-    """When an attempt began, and when it gave its last sign of life, by the times of its files."""
+    """When an attempt started, and its last sign of life, by the times of its files."""
     times = [path.stat().st_mtime for path in attempt.iterdir() if path.is_file()] or [attempt.stat().st_mtime]
     return min(times), time.time() if live else max(times)
 
 
 def _set_differing(rows: Sequence[Row]) -> None:
-    """Give rows of different origin the settings that differ in their result: those that make up a run's identity."""
+    """Set the settings that differ between rows of different origin: only those that are part of a run's identity."""
     of_rows = []
     for row in rows:
         made = read_fields(row.run / RUN_FILE).table("settings") if row.run else None
@@ -185,7 +221,7 @@ def _set_differing(rows: Sequence[Row]) -> None:
 
 
 def _with_layout(settings: Fields) -> dict[str, object]:
-    """The settings by dotted path, the degrees as the name of their layout."""
+    """The settings by dotted path, with the degrees replaced by the layout's name."""
     axes = settings.table("parallel").table("axes")
     degrees = {axis: axes.integer(axis) for axis in Layout().degrees()}
     known: dict[str, int] = {axis: degree for axis, degree in degrees.items() if degree is not None}
@@ -206,7 +242,7 @@ def _what(seen: Seen) -> str:
 
 
 def near(path: Path) -> str:
-    """A path as one would type it from here."""
+    """A path relative to the working directory, where that is shorter to type."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) and path != Path.cwd() else str(path)
 
 
@@ -226,7 +262,7 @@ def _coloured(lines: list[str], rows: Sequence[Row], first: int) -> list[str]:
 
 
 def _errors(seen: Seen, width: int | None) -> list[str]:
-    """Why jobs did not complete, a line each."""
+    """Why jobs did not complete, one line each."""
     lines = []
     bad = [row for row in seen.rows if row.error and row.state != Status.COMPLETED]
     for row in bad[:_ERRORS]:
@@ -237,7 +273,7 @@ def _errors(seen: Seen, width: int | None) -> list[str]:
 
 
 def _next_steps(seen: Seen) -> list[str]:
-    """The commands that continue from here."""
+    """Commands that a user may want next."""
     if not seen.rows or all(row.state == Status.COMPLETED for row in seen.rows):
         return []
     if len(seen.sweeps) > 1 or (not seen.sweeps and len(seen.rows) > 1):
@@ -245,4 +281,4 @@ def _next_steps(seen: Seen) -> list[str]:
     path = near(seen.sweeps[0].path if seen.sweeps else seen.path)
     if any(row.live for row in seen.rows) or (seen.sweeps and is_monitored(seen.sweeps[0])):
         return [f"live: danling-conf runs {path} --watch"]
-    return [f"to go on: danling-conf resume {path}"]
+    return [f"to resume: danling-conf resume {path}"]

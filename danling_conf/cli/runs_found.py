@@ -1,4 +1,4 @@
-"""Directory that a user named: a sweep, a run, or all that is below it."""
+"""Lookup of the directory that a user named: a sweep, a run, or a directory above several of them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Found:
     path: Path
     sweeps: list[SweepDirectory]
     runs: list[Path]
-    """Of no sweep among these; the run itself where the directory is one."""
+    """Runs that belong to none of these sweeps; the run itself where the directory is one."""
 
     @property
     def run(self) -> Path | None:
-        """The run that the directory is, or the only one in it, where that belongs to no sweep."""
+        """The run that the directory is, or the only one in it, if it belongs to no sweep."""
         return self.runs[0] if len(self.runs) == 1 and not self.sweeps else None
 
 
 def find(directory: str) -> Found:
-    """What a user's directory holds. Raises ConfigRefused where there is none, or nothing in it."""
+    """The sweeps and runs of a directory. Raises ConfigRefused where it does not exist or has none."""
     path = Path(os.path.abspath(Path(directory).expanduser()))
     if not path.is_dir():
         raise ConfigRefused([Violation("DIR", directory, "there is no such directory", _GIVE)])
@@ -47,14 +47,14 @@ def find(directory: str) -> Found:
     sweeps, runs = [], []
     for folder, inside, files in os.walk(path):
         inside.sort()
-        names = {*inside, *files}  # a damaged one may be a directory
+        names = {*inside, *files}  # a damaged record may be a directory in the file's place
         if LEDGER in names:
             sweeps.append(SweepDirectory(path=Path(folder)))
         elif RUN_FILE in names:
             runs.append(Path(folder))
         else:
             continue
-        inside.clear()  # what is below is its own
+        inside.clear()  # do not descend: everything below belongs to it
     if not sweeps and not runs:
         raise ConfigRefused([Violation("DIR", directory, "there is no run and no sweep in it", _GIVE)])
     sweeps.sort(key=lambda sweep: sweep.path.name)
@@ -67,15 +67,15 @@ def one_sweep(found: Found) -> SweepDirectory:
     if len(found.sweeps) == 1:
         return found.sweeps[0]
     if not found.sweeps:
-        rule, fix = "there is no sweep in it", "give a sweep's directory, or a run's"
+        rule, fix = "there is no sweep in it", "name a sweep's directory, or a run's"
     else:
-        rule = f"there are {len(found.sweeps)} sweeps in it, and this is for one"
-        fix = "give one of them: " + ", ".join(str(sweep.path) for sweep in found.sweeps)
+        rule = f"there are {len(found.sweeps)} sweeps in it, and this command takes one"
+        fix = "name one of them: " + ", ".join(str(sweep.path) for sweep in found.sweeps)
     raise ConfigRefused([Violation("DIR", str(found.path), rule, fix)])
 
 
 def job_named(sweep: SweepDirectory, name: str) -> Record:
-    """The job with a number, key or run id. Raises ConfigRefused, with those there are."""
+    """The job with a number, key or run id. Raises ConfigRefused, with the existing ones."""
     records = sweep.ledger.records()
     for record in records.values():
         if name in (str(record.number), f"#{record.number}", record.key, record.run.name if record.run else None):
@@ -86,22 +86,22 @@ def job_named(sweep: SweepDirectory, name: str) -> Record:
     known = ", ".join(f"{record.number} ({record.key})" for record in list(records.values())[:20])
     more = f", and {len(records) - 20} more" if len(records) > 20 else ""
     rule = f"the sweep {sweep.path} has no such job"
-    raise ConfigRefused([Violation("JOB", name, rule, f"give a number, key or run id: {known}{more}")])
+    raise ConfigRefused([Violation("JOB", name, rule, f"use a number, key or run id: {known}{more}")])
 
 
 def file_of(sweep: SweepDirectory, record: Record, *, to_start: bool = False) -> JobFile:
-    """The job file of a job. Raises ConfigRefused where it cannot be read, or lacks what a start needs."""
+    """The job file of a job. Raises ConfigRefused where it is damaged, or lacks something that a start needs."""
     try:
         job = sweep.job(record.key)
         return job.require_startable() if to_start else job
     except Damaged as damage:
-        fix = "restore the file, or start this configuration anew"
+        fix = "restore the file, or start this configuration again"
         raise ConfigRefused([Violation("JOB", str(record.number), str(damage), fix)]) from damage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a sweep was started with."""
+class SweepRequest:
+    """The request with which a sweep was started."""
 
     cluster: str
     """`slurm` or `local`."""
@@ -113,25 +113,27 @@ class Asked:
         return self.cluster == "slurm"
 
 
-def asked_of(sweep: SweepDirectory) -> Asked:
-    """What a sweep was started with. Raises ConfigRefused where nothing says it."""
-    cluster, launcher = sweep.asked.text("cluster"), sweep.asked.table("launcher")
+def request_of(sweep: SweepDirectory) -> SweepRequest:
+    """The request with which a sweep was started. Raises ConfigRefused where it cannot be read."""
+    cluster, launcher = sweep.request.text("cluster"), sweep.request.table("launcher")
     try:
         if cluster not in ("slurm", "local"):
             raise ValueError(f"cluster is {cluster!r}")
         parse_on_failure(launcher.text("on_failure") or "")
     except ValueError as error:
-        rule = f"its {SWEEP_FILE} is missing or broken, so that nothing says where its jobs run: {error}"
-        raise ConfigRefused([Violation("DIR", str(sweep.path), rule, "start the sweep anew")]) from error
-    return Asked(cluster=cluster, launcher={**launcher.values, "parallel_jobs": launcher.integer("parallel_jobs")})
+        rule = f"its {SWEEP_FILE} is missing or broken, so it is unknown where its jobs run: {error}"
+        raise ConfigRefused([Violation("DIR", str(sweep.path), rule, "start the sweep again")]) from error
+    return SweepRequest(
+        cluster=cluster, launcher={**launcher.values, "parallel_jobs": launcher.integer("parallel_jobs")}
+    )
 
 
-def reachable_or_refuse(sweep: SweepDirectory, asked: Asked) -> None:
-    """Raises ConfigRefused where this user, or this machine, can do nothing for a sweep's jobs."""
+def reachable_or_refuse(sweep: SweepDirectory, request: SweepRequest) -> None:
+    """Raises ConfigRefused where this user, or this machine, cannot act on a sweep's jobs."""
     if not os.access(sweep.path, os.W_OK) or not os.access(sweep.path / LEDGER, os.W_OK):
         rule, fix = f"its ledger, {LEDGER}, cannot be written by this user", "ask whoever started the sweep"
-    elif asked.on_slurm and shutil.which("squeue") is None:
-        rule, fix = "its jobs are Slurm's, whose commands are not installed here", "go to a machine of the cluster"
+    elif request.on_slurm and shutil.which("squeue") is None:
+        rule, fix = "its jobs run on Slurm, whose commands are not installed here", "use a machine of the cluster"
     else:
         return
     raise ConfigRefused([Violation("DIR", str(sweep.path), rule, fix)])

@@ -1,4 +1,4 @@
-"""`danling-conf runs DIR --html FILE`: a sweep as one page: the table, loss curves, the score against each setting."""
+"""`danling-conf runs DIR --html FILE`: a page with the table of a sweep, loss curves, and the score by each setting."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from danling_conf.sweep.table import count_states, step_of, value_of
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _DECADES = 9.9
-"""A setting whose largest value is so many times its smallest is drawn logarithmically."""
+"""A setting whose largest value is this many times its smallest is drawn on a logarithmic axis."""
 _CURVES = COLOURS
-"""Curves in one chart, as many as there are colours."""
+"""Most curves in one chart: the number of colours."""
 _SETTINGS = 12
 _NAMES = 8
-"""Names along an axis for which there is room."""
+"""Most names that fit along an axis."""
 
 
 def write_page(directory: str, html: str) -> str:
-    """Write the page to a file; returns a line for the user.
+    """Write the page to a file. Returns a line for the user.
 
     Raises ConfigRefused where there is nothing to show, or the file cannot be written.
     """
@@ -91,8 +91,11 @@ def _table(seen: Seen) -> Html:
         ]
         for row in seen.rows
     ]
-    return section("Jobs" if seen.sweeps else "Runs", table([*head, *(["sweep"] if several else [])], rows,
-                   numeric=right), *(Html(f'<p class="note">{text(note)}</p>') for note in seen.notes))  # fmt: skip
+    return section(
+        "Jobs" if seen.sweeps else "Runs",
+        table([*head, *(["sweep"] if several else [])], rows, numeric=right),
+        *(Html(f'<p class="note">{text(note)}</p>') for note in seen.notes),
+    )
 
 
 def _curves(seen: Seen, histories: dict[str, list[dict[str, Any]]]) -> Html:
@@ -128,8 +131,9 @@ def _against(name: str, scored: Sequence[Row]) -> Html:
     if len(numbers) == len(values):
         log = min(numbers) > 0 and max(numbers) / min(numbers) >= _DECADES
         points = [Point(x, _score(row), _label(row)) for x, row in zip(numbers, scored, strict=True)]
-        return scatter(points, title=f"score over {name}", x_label=name + (" (log)" if log else ""), y_label="score",
-                       log_x=log)  # fmt: skip
+        return scatter(
+            points, title=f"score over {name}", x_label=name + (" (log)" if log else ""), y_label="score", log_x=log
+        )
     names = list(dict.fromkeys(value_of(value) or "(none)" for value in _in_order(values)))
     places = {each: place for place, each in enumerate(names)}
     points = [
@@ -140,7 +144,7 @@ def _against(name: str, scored: Sequence[Row]) -> Html:
 
 
 def _namer(names: Sequence[str]) -> Callable[[float], str]:
-    """Shows a place along an axis of names; nothing between two of them."""
+    """Formats a place on an axis of names: the name, or "" between two of them."""
     longest = max(4, 80 // max(1, min(len(names), _NAMES)))
 
     def shown(place: float) -> str:
@@ -154,14 +158,14 @@ def _namer(names: Sequence[str]) -> Callable[[float], str]:
 
 
 def _in_order(values: Sequence[Any]) -> list[Any]:
-    """Names by the alphabet, numbers among them by size."""
+    """Sort key: names alphabetically, numbers by size."""
     return sorted(values, key=lambda value: (not _is_number(value), value if _is_number(value) else 0, str(value)))
 
 
 def _asked(seen: Seen) -> Html:
     commands = []
     for sweep in seen.sweeps:
-        command = sweep.asked.texts("command")
+        command = sweep.request.texts("command")
         if command:
             commands.append(code(f"{sweep.path.name}: {' '.join(command)}"))
     return section("Asked for", folded("the command", *commands)) if commands else Html("")
@@ -176,7 +180,7 @@ def _score(row: Row) -> float:
 
 
 def _name(row: Row) -> str:
-    """What a run is called in a legend: by what is its own."""
+    """Label of a run in a legend: its number and the settings that set it apart."""
     words = " ".join(f"{name.rpartition('.')[2]}={value_of(value)}" for name, value in list(row.settings.items())[:3])
     number = f"#{row.number}" if row.number is not None else row.run.name if row.run else ""
     return f"{number} {words}".strip()

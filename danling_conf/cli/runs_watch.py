@@ -1,11 +1,11 @@
-"""`danling-conf runs DIR --watch`: monitor of a sweep that another command has started."""
+"""`danling-conf runs DIR --watch`: monitors a sweep that another command started."""
 
 from __future__ import annotations
 
 import time
 
 from danling_conf.cli.runs import look
-from danling_conf.cli.runs_found import asked_of, file_of, find, reachable_or_refuse
+from danling_conf.cli.runs_found import file_of, find, reachable_or_refuse, request_of
 from danling_conf.records.status import EXIT_FAILED, EXIT_INTERRUPTED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.sweep.backend import Backend
@@ -19,7 +19,7 @@ _SECONDS = 1.0
 
 
 def watch_runs(directory: str) -> int:
-    """Follow a sweep as the command that started it would; other directories are only looked at.
+    """Monitor a sweep like the command that started it; in other directories, only show the runs.
 
     Returns the exit code: 1 where a job did not complete. Raises ConfigRefused where there is nothing.
     """
@@ -32,23 +32,23 @@ def watch_runs(directory: str) -> int:
 def _supervise(sweep: SweepDirectory) -> int:
     records = sweep.ledger.records()
     if not records:
-        raise ConfigRefused([Violation("DIR", str(sweep.path), "its ledger holds no job", "start the sweep anew")])
-    asked = asked_of(sweep)
+        raise ConfigRefused([Violation("DIR", str(sweep.path), "its ledger holds no job", "start the sweep again")])
+    request = request_of(sweep)
     files = {key: file_of(sweep, record) for key, record in records.items()}
-    launcher = dict(asked.launcher)
-    reachable_or_refuse(sweep, asked)
+    launcher = dict(request.launcher)
+    reachable_or_refuse(sweep, request)
     backend: Backend
-    if asked.on_slurm:
-        backend = backend_for(asked.cluster, launcher, sweep.path)
+    if request.on_slurm:
+        backend = backend_for(request.cluster, launcher, sweep.path)
     else:
-        # Jobs on this machine are started by the command that asked for them, or by `resume`.
+        # Local jobs are children of the command that started them, so only that command, or `resume`, starts more.
         backend, launcher["on_failure"] = LeftLocalJobs(sweep.path), "continue"
     ended = supervise(sweep, backend, files, launcher)
     return 0 if all(record.status == Status.COMPLETED for record in ended) else EXIT_FAILED
 
 
 def _look_on(directory: str) -> int:
-    """A table of all runs until none is live; on a terminal it is drawn in place."""
+    """Show a table of all runs until none is live; on a terminal it is redrawn in place."""
     from rich.console import Console
     from rich.live import Live
 

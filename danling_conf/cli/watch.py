@@ -1,4 +1,4 @@
-"""`danling-conf watch RUN`: live view of a run's ranks, from the heartbeats that they write."""
+"""`danling-conf watch RUN`: live view of a run's ranks, from their heartbeats."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 _WIDE = 240
 _ENDS_SECONDS = 10.0
-"""Between two times at which Slurm is asked which jobs have ended: a live view must not be a load."""
+"""Seconds between two queries of Slurm: a live view must not load its controller."""
 _COLOURS: dict[str, str] = {
-    Status.RUNNING: "green", Status.QUEUED: "yellow", Status.PLANNED: "yellow", Status.EMPTY: "yellow",
-    Status.COMPLETED: "blue", Status.INTERRUPTED: "yellow",
-}  # fmt: skip
-"""All others are red."""
+    Status.RUNNING: "green",
+    Status.QUEUED: "yellow",
+    Status.PLANNED: "yellow",
+    Status.EMPTY: "yellow",
+    Status.COMPLETED: "blue",
+    Status.INTERRUPTED: "yellow",
+}
+"""Colours of states; red for all others."""
 
 
 def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
     """Show the ranks of all runs of a directory until they have ended, or Ctrl-C.
 
     Args:
-        once: show them once.
+        once: show them once and return.
         as_json: print JSON; only with `once`.
-        interval: seconds between two looks.
+        interval: seconds between two updates.
 
     Returns:
         The exit code. 0 where every run waits, runs or has completed, and no rank is stuck; 1 otherwise. 0 after
@@ -46,14 +50,14 @@ def watch(directory: str, *, once: bool, as_json: bool, interval: float) -> int:
     Raises ConfigRefused where there is no run.
     """
     if as_json and not once:
-        raise ConfigRefused([Violation("--json", ABSENT, "it is one look, and not a live view", "add --once")])
+        raise ConfigRefused([Violation("--json", ABSENT, "it cannot be combined with a live view", "add --once")])
     runs = runs_or_refuse(directory)
     if once:
         seen = _look(runs, Standings())
         if as_json:
             print(json.dumps({"time": time.time(), "runs": [each.to_json() for each in seen]}, indent=1))
         else:
-            # A file or a pipe has no width to fit into.
+            # rich would fold the table of a file or a pipe at 80 columns.
             Console(width=None if sys.stdout.isatty() else _WIDE).print(view(seen))
         return _exit_code(seen)
     return _live(directory, runs, interval)
@@ -77,13 +81,13 @@ def _live(directory: str, runs: list[Path], interval: float) -> int:
                 if not any(each.status.live for each in seen):
                     return _exit_code(seen)
                 time.sleep(interval)
-                runs = runs_or_refuse(directory)  # a sweep gets more of them
+                runs = runs_or_refuse(directory)  # look again: a sweep starts more runs meanwhile
         except KeyboardInterrupt:
             return 0
 
 
 def view(seen: Sequence[RunSeen]) -> RenderableType:
-    """All runs, each with a table of its ranks; runs that have ended in a line."""
+    """All runs, each with a table of its ranks; ended runs take one line."""
     parts: list[RenderableType] = []
     for each in seen:
         parts.append(_heading(each))
@@ -123,9 +127,18 @@ def _row(each: RankSeen, seen: RunSeen) -> list[str]:
     verdict = f"stuck: {each.stuck}" if each.stuck else "slowest" if each.rank == seen.slowest else ""
     waits = "" if each.waiting_share is None else f"{100 * each.waiting_share:.0f} %"
     return [
-        str(each.rank), each.host, str(each.pid), each.state, duration(each.state_seconds), str(each.step), last, waits,
-        readable_size(each.memory_bytes), f"{duration(each.written_seconds_ago)} ago", verdict,
-    ]  # fmt: skip
+        str(each.rank),
+        each.host,
+        str(each.pid),
+        each.state,
+        duration(each.state_seconds),
+        str(each.step),
+        last,
+        waits,
+        readable_size(each.memory_bytes),
+        f"{duration(each.written_seconds_ago)} ago",
+        verdict,
+    ]
 
 
 def _verdict(seen: RunSeen) -> Text:

@@ -119,7 +119,7 @@ def set_epoch(loader: StatefulDataLoader[Any], epoch: int) -> None:
             part.set_epoch(epoch)
 
 
-def go_on(loader: StatefulDataLoader[Any], state: Mapping[str, Any], *, data_degree: int) -> None:
+def resume(loader: StatefulDataLoader[Any], state: Mapping[str, Any], *, data_degree: int) -> None:
     """Let the next iteration continue where a saved one was, also under another data degree or number of workers.
 
     With the same degree and workers it continues exactly, with the data set's own state where it has one. Otherwise the

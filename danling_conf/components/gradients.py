@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from danling_conf import _torch_private
+
 
 def accumulate(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
     """A context for forward and backward of one micro-batch: gradients are communicated at the `last` one only.
@@ -27,6 +29,20 @@ def accumulate(model: nn.Module, *, last: bool) -> AbstractContextManager[object
     elif isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return nullcontext()
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the gradients of an optimizer step that does not take place, and what DDP and FSDP2 remember of it.
+
+    For micro-batches that are left over, and after an exception anywhere in forward or backward: a wrapper left in the
+    middle of a pass takes the next forward for a part of that one.
+    """
+    if isinstance(model, FSDPModule):
+        _torch_private.reset_fully_sharded(model)
+    elif isinstance(model, DistributedDataParallel):
+        _torch_private.reset_data_parallel(model)
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def clip(

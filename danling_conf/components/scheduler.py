@@ -96,7 +96,7 @@ def needs_length(section: SchedulerConfig) -> bool:
     return length is not None and length not in scheduler_options(section)
 
 
-def go_on(scheduler: LRScheduler | ReduceLROnPlateau, state: Mapping[str, Any]) -> None:
+def resume(scheduler: LRScheduler | ReduceLROnPlateau, state: Mapping[str, Any]) -> None:
     """Load a scheduler's saved state, but for the length of the run that saved it: this one may be longer. The learning
     rate becomes what the schedule of this run has at that point."""
     own = {name: getattr(scheduler, name) for name in _LENGTH_STATE if name in state}

@@ -1,1 +1,1 @@
-"""From a command line to a checked, read-only configuration with an identity."""
+"""Configuration: from a command line to a checked, read-only object with an identity."""

@@ -1,4 +1,4 @@
-"""Check of a composed configuration: a single run and every job of a sweep take this one road.
+"""Check of a composed configuration, shared by a single run and every job of a sweep.
 
 Hydra and OmegaConf stop at their first error. Here a configuration is either accepted, or refused with all of its
 faults at once, before torch is imported and before anything starts.
@@ -20,9 +20,9 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 
 class Checker:
-    """Checks what one composer composes.
+    """Checks the configurations of one composer.
 
-    A sweep keeps one checker for all of its jobs, so that what they share is looked up once.
+    A sweep uses one checker for all of its jobs, so that whatever they share is looked up once.
     """
 
     def __init__(self, composing: Composer) -> None:
@@ -37,12 +37,12 @@ class Checker:
         *,
         spent: bool = False,
     ) -> RunnerConfig:
-        """The resolved, read-only configuration.
+        """Returns the resolved, read-only configuration.
 
         Args:
-            context: what the rules may know besides the configuration.
+            context: further input of the rules, such as the machine.
             also: finds further faults; its argument is None where settings are missing.
-            spent: `composed` may be changed: the caller does not use it afterwards.
+            spent: whether `composed` may be changed, since the caller does not use it afterwards.
 
         Raises:
             ConfigRefused: with all violations.
@@ -68,10 +68,10 @@ def check(composing: Composer, composed: DictConfig, overrides: Sequence[str]) -
 
 
 def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
-    """Compose. Where Hydra refuses, raise ConfigRefused with every fault instead of only Hydra's first.
+    """Compose. Where Hydra raises, raise ConfigRefused with every fault instead of only Hydra's first.
 
     Args:
-        multirun: compose a sweep's own configuration. Faults are then looked for in Hydra's overrides only: the others
+        multirun: compose a sweep's own configuration. Only Hydra's overrides are then searched for faults: the others
             belong to the jobs, and may hold several values.
     """
     try:
@@ -84,10 +84,10 @@ def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun
 
 
 def context_of(overrides: Sequence[str], machine: Machine | None = None) -> Context:
-    """What the rules know besides the configuration: the machine, and which settings the user gave.
+    """The context of the rules: the machine, and the settings on the command line.
 
     Args:
-        machine: where the run would start; this machine when None.
+        machine: machine on which the run would start; this one when None.
     """
     given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
     return Context(machine=machine or this_machine(), given=given)

@@ -1,4 +1,4 @@
-"""Faults of a command line that Hydra refuses: Hydra stops at the first, this finds all of them."""
+"""Search for all faults of a command line that Hydra refuses, since Hydra stops at the first one."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def all_faults(
 ) -> list[Violation]:
     """Every fault of `overrides` that can be found.
 
-    Group choices are composed without the values, which are then applied one by one; the rules check the result.
+    The group choices are composed without the values, which are then applied one by one. The rules check the result.
 
     Args:
-        refusal: what Hydra raised; it is reported itself when nothing more precise is found.
-        compose: composes choices of groups; the composer does when None.
-        also: finds further faults, in the resolved configuration and in what was composed.
+        refusal: the error that Hydra raised; it is reported itself where nothing more precise is found.
+        compose: composes group choices; that of the composer when None.
+        also: finds further faults, in the resolved and in the composed configuration.
     """
     command_line = _sort(composer, overrides)
     violations = command_line.violations
@@ -66,20 +66,21 @@ def all_faults(
 
 @dataclass(frozen=True, kw_only=True)
 class _CommandLine:
-    """Overrides by what Hydra does with them."""
+    """Overrides, sorted by how Hydra uses them."""
 
     choices: list[str] = field(default_factory=list)
-    """Choices of groups, and Hydra's own settings: these are composed."""
+    """Group choices, and Hydra's own settings: these are composed."""
     values: list[Override] = field(default_factory=list)
-    """Applied to what was composed."""
+    """Values, which are applied after composing."""
     violations: list[Violation] = field(default_factory=list)
-    """Of overrides that are neither."""
+    """Faults of overrides that are neither."""
 
 
 def _sort(composer: Composer, overrides: Sequence[str]) -> _CommandLine:
     found = _CommandLine()
     for text in overrides:
         try:
+            # One at a time: Hydra's parser raises for a whole list at its first bad override.
             parsed = OverridesParser.create().parse_overrides([text])[0]
         except (OverrideParseException, HydraException):
             found.violations.append(_unparsed(text))
@@ -102,7 +103,10 @@ def _sort(composer: Composer, overrides: Sequence[str]) -> _CommandLine:
 
 
 def _faults_of_files(composer: Composer, choices: list[str]) -> tuple[DictConfig | None, list[Violation]]:
-    """The sound part of the configuration files, and each of their faults with its file; None where none is typed."""
+    """The valid part of the configuration files, and their faults, each with its file.
+
+    The configuration is None where no file declares its class.
+    """
     node: DictConfig | None = None
     violations: list[Violation] = []
     try:
@@ -126,7 +130,8 @@ def _faults_of_files(composer: Composer, choices: list[str]) -> tuple[DictConfig
 def _faults_of_values(
     composer: Composer, values: Sequence[Override], config: DictConfig, kind: type[RunnerConfig], known: set[str]
 ) -> list[Violation]:
-    """Apply values to `config`, and collect those that it does not take. `known` are paths with a fault already."""
+    """Apply values to `config`, and collect the faults of those that it rejects. Skips paths in `known`, which have a
+    fault already."""
     return [
         item
         for override in values
@@ -141,7 +146,7 @@ def _faults_of_settings(
     context: Context,
     also: Callable[[RunnerConfig, DictConfig], list[Violation]] | None,
 ) -> list[Violation]:
-    """What the launcher's declarations, the configuration's, the rules and the caller find."""
+    """Faults of the launcher's settings, of the configuration's declarations and rules, and those that `also` finds."""
     found = launcher_in(config)[1]
     resolved, broken = inspect(config, kind=kind, context=context)
     found += broken
@@ -151,7 +156,7 @@ def _faults_of_settings(
 
 
 def _explained_by(hidden: list[Violation], violations: list[Violation]) -> list[Violation]:
-    """Violations of hidden settings, in place of others of the same names, which they explain."""
+    """Violations of hidden settings replace others with the same path, since they explain them."""
     paths = {item.path for item in hidden}
     return [*hidden, *(item for item in violations if item.path not in paths)]
 
@@ -187,7 +192,7 @@ def _apply(composer: Composer, override: Override, config: DictConfig, kind: typ
     except HydraException as error:
         cause = error.__cause__
         if null is not None:
-            rule = "a mapping that is null cannot be given keys"
+            rule = "a mapping that is null cannot take keys"
             return [Violation(null, None, rule, "give it an empty one as its default: field(default_factory=dict)")]
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
             return [_unknown(config, path, kind)]
@@ -197,9 +202,9 @@ def _apply(composer: Composer, override: Override, config: DictConfig, kind: typ
 
 
 def _null_mapping(config: DictConfig, path: str) -> str | None:
-    """The part of a path that is a mapping and null.
+    """The part of a path that is a null mapping; None where there is none.
 
-    Asked before the override is applied: OmegaConf 2.3 fails there with a bare AttributeError that names nothing.
+    Looked up before the override is applied: OmegaConf 2.3 fails with a bare AttributeError that names nothing.
     """
     owner: Any = config
     parts = path.split(".")
@@ -213,7 +218,7 @@ def _null_mapping(config: DictConfig, path: str) -> str | None:
 
 
 def _unknown(config: DictConfig, path: str, kind: type) -> Violation:
-    """The fault of a path with an unknown part: the first part that is unknown is the one to fix."""
+    """The fault of a path with an unknown part. It names the first unknown part, which is the one to fix."""
     owner: Any = config
     parts = path.split(".")
     for index, part in enumerate(parts):
@@ -248,8 +253,7 @@ def _several_values(override: Override, text: str) -> Violation:
 def _composition_fault(composer: Composer, error: Exception) -> Violation:
     """Hydra's error as a violation.
 
-    Hydra's errors carry no data: their text is all there is. Where a later version words one differently, its own first
-    line is reported instead.
+    Hydra's errors carry no data, only text. Where a later version words one differently, its own first line is shown.
     """
     text = "\n".join(str(item) for item in (error, error.__cause__) if item is not None and str(item))
     if twice := re.search(r"Multiple values for ([^\s.]+)\.", text):

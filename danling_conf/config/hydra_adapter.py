@@ -1,7 +1,7 @@
-"""Adapter of Hydra's private interface, for 1.3.8 and 1.4: no other module imports `hydra._internal`.
+"""Adapter of Hydra's private interface, for 1.3.8 and 1.4. No other module imports `hydra._internal`.
 
-Not public, and the same in both versions: the `Hydra` object with its configuration loader and repository, the parser
-of the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
+These are private, but the same in both versions: the `Hydra` object with its configuration loader and repository, the
+parser of the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from yaml import YAMLError
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
-# Hydra 1.3 asks for its version_base; 1.4 warns at every run that passes one.
+# Hydra 1.3 warns without a version_base; 1.4 warns at every run that passes one.
 VERSION_BASE: dict[str, Any] = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-"""What composing raises for a faulty command line or configuration file."""
+"""Errors of composing for a faulty command line or configuration file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigSearch:
-    """Where an app's configuration comes from."""
+    """The places of an app's configuration."""
 
     config_name: str | None
     """Primary config."""
     config_path: str | None = None
     """Absolute directory, or `pkg://` module, of the app's own configs."""
     config_dir: str | None = None
-    """A further directory, which comes first (`--config-dir`)."""
+    """A further directory, which is searched first (`--config-dir`)."""
     job_name: str = "app"
     """Name of the script, for log files."""
 
 
 class Composer:
-    """Composes configurations of one app."""
+    """Composes the configurations of one app."""
 
     def __init__(self, search: ConfigSearch, instance: Hydra) -> None:
         self.search = search
@@ -78,21 +78,21 @@ class Composer:
             ConfigLoaderImpl._apply_overrides_to_config([override], config)
 
     def sweep_config(self, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
-        """The configuration that Hydra's own launchers use for one job of a sweep. Raises Hydra's errors."""
+        """The configuration of one job of a sweep, as Hydra's own launchers compose it. Raises Hydra's errors."""
         with _named_defects():
             return self.loader.load_sweep_config(master, list(overrides))
 
     def classifier(self, master: DictConfig) -> Callable[[Sequence[Override]], list[Override]]:
-        """A function that picks, among a job's overrides, those that Hydra applies as values after composing.
+        """A function that selects the overrides of a job that Hydra applies as values, after composing.
 
-        The groups it knows are those of the sweep, `hydra.searchpath` included. Raises Hydra's errors.
+        It knows the groups of the sweep, including those of `hydra.searchpath`. Raises Hydra's errors.
         """
         own = [str(item) for item in master.hydra.overrides.hydra]
         _, repository = self.loader._parse_overrides_and_create_caching_repo(master.hydra.job.config_name, own)
         return lambda overrides: Overrides(repo=repository, overrides_list=list(overrides)).config_overrides
 
     def defaults(self, overrides: Sequence[str]) -> list[tuple[str, Any]]:
-        """The configs that are merged, in order: each one's path and its content at its package."""
+        """The configs that are merged, in order, as pairs of path and content (placed at its package)."""
         merged = self.loader.compute_defaults_list(self.search.config_name, list(overrides), RunMode.RUN).defaults
         return [
             (str(item.config_path), self.loader._load_single_config(item, self.loader.repository).config)
@@ -117,12 +117,12 @@ class Composer:
         return self.loader.repository.get_group_options(group)
 
     def multirun(self, overrides: Sequence[str], task: Any) -> Any:
-        """Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised."""
+        """Run Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised."""
         with _batches_unvalidated():
             return self._hydra.multirun(self.search.config_name, task, list(overrides))
 
     def sweep_jobs(self, master: DictConfig) -> list[list[str]]:
-        """The jobs that Hydra's own sweeper makes of a sweep, each as its overrides. Raises Hydra's errors."""
+        """The jobs that Hydra's own sweeper makes, each as a list of overrides. Raises Hydra's errors."""
         parameters = master.hydra.sweeper.get("params") or {}
         given = [*(f"{key}={value}" for key, value in parameters.items()), *map(str, master.hydra.overrides.task)]
         return self.split_jobs(given)
@@ -147,6 +147,7 @@ def run_frozen(settings: Mapping[str, Any], config: Mapping[str, Any], task: Any
         settings: of `hydra_settings`.
         config: the rest of the configuration.
     """
+    # Normally `hydra.main` does these two; this process never enters it.
     _set_version_base()
     setup_globals()
     composed = _frozen_node(settings, config)
@@ -164,7 +165,7 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
         hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
         task_function=task,
         config=config,
-        job_dir_key="hydra.run.dir",
+        job_dir_key="hydra.run.dir",  # also for a job of a sweep: its directory is that of its run
         job_subdir_key=None,
     )
     callbacks.on_run_end(config=config, config_name=name, job_return=result)
@@ -172,25 +173,25 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
 
 
 def knows_all_jobs(master: DictConfig) -> bool:
-    """Whether the sweeper of a sweep is Hydra's own, which knows all jobs before the first one starts."""
-    # By name: Hydra's discovery of plugins executes their modules again, so that there may be two classes of this name.
+    """Whether a sweep's sweeper is Hydra's own, which knows all jobs before the first one starts."""
+    # Compare names: Hydra's scan for plugins executes their modules again, so two classes of this name may exist.
     return bool(master.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}")
 
 
 @contextmanager
 def _batches_unvalidated() -> Iterator[None]:
-    """Keep Hydra's sweepers from composing their jobs before they hand them to the launcher.
+    """Keep Hydra's sweepers from composing their jobs before they pass them to the launcher.
 
     A sweeper composes every job once to validate it, and stops at the first fault. Our launchers compose and check all
-    jobs themselves before any starts, and report all faults: the sweeper's validation would hide all but one of them,
-    and cost more than our whole check. No setting turns it off, and the sweeper is made inside of `Hydra.multirun`,
-    whose body differs between versions; so the method is replaced on the class that all sweepers inherit it from.
-    This is safe: other launchers have been refused before a sweep starts, and a process runs one sweep at a time.
+    jobs before any starts, and report all faults. The sweeper's validation would hide all but one of them, and cost
+    more than our whole check. No setting turns it off, and the sweeper is created inside `Hydra.multirun`, whose body
+    differs between versions, so the method is replaced on the base class of all sweepers. This is safe: other launchers
+    have been refused before a sweep starts, and a process runs one sweep at a time.
     """
     validate = Sweeper.validate_batch_is_legal
 
     def accept(self: Sweeper, batch: Sequence[Sequence[str]]) -> None:
-        """Leave the check to the launcher."""
+        """Does nothing: the launcher checks the jobs."""
 
     Sweeper.validate_batch_is_legal = accept  # type: ignore[method-assign]
     try:
@@ -201,7 +202,7 @@ def _batches_unvalidated() -> Iterator[None]:
 
 @contextmanager
 def _named_defects() -> Iterator[None]:
-    """Turn bare errors that Hydra and OmegaConf let through into errors of theirs, and YAML errors into refusals."""
+    """Turn bare builtin errors of Hydra and OmegaConf into Hydra's own errors, and YAML errors into refusals."""
     try:
         yield
     except YAMLError as error:
@@ -211,8 +212,8 @@ def _named_defects() -> Iterator[None]:
         raise ConfigRefused([Violation(name, ABSENT, f"{where}{problem or error}", "fix the YAML")]) from error
     except (AttributeError, AssertionError, TypeError) as error:
         text = str(error)
-        if "NoneType" in text:  # OmegaConf 2.3: keys given to a mapping that is null
-            raise ConfigCompositionException("a mapping that is null cannot be given keys") from error
+        if "NoneType" in text:  # OmegaConf 2.3: a key is set below a mapping that is null
+            raise ConfigCompositionException("a mapping that is null cannot take keys") from error
         if "argument of type 'int' is not iterable" in text:
             raise ConfigCompositionException("a group is chosen by a name") from error
         raise
@@ -220,9 +221,9 @@ def _named_defects() -> Iterator[None]:
 
 @contextmanager
 def composer(search: ConfigSearch) -> Iterator[Composer]:
-    """Hydra, initialised for an app.
+    """A composer for an app.
 
-    Hydra's state is global: that of an enclosing `hydra.main`, or of a notebook, is put aside and restored at the end.
+    Hydra's state is global. That of an enclosing `hydra.main`, or of a notebook, is saved and restored at the end.
     """
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -255,23 +256,23 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def hydra_settings(composed: DictConfig, directory: Path | None) -> dict[str, Any]:
-    """Hydra's own node of a composed configuration as plain values; interpolations are kept.
+    """Hydra's own node of a composed configuration as plain values, with interpolations unresolved.
 
     Args:
-        directory: of the job; None where it is not known yet, and `settings_in` fills it in later.
+        directory: directory of the job; None where it is not known yet, and `settings_in` sets it later.
     """
     settings: Any = OmegaConf.to_container(composed.hydra, enum_to_str=True)
     return settings if directory is None else settings_in(settings, directory)
 
 
 def settings_of_job(settings: Mapping[str, Any], *, task: Sequence[str] | None = None, **job: Any) -> dict[str, Any]:
-    """Hydra's settings with a job's own overrides and its entries of `hydra.job`; the rest is shared between jobs."""
+    """Hydra's settings with a job's own overrides and entries of `hydra.job`. Jobs share the rest, without a copy."""
     overrides = settings["overrides"] if task is None else {**settings["overrides"], "task": list(task)}
     return {**settings, "overrides": overrides, "job": {**settings["job"], **job}}
 
 
 def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Hydra's settings as they are while a job runs in `directory`."""
+    """Hydra's settings for a job that runs in `directory`."""
     run, runtime = {**settings["run"], "dir": str(directory)}, {**settings["runtime"], "output_dir": str(directory)}
     return {**settings, "mode": RunMode.RUN.name, "run": run, "runtime": runtime}
 
@@ -289,9 +290,9 @@ def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[st
 
 
 def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
-    """Join Hydra's job in a process that composed nothing itself.
+    """Enter a Hydra job in a process that composed nothing itself.
 
-    `HydraConfig.get()`, `hydra.job.chdir` and `hydra.job.env_set` work as in a process that Hydra started the job in.
+    `HydraConfig.get()`, `hydra.job.chdir` and `hydra.job.env_set` work as in the process where Hydra runs the job.
 
     Args:
         settings: of `hydra_settings`.
@@ -302,7 +303,7 @@ def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictCon
     """
     from hydra.core.hydra_config import HydraConfig
 
-    setup_globals()  # its resolvers: `now`, `hydra`
+    setup_globals()  # registers Hydra's resolvers, such as `now` and `hydra`
     typed = _frozen_node(settings, config)
     HydraConfig.instance().set_config(typed)
     os.environ.update({name: str(value) for name, value in typed.hydra.job.env_set.items()})
@@ -323,12 +324,12 @@ def _frozen_node(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Dict
 
 @contextmanager
 def hydra_of(composed: DictConfig) -> Iterator[None]:
-    """Let `HydraConfig.get()`, and so `${hydra:...}`, answer from a composed configuration."""
+    """Let `HydraConfig.get()`, and with it `${hydra:...}`, read a composed configuration."""
     from hydra.core.hydra_config import HydraConfig
 
     instance = HydraConfig.instance()
     previous = instance.cfg
-    instance.set_config(copy.deepcopy(composed))  # it makes the node that it is given read-only
+    instance.set_config(copy.deepcopy(composed))  # a copy: `set_config` makes its argument read-only
     try:
         yield
     finally:
@@ -336,10 +337,10 @@ def hydra_of(composed: DictConfig) -> Iterator[None]:
 
 
 def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Violation]:
-    """Faults of folders of configs named like a setting: Hydra takes `name=value` for a choice from such a folder."""
+    """Faults of config folders that are named like a setting: Hydra reads `name=value` as a choice from the folder."""
     violations = []
     for item in fields(kind):
-        if item.name.startswith("_") or item.default is MISSING:  # sections are groups by right
+        if item.name.startswith("_") or item.default is MISSING:  # a section may have a folder of its name
             continue
         if composer.group_exists(item.name):
             violations.append(

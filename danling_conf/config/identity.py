@@ -35,7 +35,7 @@ def config_id(config: RunnerConfig) -> str:
 
 
 def canonical(config: Any) -> str:
-    """The plain form as JSON with sorted keys."""
+    """The plain form as JSON with sorted keys, to compare two configurations by `diff`."""
     return json.dumps(plain(config), sort_keys=True, indent=1)
 
 
@@ -83,7 +83,7 @@ def _section(section: Any, semantic_only: bool) -> dict[str, Any]:
         return plain_values
     unimportant = _unimportant_keys(section)
     kept = {name: _without(value, unimportant) for name, value in plain_values.items()}
-    # A section of which nothing is left is no difference from one that does not exist.
+    # Drop empty sections: a version that adds a section without semantic settings must not change the config_id.
     return {name: value for name, value in kept.items() if value != {}}
 
 
@@ -105,7 +105,7 @@ def _plain_value(value: Any, semantic_only: bool) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain_value(inner, semantic_only) for inner in value]
     if isinstance(value, Enum):
-        return value.name
+        return value.name  # OmegaConf reads an enum by its member's name, not by its value
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)

@@ -1,6 +1,6 @@
-"""Job of a sweep, composed and checked, with the settings of the launcher that starts it.
+"""Job of a sweep: its checked configuration, and the settings of the launcher that starts it.
 
-`hydra.launcher` is no part of a run's configuration, but its settings are declared and checked in the same way.
+`hydra.launcher` is not part of a run's configuration, but its settings are declared and checked in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PREFIX = "hydra.launcher."
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An accepted job of a sweep: all that is needed to start it anywhere, later."""
+    """An accepted job of a sweep, with everything needed to start it later, on any machine."""
 
     number: int
     """Its place in the sweep."""
@@ -52,7 +52,7 @@ class Job:
 
 
 def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, list[Violation]]:
-    """Settings of one of our launchers as its class, and their faults; None for another package's launcher.
+    """Settings of one of our launchers as an instance of its class, and their faults; None for other launchers.
 
     Args:
         settings: plain values, interpolations resolved.
@@ -70,14 +70,14 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
 
 
 def launcher_in(config: DictConfig) -> tuple[LauncherConfig | None, list[Violation]]:
-    """`check_launcher` of a composed configuration, without the launcher's settings that refer to others.
+    """`check_launcher` of a composed configuration, without launcher settings that refer to other settings.
 
-    Those others may be faulty themselves, and would then be reported a second time.
+    The other settings may be faulty themselves, and would be reported a second time.
     """
     if "hydra" not in config:
         return None, []
     given: Any = OmegaConf.to_container(config.hydra.launcher)
     settings = {key: value for key, value in given.items() if "${" not in str(value)}
-    if "name" in given:  # by default it refers to the name of Hydra's job, and it has to be a string
+    if "name" in given:  # refers to Hydra's job name by default; the check needs some string
         settings["name"] = str(given["name"]).replace("$", "")
     return check_launcher(settings)

@@ -1,6 +1,6 @@
 """Read-only configuration objects that stay instances of the user's class.
 
-`@dataclass(frozen=True)` would not do: the classes are the user's, and a configuration is filled before it is frozen.
+`@dataclass(frozen=True)` cannot do this: the classes are the user's, and derived settings are set before freezing.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from danling_conf.schema.setting import READONLY, declared_class, open_keys
 
 
 def freeze(config: Any) -> Any:
-    """Make a configuration object and its sections read-only, in place; returns it.
+    """Make a configuration object and its sections read-only, in place, and return it.
 
-    Keys of open sections that their class does not declare become fields, so that `dataclasses.fields`, `asdict` and
-    `hydra.utils.instantiate` see them. The object stays an instance of its class; copies by `dataclasses.replace` can
-    be written to. Mappings and lists of the user's own (`model`, `data`) are plain ones, which pass wherever those do.
+    Undeclared keys of open sections become fields, so that `dataclasses.fields`, `asdict` and `hydra.utils.instantiate`
+    see them. The object stays an instance of its class. Copies by `dataclasses.replace` are writable. The user's own
+    mappings and lists (`model`, `data`) stay plain `dict` and `list`, which libraries expect.
     """
     for value in vars(config).values():
         if is_dataclass(value) and not isinstance(value, type):
             freeze(value)
+    # The class is swapped and not the object, so that references from other objects stay valid.
     kind = _readonly_class(declared_class(config), tuple(open_keys(config)))
     object.__setattr__(config, "__class__", kind)
     config.__dict__[READONLY] = True
@@ -39,6 +40,7 @@ def _delete(self: Any, name: str) -> None:
 
 
 def _reduce(self: Any) -> tuple[Any, ...]:
+    # The read-only class is made at run time, so pickle cannot find it by its name: rebuild it from the user's class.
     values = {name: value for name, value in vars(self).items() if name != READONLY}
     return _rebuild, (declared_class(self), values)
 

@@ -1,7 +1,7 @@
-"""Resolution: a composed configuration becomes a checked, read-only object of the user's class.
+"""Resolution: turns a composed configuration into a checked, read-only object of the user's class.
 
-This is the one way out of OmegaConf: everything behind it reads plain dataclasses. `_get_node`, `_value` and the `_is_`
-methods are OmegaConf's own names for nodes; its public access would resolve interpolations, which may be broken here.
+This is the only way out of OmegaConf: all code behind it reads plain dataclasses. `_get_node`, `_value` and the `_is_`
+methods are private in OmegaConf; public access would resolve interpolations, which may be broken here.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def resolve(config: object, *, kind: type[Config], context: Context | None = Non
 
 
 def resolve(config: Any, *, kind: type[Any] = RunnerConfig, context: Context | None = None) -> Any:
-    """A checked, read-only configuration.
+    """Check a configuration and make it read-only.
 
     Args:
         config: a composed `DictConfig`, a mapping such as a loaded YAML file, or a configuration object.
         kind: the configuration's class, where `config` does not carry one.
-        context: what rules may know besides the configuration; this machine when None.
+        context: further input of the rules; this machine when None.
 
     Returns:
         An instance of the configuration's class: aliases canonical, `stack` derived, degrees of -1 filled.
@@ -65,13 +65,14 @@ def resolve(config: Any, *, kind: type[Any] = RunnerConfig, context: Context | N
 def inspect(
     config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None, spent: bool = False
 ) -> tuple[RunnerConfig | None, list[Violation]]:
-    """The resolved configuration and all its violations; the configuration is of use only when there are none.
+    """Resolve a configuration and find all of its violations.
 
     Args:
-        spent: `config` may be changed, since the caller does not use it afterwards; this saves a copy.
+        spent: whether `config` may be changed, since the caller does not use it afterwards; this saves a copy.
 
     Returns:
-        The configuration, None where settings are missing; and the violations.
+        The configuration, which is usable only without violations, and None where settings are missing; and the
+        violations.
     """
     context = context or Context(machine=this_machine())
     node, violations = _typed_copy(config, kind, spent)
@@ -81,7 +82,7 @@ def inspect(
         return None, unique(violations)
     faulty = {item.path for item in violations}
     resolved: Any = OmegaConf.to_object(node)
-    # A setting that broke its declaration was reset to its default: what rules say of that default is no fault.
+    # A setting that broke its declaration was reset to its default, so violations of rules by it are spurious.
     violations += [item for item in violations_of(resolved, context) if item.path not in faulty]
     if not violations:
         _derive(resolved, context)
@@ -90,13 +91,13 @@ def inspect(
 
 
 def declared_kind(config: DictConfig) -> type[RunnerConfig] | None:
-    """The class that a configuration was declared with; None for a bare mapping."""
+    """The class that a configuration was declared with; None for an untyped mapping."""
     declared = OmegaConf.get_type(config)
     return declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else None
 
 
 def _has_missing(node: Node) -> bool:
-    """Whether `OmegaConf.missing_keys` of a resolved node names any, in a tenth of its time."""
+    """Whether a resolved node has missing values, like `OmegaConf.missing_keys` but in a tenth of its time."""
     value = node._value()
     if isinstance(value, dict):
         return any(map(_has_missing, value.values()))
@@ -125,13 +126,13 @@ def _typed_copy(config: Any, kind: type[RunnerConfig], spent: bool) -> tuple[Dic
 
 
 def _without_hydra(config: DictConfig, spent: bool) -> DictConfig:
-    """A copy of a configuration, or itself where it is spent, without Hydra's own node.
+    """A configuration without Hydra's own node: a copy, or the same object where it is spent.
 
-    Settings that refer to Hydra's node get its values first.
+    Settings that refer to Hydra's node are replaced by their values first.
     """
     hydra = config._get_node("hydra") if config and "hydra" in config else None
-    # Most configurations do not refer to it, and it is the larger half of what would be copied, twice. The memo of
-    # `deepcopy` puts an empty node in its place.
+    # Hydra's node is the larger half of a deep copy, and most configurations do not refer to it. An entry in the memo
+    # of `deepcopy` puts an empty node in its place.
     left_out = hydra is not None and not refers_to_hydra(config)
     node = config if spent else copy.deepcopy(config, {id(hydra): AnyNode(None)} if left_out else {})
     OmegaConf.set_readonly(node, None)
@@ -145,7 +146,7 @@ def _without_hydra(config: DictConfig, spent: bool) -> DictConfig:
 
 
 def refers_to_hydra(node: Node) -> bool:
-    """Whether a value of a configuration, outside of Hydra's own node, is an interpolation that names Hydra."""
+    """Whether any value outside of Hydra's own node is an interpolation that mentions Hydra."""
     value = node._value()
     if isinstance(value, str):
         return "hydra" in value and node._is_interpolation()
@@ -155,7 +156,8 @@ def refers_to_hydra(node: Node) -> bool:
 
 
 def _resolve_hydra(node: DictConfig | ListConfig) -> None:
-    """Replace interpolations of Hydra's settings by their values; the check reports those that do not resolve."""
+    """Replace interpolations of Hydra's settings with their values. The check later reports those that do not
+    resolve."""
     for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
         child = None if key == "hydra" else node._get_node(key)
         if not isinstance(child, Node) or child._is_none() or child._is_missing():
@@ -169,7 +171,7 @@ def _resolve_hydra(node: DictConfig | ListConfig) -> None:
 
 
 def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: str = "") -> list[Violation]:
-    """Merge a mapping into a typed node leaf by leaf, so that one bad value does not hide the others."""
+    """Merge a mapping into a typed node leaf by leaf, and return the faults: `OmegaConf.merge` raises at the first."""
     violations: list[Violation] = []
     for key, value in given.items():
         path = f"{prefix}{key}"
@@ -178,7 +180,7 @@ def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: 
             violations += merge_leaves(child, value, OmegaConf.get_type(child), f"{path}.")
             continue
         try:
-            # OmegaConf 2.4 warns of an integer that is assigned to a float, which YAML and JSON cannot tell apart.
+            # OmegaConf 2.4 warns when an int is assigned to a float, but in YAML and JSON `1` is how people write 1.0.
             node[key] = float(value) if isinstance(child, FloatNode) and type(value) is int else value
         except OmegaConfBaseException as error:
             known = key in node
@@ -187,7 +189,7 @@ def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: 
 
 
 def _derive(config: RunnerConfig, context: Context) -> None:
-    """Fill what follows from the rest: degrees of -1, and the stack."""
+    """Set derived values: degrees of -1, and the stack."""
     axes = config.parallel.axes
     layout = fill(layout_of(config), context.machine.fill_world_size)
     for axis, degree in layout.degrees().items():

@@ -1,4 +1,4 @@
-"""Composer of a sweep's jobs: composes once for each choice of groups, and applies values to copies."""
+"""Composer of a sweep's jobs: composes once for each combination of group choices, and applies values to copies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from danling_conf.config.resolve import refers_to_hydra
 
 @dataclass(frozen=True, kw_only=True)
 class _Composed:
-    """The configuration of one choice of groups, before values are applied."""
+    """The configuration of one combination of group choices, before values are applied."""
 
     config: DictConfig
     settings: Mapping[str, Any]
     """Hydra's own node, as plain values."""
     depends: bool
-    """Whether Hydra's node refers to settings where Hydra reads it while composing, so that values matter there."""
+    """Whether Hydra reads, while composing, parts of its node that refer to settings. Then values matter to it."""
     refers_to_hydra: bool
     """Whether a setting refers to Hydra's node."""
 
@@ -32,9 +32,10 @@ class _Composed:
 class SweepComposer:
     """Composes jobs exactly as Hydra's own launchers do, in a tenth of the time.
 
-    Hydra composes anew for every job, although most jobs of a sweep differ in values alone, and values are applied
-    after composing. Hydra's own classification decides which overrides are values. Jobs whose overrides reach into
-    Hydra's node, which only other packages' sweepers produce, are composed by Hydra itself.
+    Hydra composes every job from scratch (Hydra 1.3 deep-copies the whole ConfigStore each time), although most jobs
+    differ only in values, which are applied after composing. Hydra's own classification decides which overrides are
+    values. Jobs whose overrides reach into Hydra's node, which only other packages' sweepers produce, are composed by
+    Hydra itself.
     """
 
     def __init__(self, composing: Composer, master: DictConfig) -> None:
@@ -52,7 +53,7 @@ class SweepComposer:
             return self._composing.sweep_config(self._master, overrides)
         config = self._applied(composed, values)
         written = config.hydra.overrides.task
-        while len(written):  # it has the choices only; Hydra lists all of a job's overrides, in their order
+        while len(written):  # it has only the choices, but Hydra lists all overrides of a job, in order
             written.pop()
         for item in parsed:
             written.append(str(item.input_line))
@@ -62,10 +63,10 @@ class SweepComposer:
         return config
 
     def compose_job(self, overrides: Sequence[str], number: int) -> tuple[DictConfig, dict[str, Any]]:
-        """A job's configuration, and its node of Hydra's settings as plain values (`hydra_settings`).
+        """A job's configuration, and Hydra's settings as plain values (`hydra_settings`). Raises Hydra's errors.
 
-        The configuration has no `hydra` where nothing refers to it: it is the larger half, and the same for all jobs.
-        The plain values are shared between jobs, so do not write to them. Raises Hydra's errors.
+        The configuration has no `hydra` node where nothing refers to it: it is the larger half, and the same for all
+        jobs. Jobs share the plain values, so they must not be changed.
         """
         identity = {"num": number, "id": str(number)}
         parsed, values, composed = self._classify(overrides)
@@ -81,7 +82,7 @@ class SweepComposer:
         return config, settings_of_job(composed.settings, task=lines, **facts, **identity)
 
     def _classify(self, overrides: Sequence[str]) -> tuple[list[Override], list[Override], _Composed | None]:
-        """A job's overrides, those of them that are values, and the composition of the others.
+        """A job's parsed overrides, those of them that are values, and the composition of the others.
 
         The composition is None where Hydra has to compose the job itself.
         """
@@ -98,7 +99,7 @@ class SweepComposer:
 
     def _applied(self, composed: _Composed, values: Sequence[Override], *, hydra: bool = True) -> DictConfig:
         left_out = {} if hydra else {id(composed.config._get_node("hydra")): AnyNode(None)}
-        # A copy, since values are applied in place; the memo of `deepcopy` puts an empty node in place of Hydra's.
+        # A copy, since values are applied in place. Through deepcopy's memo, an empty node replaces Hydra's.
         config = copy.deepcopy(composed.config, left_out)
         if not hydra:
             with open_dict(config):
@@ -130,7 +131,7 @@ class SweepComposer:
 def _reaches_into_hydra(override: Override) -> bool:
     """Whether an override may change what Hydra reads while it composes.
 
-    Overrides with several values are among them, so that Hydra refuses them as it always does.
+    That includes overrides with several values, so that Hydra raises its usual error.
     """
     key = override.key_or_group
     return override.is_sweep_override() or not key or "[" in key or key.partition(".")[0].partition("/")[0] == "hydra"

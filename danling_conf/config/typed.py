@@ -1,4 +1,5 @@
-"""Check of keys and values against their declarations; the rules of `topology` follow it."""
+"""Check of keys and values against their declarations. It runs before the rules of `topology`, which need valid
+types."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def check_declarations(node: DictConfig, kind: type, prefix: str = "") -> list[V
 
 
 def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
-    """The violation of a key that is not declared: names the nearest one."""
+    """The violation of an undeclared key, with the nearest declared one as its fix."""
     prefix, _, key = path.rpartition(".")
     siblings = [item.name for item in fields(kind) if not item.name.startswith("_")]
     near = get_close_matches(key, siblings, n=1, cutoff=0.6)
@@ -42,7 +43,7 @@ def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
             fix = f"{prefix} has {', '.join(siblings)}"
         else:
             close = get_close_matches(path, setting_paths(root or kind), n=1, cutoff=0.6)
-            own = "settings of your own go below model or data, or in a subclass of RunnerConfig"
+            own = "put your own settings below model or data, or in a subclass of RunnerConfig"
             fix = f"did you mean {close[0]}?" if close else own
     return Violation(path, ABSENT, "there is no such setting", fix)
 
@@ -82,7 +83,7 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
             yield from _check_setting(node, declared[key], path)
         elif open_to is not None and not _can_be_name(str(key)):
             yield Violation(
-                path, ABSENT, "a name here has letters, digits and underscores, and is no word of Python's", "rename it"
+                path, ABSENT, "a name here needs letters, digits and underscores, and no Python keyword", "rename it"
             )
             _remove(node, key)
         elif isinstance(open_to, type):
@@ -97,7 +98,7 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
 
 
 def _can_be_name(key: str) -> bool:
-    """Whether an open key can be a field of a configuration object; a leading underscore is Hydra's."""
+    """Whether an open key can be a field of a configuration object; a leading underscore is reserved for Hydra."""
     return key.isidentifier() and not iskeyword(key) and not key.startswith("_")
 
 
@@ -131,7 +132,7 @@ def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Vi
 
 
 def _check_free_form(node: DictConfig, prefix: str) -> Iterator[Violation]:
-    """A mapping of the user's own: only its interpolations can be wrong."""
+    """Check the user's own mapping: only its interpolations can be wrong."""
     for key in list(node.keys()):
         broken = _broken_interpolation(node, key, f"{prefix}{key!s}")
         if broken is not None:
@@ -158,7 +159,7 @@ def _unresolved(node: DictConfig, key: Any) -> Any:
 
 
 def value_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
-    """Rule and fix of a value that its setting does not allow; None for an allowed one."""
+    """Rule and fix for a value that its setting does not allow; None for an allowed value."""
     return _choice_fault(facts, value) or _kind_fault(facts, value) or _range_fault(facts, value)
 
 
@@ -184,17 +185,17 @@ def _range_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
         return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
     if facts.at_most is not None and value > facts.at_most:
         return f"it must be at most {show(facts.at_most)}", f"choose {show(facts.at_most)} or less"
-    # Not `<=`: a value that is not a number is not greater either.
+    # Not `<=`: NaN is not greater than anything, and has to be refused.
     if facts.above is not None and not value > facts.above:
         return f"it must be greater than {show(facts.above)}", "choose a larger value"
     return None
 
 
 def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: bool = False) -> Iterator[Violation]:
-    """Check a mapping in an open place of the schema leaf by leaf, and put it back as its dataclass.
+    """Check a mapping in an open place of the schema leaf by leaf, and replace it with its dataclass.
 
     Args:
-        sparse: put back only the keys that were given, as a mapping.
+        sparse: replace it with a mapping of only the given keys instead.
     """
     given = node[key]
     if not OmegaConf.is_dict(given):
@@ -213,12 +214,12 @@ def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: boo
         except OmegaConfBaseException as error:
             yield wrong_type(inner, value, error)
     yield from _check_section(typed, shape, f"{path}.")
-    # Of a split's overrides only what was written may override: unset keys are not part of them.
+    # A split overrides only what the user wrote: the defaults of other keys must not override the section's values.
     node[key] = {name: typed[name] for name in _plain(given) if name in known} if sparse else typed
 
 
 def wrong_type(path: str, value: Any, error: Exception) -> Violation:
-    """The violation of a value that OmegaConf refused."""
+    """The violation of a value that OmegaConf rejected."""
     reason = str(error).strip().splitlines()[0].rstrip(".")
     for message, rule, fix in _REFUSALS:
         if message in reason:
@@ -241,14 +242,14 @@ _REFUSALS = (
     ("converted to Float", "it must be a number", "write a number, such as 0.001"),
     ("not a valid bool", "it must be true or false", "write true or false"),
     ("to string", "it must be one string", "write a string"),
-    ("is not Optional", "it cannot be null", "leave it out, and it has its default"),
+    ("is not Optional", "it cannot be null", "leave it out for the default"),
     ("is not a ListConfig", "it must be a list", "write [one,another]"),
     ("to Dict[", "it must be a mapping", "set what is below it: PATH.KEY=VALUE"),
     ("is not a subclass of", "it must be a section", "set what is below it: PATH.KEY=VALUE"),
 )
-"""A part of OmegaConf's message that both of its versions have, the rule, and the fix.
+"""A part of OmegaConf's message that versions 2.3 and 2.4 share, the rule, and the fix.
 
-Its errors carry no data; a message that is not here is shown as it is.
+OmegaConf's errors carry no data. A message that is not listed is shown as it is.
 """
 
 _PRIMITIVES = {
@@ -270,7 +271,7 @@ def _remove(node: DictConfig, key: Any) -> None:
 
 
 def _fill(node: DictConfig, item: Field[Any]) -> None:
-    """Give a missing setting any value that its type allows, so that the rest can be checked."""
+    """Set a missing setting to any value that its type allows, so that the rest can be checked."""
     values: tuple[Any, ...] = (item.default, None, 1, "", True, [], {})
     for value in values:
         with suppress(OmegaConfBaseException, ValueError):

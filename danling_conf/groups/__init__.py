@@ -1,4 +1,4 @@
-"""Names for settings: layouts, presets, base configs, and the source where Hydra finds them."""
+"""Groups: names of layouts, presets and base configs, and the config source where Hydra finds them."""
 
 from danling_conf.groups.base import register
 from danling_conf.groups.layout_names import LayoutNameError, name_of, parse_layout

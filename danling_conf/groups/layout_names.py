@@ -1,4 +1,4 @@
-"""Grammar of layout names: `fsdp64_tp8_pp2` to the layout that it stands for, and back."""
+"""Grammar of layout names: parses `fsdp64_tp8_pp2` into a layout, and formats a layout as its name."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class DanlingSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         path = f"{SCHEME}://"
-        # Hydra 1.4 finds the plugin twice, by its entry point and in the namespace package; 1.3 finds the second only.
+        # Hydra 1.4 finds the plugin twice, by its entry point and in the namespace package; 1.3 only finds the latter.
         if all(element.path != path for element in search_path.get_path()):
             search_path.append(PROVIDER, path)
 

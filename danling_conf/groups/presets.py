@@ -1,4 +1,4 @@
-"""Presets of every group but `parallel`: names for settings that work well together, each with the reason.
+"""Presets of every group except `parallel`: named settings that work well together, each with its reason.
 
 A preset is sparse: it holds only what it is about, so that presets of different groups combine in any order, and none
 undoes what a file has set. Groups call their empty choice `none`, never `off`, which YAML reads as false.

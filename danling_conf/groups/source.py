@@ -50,6 +50,7 @@ class NameSource(ConfigSource):
                 # Hydra prints this class as one line, without a stack trace.
                 raise ConfigCompositionException(str(error)) from None
         if group == "" and name in base_names():
+            # No package: a primary config is placed at the root. Presets name theirs, as `@package` in a file does.
             return self._result(base_config(name), None)
         if group == _LAUNCHER_GROUP and name in LAUNCHERS:
             return self._result(OmegaConf.structured(LAUNCHERS[name]), "hydra.launcher")
@@ -68,7 +69,8 @@ class NameSource(ConfigSource):
     def is_config(self, config_path: str) -> bool:
         group, name = _split(config_path)
         if group == LAYOUTS:
-            # A name that is nearly right is claimed too, so that `load_config` names the mistake and not a file.
+            # Claim misspelled layouts too: `load_config` then explains the mistake, where Hydra would report that
+            # there is no such file.
             return looks_like_layout(name)
         if group == "":
             return name in base_names()
@@ -77,6 +79,7 @@ class NameSource(ConfigSource):
         return name in GROUPS.get(group, {})
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        # Feeds --help and shell completion. Layouts are too many to list, so a few examples stand for them.
         path = config_path.rstrip("/")
         names: list[str] = []
         if path == "":

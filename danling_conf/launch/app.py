@@ -1,4 +1,4 @@
-"""App of a user: its function and where its configuration is; and how a refused configuration ends its process."""
+"""App: a user's function, its script, and where its configuration is. Every way to launch a run starts from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from danling_conf.topology.violation import ConfigRefused
 
 @dataclass(frozen=True, kw_only=True)
 class App:
-    """A user's function and where its configuration is."""
+    """A user's function and the place of its configuration."""
 
     function: Callable[[Any], Any]
     """Called on every rank with the resolved configuration."""
@@ -39,6 +39,6 @@ class App:
 
 
 def refuse(refusal: ConfigRefused) -> NoReturn:
-    """Show a refusal and exit."""
+    """Print a refusal and exit with 2."""
     print(refusal.report(), file=sys.stderr)
     sys.exit(EXIT_REFUSED)

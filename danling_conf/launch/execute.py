@@ -1,6 +1,6 @@
 """Execution of one configuration: claim or join its run, freeze it, run it here or in local workers.
 
-Every way to start an attempt opens it here, so that what is frozen and what the user is told is the same.
+Every way to start an attempt opens it here, so that all of them freeze the same files and print the same warnings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 
 def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig) -> Any:
-    """Run one configuration to its end; returns its score. Exits the process where it failed or was stopped.
+    """Run one configuration to its end and return its score. Exits the process if it failed or was stopped.
 
     Raises ConfigRefused where the run, or a rank, refuses the configuration.
     """
@@ -53,7 +53,7 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 
 
 def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, RunLock]:
-    """Claim the run, write what is frozen of the attempt, and warn the user. Raises ConfigRefused as `claim`."""
+    """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`."""
     attempt, lock = claim(config)
     freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
     warn(attempt, config)
@@ -63,21 +63,23 @@ def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[
 def open_job(
     job: JobFile, script: Path, *, fence: tuple[str, int] | None = None, **facts: Any
 ) -> tuple[RunnerConfig, Attempt, RunLock]:
-    """Open an attempt of a job's run, and enter in the ledger that the job runs.
+    """Open an attempt of a job's run, and add to the ledger that the job is running.
 
     Args:
         script: file of the user's function.
-        fence: see `RunLock`.
-        facts: of the attempt, for the ledger, beside where it runs.
+        fence: fencing token, see `RunLock`.
+        facts: further facts of the attempt for the ledger, besides its host and process.
 
     Returns:
-        The job's configuration, as it was when the job was submitted; the attempt; the lock of its run.
+        The job's configuration as it was submitted, the attempt, and the lock of its run.
 
-    Raises ConfigRefused where the run is live or cannot be written, or the job cannot be read as it was submitted.
+    Raises:
+        ConfigRefused: the run is live or cannot be written, or the job's configuration cannot be restored.
     """
     config = _thawed(job)
     again = job.ledger.records()[job.key].attempts > 0
     attempt, lock = start(job.binding, config, [str(script), *job.overrides], again=again, fence=fence)
+    # A warning and no refusal: while a sweep is queued, people fix bugs in its code, and want the fixed code to run.
     submitted, now = job.content["program"]["code_id"], code_identity(script.parent).code_id
     if submitted != now:
         note = f"the code was {submitted} when this job was submitted, and is {now}"
@@ -97,15 +99,15 @@ def _thawed(job: JobFile) -> RunnerConfig:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         rule = f"its configuration cannot be read: {error}"
-        fix = "restore the file and the app's class, or submit it anew"
+        fix = "restore the file and the app's class, or submit it again"
         raise ConfigRefused([Violation("job", str(job.path), rule, fix)]) from error
 
 
 def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, attempt: Attempt) -> Any:
-    """Run an opened attempt as Hydra's job: in this process, or in as many workers as the layout has ranks.
+    """Run an opened attempt as Hydra's job, in this process or in one worker for each rank of the layout.
 
     Args:
-        run_job: runs a task as Hydra's job in a directory: of `Composer`, or `hydra_adapter.run_frozen`.
+        run_job: runs a task as Hydra's job in a directory: `Composer.run_job` or `hydra_adapter.run_frozen`.
 
     Raises:
         WorkersFailed, WorkersInterrupted: from the workers.
@@ -117,26 +119,30 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
     def task(_: DictConfig) -> Any:
         if world_size == 1:
             return run_rank(app.function, config, Current(attempt=attempt, ranks=SINGLE), app.script.stem)
-        # Workers start as this process did; where `hydra.job.chdir` is set they change the directory themselves.
+        # Hydra has changed the directory already if `hydra.job.chdir` is set. Workers run the script from its first
+        # line, where a relative path must still resolve, and change the directory themselves.
         os.chdir(started_in)
         try:
             run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
         except (WorkersFailed, WorkersInterrupted) as error:
-            # The main rank may have been killed before it could write how the attempt ended; and where another rank
-            # failed, what the main rank wrote is only the consequence.
+            # Overwrite the main rank's result: it may have been killed before it wrote one, and where another rank
+            # failed first it wrote only the consequence.
             write_result(attempt.directory, outcome_of(error))
             raise
         return read_fields(attempt.directory / RESULT).number("score")
 
     outcome = run_job(task=task, directory=attempt.directory)
+    # Not `outcome.return_value`, which prints Hydra's own report of the error before it raises it.
     if isinstance(outcome._return_value, Exception):
         raise outcome._return_value
     return outcome._return_value
 
 
 def show_error(error: BaseException, run: Path) -> None:
-    """Print why an attempt failed or was stopped: of several ranks the first one's error; a refusal without its
-    traceback."""
+    """Print why an attempt failed or was stopped: of several ranks the error that came first.
+
+    A refusal has no traceback, since it is the configuration that has to change.
+    """
     outcome = outcome_of(error)
     if isinstance(error, WorkersFailed) and not error.refused:
         lines = [f"rank {error.rank} failed: {error}", f"the other ranks were stopped; logs: {error.log.parent}"]

@@ -1,4 +1,4 @@
-"""Process of one job on this machine: its only rank, or the parent of its ranks."""
+"""Process of a job of a local sweep: its only rank, or the parent of its ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def run_local_job(app: App, path: Path) -> Any:
-    """Run the job of a job file to its end, and enter in the ledger how it ended. Exits the process where it failed."""
+    """Run the job of a job file to its end, and add its end to the ledger. Exits the process if it failed."""
+    # If the sweep's command is killed, its jobs save and exit instead of training on unseen.
     end_with_parent()
     job = JobFile.read(path)
     os.chdir(job.directory)
@@ -31,7 +32,7 @@ def run_local_job(app: App, path: Path) -> Any:
     try:
         config, attempt, lock = open_job(job, app.script)
         value = run_attempt(app, partial(run_frozen, job.content["hydra"], job.content["config"]), config, attempt)
-    except BaseException as error:
+    except BaseException as error:  # SystemExit and KeyboardInterrupt are ends of the job too
         outcome = outcome_of(error)
         facts: dict[str, Any] = {}
         if isinstance(error, WorkersFailed):

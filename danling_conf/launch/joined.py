@@ -1,4 +1,4 @@
-"""Rank that torchrun or srun started: it joins its world."""
+"""Rank that torchrun or srun started: it meets the other ranks and joins their world."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 
 def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
-    """Run as the rank that `ranks` says: rank 0 resolves and claims, the others read what it froze.
+    """Run as one rank of a world: rank 0 composes, checks and claims the run; the others read what it froze.
 
-    A rank that fails exits at once, with the process: the launcher sees it and stops the others.
+    A rank that fails ends its process at once, so that the launcher sees it and stops the others.
     """
     try:
         if parsed.multirun:
@@ -52,6 +52,7 @@ def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: Ran
             config = check(composing, composed, parsed.overrides)
             attempt, lock = open_attempt(app, composed, config)
         except ConfigRefused:
+            # The others already wait for the configuration: without a word they would wait until their timeout.
             announce(meet(ranks), None, ranks.world_size)
             raise
         store = meet(ranks)
@@ -79,7 +80,7 @@ def _follow(app: App, ranks: RankEnvironment) -> Any:
 
 
 def _record(error: Exception) -> None:
-    """Write the error for torchrun, so that its summary names the first failing rank's."""
+    """Write the error to torchrun's file, so that its summary shows the error of the rank that failed first."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

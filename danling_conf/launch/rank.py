@@ -1,6 +1,6 @@
-"""One rank of a run: the user's function, called with the resolved configuration.
+"""One rank of a run: calls the user's function with the resolved configuration, and records the outcome.
 
-`run_rank` is what every way to start a rank comes to; `run_worker` is the process of one that `run_workers` started.
+Every way to start a rank ends in `run_rank`. `run_worker` is the process of a rank that `run_workers` started.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _log = logging.getLogger(__name__)
 
 
 def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Current, job_name: str) -> Any:
-    """Call the user's function as the rank that `start` says; its value is the run's score.
+    """Call the user's function as one rank. Returns its value, which on rank 0 is the run's score.
 
-    The main process writes the outcome to `result.json`. Raises what the function raised.
+    Rank 0 writes the outcome to `result.json`. Raises whatever the function raised.
     """
     attempt, ranks = start.attempt, start.ranks
     handlers = open_logs(attempt.directory, ranks, log=config.log, job_name=job_name)
@@ -58,12 +58,13 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     finally:
         current.enter(None)
         close_logs(handlers)
+        # After any other exception the ranks are out of step, and leaving the group could wait for them for ever.
         if sys.exc_info()[0] in (None, Stopped):
             _leave_process_group()
 
 
 def _place_of(ranks: RankEnvironment) -> str:
-    """Where a rank stands, for its log: what went wrong between ranks is often seen here first."""
+    """Rank, host and master of a rank, for its log: the first thing to compare when ranks do not find each other."""
     if ranks.world_size == 1:
         return f"one process, on {os.uname().nodename}"
     master = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
@@ -74,17 +75,17 @@ def _place_of(ranks: RankEnvironment) -> str:
 
 
 def _leave_process_group() -> None:
-    # Only a function that used torch can have started one; a rank that failed must not wait for the others here.
+    # Look in sys.modules: a function that never imported torch has no group, and importing it here takes seconds.
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # A sharded model in a reference cycle that outlives the group makes torch 2.13 abort now and then.
+        # torch 2.13 sometimes aborts when a sharded model, kept by a reference cycle, outlives its process group.
         gc.collect()
         distributed.destroy_process_group()
 
 
 def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironment, job_name: str) -> Any:
-    """Run as a rank that `run_workers` started. Exits with the code of its outcome after an error, which the parent
-    shows."""
+    """Run as a rank that `run_workers` started. After an error it exits with the outcome's code; the parent prints the
+    error."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     end_with_parent()
@@ -106,20 +107,27 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
         raised_at = time.time()
         handler.record_exception(error)
         record = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-        # Elastic writes whole seconds, which do not tell the cause from its consequences.
+        # Elastic records whole seconds. Other ranks fail within milliseconds of the first, and would look as early.
         record.write_text(json.dumps({**json.loads(record.read_text()), RAISED_AT: raised_at}))
         leave_at_once(outcome_of(error).exit_code)
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End this process without the clean-up at exit: it would wait for other ranks, which may be waiting for this one
-    in a collective."""
+    """End this process without any cleanup.
+
+    Destructors of process groups and atexit handlers would wait for other ranks, which may be waiting for this one in a
+    collective.
+    """
+    # os._exit does not flush Python's buffers.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def end_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies, even by SIGKILL: no rank outlives its run."""
+    """Let Linux send SIGTERM to this process when its parent dies, even by SIGKILL, so that no rank outlives its run.
+
+    A parent killed by SIGKILL cannot stop its children, and orphaned ranks would keep their GPUs and the run's lock.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -1,4 +1,7 @@
-"""Store at which the ranks of torchrun or srun meet: rank 0 publishes the frozen configuration, the others read it."""
+"""Rendezvous store of ranks under torchrun or srun: rank 0 publishes the frozen configuration, and the others read it.
+
+The configuration does not go through a file, since nodes may not share a file system, or see a new file only later.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,21 @@ _LINGER_SECONDS = 10.0
 
 
 def meet(ranks: RankEnvironment) -> Any:
-    """The `torch.distributed.Store` of this world, at MASTER_ADDR and MASTER_PORT."""
+    """The `torch.distributed.Store` of this world, at MASTER_ADDR and MASTER_PORT. Blocks until rank 0 serves it."""
     import torch.distributed as distributed
 
     for name, value in rendezvous_variables(ranks, os.environ).items():
         os.environ.setdefault(name, value)
     store, _, _ = next(iter(distributed.rendezvous("env://", ranks.rank, ranks.world_size, timeout=_WAIT)))
-    # torchrun may restart all ranks over the same store: keys of an earlier start must not be read.
+    # torchrun restarts all ranks over the same store, where they would read the keys of the start before.
     return distributed.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def announce(store: Any, content: str | None, world_size: int) -> None:
-    """Publish, as rank 0, the frozen configuration; None where it was refused."""
+    """Publish the frozen configuration as rank 0; None where it was refused."""
     store.set(_KEY, _REFUSED if content is None else content.encode())
     if content is None:
-        # Rank 0 may be the store's server: it stays until the others have read, or have had the time to.
+        # Rank 0 may be the store's server, and its exit would cut the others off: stay until they have read.
         deadline = time.monotonic() + _LINGER_SECONDS
         while store.add(_READ, 0) < world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -48,12 +51,14 @@ def await_configuration(store: Any) -> str | None:
 
 
 def say_done(store: Any) -> None:
-    """Count this rank as one that has come to the end of its function."""
+    """Count this rank as one whose function has returned."""
     store.add(_DONE, 1)
 
 
 def await_others(store: Any, world_size: int) -> None:
-    """Wait until all other ranks have come to the end of their function: a run is not complete before they have. Where
-    one fails instead, the launcher ends this one."""
+    """Wait until the functions of all other ranks have returned; only then is the run complete.
+
+    Where one fails instead, the launcher ends this process.
+    """
     while store.add(_DONE, 0) < world_size - 1:
         time.sleep(0.05)

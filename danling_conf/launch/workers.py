@@ -1,6 +1,6 @@
-"""Workers: the ranks of a run on this machine, which torch elastic starts and watches.
+"""Workers: the ranks of a run on this machine, started and watched by torch elastic.
 
-Each has a log of its own; of several that fail, the first error is shown, since the others follow from it.
+Each has its own log. When several fail, the earliest error is shown, since the others follow from it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class WorkersFailed(HasOutcome, RuntimeError):
 
 
 class WorkersInterrupted(HasOutcome, RuntimeError):
-    """The workers were stopped by a signal. No `Stopped`: Hydra's job callbacks see how the job ended."""
+    """The workers were stopped by a signal.
+
+    Not a `Stopped`: Hydra's `run_job` catches no SystemExit, and its callbacks would not see the end of the job.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -66,8 +69,8 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
     Rank 0 keeps this process's output; every other rank writes to its log in `attempt`.
 
     Raises:
-        WorkersFailed: a rank ended with an error; it is the one that failed first.
-        WorkersInterrupted: this process, or a rank, got a stop signal.
+        WorkersFailed: a rank failed; the error is that of the first one.
+        WorkersInterrupted: this process, or a rank, received a stop signal.
     """
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -100,14 +103,15 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         monitor_interval=0.1,
         logs_specs=RankLogs(),
         signals_to_handle=",".join([*STOPPING, "SIGHUP", "SIGQUIT"]),
-        # What a signal stops has to be saved first; a second signal ends it at once.
+        # Elastic kills workers that outlive this timeout after a signal, and saving a checkpoint may take long. A
+        # second signal ends them at once.
         shutdown_timeout=_SAVING_SECONDS,
     )
     before = {name: os.environ.get(name) for name in environment}
-    # Elastic puts its own handlers in place and leaves them there.
+    # Elastic installs signal handlers and never restores the earlier ones.
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in config.signals_to_handle.split(",")}
     os.environ.update(environment)
-    # WorkersFailed says it better than what elastic logs of a failure.
+    # Elastic logs every failure at length; WorkersFailed has what the user needs.
     elastic_log = logging.getLogger("torch.distributed.elastic")
     level = elastic_log.level
     elastic_log.setLevel(logging.CRITICAL + 1)
@@ -117,7 +121,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
-        if is_stop(failure.exitcode):  # a rank got the signal, and all left together
+        if is_stop(failure.exitcode):  # a rank received the signal, and all ranks stopped together
             raise WorkersInterrupted(signal_of_exit_code(failure.exitcode)) from None
         raise WorkersFailed(rank, failure.exitcode, _message(failure), rank_log(attempt, rank)) from None
     except SignalException as error:
@@ -131,7 +135,11 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
 
 
 def worker_command() -> list[str]:
-    """The command line of this process, to be run again as a worker."""
+    """The command line that runs this process's script again, as a worker.
+
+    `-u`: a rank may be killed at any time, and what it printed must not be lost in a buffer.
+    """
+    # `python -m package.module` has to be repeated as such: run by its path, relative imports would fail.
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:
@@ -141,7 +149,7 @@ def worker_command() -> list[str]:
 
 
 def _threads(world_size: int) -> dict[str, str]:
-    """Threads per rank: the cores divided among the ranks, unless the user decided."""
+    """Threads per rank: the cores divided by the ranks, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -149,12 +157,13 @@ def _threads(world_size: int) -> dict[str, str]:
 
 
 def _when(failure: Any) -> float:
-    """When a rank failed, to tell the cause from its consequences (elastic knows whole seconds only)."""
+    """Time of a rank's failure in seconds, to find the first one (elastic records whole seconds only)."""
     if RAISED_AT in failure.error_file_data:
         return float(failure.error_file_data[RAISED_AT])
     if failure.exitcode == -signal.SIGTERM:
-        return math.inf  # stopped by elastic, since another had failed
-    # Killed, or gone by its own exit: elastic notices that at once, before another rank can have missed it.
+        return math.inf  # stopped by elastic after another rank failed
+    # A rank without an error file was killed or exited by itself. Elastic notices that at its next poll, before another
+    # rank can have recorded the loss, but rounds to whole seconds.
     return float(failure.timestamp) - _NOTICED_SECONDS
 
 

@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention.bias import causal_lower_right
 
 from danling_conf import _torch_private
-from danling_conf.parallel import hugging_face, inside_step
+from danling_conf.components.batch import check_walkable, map_tensors, tensors
+from danling_conf.parallel import hugging_face, inside_step, trial
+from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.plan import matches, plan_of, unmatched
 from danling_conf.schema.parallel import ParallelConfig
@@ -67,6 +69,7 @@ class ContextParallel:
         A sequence is the second dim of the first tensor that has two; tensors whose second dim is of another length,
         and those with one dim, stay whole. Raises SettingError where it cannot be cut evenly.
         """
+        check_walkable(batch, f"parallel.axes.context={self.degree}", "be cut into parts of its sequences")
         length = sequence_length(batch)
         if length is None:
             return batch
@@ -78,7 +81,7 @@ class ContextParallel:
                 f"a sequence of {length} tokens cannot be cut into {how}",
                 f"make its length a multiple of {self.pieces}",
             )
-        return _torch_private.tree_map(partial(self._cut, length=length), batch)
+        return map_tensors(partial(self._cut, length=length), batch)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Where the tokens of this rank's part of `length` stand in the whole sequence: (length,)."""
@@ -145,8 +148,8 @@ class ContextParallel:
         whole = DTensor.from_local(tensor.contiguous(), self.mesh, [source], run_check=False)
         return whole.redistribute(placements=[target]).to_local()
 
-    def _cut(self, item: Any, length: int) -> Any:
-        if not isinstance(item, Tensor) or item.ndim < 2 or item.shape[1] != length:
+    def _cut(self, item: Tensor, length: int) -> Tensor:
+        if item.ndim < 2 or item.shape[1] != length:
             return item
         pieces = item.chunk(self.pieces, dim=1)
         return torch.cat([pieces[piece] for piece in self.held()], dim=1)
@@ -182,6 +185,41 @@ def check(model: nn.Module, degree: int) -> None:
             f"{kind} has no argument positions, by which it would learn where its tokens stand",
             "give its forward one (it may leave it unread), or set the degree to 1",
         )
+
+
+def check_attention(model: nn.Module, degree: int, forward: Callable[[Any, Any], Any], batch: Any) -> None:
+    """Run a whole model on fake tensors and count calls of attention: a block that computes it in code of its own would
+    attend to this rank's tokens alone. The model is not changed. Raises SettingError."""
+    kind = type(model).__name__
+    called: set[nn.Module] = set()
+
+    def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+        return queries.new_empty((*queries.shape[:-1], values.shape[-1]))
+
+    def planned(self: nn.Module, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        called.add(self)
+        return attention(queries, keys, values)
+
+    twin = trial.Twin(model)
+    with twin.fake:
+        plan = plan_of(twin.model, "cp_plan")
+        if plan is None:
+            hugging_face.attend_to_parts(twin.model, attention, lambda: True, called.add)
+        named = [name for name, _, _ in matches(twin.model, plan or {})]
+        for name in named:
+            module = twin.model.get_submodule(name)
+            module.forward = MethodType(planned, module)
+    twin.call(forward, batch, path=f"parallel.axes.context={degree}")
+    wanted = [(name, twin.model.get_submodule(name)) for name in named] or repeated_blocks(twin.model)
+    for name, module in wanted or [("the model", twin.model)]:
+        if called.isdisjoint(module.modules()):
+            raise SettingError(
+                "parallel.axes.context",
+                degree,
+                f"{name} of {kind} does not call the attention that reaches over the context axis: it has its own, or "
+                f"none, and would see this rank's tokens alone",
+                "set the degree to 1",
+            )
 
 
 def parallelize(model: nn.Module, context: ContextParallel) -> None:
@@ -252,8 +290,7 @@ def _give_positions(
 
 def sequence_length(batch: Any) -> int | None:
     """The second dim of the first tensor of a batch that has two; None where there is none."""
-    leaves = _torch_private.tree_leaves(batch)
-    return next((item.shape[1] for item in leaves if isinstance(item, Tensor) and item.ndim >= 2), None)
+    return next((item.shape[1] for item in tensors(batch) if item.ndim >= 2), None)
 
 
 def _lower_right(size: int, end: int, device: torch.device) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.components import gradients
+from danling_conf.components.batch import CountSamples, count_samples, described, tensors
 from danling_conf.parallel import inside_step
 from danling_conf.parallel.model import Assembled
-from danling_conf.parallel.pipeline import batch_size, passes
-from danling_conf.parallel.process_group import is_distributed
+from danling_conf.parallel.pipeline import passes
+from danling_conf.parallel.process_group import is_distributed, refuse_together
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import rank_at
-from danling_conf.topology.violation import ABSENT, SettingError
+from danling_conf.topology.violation import ABSENT, SettingError, Violation
 
 Forward = Callable[[Any, Any], Any]
 """Runs a model on a batch: `forward(model, batch)`."""
@@ -55,11 +56,15 @@ class Passes:
     One that returns a sum and a count is divided by the total count, so that tokens weigh the same however unevenly
     ranks have them; a mean of means would be another number.
 
+    What a loss may not be (a vector, an integer, detached, no tensor) is refused at the first batch, before anything
+    is made of its gradients, and on all ranks alike.
+
     Args:
         forward, loss: see `Forward` and `Loss`; called with this rank's part of the batch.
         layout: of the run.
         autocast: makes the context of forward and loss.
         scaler: of the loss, for fp16.
+        count: samples in a batch.
     """
 
     def __init__(
@@ -72,35 +77,64 @@ class Passes:
         *,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         scaler: torch.amp.GradScaler | None = None,
+        count: CountSamples = count_samples,
     ) -> None:
         self.model, self.forward, self.loss = model, forward, loss
-        self.device, self.autocast, self.scaler = device, autocast, scaler
+        self.device, self.autocast, self.scaler, self.count = device, autocast, scaler, count
+        if model.pipeline is not None:
+            model.pipeline.count = count
         self._ranks_of_batch = layout.data_degree * layout.context
         self._copies = layout.tensor
         last = 0 if model.pipeline is None else model.pipeline.placement[-1]
         self.rank_with_outputs = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": last})
         """A rank that sees outputs: the first one of the last stage."""
+        self._check_attention = model.check_attention
         self._weighted: bool | None = None
         self._counted: Tensor | None = None
+        self._proven = False
+        """Whether a whole pass was without fault on all ranks."""
+        self._broken = False
+        """Whether a pass through a pipeline did not come to its end."""
+        self.counts_by_rule = count is count_samples
+        """Whether samples are counted by the rule of `components.batch`, and not by a function of the user's."""
 
     def train(self, batch: Any, *, micro_batches: int = 1, last: bool = True) -> Measured:
         """Forward and backward of one micro-batch of an optimizer step; gradients are communicated at the `last`.
-        Returns its loss, detached and not waited for. Collective."""
-        batch = self.part(batch)
+        Returns its loss, detached and not waited for. Collective.
+
+        Raises:
+            ConfigRefused: at the first batch, on all ranks: the batch or the loss is not what it must be.
+            SettingError: the same at a later batch, on the ranks where it is so.
+        """
+        if self._check_attention is not None:
+            self._check_attention(self.forward, batch)
+            self._check_attention = None
         with self._inside(self.model.sharded_logits):
             if self.model.pipeline is not None:
-                return self._train_pipeline(batch, micro_batches)
-            if micro_batches == 1:
-                return self._train_whole(batch, 1)
-            with gradients.accumulate(self.model.module, last=last):
-                return self._train_whole(batch, micro_batches)
+                with self._refused_at_first():
+                    batch = self.part(batch)
+                    self.model.pipeline.microbatches(batch)  # what cannot be cut is refused before ranks depend on it
+                measured = self._train_pipeline(batch, micro_batches)
+            elif micro_batches == 1:
+                measured = self._train_whole(batch, 1)
+            else:
+                with gradients.accumulate(self.model.module, last=last):
+                    measured = self._train_whole(batch, micro_batches)
+        self._proven = True
+        return measured
 
-    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
+    def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> None:
         """Divide the gradients by the count, where the loss returns one; call it after the last micro-batch of a step.
-        Collective."""
+        Collective.
+
+        Args:
+            rescale: planned over actual micro-batches of a step, which a mean is multiplied by.
+        """
         if self._weighted is None:
             self._weighted = self._agreed(self._counted is not None)
         if not self._weighted:
+            if rescale != 1.0:
+                _multiply(parameters, rescale)
             return
         counted = torch.zeros((), device=self.device) if self._counted is None else self._counted
         self._counted = None
@@ -108,11 +142,22 @@ class Passes:
             dist.all_reduce(counted)
         # Gradients are means over the ranks with tokens of their own, of sums; tensor ranks counted the same tokens.
         factor = self._ranks_of_batch * self._copies / counted.clamp(min=1)
-        for grad in (parameter.grad for parameter in parameters if parameter.grad is not None):
-            (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
+        _multiply(parameters, factor)
+
+    def forget(self) -> None:
+        """Drop the micro-batches of the step under way: it does not take place."""
+        self._counted = None
+        for part in self.model.parts:
+            gradients.forget(part)
 
     def evaluate(
-        self, batch: Any, *, largest: int, counts: bool, use: Callable[[Any, Any], None] | None = None
+        self,
+        batch: Any,
+        *,
+        largest: int,
+        counts: bool,
+        use: Callable[[Any, Any], None] | None = None,
+        faults: list[Violation] | None = None,
     ) -> Measured:
         """Forward and loss of a batch, without gradients. Collective.
 
@@ -121,18 +166,29 @@ class Passes:
             counts: whether the outcome is used. A rank that has run out of batches takes part with any other one, since
                 the collectives inside need every rank.
             use: called with each output and its (micro)batch, on ranks that have them. Outputs are whole then.
+            faults: takes what loss and `use` refuse, which is raised without. A rank of a pipeline that raised alone
+                would leave the others waiting.
         """
         batch = self.part(batch)
         found = [Measured(torch.zeros((), device=self.device), 0.0)]
 
+        def look(output: Any, part: Any) -> None:
+            value = self._measured(output, part)
+            weight = value.weight if self._has_count(value) else self.count(part)
+            total = value.total if self._has_count(value) else value.total * weight
+            found.append(Measured(total.double(), weight))
+            if use is not None:
+                use(output, part)
+
         def take(output: Any, part: Any) -> None:
-            if counts:
-                value = self._measured(output, part)
-                weight = value.weight if self._has_count(value) else batch_size(part)
-                total = value.total if self._has_count(value) else value.total * weight
-                found.append(Measured(total.double(), weight))
-                if use is not None:
-                    use(output, part)
+            if not counts:
+                return
+            try:
+                look(output, part)
+            except SettingError as error:
+                if faults is None:
+                    raise
+                faults.append(error.violation)
 
         with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
@@ -143,7 +199,7 @@ class Passes:
                 with self.autocast():
                     take(self.forward(inner, batch), batch)
             else:
-                count = passes(pipeline.section, batch_size(batch), largest)
+                count = passes(pipeline.section, self.count(batch), largest)
                 pipeline.evaluate(batch, count, self.forward, take, self.autocast)
         return Measured(sum(item.total for item in found), sum(item.weight for item in found))  # type: ignore[arg-type]
 
@@ -157,6 +213,19 @@ class Passes:
             return nullcontext()
         return inside_step.step(sharded_logits=sharded_logits)
 
+    @contextmanager
+    def _refused_at_first(self) -> Iterator[None]:
+        """Refuse a fault on all ranks alike while no pass has come to its end."""
+        try:
+            yield
+        except SettingError as error:
+            if self._proven:
+                raise
+            refuse_together([error.violation])
+        else:
+            if not self._proven:
+                refuse_together([])
+
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
             return _measured(self.loss(output, batch))
@@ -166,7 +235,8 @@ class Passes:
             raise
 
     def _train_whole(self, batch: Any, micro_batches: int) -> Measured:
-        with self.autocast():
+        with self._refused_at_first(), self.autocast():
+            batch = self.part(batch)
             measured = self._measured(self.forward(self.model.module, batch), batch)
         self._scaled(measured, micro_batches).backward()
         return Measured(measured.total.detach(), measured.weight)
@@ -176,13 +246,29 @@ class Passes:
         assert pipeline is not None
         cut = micro_batches * len(pipeline.microbatches(batch))
         found: list[Measured] = []
+        faults: list[Violation] = []
 
         def objective(output: Any, microbatch: Any) -> Tensor:
-            measured = self._measured(output, microbatch)
+            try:
+                measured = self._measured(output, microbatch)
+            except SettingError as error:
+                if self._proven:
+                    raise
+                # The other stages wait for this one's gradients: the pass goes on to its end, and is refused there.
+                faults.append(error.violation)
+                return _connected_zero(output)
             found.append(Measured(measured.total.detach(), measured.weight))
             return self._scaled(measured, cut, count=False)
 
+        if self._broken:
+            raise RuntimeError(
+                "a step of this pipeline has failed, and its stages may wait for it still: resume the run"
+            )
+        self._broken = True
         pipeline.train(batch, self.forward, objective, self.autocast)
+        self._broken = False
+        if not self._proven:
+            refuse_together(faults)
         # The first pass of all runs one microbatch more: torch learns from it the shapes that stages send.
         found = found[-(cut // micro_batches) :]
         if not found:
@@ -220,21 +306,61 @@ class Passes:
         return bool(flag.item())
 
 
+def _connected_zero(output: Any) -> Tensor:
+    """A loss of 0 that sends gradients of 0 back through an output."""
+    parts = [item.float().sum() * 0 for item in tensors(output) if item.is_floating_point()]
+    return torch.stack(parts).sum()
+
+
+def _multiply(parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+    for grad in (parameter.grad for parameter in parameters if parameter.grad is not None):
+        (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
+
+
 def _measured(value: Any) -> Measured:
-    """A loss as total and weight: a mean has the weight 1.0, a count is a tensor."""
+    """A loss as total, a scalar, and weight: a mean has the weight 1.0, a count is a tensor.
+
+    Raises:
+        SettingError: it is no such thing.
+    """
     is_pair = isinstance(value, tuple)
+    if is_pair and len(value) != 2:
+        raise _refused(f"a tuple of {len(value)} items", "return a mean, or a pair of a sum and its count")
     total, weight = value if is_pair else (value, 1.0)
     if not isinstance(total, Tensor):
-        raise SettingError(
-            "loss",
-            ABSENT,
-            f"it returned a {type(total).__name__}",
-            "return a scalar tensor, or a pair of a sum and its count",
-        )
+        pair = "a pair whose sum is " if is_pair else ""
+        raise _refused(pair + _shown(total), "return a scalar tensor, or a pair of a sum and its count")
     if isinstance(total, DTensor):
         total = total.redistribute(placements=[Replicate()] * total.device_mesh.ndim).to_local()
+    if total.numel() != 1:
+        raise _refused(_shown(total), "reduce it to one number, as .mean() does")
+    if not total.is_floating_point():
+        raise _refused(_shown(total), "return a floating-point loss, which has a gradient")
+    if torch.is_grad_enabled() and not total.requires_grad:
+        raise _refused(
+            f"{_shown(total)} without a gradient",
+            "compute it from the model's output, without detach(), item() or torch.no_grad()",
+        )
     if is_pair:
-        weight = torch.as_tensor(weight, device=total.device)
+        try:
+            weight = torch.as_tensor(weight, device=total.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise _refused(f"a pair whose count is {_shown(weight)}", "return an int or a scalar tensor") from None
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
-    return Measured(total, weight)
+        if weight.numel() != 1:
+            raise _refused(f"a pair whose count is {_shown(weight)}", "return the sum of the counts")
+        weight = weight.reshape(())
+    return Measured(total.reshape(()), weight)
+
+
+def _refused(what: str, fix: str) -> SettingError:
+    return SettingError("loss", ABSENT, f"it returned {what}, and a loss is one number with a gradient", fix)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, (bool, int, float)):
+        return f"the {type(value).__name__} {value}"
+    return "None" if value is None else described(value).removeprefix("a batch (").removesuffix(")")

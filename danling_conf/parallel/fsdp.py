@@ -22,7 +22,7 @@ from danling_conf.topology.violation import SettingError
 
 _log = logging.getLogger(__name__)
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def shard(
@@ -129,7 +129,7 @@ def _shard_batch_norms(model: nn.Module, options: dict[str, Any]) -> None:
         return
     own = MixedPrecisionPolicy(torch.float32, policy.reduce_dtype or policy.param_dtype, policy.param_dtype)
     for module in model.modules():
-        if isinstance(module, _BATCH_NORMS) and module is not model and not shares_parameters(model, module):
+        if isinstance(module, BATCH_NORMS) and module is not model and not shares_parameters(model, module):
             fully_shard(module, **{**options, "mp_policy": own})
 
 

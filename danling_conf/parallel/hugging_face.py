@@ -29,9 +29,13 @@ def is_model(model: nn.Module) -> bool:
 
 def prepare(model: nn.Module) -> None:
     """Set a model up for training: without the cache of keys and values, which generation alone reads and which neither
-    recomputed nor pipelined blocks can keep."""
-    if is_model(model):
-        model.config.use_cache = False  # type: ignore[union-attr]
+    recomputed nor pipelined blocks can keep. Parts of a model (T5's decoder) have configurations of their own."""
+    if not is_model(model):
+        return
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
 
 
 def tensor_divisors(model: nn.Module) -> dict[str, int]:
@@ -65,9 +69,15 @@ def apply_style(model: nn.Module, name: str, style: str, mesh: DeviceMesh, *, is
     return True
 
 
-def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: Callable[[], bool]) -> None:
+def attend_to_parts(
+    model: nn.Module,
+    attention: Callable[..., Tensor],
+    active: Callable[[], bool],
+    on_call: Callable[[nn.Module], None] = lambda _: None,
+) -> None:
     """Let every attention layer of the model call `attention(queries, keys, values, scale=)`, all of shape (batch,
-    heads, sequence, features), while `active()`; else it computes as before.
+    heads, sequence, features), while `active()`; else it computes as before. A layer that computes attention in its own
+    code does not notice: `on_call` is called with each layer that does.
 
     Raises SettingError for a model whose attention is more than causal (a sliding window).
     """
@@ -90,6 +100,7 @@ def attend_to_parts(model: nn.Module, attention: Callable[..., Tensor], active: 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if not active():
             return whole(module, query, key, value, mask, **options)
+        on_call(module)
         if options.get("is_causal", getattr(module, "is_causal", True)) is False or key.shape[2] != query.shape[2]:
             raise SettingError(
                 "parallel.axes.context",

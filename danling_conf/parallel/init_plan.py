@@ -1,103 +1,139 @@
-"""How the values of a model that was built on the meta device come about: which of its modules' own methods set which
-tensors, and whether that is all that the model's constructor did."""
+"""Initial values of a model that a factory builds: those that a plain call gives, without each rank holding them all.
+
+A factory is run on fake tensors and its operators are recorded. Every rank replays them under the run's seed and keeps
+its own part of each tensor, so that the values are those of a plain call, bit for bit, under any layout. What cannot be
+replayed is built on the CPU, by one rank of a host at a time, and rank 0's values are sent to the others.
+"""
 
 from __future__ import annotations
 
 import copy
-import inspect
+import gc
+import logging
+import random
+import socket
+import sys
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from danling_conf._torch_private import TorchDispatchMode, is_operator, is_view, storage_identity, written_arguments
-from danling_conf.topology.violation import SettingError
+from danling_conf import _torch_private
+from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
+from danling_conf.topology.violation import ABSENT, SettingError
 
-INITIALIZERS = ("reset_parameters", "_reset_parameters", "init_weights")
-"""Methods, callable without arguments, by which a module sets its parameters and buffers; the first it has counts."""
-
-_ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided")
-_OVERWRITES = ("fill_", "zero_", "copy_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_")
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-Events = tuple[str, ...]
-"""What was done to a tensor's storage: operators with their scalar arguments, oldest first."""
-
-Steps = list[tuple[str, str, Events]]
-"""What was done to one tensor: (name of the calling module, name of the tensor, events), in order."""
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Modules that are initialised together, since one of them also sets tensors of the others."""
+class Source(Protocol):
+    """Where the values of a model on the meta device come from."""
 
-    name: str
-    """Fully qualified name of the outermost of them."""
-    calls: tuple[tuple[str, str], ...]
-    """(module name, method name), in order."""
-    tensors: tuple[str, ...]
-    """Fully qualified names of the parameters and buffers that the unit sets."""
+    @property
+    def model(self) -> nn.Module:
+        """The model on the meta device, unsharded and unwrapped."""
+
+    def values(self, wanted: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Names of parameters and buffers, each with its full value; at least those that are wanted."""
 
 
 @dataclass(frozen=True)
-class Blueprint:
-    """A model on the meta device, unsharded and unwrapped, and how to give it values."""
+class Recorded:
+    """A model whose construction every rank replays by itself."""
 
     model: nn.Module
-    units: tuple[Unit, ...]
-    missing: Mapping[str, str]
-    """Tensors that no initialiser sets as the constructor did, by name, and why."""
+    program: Program
+    refs: dict[str, Ref]
+    """What each parameter and buffer is in the program."""
+    seed: int
+
+    def values(self, wanted: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        names: defaultdict[int, list[str]] = defaultdict(list)
+        for name in sorted(wanted & self.refs.keys()):
+            names[self.refs[name].storage].append(name)
+        with seeded(self.seed):
+            for number, storage in self.program.replay(frozenset(names)):
+                for name in names[number]:
+                    yield name, self.refs[name].on(storage)
 
 
-class WriteRecord(TorchDispatchMode):
-    """Records, while active, every operator that creates or changes a tensor's storage."""
+@dataclass(frozen=True)
+class FromRankZero:
+    """A model whose values rank 0 has. Iterating is collective."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._events: defaultdict[int, list[str]] = defaultdict(list)
-        self._allocated: set[int] = set()
-        # Identities are addresses: a storage that was freed would lend its own to the next.
-        self._alive: list[torch.UntypedStorage] = []
+    model: nn.Module
+    held: dict[str, Tensor] | None
+    """The values, on rank 0."""
+    device: torch.device
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not is_operator(func):
-            return result
-        operator = str(func.overloadpacket)
-        written = list(_written(func, args, kwargs))
-        if not written and operator in _ALLOCATIONS:
-            self._allocated.update(storage_identity(tensor) for tensor in _tensors(result))
-            self._alive.extend(tensor.untyped_storage() for tensor in _tensors(result))
-        elif not written and not _is_view(func):
-            written = list(_tensors(result))
-        for tensor in written:
-            self._events[storage_identity(tensor)].append(f"{operator}{_scalars(args)}")
-            self._alive.append(tensor.untyped_storage())
-        return result
-
-    def events(self, tensor: torch.Tensor) -> Events:
-        """What was done to this tensor's storage while recording."""
-        return tuple(self._events.get(storage_identity(tensor), ()))
-
-    def history(self, tensor: torch.Tensor) -> Events:
-        """All that was ever done to this tensor's storage; values that came from Python (`torch.tensor([3.0])`) do so
-        without an operator."""
-        unseen = storage_identity(tensor) not in self._allocated and storage_identity(tensor) not in self._events
-        return ("values from Python",) if unseen else self.events(tensor)
+    def values(self, wanted: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        names_of: defaultdict[int, list[str]] = defaultdict(list)
+        tensors = dict(named_tensors(self.model))
+        for name, tensor in tensors.items():
+            names_of[id(tensor)].append(name)
+        for names in names_of.values():
+            like = tensors[names[0]]
+            value = torch.empty_like(like, device=self.device)
+            if self.held is not None:
+                value.copy_(self.held[names[0]])
+            dist.broadcast(value, src=0)
+            for name in names:
+                yield name, value
 
 
-def draw(factory: Callable[[], nn.Module]) -> tuple[nn.Module, Blueprint]:
-    """Build a model on the meta device, and its blueprint. What the constructor did to each tensor is recorded, and
-    initialisers count for a tensor only if they end with the same operators."""
-    record = WriteRecord()
-    with torch.device("meta"), record:
-        model = made_by(factory)
-    return model, blueprint_of(model, record)
+def build(factory: Callable[[], nn.Module], seed: int, device: torch.device) -> tuple[nn.Module, Source | None]:
+    """The model of a factory: in a single process whole, on the CPU, without a source; else on the meta device, with
+    the source of its values. Collective.
+
+    The log says why a model is built on the CPU where there are several ranks. Raises SettingError where the
+    factory returns no module.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return _whole(factory, seed), None
+    source, why = None, ""
+    try:
+        source = record(factory, seed)
+    except Exception as error:  # of the factory, on fake tensors; if it is wrong otherwise too, the CPU build says so
+        why = str(error) if isinstance(error, NotReplayable) else f"{type(error).__name__} on fake tensors: {error}"
+    digest = -1 if source is None else source.program.digest()
+    alike = _alike(digest, device)
+    if source is not None and alike:
+        # A deep copy of a parameter has not the marks that were set on it: the copy is the one that is put aside.
+        return source.model, replace(source, model=copy.deepcopy(source.model))
+    _log.info(
+        "model: built on the CPU, by one rank of a host at a time, and sent out by rank 0, since its construction "
+        "cannot be replayed by every rank: %s",
+        why or "it is not the same on all ranks",
+    )
+    return _in_turn(factory, seed, device)
+
+
+def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
+    """The model of a factory on the meta device, and how to replay its construction.
+
+    Raises NotReplayable, and what the factory raises on fake tensors.
+    """
+    mode = _torch_private.fake_tensors()
+    with seeded(seed), _torch_private.quiet_fake_tensors():
+        recording = Recording()
+        with mode, recording, _torch_private.truncated_normal(recording.call):
+            model = made_by(factory)
+            refs = {name: recording.ref(tensor) for name, tensor in named_tensors(model)}
+        program = recording.program()
+    if shared := _sharing(model):
+        raise NotReplayable(f"{shared[0]} and {shared[1]} are two tensors on one memory")
+    to_meta(model)
+    alive = weakref.ref(mode)
+    del mode, recording
+    gc.collect()
+    if alive() is not None:
+        raise NotReplayable(_kept(model))
+    return Recorded(model=model, program=program, refs=refs, seed=seed)
 
 
 def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
@@ -113,167 +149,155 @@ def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def blueprint_of(model: nn.Module, record: WriteRecord | None = None) -> Blueprint:
-    """The blueprint of a model whose parameters and buffers are on the meta device. `record` is what its constructor
-    did; without it an initialiser is taken at its word."""
-    names_of: defaultdict[int, list[str]] = defaultdict(list)
-    tensors: dict[int, torch.Tensor] = {}
+def refuse_meta(model: nn.Module) -> None:
+    """Refuse a module on the meta device: what its constructor would have set is not known. Raises SettingError."""
     for name, tensor in named_tensors(model):
-        names_of[id(tensor)].append(name)
-        tensors[id(tensor)] = tensor
-    done, calls, failures = _rehearse(copy.deepcopy(model))
-    unit_of = _unit_of(calls, done)
-
-    missing: dict[str, str] = {}
-    members: defaultdict[str, list[str]] = defaultdict(list)
-    for identity, names in names_of.items():
-        steps = [(caller, name, done[name][caller]) for caller in calls for name in names if caller in done[name]]
-        constructed = None if record is None else record.history(tensors[identity])
-        setters = _setters(steps, constructed, unit_of)
-        if tensors[identity].device.type != "meta":
-            missing[names[0]] = "its constructor puts it on a device of its own choice"
-        elif not setters:
-            missing[names[0]] = _reason(names[0], steps, constructed, failures)
-        for caller, name in setters:
-            if name not in members[unit_of[caller]]:
-                members[unit_of[caller]].append(name)
-    units = tuple(
-        Unit(root, tuple((caller, calls[caller]) for caller in calls if unit_of[caller] == root), tuple(names))
-        for root, names in members.items()
-    )
-    return Blueprint(model=copy.deepcopy(model), units=units, missing=missing)
+        if tensor.device.type == "meta":
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"{name} of {type(model).__name__} is on the meta device, where it has no value",
+                "pass the function that builds the model, without calling it",
+            )
 
 
-def shortened(missing: Mapping[str, str], limit: int = 5) -> str:
-    """The first of the tensors that no initialiser sets, with the reasons, for a message."""
-    shown = "; ".join(f"{name} ({why})" for name, why in list(missing.items())[:limit])
-    return f"{shown}; and {len(missing) - limit} more" if len(missing) > limit else shown
-
-
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by fully qualified name; a tied one under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _rehearse(model: nn.Module) -> tuple[defaultdict[str, dict[str, Events]], dict[str, str], dict[str, str]]:
-    """Call every initialiser once, inner modules first, as constructors do. Returns for each tensor what the
-    initialiser of which module did to it; each module's method, in order; and the error of each method that cannot
-    run on the meta device."""
-    done: defaultdict[str, dict[str, Events]] = defaultdict(dict)
-    calls: dict[str, str] = {}
-    failures: dict[str, str] = {}
-    for name, module in _inner_first(model, "", set()):
-        method = _initializer(module)
-        if method is None:
+def to_meta(model: nn.Module) -> None:
+    """Let every parameter and buffer of a model be on the meta device, in place."""
+    replace_tensors(model, lambda item: torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="meta"))
+
+
+def make_contiguous(model: nn.Module) -> None:
+    """Lay out every parameter of a model on the meta device in the order of its dims, in place: FSDP2 takes no other,
+    and some constructors (`torch.linalg.qr`) return one."""
+
+    def contiguous(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    replace_tensors(model, contiguous)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model with its parameters and buffers on the meta device, without a copy of their values."""
+    memo: dict[int, Any] = {}
+    for _, tensor in named_tensors(model):
+        if id(tensor) not in memo:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            memo[id(tensor)] = _like(tensor, made, isinstance(tensor, nn.Parameter))
+    return copy.deepcopy(model, memo)
+
+
+def replace_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace each parameter and buffer by `function` of it, tied ones once (`nn.Module.to_empty` would untie them)."""
+    # The old tensor stays in the pair: were it freed, a new one could take over its identity.
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
+    for owner in model.modules():
+        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is None:
+                continue
+            if id(tensor) not in pairs:
+                pairs[id(tensor)] = (tensor, _like(tensor, function(tensor), name in owner._parameters))
+            # By attribute: modules such as nn.LSTM follow what is set on them.
+            setattr(owner, name, pairs[id(tensor)][1])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The random generators of torch's CPU, Python and numpy start from `seed` inside, and go on as if nothing had
+    happened after."""
+    state, python = torch.get_rng_state(), random.getstate()
+    # Only where it is in use.
+    numpy = sys.modules["numpy"].random if "numpy" in sys.modules else None
+    numpys = None if numpy is None else numpy.get_state()
+    # Not `torch.manual_seed`, which would seed the accelerators too.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy is not None:
+        numpy.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(numpys)
+
+
+def _whole(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.device("cpu"), seeded(seed):
+        return made_by(factory)
+
+
+def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) -> tuple[nn.Module, Source]:
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    own = dist.get_rank()
+    turns = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
+    model: nn.Module | None = None
+    failure: Exception | None = None
+    held: dict[str, Tensor] | None = None
+    for turn in range(max(turns) + 1):
+        if turn == turns[own]:
+            try:
+                model = _whole(factory, seed)
+                if own == 0:
+                    held = {name: tensor.detach() for name, tensor in named_tensors(model)}
+                if shared := _sharing(model):
+                    raise SettingError(
+                        "model",
+                        ABSENT,
+                        f"{shared[0]} and {shared[1]} are two tensors on one memory, which a layout would part",
+                        "let both be one parameter, such as head.weight = embedding.weight",
+                    )
+                to_meta(model)
+            except Exception as error:  # of the factory; raised when the others have had their turn
+                failure = error
+        dist.barrier()
+    if failure is not None:
+        raise failure
+    assert model is not None
+    return model, FromRankZero(copy.deepcopy(model), held, device)
+
+
+def _alike(number: int, device: torch.device) -> bool:
+    """Whether every rank has this number, and it is not negative. Collective."""
+    bounds = torch.tensor([number, -number], device=device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MIN)
+    least, most = bounds[0].item(), -bounds[1].item()
+    return least == most and least >= 0
+
+
+def _sharing(model: nn.Module) -> tuple[str, str] | None:
+    """The names of two tensors that have one storage and are not one tensor."""
+    seen: dict[int, tuple[str, int]] = {}
+    for name, tensor in named_tensors(model):
+        if not tensor.numel():
             continue
-        record = WriteRecord()
-        try:
-            with torch.device("meta"), record, torch.no_grad():
-                getattr(module, method)()
-        except Exception as error:  # a method of the user's, which may fail on the meta device in any way
-            failures[name] = f"{method} fails on the meta device ({type(error).__name__}: {error})"
-            continue
-        calls[name] = method
-        for tensor_name, tensor in named_tensors(module):
-            if events := record.events(tensor):
-                done[f"{name}.{tensor_name}" if name else tensor_name][name] = events
-    return done, calls, failures
-
-
-def _inner_first(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if module in seen:
-        return
-    seen.add(module)
-    for child_name, child in module.named_children():
-        yield from _inner_first(child, f"{name}.{child_name}" if name else child_name, seen)
-    yield name, module
-
-
-def _initializer(module: nn.Module) -> str | None:
-    for name in INITIALIZERS:
-        method = getattr(module, name, None)
-        if callable(method):
-            parameters = inspect.signature(method).parameters.values()
-            required = [item for item in parameters if item.default is item.empty and item.kind not in _VARIADIC]
-            if not required:
-                return name
+        first, identity = seen.setdefault(_torch_private.storage_identity(tensor), (name, id(tensor)))
+        if identity != id(tensor):
+            return first, name
     return None
 
 
-def _unit_of(calls: Mapping[str, str], done: Mapping[str, Mapping[str, Events]]) -> dict[str, str]:
-    """For each module with an initialiser the module whose unit it belongs to: the outermost of its ancestors whose
-    initialiser also sets tensors further in, else itself."""
-    roots = {caller for name, callers in done.items() for caller in callers if name.rpartition(".")[0] != caller}
-    return {caller: next((prefix for prefix in _prefixes(caller) if prefix in roots), caller) for caller in calls}
+def _kept(model: nn.Module) -> str:
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            items = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(item, Tensor) and _torch_private.is_fake(item) for item in items):
+                where = f"{name}.{attribute}" if name else attribute
+                return f"{where} holds a tensor that is neither a parameter nor a buffer"
+    return "something keeps a tensor that is neither a parameter nor a buffer"
 
 
-def _setters(steps: Steps, constructed: Events | None, unit_of: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The modules, with the name under which each knows the tensor, whose initialisers give it its constructor's
-    value; none where they do not."""
-    if len({unit_of[caller] for caller, _, _ in steps}) == 1:
-        joined = tuple(event for _, _, events in _each_caller_once(steps) for event in events)
-        return [(caller, name) for caller, name, _ in steps] if _equivalent(joined, constructed) else []
-    # A tied tensor: of the modules it belongs to, the one whose value it had after construction.
-    for caller, name, events in reversed(steps):
-        if constructed and _equivalent(events, constructed):
-            return [(caller, name)]
-    return []
-
-
-def _each_caller_once(steps: Steps) -> Steps:
-    """One initialiser that reaches a tied tensor under two names did what it did once."""
-    return list({caller: (caller, name, events) for caller, name, events in steps}.values())
-
-
-def _equivalent(done: Events, constructed: Events | None) -> bool:
-    """Whether the operators of the initialisers give the tensor the value that its constructor gave it."""
-    if not done or not _sets_all(done[0]):
-        return False
-    # A constructor that never wrote left the memory as it found it: the initialiser is all there is.
-    return not constructed or constructed[-len(done) :] == done
-
-
-def _sets_all(event: str) -> bool:
-    operator = event.partition("(")[0].removeprefix("aten.")
-    return operator in _OVERWRITES or not operator.endswith("_")
-
-
-def _reason(name: str, steps: Steps, constructed: Events | None, failures: Mapping[str, str]) -> str:
-    for prefix in reversed(list(_prefixes(name.rpartition(".")[0]))):
-        if prefix in failures:
-            return failures[prefix]
-    if not steps:
-        return f"no {INITIALIZERS[0]} sets it"
-    done = ", ".join(event for _, _, events in _each_caller_once(steps) for event in events)
-    return f"its constructor does {', '.join(constructed or ()) or 'nothing'}, but {INITIALIZERS[0]} {done}"
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """The module's ancestors and itself, outermost first."""
-    yield ""
-    parts = name.split(".") if name else []
-    for depth in range(1, len(parts) + 1):
-        yield ".".join(parts[:depth])
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    for position, name in written_arguments(func):
-        yield from _tensors(args[position] if position < len(args) else kwargs.get(name))
-
-
-def _is_view(func: Any) -> bool:
-    # `lift_fresh` is a view by its schema, but it is how a tensor made from Python numbers first appears.
-    return is_view(func) and func is not torch.ops.aten.lift_fresh.default
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _scalars(args: tuple[Any, ...]) -> str:
-    return str(tuple(tuple(item.shape) if isinstance(item, torch.Tensor) else item for item in args[1:]))
+def _like(old: Tensor, new: Tensor, is_parameter: bool) -> Tensor:
+    if new is old or not is_parameter:
+        return new
+    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    # Marks that the model's author set on the parameter.
+    parameter.__dict__.update(_torch_private.own_attributes(old))
+    return parameter

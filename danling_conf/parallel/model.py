@@ -9,6 +9,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,13 +26,15 @@ from danling_conf.parallel import expert as expert_axis
 from danling_conf.parallel import fsdp as sharding
 from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import tensor as tensor_axis
+from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel
-from danling_conf.parallel.init_plan import Blueprint, blueprint_of, draw, made_by, named_tensors, shortened
-from danling_conf.parallel.initialize import materialize, seeded
+from danling_conf.parallel.init_plan import Source, build, make_contiguous, meta_copy, named_tensors, refuse_meta
+from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
-from danling_conf.parallel.pipeline import Pipeline
+from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
 from danling_conf.parallel.process_group import is_distributed
+from danling_conf.parallel.trial import Trial
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
@@ -60,6 +64,9 @@ class Assembled:
     """Whether logits stay sharded over the tensor axis for a loss that takes them so."""
     batch: DeviceMesh | None = None
     """The ranks that see different tokens; None where all see the same."""
+    check_attention: Callable[[Forward, Any], None] | None = None
+    """To be called once with the first batch, whole, where no example was given: raises SettingError on every rank
+    where a block's attention does not reach over the context axis."""
 
     @property
     def module(self) -> nn.Module:
@@ -93,16 +100,16 @@ def assemble(
     parallel: ParallelConfig | None = None,
     expert_mesh: DeviceMesh | None = None,
     precision: str | None = None,
+    example: Callable[[], Any] | None = None,
+    forward: Forward | None = None,
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
-    A factory's weights depend on `seed` alone. Where the modules' own initialisers cannot repeat what the constructor
-    did, the model is built in full on the CPU of every rank, under one seed and with rank 0's weights, and the log
-    names the modules that prevent a build on the meta device.
+    A factory's weights are, bit for bit, those that it returns when it is called under `seed` on the CPU, whatever the
+    layout; no rank holds the whole model for it (see `parallel.init_plan`).
 
     Args:
-        model: a factory without arguments, which is called on the meta device so that no rank holds the whole model; or
-            a module, which is taken over, with rank 0's weights.
+        model: a factory without arguments; or a module, which is taken over, with rank 0's weights.
         layout: the degrees of the run, without one to be filled.
         mesh: the mesh of the layout (`parallel.mesh.make`); None in a single process and for DDP without a mesh.
         device: of this rank.
@@ -110,6 +117,10 @@ def assemble(
         fsdp: the section `fsdp`; likewise `compile`, `activation_checkpointing` and `parallel`.
         expert_mesh: the mesh of the experts (`parallel.mesh.make_expert`), where the layout has expert axes.
         precision: dtype of the computation, for FSDP's policy; without FSDP it is the caller's autocast.
+        example: returns a small batch. With it, a pipeline tries the model before it is cut and puts modules where they
+            are used, and attention is checked for the context axis. Without it, modules are put where they are defined,
+            and the first step checks both.
+        forward: runs the model on the example.
 
     Raises:
         SettingError: the layout asks for what the model does not implement, or shards without FSDP.
@@ -127,43 +138,51 @@ def assemble(
     #  8. DDP, which broadcasts values; last the compilation of a whole model, which sees DDP's buckets.
     parallel = parallel or ParallelConfig()
     _check_layout(layout, mesh, fsdp)
-    whole, blueprint = _whole_model(model, seed)
+    whole, source = _whole_model(model, seed, device)
     hugging_face.prepare(whole)
     by_ddp = ddp.is_plain(mesh) and not fsdp.enabled
-    if blueprint is None and not by_ddp:
+    if source is not None and fsdp.enabled:
+        make_contiguous(whole)
+    if source is None and not by_ddp:
         _share_weights(whole, device)
 
     context = context_axis.make(parallel, mesh)
     plan = _checked_plan(whole, layout, parallel, has_experts=expert_mesh is not None)
+    check_attention = _attention_check(whole, layout)
+    if check_attention is not None and example is not None and forward is not None:
+        check_attention(forward, example())
+        check_attention = None
     recomputed = recomputation.chosen(whole, activation_checkpointing)
     _check_classes(whole, fsdp)
 
-    stages = _cut(whole, layout, parallel)
+    stages = _cut(whole, layout, parallel, example, forward)
     parts = {0: whole} if stages is None else dict(stages.parts)
     pipelined = stages is not None
 
     compilation.configure(compile)  # before DDP wraps: `python_reducer` changes what it sets up
-    sharded_logits = False
-    for index, part in parts.items():
+    sharded_logits = per_block = False
+    for part in parts.values():
         experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context, pipelined=pipelined)
         sharded_logits = sharded_logits or sharded
         recomputation.apply(part, activation_checkpointing, recomputed)
         per_block = _compile_blocks(part, compile, layout)
         if not by_ddp:
             _wrap_blocks(part, fsdp, mesh, expert_mesh, experts, precision=precision, pipelined=pipelined)
-        _give_values(part, blueprint, fsdp, device, seed)
+    _give_values(list(parts.values()), source, fsdp, device)
+    for index, part in parts.items():
         wrapped = ddp.replicate(part, mesh) if by_ddp else part
         # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
         parts[index] = wrapped if per_block or pipelined else compilation.apply(wrapped, compile)
     return Assembled(
         parts=tuple(part for _, part in sorted(parts.items())),
-        whole=whole if blueprint is None else blueprint.model,
+        whole=whole if source is None else source.model,
         pipeline=None
         if stages is None
-        else _pipeline(whole, stages, parts, layout, mesh, device, parallel, context, _policy(fsdp, precision)),
+        else _pipeline(stages, parts, layout, mesh, device, parallel, context, _policy(fsdp, precision)),
         context=context,
         sharded_logits=sharded_logits,
         batch=batch_mesh(mesh),
+        check_attention=check_attention,
     )
 
 
@@ -177,6 +196,11 @@ class _Stages:
     """The pipeline rank of every stage."""
     names: stages_of.Names
     """The names of the modules of every stage."""
+    blocks: list[str]
+    """The names of the blocks that it is cut between; none where stages are of other modules."""
+    trial: Trial | None
+    prove: Callable[[Forward, Any], None]
+    """Raises SettingError on every rank where the stages are not the whole model, by a batch."""
 
 
 def _check_layout(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
@@ -202,12 +226,26 @@ def _check_layout(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> 
     )
 
 
-def _whole_model(model: nn.Module | Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Blueprint | None]:
-    """The model before anything is done to it, and its blueprint where it is on the meta device."""
+def _whole_model(
+    model: nn.Module | Callable[[], nn.Module], seed: int, device: torch.device
+) -> tuple[nn.Module, Source | None]:
+    """The model before anything is done to it, and the source of its values where it is on the meta device."""
     if not isinstance(model, nn.Module):
-        return _build(model, seed)
-    on_meta = any(tensor.device.type == "meta" for _, tensor in named_tensors(model))
-    return model, blueprint_of(model) if on_meta else None
+        return build(model, seed, device)
+    refuse_meta(model)
+    return model, None
+
+
+def _attention_check(model: nn.Module, layout: Layout) -> Callable[[Forward, Any], None] | None:
+    """A check of the model as it is now; None without a context axis."""
+    if not _planned(model, layout, "context"):
+        return None
+    twin = meta_copy(model)
+
+    def check(forward: Forward, batch: Any) -> None:
+        trials.together(lambda: context_axis.check_attention(twin, layout.context, forward, batch))
+
+    return check
 
 
 def _checked_plan(
@@ -242,19 +280,66 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
 
 
-def _cut(model: nn.Module, layout: Layout, parallel: ParallelConfig) -> _Stages | None:
-    """The stages of the model, as the section names them or by its blocks; None without a pipeline."""
+def _cut(
+    model: nn.Module,
+    layout: Layout,
+    parallel: ParallelConfig,
+    example: Callable[[], Any] | None,
+    forward: Forward | None,
+) -> _Stages | None:
+    """The stages of a model; None for no pipeline. Collective with an example: the whole model is tried before it is
+    cut, so that its modules go where they are used."""
     degree = layout.pipeline
     if degree == 1:
         return None
     names = parallel.module_fqns_per_model_part
     if names is None:
-        names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule))
+        blocks = stages_of.blocks_of(model)
+    else:
+        stages_of.check(model, names)
+        found = [name for name, _ in repeated_blocks(model)]
+        blocks = found if len({name.rpartition(".")[0] for name in found}) == 1 else []
+
+    def tried(forward: Forward, batch: Any) -> Trial:
+        chain = blocks or stages_of.called(model, names or [])
+        around = [name for side in stages_of.around(model, blocks) for name in side] if blocks else []
+        return trials.run(model, chain, around, forward, batch, alone=not blocks)
+
+    def proven(names: stages_of.Names, trial: Trial, forward: Forward, batch: Any) -> None:
+        stages_of.check(model, names)
+        stages_of.check_used(model, names, trial)
+        rehearse(trial, names, blocks, forward, batch)
+
+    normalised = [name for name, module in model.named_modules() if isinstance(module, sharding.BATCH_NORMS)]
+    if normalised:
+        _log.warning("pipeline: %s normalises over the samples of a microbatch, not of a batch", normalised[0])
+    trial = None
+    if example is not None and forward is not None:
+        batch = example()
+        trial = trials.together(partial(tried, forward, batch))
+    if names is None:
+        names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule), trial)
     stages_of.check(model, names)
+    if trial is not None and forward is not None:
+        trials.together(partial(proven, names, trial, forward, batch))
+
+    def prove(forward: Forward, batch: Any) -> None:
+        def check() -> None:
+            found = tried(forward, batch)
+            for block, length in zip(found.blocks, found.returns, strict=True):
+                if length:
+                    raise SettingError(
+                        trials.PATH, ABSENT, f"{block} returns a tuple of {length}", "pass example= to assemble"
+                    )
+            proven(names, found, forward, batch)
+
+        trials.together(check)
+
     placement = stages_of.placement(parallel.pipeline_schedule, degree, len(names))
     own = coordinates(layout, dist.get_rank())["pipeline"]
     mine = [index for index, rank in enumerate(placement) if rank == own]
-    return _Stages({index: stages_of.stage_model(model, names, index) for index in mine}, placement, names)
+    parts = {index: stages_of.stage_model(model, names, index, trial) for index in mine}
+    return _Stages(parts, placement, names, blocks, trial, prove)
 
 
 def _lay_out(
@@ -314,19 +399,17 @@ def _wrap_blocks(
         ddp.replicate_blocks(part, mesh, experts=experts, expert_mesh=expert_mesh)
 
 
-def _give_values(
-    part: nn.Module, blueprint: Blueprint | None, fsdp: FsdpConfig, device: torch.device, seed: int
-) -> None:
+def _give_values(parts: Sequence[nn.Module], source: Source | None, fsdp: FsdpConfig, device: torch.device) -> None:
     """Values for what is on the meta device; else, the move to the device, which FSDP2 has done already."""
-    if blueprint is not None:
+    if source is not None:
         offloaded = torch.device("cpu") if sharding.offloads(fsdp) else None
-        materialize(part, device=device, seed=seed, blueprint=blueprint, parameter_device=offloaded)
+        materialize(parts, device=device, source=source, parameter_device=offloaded)
     elif not fsdp.enabled:
-        part.to(device)
+        for part in parts:
+            part.to(device)
 
 
 def _pipeline(
-    whole: nn.Module,
     stages: _Stages,
     parts: dict[int, nn.Module],
     layout: Layout,
@@ -337,8 +420,10 @@ def _pipeline(
     policy: MixedPrecisionPolicy | None,
 ) -> Pipeline:
     """The schedule over the stages, once these are wrapped and have values."""
-    blocks = [name for name, _ in repeated_blocks(whole)]
-    in_one_container = len({name.rpartition(".")[0] for name in blocks}) == 1
+    # Only what is sent between stages may be a part of a sequence: else the model numbers the tokens itself.
+    positions = _positions if parallel.sequence_parallel else None
+    if context is not None:
+        positions = context.positions
     return Pipeline(
         parts,
         stages.placement,
@@ -346,9 +431,11 @@ def _pipeline(
         mesh["pipeline"],  # type: ignore[index]
         device,
         names=stages.names,
-        blocks=blocks if in_one_container else [],
+        blocks=stages.blocks,
+        trial=stages.trial,
+        prove=None if stages.trial is not None else stages.prove,
         several_data_ranks=layout.data_degree > 1,
-        positions=_positions if context is None else context.positions,
+        positions=positions,
         policy=policy,
     )
 
@@ -359,27 +446,6 @@ def _policy(fsdp: FsdpConfig, precision: str | None) -> MixedPrecisionPolicy | N
 
 def _positions(length: int, device: torch.device) -> torch.Tensor:
     return torch.arange(length, device=device)
-
-
-def _build(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Blueprint | None]:
-    """The model of a factory: on the meta device with its blueprint, or else in full on the CPU."""
-    try:
-        with seeded(seed):  # what it draws outside torch is drawn on meta too
-            model, blueprint = draw(factory)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        # The constructor needs values (`.item()`, `.numpy()`), which meta tensors lack. If something else is wrong, the
-        # build on the CPU raises it.
-        _log.info("model: built in full on the CPU of every rank, since it cannot be built on meta: %s", error)
-    else:
-        if not blueprint.missing:
-            return model, blueprint
-        _log.info(
-            "model: built in full on the CPU of every rank. For a build on the meta device, give these modules a "
-            "reset_parameters() that sets the tensor and that the constructor calls last: %s",
-            shortened(blueprint.missing),
-        )
-    with torch.device("cpu"), seeded(seed):
-        return made_by(factory), None
 
 
 def _share_weights(model: nn.Module, device: torch.device) -> None:

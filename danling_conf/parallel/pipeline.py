@@ -16,9 +16,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from danling_conf._torch_private import tree_leaves, tree_map
+from danling_conf._torch_private import quiet_fake_tensors, tree_map
+from danling_conf.components.batch import CountSamples, count_samples, rows, tensors
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
+from danling_conf.parallel.program import Recording
+from danling_conf.parallel.stages import stage_model
+from danling_conf.parallel.trial import Trial, to_cpu
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.rules.pipeline import divisor_of_batch
 from danling_conf.topology.violation import ABSENT, SettingError
@@ -59,6 +63,9 @@ class Pipeline:
         names: names of the modules of each stage.
         blocks: names of the model's blocks, in their order; none where it has no such: what was sent is then the first
             input of a stage's model, and its output is sent on.
+        trial: how the whole model used its blocks, where there was one before it was cut.
+        prove: called with `forward` and the first microbatch where there was none; raises SettingError on every rank
+            where the stages together are not the whole model.
         positions: where the tokens of a sequence of some length stand, for a model that takes positions.
         policy: FSDP's, which itself sees what is sent between stages only: inputs and the last output are cast here.
     """
@@ -73,30 +80,32 @@ class Pipeline:
         *,
         names: Sequence[Sequence[str]],
         blocks: Sequence[str],
+        trial: Trial | None = None,
+        prove: Callable[[Forward, Any], None] | None = None,
         several_data_ranks: bool = False,
         positions: Positions | None = None,
         policy: MixedPrecisionPolicy | None = None,
     ) -> None:
         self.parts, self.placement, self.section = parts, list(placement), section
         self.group, self.rank, self.device = mesh.get_group(), mesh.get_local_rank(), device
+        self.count: CountSamples = count_samples
+        """Samples in a batch; set by who has a function of the user's."""
         self.last = len(self.placement) - 1
         self.has_last = self.last in parts
         self._several_data_ranks = several_data_ranks
         self._work = _Work()
         self._schedules: dict[Any, Any] = {}
         self._metadata: dict[Any, list[tuple[torch.Size, torch.dtype]]] = {}
+        self._prove = prove
         for index, part in parts.items():
-            part._stage = _Stage(part.forward, index, index == self.last, self._work, positions, policy, bool(blocks))  # type: ignore
-            part.forward = MethodType(_stage_forward, part)
-            earlier = [name for of_stage in names[:index] for name in of_stage if name not in blocks]
-            _connect(part, part._stage, blocks, earlier)  # type: ignore[arg-type]
+            _make_stage(part, index, names, blocks, self._work, positions, policy, tuples=trial is not None)
 
     def microbatches(self, batch: Any) -> list[Any]:
         """A batch cut along its first dim into microbatches, as many as the section says.
 
         Raises SettingError where that does not divide the batch.
         """
-        size = batch_size(batch)
+        size = self.count(batch)
         path, divisor = divisor_of_batch(self.section)
         if size % divisor:
             raise SettingError(
@@ -106,7 +115,7 @@ class Pipeline:
                 "choose a divisor, or set dataloader.train.drop_last=true, which leaves out an incomplete batch",
             )
         count = self.section.pipeline_n_microbatches or size // divisor
-        return [_rows(batch, slice(start, start + size // count), size) for start in range(0, size, size // count)]
+        return [rows(batch, slice(start, start + size // count), size) for start in range(0, size, size // count)]
 
     def train(
         self,
@@ -118,6 +127,7 @@ class Pipeline:
         """Forward and backward of a batch. `objective` is called on the rank of the last stage, once a microbatch;
         what it gives is what gradients are of. Collective over the pipeline."""
         microbatches = self.microbatches(batch)
+        self._prove_once(forward, microbatches[0])
         self._work.microbatches, self._work.current = microbatches, 0
         self._work.forward, self._work.objective, self._work.autocast = forward, objective, autocast
         schedule = self._schedule(batch, len(microbatches))
@@ -149,9 +159,10 @@ class Pipeline:
         """
         size = self.section.pipeline_microbatch_size
         if self.section.pipeline_n_microbatches is not None:
-            size = -(-batch_size(batch) // self.section.pipeline_n_microbatches)
-        samples = batch_size(batch)
-        cut = [_rows(batch, slice(start, start + size), samples) for start in range(0, samples, size)]
+            size = -(-self.count(batch) // self.section.pipeline_n_microbatches)
+        samples = self.count(batch)
+        cut = [rows(batch, slice(start, start + size), samples) for start in range(0, samples, size)]
+        self._prove_once(forward, cut[0])
         self._work.forward, self._work.objective, self._work.autocast = forward, None, autocast
         sent: list[tuple[dist.Work | None, Tensor]] = []
         for number in range(count):
@@ -170,6 +181,11 @@ class Pipeline:
         for work, _ in sent:
             if work is not None:  # this rank is part of the group
                 work.wait()
+
+    def _prove_once(self, forward: Forward, microbatch: Any) -> None:
+        if self._prove is not None:
+            self._prove(forward, microbatch)
+            self._prove = None
 
     def _schedule(self, batch: Any, count: int) -> Any:
         """The schedule for batches of these shapes: buffers between stages are made for them."""
@@ -256,11 +272,68 @@ class _Stage:
     passed_on: Any = None
 
 
-def _connect(part: nn.Module, stage: _Stage, blocks: Sequence[str], earlier: Sequence[str]) -> None:
+def rehearse(trial: Trial, names: Sequence[Sequence[str]], blocks: Sequence[str], forward: Forward, batch: Any) -> None:
+    """Run the stages of a tried model one after another on fake tensors: what they lack of the whole model shows.
+
+    Raises SettingError.
+    """
+    work = _Work(microbatches=[to_cpu(batch)], forward=forward)
+    kind = type(trial.twin.model).__name__
+    sent: Any = None
+    with torch.no_grad(), trial.twin.fake, quiet_fake_tensors(), Recording(draws=True):
+        for index in range(len(names)):
+            part = stage_model(trial.twin.model, names, index, trial)
+            _make_stage(part, index, names, blocks, work, None, None, tuples=True)
+            try:
+                sent = part(sent)
+            except Exception as error:  # of the user's model, which may ask anything of a module that is not there
+                raise SettingError(
+                    "parallel.axes.pipeline",
+                    ABSENT,
+                    f"stage {index} of {kind} does not run without the modules of the others ({type(error).__name__}: "
+                    f"{error})",
+                    "let the model only call its modules, or set the degree to 1",
+                ) from error
+            held = [place for place, name in enumerate(trial.blocks) if _within(name, names[index])]
+            if index < len(names) - 1 and held and sent.shape != trial.shapes[held[-1]]:
+                raise SettingError(
+                    "parallel.axes.pipeline",
+                    ABSENT,
+                    f"stage {index} of {kind} sends {tuple(sent.shape)} on, and {trial.blocks[held[-1]]} returns "
+                    f"{tuple(trial.shapes[held[-1]])} in the whole model",
+                    "set the degree to 1",
+                )
+
+
+def _within(name: str, names: Sequence[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in names)
+
+
+def _make_stage(
+    part: nn.Module,
+    index: int,
+    names: Sequence[Sequence[str]],
+    blocks: Sequence[str],
+    work: _Work,
+    positions: Positions | None,
+    policy: MixedPrecisionPolicy | None,
+    *,
+    tuples: bool,
+) -> None:
+    last = index == len(names) - 1
+    stage = _Stage(part.forward, index, last, work, positions, policy, bool(blocks))
+    part._stage = stage  # type: ignore[assignment]
+    part.forward = MethodType(_stage_forward, part)
+    earlier = [name for of_stage in names[:index] for name in of_stage if name not in blocks]
+    _connect(part, stage, blocks, earlier, tuples=tuples)
+
+
+def _connect(part: nn.Module, stage: _Stage, blocks: Sequence[str], earlier: Sequence[str], *, tuples: bool) -> None:
     """Let what was sent enter a stage at the first block, and what is sent on be taken behind its last one.
 
     Blocks of other stages pass their input through; hooks are on these, which are not compiled. `earlier` are modules
-    of earlier stages that are no blocks: what they give has the right shape and is not used.
+    of earlier stages that are no blocks: what they give has the right shape and is not used. `tuples` says whether a
+    block may return a tuple, whose first item is sent on.
     """
     if not blocks:
         return
@@ -274,10 +347,10 @@ def _connect(part: nn.Module, stage: _Stage, blocks: Sequence[str], earlier: Seq
         stage.passed_on = args[0] if args else next(iter(kwargs.values()))
 
     def take_output(_: nn.Module, args: Any, output: Any) -> None:
-        stage.passed_on = output
+        stage.passed_on = output[0] if isinstance(output, (tuple, list)) else output
 
     held = [place for place, name in enumerate(blocks) if not isinstance(part.get_submodule(name), PassThrough)]
-    for place in held:
+    for place in held if not tuples else ():
         part.get_submodule(blocks[place]).register_forward_hook(_refuse_tuples)
     if not stage.last:
         behind = held[-1] + 1 if held else 0
@@ -314,7 +387,8 @@ def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
         stage.sent = None
         if not stage.last:
             passed_on, stage.passed_on = stage.passed_on, None
-            return passed_on if stage.through_blocks else _hidden(output)
+            # Blocks of images may return a permuted tensor, which gloo does not send.
+            return (passed_on if stage.through_blocks else _hidden(output)).contiguous()
         if stage.policy is not None:
             output = _cast(output, stage.policy.output_dtype)
         return output if work.objective is None else work.objective(output, microbatch)
@@ -348,19 +422,6 @@ class _StandIn:
         return stage.compute(*args, **kwargs)
 
 
-def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor. Raises SettingError where it has none."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
-    raise SettingError(
-        "parallel.axes.pipeline",
-        ABSENT,
-        "a batch without tensors cannot be cut into microbatches",
-        "let the data set return tensors, or set the degree to 1",
-    )
-
-
 def passes(section: ParallelConfig, samples: int, largest: int) -> int:
     """Microbatches that `Pipeline.evaluate` makes of the largest batch among ranks, this rank having `samples`."""
     if section.pipeline_n_microbatches is not None:
@@ -392,12 +453,5 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     )
 
 
-def _rows(batch: Any, rows: slice, size: int) -> Any:
-    def cut(item: Any) -> Any:
-        return item[rows] if isinstance(item, Tensor) and item.ndim and item.shape[0] == size else item
-
-    return tree_map(cut, batch)
-
-
 def _signature(batch: Any) -> tuple[Any, ...]:
-    return tuple((item.shape, item.dtype) for item in tree_leaves(batch) if isinstance(item, Tensor))
+    return tuple((item.shape, item.dtype) for item in tensors(batch))

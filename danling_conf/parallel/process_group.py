@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from danling_conf._torch_private import process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
+from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
 _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
 """The group for slow work, and the default group that existed when it was made."""
@@ -81,6 +84,27 @@ def tighten(section: CommConfig) -> None:
     for group in groups:
         if group is not kept and not any(group is other for other in _separate):
             set_timeout(group, timedelta(seconds=section.train_timeout_seconds))
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank passes, by rank; without several ranks, only this one's. It pickles. Collective, over the CPU."""
+    if not is_distributed():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def refuse_together(faults: Sequence[Violation]) -> None:
+    """Refuse on all ranks alike where any of them has found a fault: a rank that raised alone would leave the others
+    waiting for it. Collective.
+
+    Raises:
+        ConfigRefused: with the faults of all ranks.
+    """
+    found = unique(fault for of_rank in gathered(list(faults)) for fault in of_rank)
+    if found:
+        raise ConfigRefused(found)
 
 
 def separate(backend: str) -> dist.ProcessGroup | None:

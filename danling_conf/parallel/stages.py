@@ -10,6 +10,7 @@ from torch import nn
 
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.pass_through import PassThrough
+from danling_conf.parallel.trial import Trial
 from danling_conf.schema.parallel import MULTI_STAGE_SCHEDULES, V_SCHEDULES
 from danling_conf.topology.violation import ABSENT, SettingError
 
@@ -29,24 +30,46 @@ def placement(schedule: str, degree: int, count: int) -> list[int]:
     return [stage % degree for stage in range(count)]
 
 
-def deal_out(model: nn.Module, count: int) -> Names:
+def blocks_of(model: nn.Module) -> list[str]:
+    """The names of the repeated blocks that a model is cut between. Raises SettingError where they are not in one
+    container."""
+    blocks = [name for name, _ in repeated_blocks(model)]
+    containers = sorted({name.rpartition(".")[0] for name in blocks})
+    if len(containers) != 1:
+        found = f"has blocks in {', '.join(containers)}" if containers else "has no repeated blocks"
+        rule = f"{type(model).__name__} {found}, which does not say how to cut it"
+        fix = "name the modules of each stage in parallel.module_fqns_per_model_part"
+        raise SettingError("parallel.axes.pipeline", ABSENT, rule, fix)
+    return blocks
+
+
+def called(model: nn.Module, stages: Sequence[Sequence[str]]) -> list[str]:
+    """The names of the modules that stages are made of; of a list or dict of modules, those in it."""
+
+    def inner(name: str) -> list[str]:
+        module = model.get_submodule(name)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return [found for child, _ in module.named_children() for found in inner(f"{name}.{child}")]
+        return [name]
+
+    return [found for names in stages for name in names for found in inner(name)]
+
+
+def deal_out(model: nn.Module, count: int, trial: Trial | None = None) -> Names:
     """Cut a model into `count` stages by its repeated blocks, as evenly as their number allows, the first stages having
-    one more. Modules defined before the blocks go to the first stage, those after them to the last.
+    one more. Modules used before the blocks go to the first stage, those used after them to the last; where there was
+    no `trial`, or they were not used in it, those defined before and after the blocks.
 
     Raises SettingError for a model whose blocks are too few, or are not one after another in one container, and for a
     parameter that no module below the root's containers holds.
     """
-    blocks = [name for name, _ in repeated_blocks(model)]
-    containers = sorted({name.rpartition(".")[0] for name in blocks})
-    fix = "name the modules of each stage in parallel.module_fqns_per_model_part"
-    if len(containers) != 1:
-        found = f"has blocks in {', '.join(containers)}" if containers else "has no repeated blocks"
-        rule = f"{type(model).__name__} {found}, which does not say how to cut it"
-        raise SettingError("parallel.axes.pipeline", ABSENT, rule, fix)
+    blocks = blocks_of(model)
     if len(blocks) < count:
         rule = f"{type(model).__name__} has {len(blocks)} repeated blocks for {count} stages"
         raise SettingError("parallel.axes.pipeline", ABSENT, rule, "choose a smaller degree or a deeper model")
-    before, after = _around(model, containers[0], fix)
+    before, after = around(model, blocks)
+    if trial is not None:
+        before, after = _as_used(model, before, after, trial)
     size, more = divmod(len(blocks), count)
     stages: Names = []
     start = 0
@@ -57,6 +80,62 @@ def deal_out(model: nn.Module, count: int) -> Names:
     stages[0] = [*before, *stages[0]]
     stages[-1] = [*stages[-1], *after]
     return stages
+
+
+def _as_used(model: nn.Module, before: list[str], after: list[str], trial: Trial) -> tuple[list[str], list[str]]:
+    places: tuple[list[str], list[str]] = [], []
+    for name in (*before, *after):
+        held = {f"{name}.{inner}" for inner, _ in model.get_submodule(name).named_parameters(remove_duplicate=False)}
+        if held & trial.before and held & trial.after and not held & trial.before & trial.after:
+            raise SettingError(
+                "parallel.axes.pipeline",
+                ABSENT,
+                f"a part of {name} is used before the blocks of {type(model).__name__} and another after them",
+                "name the modules of each stage in parallel.module_fqns_per_model_part",
+            )
+        used = held & (trial.before ^ trial.after)
+        late = bool(used & trial.after) if used else name in after
+        places[late].append(name)
+    return places
+
+
+def check_used(model: nn.Module, stages: Sequence[Sequence[str]], trial: Trial) -> None:
+    """Refuse stages whose order is not the one in which their modules are used. Raises SettingError."""
+    stage_of = {name: index for index, names in enumerate(stages) for name in names}
+
+    def stage(name: str) -> int:
+        return next(stage_of[prefix] for prefix in (*_prefixes(name), name) if prefix in stage_of)
+
+    def refuse(name: str, where: str, wanted: int) -> SettingError:
+        return SettingError(
+            f"parallel.module_fqns_per_model_part[{stage(name)}]",
+            ABSENT,
+            f"{name} is used {where} the blocks of {type(model).__name__}, and its stage is not the {wanted + 1}. one",
+            f"move it to stage {wanted}",
+        )
+
+    for name in sorted(trial.before):
+        if stage(name) != 0:
+            raise refuse(name, "before", 0)
+    for name in sorted(trial.after):
+        if stage(name) != len(stages) - 1:
+            raise refuse(name, "after", len(stages) - 1)
+    order = [stage(name) for name in trial.blocks]
+    for name, earlier, later in zip(trial.blocks[1:], order, order[1:], strict=False):
+        if later < earlier:
+            raise SettingError(
+                f"parallel.module_fqns_per_model_part[{later}]",
+                name,
+                "it is used after a module of a later stage",
+                f"move it to stage {earlier} or a later one",
+            )
+    if order and order[0] and not trial.direct:
+        raise SettingError(
+            f"parallel.module_fqns_per_model_part[{order[0]}]",
+            trial.blocks[0],
+            "it reads more of what is before the blocks than its first input",
+            "move it to stage 0",
+        )
 
 
 def check(model: nn.Module, stages: Sequence[Sequence[str]]) -> None:
@@ -95,25 +174,23 @@ def check(model: nn.Module, stages: Sequence[Sequence[str]]) -> None:
             )
 
 
-def stage_model(model: nn.Module, stages: Sequence[Sequence[str]], index: int) -> nn.Module:
+def stage_model(model: nn.Module, stages: Sequence[Sequence[str]], index: int, trial: Trial | None = None) -> nn.Module:
     """A copy of the model in which the modules of other stages only pass their input through; names stay. Modules
-    without parameters are in every stage."""
-    others = [name for number, names in enumerate(stages) if number != index for name in names]
+    without parameters are in every stage. Without a `trial`, blocks are taken to return one tensor."""
+    lengths: dict[int, int] = {}
+    if trial is not None:
+        places = zip(trial.blocks, trial.returns, strict=True)
+        lengths = {id(model.get_submodule(name)): length for name, length in places}
+    others = [names for number, names in enumerate(stages) if number != index]
     # What is left out is not copied either: a real model is large.
-    left_out = [module for name in others for module in _callable(model.get_submodule(name))]
-    return copy.deepcopy(model, {id(module): PassThrough() for module in left_out})
+    left_out = [model.get_submodule(name) for name in called(model, others)]
+    return copy.deepcopy(model, {id(module): PassThrough(lengths.get(id(module), 0)) for module in left_out})
 
 
-def _callable(module: nn.Module) -> list[nn.Module]:
-    """A module that its owner calls; of a list or dict of modules, those in it."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return [inner for child in module.children() for inner in _callable(child)]
-    return [module]
-
-
-def _around(model: nn.Module, container: str, fix: str) -> tuple[list[str], list[str]]:
+def around(model: nn.Module, blocks: Sequence[str]) -> tuple[list[str], list[str]]:
     """Modules with parameters that are defined before and after the container of the blocks: the outermost that do not
-    hold it."""
+    hold it. Raises SettingError for a parameter of a module that holds it."""
+    container = blocks[0].rpartition(".")[0]
     before: list[str] = []
     after: list[str] = []
     module, path = model, ""

@@ -1,1 +1,1 @@
-"""What is on disk of a run or a sweep: each file's name, reader and writer, once."""
+"""Records: the files that runs and sweeps leave on disk. One module reads and writes each of them."""

@@ -1,4 +1,4 @@
-"""Attempts of a run: when each started and ended, how, and with what."""
+"""Attempts of a run: when each one started, how it ended, and what it ran with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AttemptFacts:
     begin: float
     """Seconds since 1970."""
     end: float
-    """When it ended, or gave its last sign of life."""
+    """When it ended; for an attempt that wrote no end, its last sign of life."""
     status: Status
     error: str | None
     score: float | None
@@ -41,14 +41,14 @@ class AttemptFacts:
     """Settings that differ from the defaults, by dotted path."""
     environment: Fields
     diff: str
-    """Of the code that was not committed."""
+    """Diff of the code that was not committed."""
 
 
 def attempts_of(run: Path, state: RunState | None = None) -> list[AttemptFacts]:
     """The attempts of a run, in the order in which they started.
 
     Args:
-        state: how the run, and so its newest attempt, stands; `state_of(run)`, where None.
+        state: state of the run, which is that of its newest attempt; `state_of(run)` when None.
     """
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(run):
@@ -66,7 +66,7 @@ def attempts_of(run: Path, state: RunState | None = None) -> list[AttemptFacts]:
 
 
 def _ends(run: Path, folders: Sequence[Path], lines: dict[str, list[dict[str, Any]]]) -> dict[str, RunState]:
-    """How each attempt ended: as the sweep's ledger says, else as it wrote itself; lost, where nothing says it."""
+    """How each attempt ended, by name: from the sweep's ledger, else from its own result or metrics, else `lost`."""
     owner = sweep_of(run)
     in_ledger = {} if owner is None else owner[1].ends()
     found = {}
@@ -83,6 +83,7 @@ def _ends(run: Path, folders: Sequence[Path], lines: dict[str, list[dict[str, An
 
 def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], state: RunState) -> AttemptFacts:
     frozen = read_fields(folder / FROZEN, "config")
+    # No file holds an attempt's start and end for certain: SIGKILL writes nothing. So take the extremes of all signs.
     times = [line["time"] for line in lines] + signs
     times += [path.stat().st_mtime for path in (folder / FROZEN, folder / RESULT) if path.is_file()]
     steps = [line["step"] for line in lines]
@@ -107,6 +108,7 @@ def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], state:
 
 def _yaml(path: Path) -> dict[str, Any]:
     """Settings in a YAML file, by dotted path; {} where there are none."""
+    # Imported here: most commands read no YAML, and OmegaConf would dominate their start-up time.
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -117,7 +119,8 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         found = OmegaConf.to_container(OmegaConf.create(text))
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
-        warn_of_damage(path, f"it is not YAML of ours: {type(error).__name__}")
+        # A damaged file can fail deep inside the YAML parser, hence the builtin errors in the list.
+        warn_of_damage(path, f"it is not a YAML file of settings: {type(error).__name__}")
         return {}
     if not isinstance(found, dict):
         warn_of_damage(path, "it holds no settings")

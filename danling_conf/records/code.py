@@ -1,4 +1,4 @@
-"""Code of a run: the git state of the script's repository."""
+"""Code identity of a run: the git state of the script's repository, so that a result can be traced to its code."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def code_identity(directory: Path) -> CodeIdentity:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
+    # A diff can hold bytes that are not UTF-8, and `git` fails in a folder that is no repository: neither is our error.
     result = subprocess.run(
         ["git", "-C", str(directory), *arguments], capture_output=True, text=True, errors="replace", check=False
     )

@@ -1,4 +1,8 @@
-"""Current attempt and rank of this process: set by its launcher, read by the runner."""
+"""Current attempt and rank of this process.
+
+The launcher sets it and the runner reads it. It is global because the user's function stands between the two, and takes
+the configuration only.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from danling_conf.topology.rank_environment import SINGLE, RankEnvironment
 
 @dataclass(frozen=True, kw_only=True)
 class Current:
-    """The attempt that this process takes part in, and as which rank."""
+    """An attempt, and the rank that this process has in it."""
 
     attempt: Attempt
     ranks: RankEnvironment = SINGLE
     store: Any = None
-    """The `torch.distributed.Store` that the ranks met at, if they have met."""
+    """The `torch.distributed.Store` of the rendezvous; None where there was none. `Any` keeps torch out of here."""
     guard: Callable[[], None] = lambda: None
-    """Raises where a later start of the same job has taken the run over, see `RunLock.check`."""
+    """Raises where a later start of the same job has taken over the run, see `RunLock.check`."""
     repeats_signals: bool = False
-    """Whether the launcher sends the same signal again while the run saves, and SIGKILL when its time is over (Slurm
-    does): a second signal then ends nothing."""
+    """Whether the launcher repeats its signal while the run saves, and sends SIGKILL in the end, as Slurm does. A
+    second signal must then not abort the save."""
 
 
 _current: Current | None = None

@@ -1,4 +1,7 @@
-"""Frozen configuration of an attempt: written once where the command is run, read by every rank."""
+"""Frozen configuration of an attempt: written once by the process that composed it, and read by every rank.
+
+Ranks do not compose again: a file edited between the starts of two ranks would give them different configurations.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from danling_conf.topology.rules import Context
 def freeze_attempt(
     config: RunnerConfig, attempt: Attempt, script: Path, hydra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write what an attempt consists of: its configuration in three forms, its code, its command line.
+    """Write the configuration of an attempt in three forms, with its code and its command line.
 
     Args:
         hydra: Hydra's own settings (`hydra_adapter.hydra_settings`), for ranks that compose nothing themselves.
@@ -39,6 +42,7 @@ def freeze_attempt(
     write_whole(folder / DIFFERENCE, OmegaConf.to_yaml(OmegaConf.create(difference_from_defaults(config))))
     if code.diff:
         write_whole(folder / DIFF, code.diff)
+    # Last: once this file exists, all others of the attempt do.
     write_whole(folder / FROZEN, frozen_content(config, attempt, code.code_id, hydra))
 
 
@@ -60,9 +64,10 @@ def frozen_job(config: RunnerConfig, hydra: Mapping[str, Any] | None) -> dict[st
 
 
 def thaw(content: str, kind: type[RunnerConfig] | None = None) -> tuple[Any, Attempt]:
-    """The configuration and attempt of `frozen_content`, as the rank that wrote it had them.
+    """The configuration and the attempt of `frozen_content`.
 
-    Raises ValueError when the configuration that results is not the one that was frozen.
+    Raises:
+        ValueError: the configuration read here differs from the one that was frozen.
     """
     frozen = json.loads(content)
     return thaw_job(frozen, kind), Attempt.from_json(frozen["attempt"])
@@ -71,9 +76,10 @@ def thaw(content: str, kind: type[RunnerConfig] | None = None) -> tuple[Any, Att
 def thaw_job(frozen: Mapping[str, Any], kind: type[RunnerConfig] | None = None) -> Any:
     """The configuration of `frozen_job`. Raises ValueError as `thaw`."""
     kind = kind or _class_of(*frozen["class"])
-    # The rules were applied where the command was given; here only the same object must come out of the file.
+    # The rules were applied where the command ran. This node may have other devices, so an empty machine stands in.
     config, _ = inspect(frozen["config"], kind=kind, context=Context(machine=Machine()))
     config = freeze(config)
+    # Catches a node with another version of the app's class, whose new defaults would train something else.
     if job_id(config) != frozen["job_id"]:
         raise ValueError(
             f"the frozen configuration has job id {frozen['job_id']}, and this process reads {job_id(config)} from it: "
@@ -83,7 +89,7 @@ def thaw_job(frozen: Mapping[str, Any], kind: type[RunnerConfig] | None = None) 
 
 
 def take_part_in(content: str) -> DictConfig | None:
-    """Enter the Hydra job of `frozen_content`; returns Hydra's own node, None where no job of Hydra's was frozen."""
+    """Enter the Hydra job of `frozen_content`. Returns Hydra's own node; None where the attempt has no Hydra job."""
     frozen = json.loads(content)
     return None if frozen["hydra"] is None else take_part(frozen["hydra"], frozen["config"])
 
@@ -102,7 +108,9 @@ def code_of(attempt: Attempt) -> str | None:
 
 
 def _class_of(module: str, qualname: str) -> type[RunnerConfig]:
+    # `__main__` is in sys.modules under that name only; importing it by name would run the script a second time.
     found: Any = sys.modules.get(module) or importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
-    return found
+    kind: type[RunnerConfig] = found
+    return kind

@@ -1,8 +1,12 @@
-"""Heartbeats of a run's ranks: `RUN/<heartbeat.dir_name>/rank-<n>.json`, one object a file."""
+"""Heartbeats of a run's ranks: one JSON object for each rank, in `RUN/<heartbeat.dir_name>/rank-<n>.json`.
+
+They let another process see which rank is slow or stuck while the run is alive.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,16 @@ from danling_conf.records.run_directory import attempt_order, newest_attempt
 from danling_conf.schema.files import FROZEN
 
 STATES = (
-    "starting", "compiling", "training", "evaluating", "saving", "reporting", "waiting in a collective", "stopping",
-)  # fmt: skip
-"""What a rank can be doing."""
+    "starting",
+    "compiling",
+    "training",
+    "evaluating",
+    "saving",
+    "reporting",
+    "waiting in a collective",
+    "stopping",
+)
+"""States of a rank."""
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
@@ -31,6 +42,7 @@ def heartbeat_settings(run: Path) -> Fields:
 
 def heartbeat_folder(run: Path) -> Path:
     """The folder of a run's heartbeats."""
+    # Only the last part of the path: a damaged or hostile record must not make a reader leave the run.
     name = heartbeat_settings(run).text("dir_name") or "heartbeats"
     return run / Path(name.replace("\0", "")).name
 
@@ -39,7 +51,7 @@ def read_heartbeats(run: Path, folder: Path | None = None) -> dict[int, dict[str
     """The newest heartbeat of each rank of the attempt that wrote last, by rank; {} where there is none.
 
     Args:
-        folder: of the heartbeats, where it is known.
+        folder: folder of the heartbeats; looked up when None.
     """
     found: dict[int, dict[str, Any]] = {}
     for path in (folder or heartbeat_folder(run)).glob("rank-*.json"):
@@ -50,14 +62,16 @@ def read_heartbeats(run: Path, folder: Path | None = None) -> dict[int, dict[str
         if not beat:
             continue
         if wrong:
-            warn_of_damage(path, f"it is no heartbeat: {', '.join(wrong)} missing or of another type")
+            warn_of_damage(path, f"it is not a heartbeat: {', '.join(wrong)} missing or of another type")
             continue
         found[beat["rank"]] = beat
+    # A resume on fewer ranks leaves files of the earlier, larger attempt behind.
     newest = max((beat["attempt"] for beat in found.values()), key=attempt_order, default=None)
     return {rank: beat for rank, beat in sorted(found.items()) if beat["attempt"] == newest}
 
 
 def _is_count(value: Any) -> bool:
+    # `bool` is a subclass of `int`: true would pass as 1.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -65,12 +79,22 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-_FACTS = {
-    "attempt": _is_text, "rank": _is_count, "world_size": lambda value: _is_count(value) and value < 1 << 24,
-    "host": _is_text, "pid": _is_count, "step": _is_count, "epoch": _is_count, "state": _is_text,
-    "state_since": is_moment, "written": is_moment, "interval": is_number, "memory_bytes": is_number,
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    "attempt": _is_text,
+    "rank": _is_count,
+    # Readers make a list of all ranks: a damaged digit must not make it one of billions.
+    "world_size": lambda value: _is_count(value) and value < 1 << 24,
+    "host": _is_text,
+    "pid": _is_count,
+    "step": _is_count,
+    "epoch": _is_count,
+    "state": _is_text,
+    "state_since": is_moment,
+    "written": is_moment,
+    "interval": is_number,
+    "memory_bytes": is_number,
     "total_steps": lambda value: value is None or _is_count(value),
     "last_step_time": lambda value: value is None or is_moment(value),
     "waiting_share": lambda value: value is None or is_number(value),
-}  # fmt: skip
-"""What every heartbeat says, and how each is checked: readers compute with all of it."""
+}
+"""The keys of a heartbeat, and a check of each value: readers compute with all of them."""

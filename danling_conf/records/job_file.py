@@ -1,7 +1,7 @@
-"""Job of a sweep, frozen when it was submitted: all that is needed to start it, today or tomorrow.
+"""Job file: a job of a sweep, frozen when it was submitted, with everything needed to start it now or days later.
 
-`SWEEP/jobs/<key>/job.json` has the configuration, the run that the job owns, and how its script is started. Next to it
-lie the errors of the job's ranks, which say more than the ledger's line.
+`SWEEP/jobs/<key>/job.json` holds the configuration, the run that the job owns, and the command that starts its script.
+The errors of the job's ranks lie next to it, since a traceback does not fit into a line of the ledger.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from danling_conf.records.reading import is_moment, read_fields
 from danling_conf.records.run_directory import Binding, write_whole
 from danling_conf.schema.files import JOB_FILE, Damaged, error_file, read_object
 
+# When one rank dies, the others fail in their next collective with one of these. NCCL, Gloo and the store word it
+# differently, and none of them has an error class for it.
 _GONE = re.compile(
     r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exit|ncclRemoteError|"
     r"communicator was aborted|socket.{0,20}(reset|closed)",
     re.IGNORECASE,
 )
 JOB_VARIABLE = "DANLING_CONF_JOB"
-"""Environment variable that names the job file which a process is started for."""
+"""Environment variable with the path of the job file that a process runs."""
 CLUSTER_VARIABLE = "DANLING_CONF_CLUSTER"
-"""Environment variable that says where the job runs: `slurm` for one rank of it; otherwise the whole of it here."""
+"""Environment variable: `slurm` in a process that is one rank of a job; unset where it runs the whole job here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Program:
     """State of its code when the sweep was submitted."""
 
     def to_json(self) -> dict[str, Any]:
+        # The key on disk is "words": job files of earlier versions must stay readable.
         return {"words": list(self.argv), "directory": str(self.directory), "code_id": self.code_id}
 
 
@@ -58,7 +61,11 @@ class JobFile:
     def write(
         cls, sweep: Path, key: str, job: Job, binding: Binding, program: Program, shape: Mapping[str, Any] | None
     ) -> JobFile:
-        """Freeze a job. `shape` is what it takes of a cluster."""
+        """Freeze a job.
+
+        Args:
+            shape: nodes, tasks and GPUs that it takes of a cluster; None for a job of this machine.
+        """
         path = sweep / "jobs" / key / JOB_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
@@ -86,15 +93,19 @@ class JobFile:
             raise Damaged(path, f"the job cannot be read: {damage.reason}") from damage
         wrong = [name for name, kinds in _CONTENT.items() if name in content and not isinstance(content[name], kinds)]
         wrong += [] if "config" in content else ["config"]
-        texts = {"overrides": content.get("overrides", ()), "program.words": _inside(content, "program", "words"),
-                 "binding.notes": _inside(content, "binding", "notes")}  # fmt: skip
+        texts = {
+            "overrides": content.get("overrides", ()),
+            "program.words": _inside(content, "program", "words"),
+            "binding.notes": _inside(content, "binding", "notes"),
+        }
         wrong += [name for name, found in texts.items() if not all(isinstance(text, str) for text in found)]
         if wrong:
             raise Damaged(path, f"the job cannot be read: {', '.join(wrong)} missing or of another type")
         return cls(path=path, content=content)
 
     def require_startable(self) -> JobFile:
-        """This job, where the file has all that is needed to start it. Raises Damaged where it has not."""
+        """Returns this job if its file has everything needed to start it. Raises Damaged otherwise."""
+        # Not part of `read`: listing and cancelling must work with job files that cannot be started any more.
         missing = [name for name in _CONTENT if name not in self.content]
         program, binding = self.content.get("program", {}), self.content.get("binding", {})
         missing += [f"program.{name}" for name in ("words", "directory", "code_id") if name not in program]
@@ -140,10 +151,20 @@ class JobFile:
 
 
 _CONTENT: dict[str, type | tuple[type, ...]] = {
-    "key": str, "job": int, "overrides": list, "program": dict, "binding": dict, "world_size": int, "launcher": dict,
-    "shape": (dict, type(None)), "job_id": str, "class": list, "config": dict, "hydra": (dict, type(None)),
-}  # fmt: skip
-"""What a job file holds, and the types."""
+    "key": str,
+    "job": int,
+    "overrides": list,
+    "program": dict,
+    "binding": dict,
+    "world_size": int,
+    "launcher": dict,
+    "shape": (dict, type(None)),
+    "job_id": str,
+    "class": list,
+    "config": dict,
+    "hydra": (dict, type(None)),
+}
+"""The keys of a job file, and their types."""
 
 
 def _inside(content: Mapping[str, Any], name: str, inner: str) -> list[Any]:
@@ -158,21 +179,28 @@ def write_error(folder: Path, rank: int, message: str, trace: str) -> None:
 
 
 def first_error(folder: Path, since: float = 0.0) -> dict[str, Any] | None:
-    """The error of the rank that failed first; None where no rank wrote one since a time.
+    """The error of the rank that failed first; None where no rank wrote one.
 
-    An error that only says that another rank has gone comes after one that says why.
+    Errors that only report a lost peer rank last, whatever their time: clocks of nodes differ.
+
+    Args:
+        since: seconds since 1970; errors of earlier attempts are older, and are ignored.
     """
     found = [read_fields(path) for path in sorted(folder.glob("error-*.json"))]
     errors: list[dict[str, Any]] = [
-        {"rank": item.integer("rank"), "raised_at": item.number("raised_at"), "message": item.text("message"),
-         "traceback": item.text("traceback") or ""}
+        {
+            "rank": item.integer("rank"),
+            "raised_at": item.number("raised_at"),
+            "message": item.text("message"),
+            "traceback": item.text("traceback") or "",
+        }
         for item in found
-    ]  # fmt: skip
+    ]
     complete = [item for item in errors if item["rank"] is not None and item["message"] is not None]
     recent = [item for item in complete if is_moment(item["raised_at"]) and item["raised_at"] >= since]
     return min(recent, key=lambda item: (is_consequence(item["message"]), item["raised_at"]), default=None)
 
 
 def is_consequence(message: str) -> bool:
-    """Whether an error only says that another rank has gone."""
+    """Whether an error only reports that another rank is gone."""
     return _GONE.search(message) is not None

@@ -1,8 +1,8 @@
-"""Ledger of a sweep: what was asked for, and what has become of each job.
+"""Ledger of a sweep: its jobs, and every change of their status.
 
-A file of JSON lines, each with something new about one job; the newest value of a fact holds. Lines are only ever
-added, under a lock, by the command that started the sweep, by its jobs and by its monitor, so that neither two writers
-nor a crash lose anything.
+It is a file of JSON lines. Each line has new facts about one job, and the newest value of a fact holds. The command
+that started the sweep, its jobs and its monitor append to it under a lock, and nobody rewrites it, so that neither
+concurrent writers nor a crash lose anything.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from danling_conf.schema.files import ATTEMPTS, LEDGER, RESULT, Damaged, parse_o
 
 @dataclass(kw_only=True)
 class Record:
-    """One job, as the ledger has it."""
+    """One job in the ledger."""
 
     key: str
-    """The job's `job_id`; with a number behind it where the sweep asked for the same more than once."""
+    """The job's `job_id`; with a number appended where the sweep has the same job more than once."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """The newest value of everything that was written: job (its number), job_id, config_id, overrides, run, status,
-    score, error, `told` once somebody has asked it to stop, ..."""
+    """The newest value of every fact: job (its number), job_id, config_id, overrides, run, status, score, error, `told`
+    (the signal or status with which a stop was requested), ..."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """All lines about it, in order."""
 
@@ -48,12 +48,12 @@ class Record:
 
     @property
     def error(self) -> str | None:
-        """Why it ended as it did; None where nothing says it."""
+        """Why it ended as it did; None where that is not recorded."""
         return self.facts.get("error")
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody has asked it to stop since it was last submitted."""
+        """Whether a stop was requested since it was last submitted."""
         return "told" in self.facts
 
     @property
@@ -77,7 +77,7 @@ class Record:
 
     @property
     def queued(self) -> int:
-        """How many times it was submitted; requeues by the cluster do not count."""
+        """How many times it was submitted; requeues by the cluster, which have a `why`, do not count as retries."""
         return sum(line.get("status") == Status.QUEUED and "why" not in line for line in self.history)
 
     def since_queued(self) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class Record:
         return self.history[starts[-1] :] if starts else self.history
 
     def ends(self) -> dict[str, tuple[Status, str | None]]:
-        """How its attempts ended, and why, by their names."""
+        """Status and error with which its attempts ended, by the attempts' names."""
         found: dict[str, tuple[Status, str | None]] = {}
         attempt = None
         for line in self.history:
@@ -96,6 +96,7 @@ class Record:
         return found
 
     def add(self, line: Mapping[str, Any]) -> None:
+        """Apply a line of the ledger."""
         if self._overtaken(line):
             return
         self.history.append(dict(line))
@@ -107,7 +108,11 @@ class Record:
         self.facts |= {name: value for name, value in line.items() if name not in ("key", "time")}
 
     def _overtaken(self, line: Mapping[str, Any]) -> bool:
-        """Enter that a job was queued which has spoken already: it was quicker than the command that queued it."""
+        """Insert a late `queued` line before the job's own lines; returns whether it was late.
+
+        sbatch returns the job's id only after the job may have started, so that `running` can precede `queued`. Taken
+        as the newest line, `queued` would hide that the job runs.
+        """
         if line.get("status") != Status.QUEUED or "why" in line or "slurm" not in line:
             return False
         for index, earlier in enumerate(self.history):
@@ -131,23 +136,24 @@ class Ledger:
         self.add_all([(key, facts)])
 
     def add_all(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
-        """Add lines about jobs, all of them or, in a crash, the first ones whole."""
+        """Append lines about jobs. After a crash in the middle, the first ones are there and complete."""
         with self._locked() as file:
             _append(file, lines)
 
     def settle(self, key: str, *, status: str, error: str | None = None) -> bool:
-        """Write the end of a job that has not written its own; returns whether it was written.
+        """Write the end of a job that did not write its own. Returns whether it was written.
 
-        Every command and monitor that finds a job at its end calls this, so that all of them write the same:
+        Every command and monitor that finds an ended job calls this, so that all of them write the same:
 
-        - An end that is written stays.
-        - A job whose attempt wrote its result and was killed before it could enter it here ended as the result says.
-        - A job that was asked to stop and then failed, or vanished, was cancelled.
+        - An end that is already in the ledger stays.
+        - Where the attempt wrote `result.json` but was killed before it could append here, the result holds.
+        - A job that failed or vanished after a stop was requested was cancelled.
 
         Args:
-            status: how it ended, as far as that shows from outside.
+            status: how it ended, as seen from outside.
             error: why.
         """
+        # Read and append under one lock: the job itself may be writing its end at this moment.
         with self._locked() as file:
             record = self.records()[key]
             if record.ended:
@@ -164,6 +170,7 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:
+        # flock, not lockf: POSIX locks are dropped as soon as the process closes any descriptor of the file.
         with open(self.path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
@@ -171,8 +178,8 @@ class Ledger:
     def records(self) -> dict[str, Record]:
         """All jobs by key, in the order in which they were planned. Reads what is new since the last call.
 
-        A line, or a fact in it, that is no record is left out with a warning; a last line without its end is still
-        being written.
+        A damaged line, or a damaged fact in a line, is skipped with a warning. A last line without a newline is still
+        being written, and is read by the next call.
         """
         try:
             new = read_regular(self.path, limit=None, start=self._read_to)
@@ -189,7 +196,7 @@ class Ledger:
             if found is not None:
                 key = found["key"]
                 self._records.setdefault(key, Record(key=key)).add(found)
-        # One whose first line was torn is unknown: nothing says what it was to be.
+        # Skip jobs whose first line was torn: their number, run and overrides are not known.
         return {key: record for key, record in self._records.items() if "job" in record.facts}
 
     def _read(self, line: bytes) -> dict[str, Any] | None:
@@ -213,10 +220,11 @@ def _append(file: IO[bytes], lines: list[tuple[str, dict[str, Any]]]) -> None:
     size = file.seek(0, os.SEEK_END)
     if size:
         file.seek(size - 1)
-        if file.read(1) != b"\n":  # a writer was killed in the middle of a line: it stays by itself
+        if file.read(1) != b"\n":  # a writer was killed within a line: keep ours apart, or both would be unreadable
             text = "\n" + text
     file.write(text.encode())
     file.flush()
+    # A node that is lost next must not take the line with it: other nodes decide by it whether to retry.
     os.fsync(file.fileno())
 
 
@@ -225,7 +233,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether a text names one file: keys and attempts become parts of paths."""
+    """Whether a text is a plain file name: keys and attempts become parts of paths, which must not leave the sweep."""
     return _is_text(value) and value not in ("", ".", "..") and "/" not in value
 
 
@@ -234,14 +242,28 @@ def _is_count(value: Any) -> bool:
 
 
 _FACTS: dict[str, Callable[[Any], bool]] = {
-    "key": _is_name, "time": is_moment, "job": _is_count, "job_id": _is_text, "config_id": _is_text,
-    "overrides": lambda value: isinstance(value, list) and all(map(_is_text, value)), "run": _is_text,
+    "key": _is_name,
+    "time": is_moment,
+    "job": _is_count,
+    "job_id": _is_text,
+    "config_id": _is_text,
+    "overrides": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "run": _is_text,
     "status": lambda value: written_status(value) is not None,
     "error": lambda value: value is None or isinstance(value, str),
     "score": lambda value: value is None or is_number(value),
-    "attempt": _is_name, "host": _is_text, "pid": _is_count, "rank": _is_count, "told": _is_text, "slurm": _is_text,
-    "start": _is_count, "why": _is_text, "printed": _is_count, "nodes": lambda value: value is None or _is_text(value),
-    "steps": lambda value: value is None or _is_count(value), "layout": _is_text,
+    "attempt": _is_name,
+    "host": _is_text,
+    "pid": _is_count,
+    "rank": _is_count,
+    "told": _is_text,
+    "slurm": _is_text,
+    "start": _is_count,
+    "why": _is_text,
+    "printed": _is_count,
+    "nodes": lambda value: value is None or _is_text(value),
+    "steps": lambda value: value is None or _is_count(value),
+    "layout": _is_text,
     "epochs": lambda value: value is None or _is_count(value),
-}  # fmt: skip
-"""How the facts that readers use are checked."""
+}
+"""Checks of the facts that readers use."""

@@ -1,4 +1,4 @@
-"""Log files of an attempt: one a rank, and the main process's own."""
+"""Log files of an attempt: one for each rank, and one for the job, which the main process writes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from danling_conf.topology.rank_environment import RankEnvironment
 
 _OURS = "danling_conf"
 _position: Callable[[], int] | None = None
-"""Returns the optimizer step that this process is at; None outside of training."""
+"""Returns the current optimizer step of this process; None outside of training."""
 
 
 def set_position(position: Callable[[], int] | None) -> None:
-    """Put the optimizer step into the lines of the logs."""
+    """Let log lines show the optimizer step."""
     global _position
     _position = position
 
@@ -29,9 +29,9 @@ def rank_log(attempt: Path, rank: int) -> Path:
 
 
 def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str) -> list[logging.Handler]:
-    """Send what is logged to the rank's file, and to the job's log on the main process; returns the handlers added.
+    """Log to the rank's file, and on the main process to the job's log as well. Returns the handlers that were added.
 
-    Our own logger does not propagate: on the console its lines belong to the progress display.
+    The package's own logger does not propagate: on the console its lines would break the progress display.
     """
     handlers: list[logging.Handler] = [_file_handler(rank_log(attempt, ranks.rank), ranks.rank)]
     root, ours = logging.getLogger(), logging.getLogger(_OURS)
@@ -43,6 +43,7 @@ def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str
         handlers.append(_file_handler(attempt / f"{job_name}.log", ranks.rank))
         ours.addHandler(handlers[1])
     if ranks.main and not log:
+        # Hydra has opened the job's log before the user's function is called; `log=false` has to close it again.
         for handler in list(root.handlers):
             if isinstance(handler, logging.FileHandler) and handler is not handlers[0]:
                 root.removeHandler(handler)
@@ -61,7 +62,11 @@ def close_logs(handlers: list[logging.Handler]) -> None:
 
 
 def redirect_output(path: Path) -> None:
-    """Let this process write its output to the end of `path`, so that it mixes with log lines in order."""
+    """Append this process's standard output and error to `path`.
+
+    The descriptors are replaced, not `sys.stdout`: NCCL and other C++ code write to them directly. O_APPEND keeps what
+    is printed and what is logged in order, as two descriptors of one file have two positions.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

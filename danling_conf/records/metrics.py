@@ -1,4 +1,4 @@
-"""What a run has measured, as JSON lines in the run: one file over all attempts, appended by rank 0.
+"""Metrics of a run: JSON lines in one file for all attempts, to which rank 0 appends.
 
 Each line is an object with `time` (seconds since 1970), `attempt` (the attempt's folder name), `step`, `epoch` and
 dotted scalars (`train.loss`, `val.loss`, `train.lr`, `train.samples_per_second`). A line without scalars marks where an
@@ -20,9 +20,9 @@ from danling_conf.schema.files import METRICS, Damaged, parse_object, read_regul
 BASE = ("time", "attempt", "step", "epoch")
 """The keys that every line has."""
 STATUS = "status"
-"""The key of the line with which an attempt ends."""
+"""Key that only the last line of an attempt has."""
 PRODUCTIVE = "train.productive_seconds"
-"""Seconds since the line before that went into steps: without evaluation, checkpoints and compilation."""
+"""Seconds since the previous line that were spent in steps, without evaluation, checkpoints and compilation."""
 _TAIL_BYTES = 1 << 16
 
 
@@ -32,9 +32,9 @@ def metrics_file(run: Path) -> Path:
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """All lines as they were written, those of steps that were done again included; [] where there is no file.
+    """All lines as they were written, including those of steps that were repeated; [] where there is no file.
 
-    A line that is no record is left out with a warning; a last one without its end is still being written.
+    A damaged line is skipped with a warning. A last line without a newline is still being written, and is no damage.
     """
     path = metrics_file(run)
     try:
@@ -61,7 +61,7 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, without values that are no numbers; None where there is none."""
+    """The record in a line, without values that are not numbers; None for a line that is not a record."""
     try:
         found = parse_object(line)
     except ValueError:
@@ -77,7 +77,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def last_line(run: Path) -> dict[str, Any] | None:
-    """The last record of a run; None where there is none. Only the end of a file that may be long is read."""
+    """The last record of a run; None where there is none. Reads only the end of the file, which may be long."""
     path = metrics_file(run)
     try:
         lines = read_regular(path, limit=None, start=max(0, path.stat().st_size - _TAIL_BYTES)).splitlines()
@@ -90,37 +90,39 @@ def last_line(run: Path) -> dict[str, Any] | None:
 
 
 def end_metrics(run: Path, attempt: str, status: Status) -> None:
-    """Write how an attempt ended as its last record, unless the runner has; nothing where it measured nothing.
+    """Append the end of an attempt as its last record, unless the runner wrote it. Does nothing without any record.
 
-    A loop of the user's own that raises never comes to the runner's last call; and a function can fail after it.
+    A training loop of the user's own that raises never reaches the runner's last call, and a function can fail after
+    it.
     """
     last = last_line(run)
     if last is None or last["attempt"] != attempt or last.get(STATUS) == status:
         return
     line = {"time": time.time(), "attempt": attempt, "step": last["step"], "epoch": last["epoch"], STATUS: status}
     with open(metrics_file(run), "ab+") as file:
+        # The attempt may have been killed within a line: without a newline both lines would be unreadable.
         file.seek(-1, os.SEEK_END)
         torn = file.read(1) != b"\n"
         file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 
 def ends_in_metrics(lines: list[dict[str, Any]]) -> dict[str, Status]:
-    """How attempts ended, by their names, as far as their last lines say it."""
+    """The ends of attempts by name, for those whose last line has one."""
     return {line["attempt"]: line[STATUS] for line in lines if STATUS in line}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The history of a run: one object a step, in the order of steps.
 
-    What was measured at one step is one object, the newest value of each key. Where an attempt resumed from an earlier
-    step, the lines of the attempt before it that lie beyond that step are left out.
+    Everything measured at one step is one object, with the newest value of each key. Where an attempt resumed from an
+    earlier step, lines of previous attempts beyond that step are dropped: those steps were trained again.
     """
     by_step: dict[int, dict[str, Any]] = {}
     attempt = None
     for line in read_lines(run):
         if line["attempt"] != attempt:
             attempt = line["attempt"]
-            # A line that measured something was made at its step; one that marks a start comes after that step.
+            # A marker says "resumed after step n", so step n stays; a measurement at step n replaces step n itself.
             first = line["step"] - (1 if is_measurement(line) else 0)
             by_step = {step: found for step, found in by_step.items() if step <= first}
         if is_measurement(line):
@@ -131,20 +133,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def is_measurement(line: dict[str, Any]) -> bool:
-    """Whether a line holds anything but where, when and as what it was written."""
+    """Whether a line has any scalar, besides the keys that every line has and the status."""
     return len(line) - (STATUS in line) > len(BASE)
 
 
 def series(history: list[dict[str, Any]], key: str, by: str = "step") -> list[tuple[float, float]]:
-    """The points of one metric, from what `read_metrics` returns; values that are no finite number are left out."""
+    """The points (`by`, value) of one metric in a history of `read_metrics`. Drops values that are not finite."""
     return [(line[by], line[key]) for line in history if is_number(line.get(key))]
 
 
 def goodput(run: Path) -> float | None:
-    """The share of a run's wall time that went into steps which still count, over all attempts; None without lines.
+    """Share of a run's wall time spent in steps that count, over all attempts; None without lines.
 
-    Wall time is that of the attempts, from the start of each to its last line; what lies between them (a queue) is
-    none. Steps that were done again after a restart count once.
+    Wall time is summed over attempts, from the first line of each to its last; time between them (in a queue) does not
+    count. Steps that were repeated after a restart count once.
     """
     spans: dict[str, list[float]] = {}
     for line in read_lines(run):
@@ -154,5 +156,5 @@ def goodput(run: Path) -> float | None:
 
 
 def productive_seconds(run: Path) -> float:
-    """Seconds that went into the steps of a run's history."""
+    """Seconds spent in the steps of a run's history."""
     return sum(line.get(PRODUCTIVE) or 0.0 for line in read_metrics(run))

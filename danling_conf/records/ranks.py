@@ -1,4 +1,4 @@
-"""Ranks of a run, as their heartbeats show them: which is slowest, and which is stuck."""
+"""Ranks of a run, seen through their heartbeats: which one is slowest, and which ones are stuck."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from danling_conf.records.state import RunState, is_silent, state_of
 from danling_conf.records.status import Status
 
 CLEAR_SHARE = 0.15
-"""A rank that waits less than every other by this share of its time is the slowest."""
+"""The slowest rank waits less than every other, by at least this share of its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSeen:
-    """One rank, as its newest heartbeat says."""
+    """One rank, from its newest heartbeat."""
 
     rank: int
     host: str
@@ -33,7 +33,7 @@ class RankSeen:
     """Since its last optimizer step; None before the first."""
     memory_bytes: int
     waiting_share: float | None
-    """Of the time since the heartbeat before, how much it waited for other ranks; None where that is not known."""
+    """Share of the time since the previous heartbeat spent waiting for other ranks; None where it is not known."""
     written_seconds_ago: float
     stuck: str
     """Why it counts as stuck; "" where it does not."""
@@ -46,7 +46,7 @@ class RunSeen:
     run: str
     attempt: str | None
     status: Status
-    """How the run stands, see `state_of`."""
+    """State of the run, see `state_of`."""
     error: str | None
     """Why it ended as it did."""
     world_size: int
@@ -54,10 +54,10 @@ class RunSeen:
     missing: list[int]
     """Ranks that have not written a heartbeat."""
     slowest: int | None
-    """The rank that the others wait for: it is steps behind, or waits least itself; None where none stands out."""
+    """The rank that the others wait for, since it is steps behind or waits least; None where none stands out."""
     stuck: list[int]
     note: str
-    """Why there is nothing to see, where there is not."""
+    """Why there are no heartbeats; "" where there are."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,8 +67,8 @@ def look_at(run: Path, now: float | None = None, state: RunState | None = None) 
     """The ranks of a run as they are now.
 
     Args:
-        now: seconds since 1970; the time, where None.
-        state: how the run stands; `state_of(run)`, where None.
+        now: seconds since 1970; the present when None.
+        state: state of the run; `state_of(run)` when None.
     """
     now = time.time() if now is None else now
     state = state or state_of(run, now)
@@ -119,7 +119,7 @@ def _rank(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]], *,
 
 
 def _stuck(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]]) -> str:
-    """A rank that writes no more; or one that is behind and not waiting while others wait for it."""
+    """Why a rank counts as stuck: it is silent, or it is behind and busy while others wait for it. "" otherwise."""
     if is_silent(beat, now):
         return "" if beat["state"] == "stopping" else f"silent for {now - beat['written']:.0f} s: stopped, or gone"
     others = [other for other in beats.values() if other["rank"] != beat["rank"]]
@@ -133,12 +133,16 @@ def _stuck(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]]) -
 
 
 def _slowest(beats: dict[int, dict[str, Any]]) -> int | None:
-    """The one that is behind by more than the step that ranks may differ by, though its heartbeat is no older; or that
-    does not wait while all others do; or that waits clearly least."""
+    """The rank that holds the others up; None where none stands out.
+
+    In this order: one that is more than a step behind, one that is busy while all others wait, one that waits clearly
+    least.
+    """
     if len(beats) < 2:
         return None
     every = list(beats.values())
     last = min(every, key=lambda beat: (beat["step"], beat["rank"]))
+    # Ranks in step may differ by one, and an older heartbeat proves nothing: its rank may have moved on since.
     ahead = [beat for beat in every if beat["step"] > last["step"] + 1 and beat["written"] <= last["written"]]
     if ahead:
         return int(last["rank"])

@@ -1,8 +1,8 @@
-"""Records as readers want them: what can be read of a file, and a warning that names it where something cannot.
+"""Tolerant reading of records: the readable part of a file, and a warning that names the file where it is damaged.
 
 A command that shows twenty runs must show nineteen of them when a file of the twentieth is torn. So nothing here
-raises: what is missing or damaged reads as absent, and each damage is logged once with the file's name. The commands
-print these warnings (`shown_damage`); in a run they go to the rank's log.
+raises: what is missing or damaged reads as absent, and each damage is logged with the file's name. Commands print these
+warnings (`shown_damage`); in a run they go to the rank's log.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from danling_conf.schema.files import LARGEST_BYTES, Damaged, read_object, read_
 
 _log = logging.getLogger("danling_conf.records.damage")
 _LATEST_MOMENT = 1e11
-"""Seconds since 1970 that a calendar can show."""
+"""Later times, in seconds since 1970, are damage: `datetime` cannot represent much more."""
 
 Value = TypeVar("Value")
 
 
 def warn_of_damage(path: Path, reason: str) -> None:
-    """Log that a file, or a part of it, is left out."""
+    """Log that a file, or a part of it, is skipped."""
     _log.warning("%s: %s", path, reason)
 
 
@@ -44,7 +44,7 @@ def shown_damage() -> Iterator[None]:
 
 
 class _Once(logging.Handler):
-    """A live view reads the same damaged file every second; one line says it."""
+    """Prints each warning once: a live view reads the same damaged file every second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Fields:
     """The file, for warnings."""
     values: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
-    """Dotted path of the object in its file, with a dot at its end."""
+    """Dotted path of the object in its file, with a trailing dot."""
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -92,7 +92,7 @@ class Fields:
         return bool(self._typed(name, bool, "true or false"))
 
     def table(self, name: str) -> Fields:
-        """An object inside; empty where there is none."""
+        """A nested object; empty where there is none."""
         found: dict[str, Any] | None = self._typed(name, dict, "an object")
         return Fields(self.path, found or {}, f"{self.prefix}{name}.")
 
@@ -106,6 +106,7 @@ class Fields:
 
     def _typed(self, name: str, kind: type[Value], called: str) -> Value | None:
         found = self.values.get(name)
+        # `isinstance(True, int)` holds: booleans pass as booleans only.
         if found is None or (isinstance(found, kind) and isinstance(found, bool) == (kind is bool)):
             return found
         self._wrong(name, called)
@@ -119,7 +120,7 @@ def read_fields(path: Path, *needed: str) -> Fields:
     """The object in a JSON file; empty where there is no such file, and, with a warning, where it is damaged.
 
     Args:
-        needed: names that every such file has; one that lacks them is damaged, and the rest of it is read.
+        needed: keys that every such file has. Where one is missing, that is damage, and the rest is still read.
     """
     found = read_json(path)
     missing = [name for name in needed if name not in found]
@@ -143,7 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path, limit: int | None = LARGEST_BYTES) -> str:
-    """The text of a file, with what is not UTF-8 replaced; "" where there is none."""
+    """The text of a file, with bytes replaced that are not UTF-8; "" where there is no file."""
     try:
         return read_regular(path, limit).decode(errors="replace")
     except FileNotFoundError:
@@ -154,7 +155,7 @@ def read_text(path: Path, limit: int | None = LARGEST_BYTES) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
+    """Whether a value is a finite number; JSON written by Python may hold NaN and Infinity."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

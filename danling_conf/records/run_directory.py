@@ -1,4 +1,4 @@
-"""Directory of a run: found or claimed once, locked while an attempt lives, never overwritten.
+"""Run directory: found or created once, locked while an attempt is alive, never overwritten.
 
 `workspace_root/lineage/experiment/<run id>` is the same on every rank and for every attempt. The run id is the
 `config_id`; a fresh start of a configuration that has a run already gets the next number (`<config id>.2`).
@@ -30,8 +30,8 @@ from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
 _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
-_OF_A_START = ("pretrained", "checkpoint.exclude_from_loading")
-"""Settings that say what a run starts from; they change nothing when it resumes."""
+_START_SETTINGS = ("pretrained", "checkpoint.exclude_from_loading")
+"""Settings of what a run starts from. They have no effect on a resume, so a difference in them does not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Attempt:
     directory: Path
     """Folder of this attempt, in the run."""
     seed: int
-    """The run's seed: as configured, or drawn when the run was made."""
+    """The run's seed: as configured, or drawn when the run was created."""
     restore: Path | None = None
     """Run directory or checkpoint that this attempt resumes from; None for a fresh start."""
     command: tuple[str, ...] = ()
@@ -77,7 +77,10 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """The run that a configuration belongs to, and what it resumes from; all attempts of a job share it."""
+    """The run that a configuration belongs to, and what it resumes from. All attempts of a job share it.
+
+    A sweep binds its jobs when they are submitted: bound when they start, two equal jobs could resume each other's run.
+    """
 
     run_directory: Path
     restore: Path | None = None
@@ -96,18 +99,19 @@ class Binding:
 
 
 def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[Attempt, RunLock]:
-    """Find the run that this configuration resumes, or make a new one, lock it, and open an attempt in it.
+    """Find the run that this configuration resumes, or create one; lock it, and open an attempt in it.
 
     Args:
         command: script and overrides; this process's own when None.
 
-    Raises ConfigRefused when the run cannot be resumed under this configuration, is live, or cannot be written.
+    Raises:
+        ConfigRefused: the run cannot be resumed under this configuration, is live, or cannot be written.
     """
     return start(bind(config), config, sys.argv if command is None else command)
 
 
 def bind(config: RunnerConfig) -> Binding:
-    """Find the run that this configuration resumes, or make a new one. Raises ConfigRefused as `claim`."""
+    """Find the run that this configuration resumes, or create one. Raises ConfigRefused like `claim`."""
     with _writing(config):
         return _bind(config)
 
@@ -124,26 +128,32 @@ def start(
 
     Args:
         command: script and overrides.
-        again: whether an earlier attempt of the same binding may have saved a checkpoint, to resume from.
-        fence: see `RunLock`.
+        again: whether an earlier attempt of the same binding may have saved a checkpoint to resume from.
+        fence: fencing token, see `RunLock`.
 
-    Raises ConfigRefused when the run is live or cannot be written.
+    Raises:
+        ConfigRefused: the run is live or cannot be written.
     """
     with _writing(config):
         run = binding.run_directory
+        # Before the attempt: an attempt that then finds the run locked would be the newest, and look lost.
         lock = RunLock(run, fence)
         restore = binding.restore
         if again and any((run / config.checkpoint.dir_name).glob("ckpt-*")):
             restore = run
         return Attempt(
-            run_directory=run, directory=_make_attempt(run), seed=read_run(run)["seed"], restore=restore,
-            command=tuple(command), notes=binding.notes,
-        ), lock  # fmt: skip
+            run_directory=run,
+            directory=_make_attempt(run),
+            seed=read_run(run)["seed"],
+            restore=restore,
+            command=tuple(command),
+            notes=binding.notes,
+        ), lock
 
 
 @contextmanager
 def _writing(config: RunnerConfig) -> Iterator[None]:
-    """Refuses a workspace that cannot be written."""
+    """Turns errors of the file system into a refusal of the workspace."""
     try:
         yield
     except OSError as error:
@@ -170,9 +180,9 @@ def _bind(config: RunnerConfig) -> Binding:
         elif read_run(owner)["config_id"] == identity and is_latest(restore):
             run = owner
         else:
-            # To resume an older checkpoint in the same run would overwrite what came after it.
+            # Resuming an older checkpoint within its run would overwrite the later ones.
             parent = owner
-            notes = (f"this is a new run, which goes on from {restore} of another one",)
+            notes = (f"this is a new run, which resumes from {restore} of another one",)
     elif config.auto_resume:
         run = newest_run(root, identity)
         restore = run
@@ -184,7 +194,7 @@ def _bind(config: RunnerConfig) -> Binding:
 
 
 def owner_of(path: Path) -> Path | None:
-    """The run directory that is `path` or holds it; None when there is none."""
+    """The run directory at or above `path`; None where there is none."""
     for folder in (path, *path.parents):
         if (folder / RUN_FILE).is_file():
             return folder
@@ -193,17 +203,23 @@ def owner_of(path: Path) -> Path | None:
 
 def is_latest(checkpoint: Path) -> bool:
     """Whether a checkpoint is the one that its run would resume from."""
+    # `latest` is a link, and either path may go through further links.
     return (checkpoint.parent / "latest").resolve() == checkpoint.resolve()
 
 
 _FACTS: dict[str, type | tuple[type, ...]] = {
-    "run_id": str, "config_id": str, "seed": int, "parent": (str, type(None)), "created": str, "settings": dict,
-}  # fmt: skip
-"""What a run's file says, and the types."""
+    "run_id": str,
+    "config_id": str,
+    "seed": int,
+    "parent": (str, type(None)),
+    "created": str,
+    "settings": dict,
+}
+"""The keys of a run's file, and their types."""
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """What a run's directory says of the run. Raises ConfigRefused when its file is broken."""
+    """The content of a run's file. Raises ConfigRefused where it is missing or damaged."""
     try:
         content = read_object(run / RUN_FILE)
         wrong = [name for name, kinds in _FACTS.items() if name not in content or not isinstance(content[name], kinds)]
@@ -217,9 +233,11 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def newest_run(root: Path, identity: str) -> Path | None:
-    """The newest run of a configuration below `root`."""
+    """The newest run of a configuration below `root`; None where there is none."""
+    # glob alone would also take `<identity>-copy` and the like.
     runs = [folder for folder in root.glob(f"{identity}*") if re.fullmatch(rf"{identity}(\.[0-9]+)?", folder.name)]
     runs = [folder for folder in runs if (folder / RUN_FILE).is_file()]
+    # By number, not by time of change: reading tools and copies change times.
     return max(runs, key=_number_of, default=None)
 
 
@@ -231,7 +249,7 @@ def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | No
     root.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
-        # mkdir is the lock: of two processes that start the same configuration, one gets each number.
+        # mkdir is atomic, on NFS as well: two processes that start the same configuration get different numbers.
         run = root / (identity if number == 1 else f"{identity}.{number}")
         try:
             run.mkdir()
@@ -251,7 +269,7 @@ def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | No
 
 
 def _seed(config: RunnerConfig, parent: Path | None) -> int:
-    """The configured seed, else that of the run that this one resumes from, else a drawn one."""
+    """The configured seed, else that of the run that this one resumes from, else a random one."""
     if config.seed is not None:
         return config.seed
     if parent is not None and (parent / RUN_FILE).is_file():
@@ -274,24 +292,25 @@ def _make_attempt(run: Path) -> Path:
 
 
 def attempts_in(run: Path) -> list[Path]:
-    """The folders of a run's attempts, in the order in which they started."""
+    """The folders of a run's attempts, oldest first."""
     folders = [folder for folder in (run / ATTEMPTS).glob("*") if folder.is_dir()]
     return sorted(folders, key=lambda folder: attempt_order(folder.name))
 
 
 def newest_attempt(run: Path) -> Path | None:
-    """The folder of the attempt that started last; None for a run without one."""
+    """The folder of the newest attempt; None for a run without attempts."""
     return next(reversed(attempts_in(run)), None)
 
 
 def attempt_order(attempt: str) -> tuple[str, int]:
     """Sort key of attempts' names. Those of one second are numbered: 20260102-030405, 20260102-030405.2, ..."""
+    # As text, `.10` would come before `.2`. A name of a damaged record may hold any number of digits.
     stamp, _, number = attempt.partition(".")
     return stamp, int(number) if number.isdecimal() and len(number) < 10 else 1
 
 
 def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
-    """Write how an attempt ended: as its result, and as the last record of its metrics.
+    """Write how an attempt ended, as its result and as the last record of its metrics.
 
     Args:
         value: what the user's function returned.
@@ -302,22 +321,28 @@ def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
 
 
 def score_of(value: Any) -> float | None:
-    """What a user's function returned, as the run's score; None for what is no finite number, which JSON cannot say."""
+    """The score in what a user's function returned; None unless it is a finite number, since JSON has no others."""
     number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     return number if number is not None and math.isfinite(number) else None
 
 
 def warn(attempt: Attempt, config: RunnerConfig) -> None:
-    """Print what the user should know of an accepted configuration and of the run that it got."""
+    """Print warnings about an accepted configuration and the run that it was bound to."""
     for line in (*attempt.notes, *warnings_of(config)):
         print(f"warning: {line}", file=sys.stderr)
 
 
 def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
-    """Refuse a run that was made under other settings, all of them named; insisted on, they are notes for the user."""
+    """Refuse to resume a run that was created under other settings, and name all of them.
+
+    Returns:
+        Notes for the user: the differences that `force_resume` overrides.
+    """
     made = read_run(run)["settings"]
     changed = {
-        path: values for path, values in differences(semantic(config), made).items() if not path.startswith(_OF_A_START)
+        path: values
+        for path, values in differences(semantic(config), made).items()
+        if not path.startswith(_START_SETTINGS)
     }
     layout = {path for path in changed if path.startswith(_LAYOUT_PATHS)}
     violations = []
@@ -371,14 +396,15 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
             if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
                 return (
                     f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
-                    f"(resume={run} parallel.allow_degree_change=true goes on with it)",
+                    f"(resume={run} parallel.allow_degree_change=true resumes it)",
                 )
     return ()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is seen whole or not at all."""
-    # Renamed only when its content is on the disk: after a power cut, a rename can be there without the content.
+    """Write a file atomically: readers see all of it or none of it, and so does the next boot after a power cut."""
+    # fsync before the rename: file systems may order the rename before the data, and leave an empty file after a crash.
+    # The process id keeps two writers of the same file from sharing a temporary one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w") as file:
         file.write(text)

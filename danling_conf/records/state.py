@@ -1,7 +1,7 @@
-"""State of a run: how it stands now, from what is on disk and from its lock.
+"""State of a run: its present status, from the records on disk and from its lock.
 
-Every command, page and live view asks `state_of`, so that they agree. What only Slurm or the process table knows of a
-sweep's job is asked one room further up, by `sweep.ends`, which writes it in the ledger; then it is on disk too.
+Every command, page and live view calls `state_of`, so that they agree. What only Slurm or the process table knows about
+a job of a sweep is not read here: `sweep.ends` looks it up and writes it to the ledger.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from danling_conf.records.status import ENDED, Status, written_status
 from danling_conf.schema.files import FROZEN, RESULT
 
 SILENT_INTERVALS = 3.0
-"""A rank whose heartbeat is older than so many intervals does not write any more: it is stopped, or gone."""
+"""A rank whose heartbeat is older than this many intervals has stopped writing: it is stopped, or gone."""
 LEAST_SECONDS = 2.0
-"""No rank is called silent before that."""
+"""No rank counts as silent sooner: short intervals would make a busy file system look like a dead rank."""
 GONE = "its process is gone, and wrote no result"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """How a run, or an attempt, stands."""
+    """Status of a run or an attempt."""
 
     status: Status
     error: str | None = None
-    """Why it ended as it did; None where it has not, completed, or nothing says it."""
+    """Why it ended as it did; None where it has not ended, completed, or left no reason."""
     score: float | None = None
-    """Of a run that completed."""
+    """Score of a completed run."""
 
 
 def state_of(run: Path, now: float | None = None) -> RunState:
-    """How a run stands: as its newest attempt does.
+    """The state of a run, which is that of its newest attempt.
 
-    The sweep that the attempt belongs to has the last word, since only its ledger tells of a time limit or a lost node;
-    then the run's lock, which the system releases however a process ends; then what the attempt wrote.
+    The ledger of the sweep that the attempt belongs to comes first, since only it knows of a time limit or a lost node.
+    Next is the run's lock, which the system releases however a process ends. What the attempt wrote comes last.
 
     Args:
-        now: seconds since 1970; the time, where None.
+        now: seconds since 1970; the present when None.
     """
     attempt = newest_attempt(run)
     record = _record_of(run, attempt)
@@ -61,11 +61,14 @@ def state_of(run: Path, now: float | None = None) -> RunState:
     if ended is not None:
         return ended
     if record is None and not read_json(attempt / FROZEN).get("hydra"):
-        # Nobody launched this attempt (a notebook, plain @hydra.main), so nobody writes a result: the runner's own
-        # record of its end is the only one. A launched one that has it and no result was killed in between.
+        # No launcher started this attempt (a notebook, plain @hydra.main), so there is no result.json, and the runner's
+        # last metrics line is the only record of its end. A launched attempt that has only this line was killed after
+        # it: its function may have failed later.
         status = ends_in_metrics(read_lines(run)).get(attempt.name)
         if status is not None:
             return RunState(status=status)
+    # Without a held lock and a written end, the process is gone if it was on this machine. On another machine it may
+    # live: not every file system shares locks between nodes.
     holder = holder_of(run)
     if holder is not None and not holder.here:
         if record is not None or any(_is_fresh(beat, now or time.time()) for beat in read_heartbeats(run).values()):
@@ -76,13 +79,13 @@ def state_of(run: Path, now: float | None = None) -> RunState:
 
 
 def written_end(attempt: Path) -> RunState | None:
-    """The end that an attempt wrote; None where it wrote none."""
+    """The end that an attempt wrote itself; None where it wrote none."""
     result = read_fields(attempt / RESULT)
     if not result:
         return None
     status = written_status(result.text("status"))
     if status not in ENDED:
-        warn_of_damage(result.path, f"{result.values.get('status')!r} is no end of a run")
+        warn_of_damage(result.path, f"{result.values.get('status')!r} is not an end of a run")
         return None
     score = result.number("score") if status is Status.COMPLETED else None
     return RunState(status=status, error=result.text("error"), score=score)
@@ -98,7 +101,7 @@ def _is_fresh(beat: Mapping[str, Any], now: float) -> bool:
 
 
 def _record_of(run: Path, attempt: Path | None) -> Record | None:
-    """The job of a sweep that the newest attempt belongs to; None for an attempt that was started by itself."""
+    """The job of a sweep that the newest attempt belongs to; None for an attempt outside of any sweep."""
     owner = sweep_of(run)
     if owner is None:
         return None
@@ -107,13 +110,14 @@ def _record_of(run: Path, attempt: Path | None) -> Record | None:
 
 
 def covers(record: Record, attempt: Path | None) -> bool:
-    """Whether a job of a sweep speaks for a run's newest attempt: it has started it, or is to start the next one.
+    """Whether a job of a sweep is responsible for a run's newest attempt: it started it, or will start the next one.
 
-    A run may go on by hand after the sweep.
+    A run may be resumed by hand after its sweep; the sweep's ledger then says nothing about the newer attempt.
     """
     if attempt is None or record.attempt == attempt or record.facts.get("attempt") == attempt.name:
         return True
     if "attempt" in record.facts:
         return False
+    # A job that has not started yet: it is responsible unless somebody started the run after it was planned.
     last = max((line.get("time", 0.0) for line in record.history), default=0.0)
     return attempt.stat().st_mtime < last

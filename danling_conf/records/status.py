@@ -1,7 +1,7 @@
-"""Status of a run, an attempt or a job: the words, the exit codes, and what an exception means for both.
+"""Status of a run, an attempt or a job: the status words, the exit codes, and what an exception means for both.
 
-The ledger, `result.json`, the end record of `metrics.jsonl`, every command and every page use these words and no other.
-How a run stands is `records.state`; the end of a job that wrote none is written by `Ledger.settle`.
+The ledger, `result.json`, the last line of `metrics.jsonl`, every command and every page use these words and no others.
+`records.state` finds the state of a run, and `Ledger.settle` writes the end of a job that wrote none itself.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from danling_conf.topology.violation import ConfigRefused
 EXIT_FAILED = 1
 """Exit code where a run failed, a job of a sweep did not complete, or a command found something broken."""
 EXIT_REFUSED = 2
-"""Exit code of a refused configuration, and of a command that cannot do what it is asked."""
+"""Exit code of a refused configuration, and of a command with arguments that it cannot follow."""
 _EXIT_SIGNAL = 128
 _INTERRUPT = 2
-"""SIGINT, on every system."""
+"""SIGINT, the same on every system."""
 
 
 def exit_code_of_signal(number: int) -> int:
@@ -27,7 +27,7 @@ def exit_code_of_signal(number: int) -> int:
 
 
 def signal_of_exit_code(code: int) -> int:
-    """The signal that `exit_code_of_signal` was called with; not positive for the code of another end."""
+    """The inverse of `exit_code_of_signal`: the signal, or a number <= 0 where no signal stopped the process."""
     return code - _EXIT_SIGNAL
 
 
@@ -47,9 +47,9 @@ class Status(str, Enum):
     REFUSED = "refused"
     """Its configuration was refused."""
     CANCELLED = "cancelled"
-    """Somebody ended it, or it never started."""
+    """A user ended it, or it never started."""
     INTERRUPTED = "interrupted"
-    """A signal asked it to stop, and it stopped in order."""
+    """It received a stop signal and stopped in order."""
     TIMED_OUT = "timed out"
     OUT_OF_MEMORY = "out of memory"
     NODE_LOST = "node lost"
@@ -57,44 +57,50 @@ class Status(str, Enum):
     LOST = "lost"
     """Its process is gone and wrote nothing, as after SIGKILL."""
 
-    # Words of readers only: no record on disk holds them.
+    # Only shown by commands: no record on disk holds them.
     EMPTY = "empty"
     """The run has no attempt yet."""
     NOT_STARTED = "not started"
     """It is planned or queued, and the command that would start it is gone."""
     UNKNOWN = "unknown"
-    """Its process was on another machine and wrote nothing; from here nobody can tell."""
+    """Its process was on another machine and wrote nothing, so its state cannot be seen from here."""
 
+    # A str enum formats as `Status.FAILED` from Python 3.11 on; messages and JSON need the word.
     def __str__(self) -> str:
         return self.value
 
     @property
     def live(self) -> bool:
-        """Whether it waits or runs."""
+        """Whether it is in a queue or running."""
         return self in (Status.QUEUED, Status.RUNNING)
 
     @property
     def ended(self) -> bool:
-        """Whether it ran, or was given up, to an end."""
+        """Whether it is over, in whatever way."""
         return self in ENDED
 
     @property
     def fine(self) -> bool:
-        """Whether nobody has to look after it: it waits, runs, or has completed."""
+        """Whether it needs no attention: it waits, runs, or has completed."""
         return self.live or self in (Status.PLANNED, Status.EMPTY, Status.COMPLETED)
 
 
 _OPEN = (
-    Status.PLANNED, Status.QUEUED, Status.RUNNING, Status.EMPTY, Status.NOT_STARTED, Status.UNKNOWN,
-)  # fmt: skip
+    Status.PLANNED,
+    Status.QUEUED,
+    Status.RUNNING,
+    Status.EMPTY,
+    Status.NOT_STARTED,
+    Status.UNKNOWN,
+)
 ENDED = tuple(status for status in Status if status not in _OPEN)
-"""The words for an end."""
+"""Every status that is an end."""
 WRITTEN = (*ENDED, Status.PLANNED, Status.QUEUED, Status.RUNNING)
-"""The words that a record on disk can hold."""
+"""Every status that a record on disk can hold."""
 
 
 def written_status(text: object) -> Status | None:
-    """The status that a record on disk says; None for what is no such word."""
+    """The status that a record on disk holds; None for anything that is not a status word."""
     return next((status for status in WRITTEN if status.value == text), None)
 
 
@@ -105,7 +111,7 @@ class Outcome:
     status: Status
     exit_code: int
     message: str = ""
-    """Why; "" where it completed."""
+    """Why it ended; "" where it completed."""
 
     @property
     def completed(self) -> bool:
@@ -118,7 +124,8 @@ class Outcome:
 
 
 class HasOutcome:
-    """Mixin of exceptions that know how the run ends: `outcome_of` asks them."""
+    """Mixin of exceptions that know the outcome of the run. `outcome_of` reads it, and needs no list of their
+    classes."""
 
     @property
     @abstractmethod
@@ -127,7 +134,7 @@ class HasOutcome:
 
 
 def outcome_of(error: BaseException | None) -> Outcome:
-    """How a run ended that was left by an exception; None for a function that returned."""
+    """The outcome of a run whose function raised `error`, or returned where `error` is None."""
     if error is None:
         return Outcome(status=Status.COMPLETED, exit_code=0)
     if isinstance(error, HasOutcome):
@@ -144,6 +151,6 @@ def outcome_of(error: BaseException | None) -> Outcome:
 def _of_exit(code: object) -> Outcome:
     if code in (None, 0):
         return Outcome(status=Status.COMPLETED, exit_code=0)
-    # A text is what Python prints, and it exits with 1; a number beyond a byte would wrap, perhaps to 0.
+    # `sys.exit("text")` exits with 1. An exit code is one byte: 256 would wrap to 0, and a failure look like success.
     number = code if isinstance(code, int) and 0 < code < 256 else EXIT_FAILED
     return Outcome(status=Status.FAILED, exit_code=number, message=f"exit {code}")

@@ -1,4 +1,4 @@
-"""Stop signals: a run that gets one saves, and ends in order."""
+"""Stop signals: a run that receives one saves a checkpoint and exits in order."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 from danling_conf.records.status import HasOutcome, Outcome, Status, exit_code_of_signal, signal_of_exit_code
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-"""The signals that ask a run to save and leave."""
+"""Signals that make a run save and exit. Slurm sends SIGTERM, and SIGUSR1 or SIGUSR2 as a warning before a limit."""
 
 
 class Stopped(HasOutcome, SystemExit):
-    """Ends the process with 128 + the signal's number, as a shell reports it; what was to be saved is saved."""
+    """Ends the process with 128 + the signal's number, as a shell reports it. Raised after everything is saved.
+
+    It is a SystemExit, so that an `except Exception` of the user's code does not swallow it.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -35,12 +38,13 @@ _early = 0
 
 
 def note_early_signals() -> None:
-    """Keep stopping signals that come before a run listens for them, so that it stops at its first step.
+    """Remember stop signals that arrive before the run handles them, so that it stops at its first step.
 
-    For jobs of a cluster, which may get a warning while they still start; without it, the first one ends the process.
+    A job of a cluster may be warned while it still imports torch; by default the first signal would kill the process.
     """
 
     def note(number: int, frame: Any) -> None:
+        # Set a flag and nothing else: a handler can run within a buffered write, and must not write itself.
         global _early
         _early = _early or number
 
@@ -49,10 +53,10 @@ def note_early_signals() -> None:
 
 
 def early_signal() -> int:
-    """The first signal that was kept; 0 for none."""
+    """The first signal that was remembered; 0 for none."""
     return _early
 
 
 def is_stop(exit_code: int) -> bool:
-    """Whether a process left with the exit code of `Stopped`."""
+    """Whether a process exited with the code of `Stopped`."""
     return signal_of_exit_code(exit_code) in {getattr(signal, name) for name in STOPPING if hasattr(signal, name)}

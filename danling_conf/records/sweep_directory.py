@@ -1,4 +1,4 @@
-"""Directory of a sweep: what was asked for, a file for every job, and the ledger of what has become of them.
+"""Sweep directory: the request, a file for every job, and the ledger. It has all that later commands need to resume.
 
 sweep.json           the command, how its app is started, the launcher's settings
 git.diff             the code's difference from its commit, when there was one
@@ -29,7 +29,7 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 @dataclass(frozen=True, kw_only=True)
 class SweepDirectory:
-    """A directory of a sweep, which exists."""
+    """An existing directory of a sweep."""
 
     path: Path
 
@@ -38,8 +38,8 @@ class SweepDirectory:
         return Ledger(self.path)
 
     @property
-    def asked(self) -> Fields:
-        """What was asked for: created, command, program, cluster, launcher; empty where it cannot be read."""
+    def request(self) -> Fields:
+        """The request: created, command, program, cluster, launcher; empty where it cannot be read."""
         return read_fields(self.path / SWEEP_FILE, "cluster", "launcher")
 
     def jobs(self) -> dict[str, JobFile]:
@@ -49,10 +49,10 @@ class SweepDirectory:
     def job(self, key: str) -> JobFile:
         return JobFile.read(self.path / "jobs" / key / JOB_FILE)
 
-    def ask(
+    def write_request(
         self, *, command: Sequence[str], program: Program, code: CodeIdentity, cluster: str, launcher: Mapping[str, Any]
     ) -> None:
-        """Write down what is asked for; once, also where a sweeper asks for more and more jobs."""
+        """Write the request, once: a sweeper that learns from scores submits several batches to one directory."""
         if (self.path / SWEEP_FILE).exists():
             return
         content = {
@@ -69,12 +69,16 @@ class SweepDirectory:
     def plan(
         self, jobs: Sequence[Job], program: Program, shapes: Mapping[int, Mapping[str, Any]] | None = None
     ) -> dict[str, JobFile]:
-        """Bind every job to a run of its own, freeze it, and enter it in the ledger; returns the job files by key.
+        """Bind every job to a run of its own, freeze it, and add it to the ledger.
 
         Args:
-            shapes: what each job takes of a cluster, by its number.
+            shapes: nodes, tasks and GPUs that each job takes of a cluster, by the job's number.
 
-        Raises ConfigRefused where two jobs would go on with the same run.
+        Returns:
+            The job files by key.
+
+        Raises:
+            ConfigRefused: two jobs would resume the same run.
         """
         ledger = self.ledger
         files: dict[str, JobFile] = {}
@@ -84,23 +88,30 @@ class SweepDirectory:
             binding = bind(job.config)
             owner = owners.setdefault(binding.run_directory, job.number)
             if owner != job.number:
-                rule = f"job #{owner} and job #{job.number} would go on with the same run, {binding.run_directory}"
-                raise ConfigRefused([Violation("sweep", " ".join(job.overrides), rule, "let one of them be another")])
+                rule = f"job #{owner} and job #{job.number} would resume the same run, {binding.run_directory}"
+                raise ConfigRefused([Violation("sweep", " ".join(job.overrides), rule, "let them differ in a setting")])
             key = _free_key(job.job_id, files, ledger.records())
             shape = None if shapes is None else shapes[job.number]
             files[key] = JobFile.write(self.path, key, job, binding, program, shape)
             facts = {
-                "job": job.number, "job_id": job.job_id, "config_id": job.config_id, "status": Status.PLANNED,
-                "overrides": list(job.overrides), "run": str(binding.run_directory),
-                "layout": layout_name(job.layout), "steps": job.config.steps, "epochs": job.config.epochs,
-            }  # fmt: skip
+                "job": job.number,
+                "job_id": job.job_id,
+                "config_id": job.config_id,
+                "status": Status.PLANNED,
+                "overrides": list(job.overrides),
+                "run": str(binding.run_directory),
+                "layout": layout_name(job.layout),
+                "steps": job.config.steps,
+                "epochs": job.config.epochs,
+            }
             lines.append((key, facts))
+        # One write for all: a crash before it leaves job files that no ledger names, and so no job that nobody starts.
         ledger.add_all(lines)
         return files
 
 
 def _free_key(job_id: str, taken: Mapping[str, Any], known: Mapping[str, Record]) -> str:
-    """The job's id; with a number behind it where the sweep has the same job already."""
+    """The job's id; with a number appended where the sweep already has the same job."""
     number = 1
     while (key := job_id if number == 1 else f"{job_id}.{number}") in taken or key in known:
         number += 1

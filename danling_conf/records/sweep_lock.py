@@ -1,7 +1,7 @@
-"""Lock of a sweep's monitor: one process at a time acts on the sweep, the holder of a lock in its directory.
+"""Sweep lock: the process that holds it is the sweep's monitor, and only one acts on a sweep at a time.
 
-Only the holder writes down ends that jobs did not write themselves, retries failed jobs, and stops the others. A
-process that does not get the lock only watches, and gets it when the holder has ended, however that was.
+Only the monitor records ends that jobs did not write themselves, retries failed jobs, and stops the others. A process
+without the lock only watches; it takes over when the monitor has ended, in whatever way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from danling_conf.records.run_lock import is_held
 from danling_conf.schema.files import SWEEP_LOCK
 
 
-class FollowingLock:
+class SweepLock:
     """The lock of a sweep, not held at first.
 
     Args:
@@ -32,10 +32,11 @@ class FollowingLock:
         self._signed = self._useless = False
 
     def acquire(self, tries: int = 1) -> bool:
-        """Take the lock if it is free; says whether this process has it.
+        """Take the lock if it is free. Returns whether this process may act on the sweep.
 
         Args:
-            tries: one does not wait. A process that asks whether it is free holds it for a moment.
+            tries: attempts, 0.1 s apart. More than one is needed where another process may just look: `is_free` holds
+                the lock for a moment.
         """
         for _ in range(tries - 1):
             if self.acquire():
@@ -48,19 +49,21 @@ class FollowingLock:
         return True
 
     def is_free(self) -> bool:
-        """Whether no other process monitors the sweep now. Leaves no trace, and needs no right to write."""
+        """Whether no other process monitors the sweep now. Writes nothing, and needs no permission to write."""
         return self._file is not None or not is_held(self._path)
 
     def _take(self) -> bool:
         if self._useless:
             return True
-        if self._path.is_fifo():  # to open one for writing waits for a reader
+        # `_useless` means that no lock is possible here, and that the jobs are better off with a monitor than without.
+        if self._path.is_fifo():  # opening a FIFO for writing would block until somebody reads from it
             self._useless = True
             return True
         try:
             file = open(self._path, "a+")  # noqa: SIM115  the lock lives as long as the file is open
         except OSError as error:
-            # Another user's sweep is only looked at. A full disk is no reason to leave the jobs without a monitor.
+            # Without permission it is another user's sweep, which is only watched. A full disk, for instance, is no
+            # reason to leave the jobs without a monitor.
             self._useless = error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
             return self._useless
         try:
@@ -76,7 +79,7 @@ class FollowingLock:
         if self._signed or self._file is None:
             return
         self._signed = True
-        with contextlib.suppress(OSError):  # the name is for people only
+        with contextlib.suppress(OSError):  # the name is for humans; the lock works without it
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
             self._file.flush()
@@ -89,10 +92,10 @@ class FollowingLock:
 
     @property
     def holder(self) -> str:
-        """The process that has it, as far as the file says."""
+        """The process that holds it, as named in the file."""
         return read_text(self._path).strip() or "another process"
 
-    def __enter__(self) -> FollowingLock:
+    def __enter__(self) -> SweepLock:
         return self
 
     def __exit__(self, *exception: object) -> None:

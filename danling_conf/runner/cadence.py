@@ -55,7 +55,7 @@ def cadence_of(config: RunnerConfig, batches_per_epoch: int | None) -> Cadence:
     Raises:
         SettingError: an epoch has fewer micro-batches than one optimizer step takes.
     """
-    per_epoch = None if batches_per_epoch is None else batches_per_epoch // config.accum_steps
+    per_epoch = None if batches_per_epoch is None else optimizer_steps(config, batches_per_epoch)
     if per_epoch == 0:
         raise SettingError(
             "accum_steps",
@@ -79,6 +79,12 @@ def cadence_of(config: RunnerConfig, batches_per_epoch: int | None) -> Cadence:
         keeps_history=interval is not None,
         log_every=config.log_interval or max(1, (steps or per_epoch or _LOG_LINES) // _LOG_LINES),
     )
+
+
+def optimizer_steps(config: RunnerConfig, micro_batches: int) -> int:
+    """Optimizer steps that so many micro-batches up to the end of an epoch make."""
+    whole, rest = divmod(micro_batches, config.accum_steps)
+    return whole + (rest > 0 and config.accum_remainder == "step")
 
 
 def _default_save_steps(steps: int) -> int | None:

@@ -31,7 +31,7 @@ def conclusion(
     run = shown(attempt.run_directory)
     lines.append(f"run directory {run}")
     if resumable:
-        lines.append(f"to go on: {resume_command(attempt, ranks, cadence)}")
+        lines.append(f"to resume: {resume_command(attempt, ranks, cadence)}")
     values = " ".join(f"{name}={value:.6g}" for name, value in results.items())
     lines.append(f"step={step} {values} run={run}".replace("  ", " "))
     return lines

@@ -19,18 +19,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from danling_conf._torch_private import saved_buffers
+from danling_conf.components.batch import CountSamples, to_device
 from danling_conf.parallel.forward_backward import Passes
 from danling_conf.parallel.process_group import is_distributed
-from danling_conf.runner.batch import count_samples, metric_inputs, to_device
-from danling_conf.runner.data import any_batch
+from danling_conf.runner.batch import MetricInputs
 from danling_conf.runner.observe.meters import reduce_sum
 
 
-def measure(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device: torch.device) -> dict[str, float]:
+def measure(
+    passes: Passes, loader: Any, *, metrics: Mapping[str, Any], metric_inputs: MetricInputs, device: torch.device
+) -> dict[str, float]:
     """Mean loss over all samples of a split, and its metrics. Collective.
 
-    A rank may have a batch less than another. Forward passes communicate, so it takes part with a batch that it has
-    seen, and drops the result.
+    A rank may have fewer batches than another, or none. Forward passes communicate, so it takes part with a batch that
+    it has seen, or that another rank sends it, and drops the result.
 
     What is evaluated is what a checkpoint would hold, and the results are the same on every rank: rank 0's buffers and
     rank 0's results are used on all; in a pipeline, those of the first rank of each stage, and of the last stage. A
@@ -41,6 +43,7 @@ def measure(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device: 
         passes: of the model, which is left in the mode (train or eval) that it came in.
         loader: yields this rank's batches.
         metrics: torchmetrics objects by name (anything with `update`, `compute` and `reset`).
+        metric_inputs: makes the arguments of `update` from output and batch.
     """
     model = passes.model
     training = model.parts[0].training
@@ -52,11 +55,12 @@ def measure(passes: Passes, loader: Any, *, metrics: Mapping[str, Any], device: 
         metric.reset()
 
     def update(output: Any, batch: Any) -> None:
+        inputs = metric_inputs(output, batch)
         for metric in metrics.values():
-            metric.update(*metric_inputs(output, batch))
+            metric.update(*inputs)
 
     try:
-        for batch, largest, counts in _as_many_as_the_longest(loader, device):
+        for batch, largest, counts in _as_many_as_the_longest(loader, passes.count):
             batch = batch if device.type == "cpu" else to_device(batch, device)
             measured = passes.evaluate(batch, largest=largest, counts=counts, use=update if metrics else None)
             # The weight may be a tensor on the device: read as a number, each batch would wait for it.
@@ -91,23 +95,44 @@ def _of_one_rank(results: dict[str, float], source: int, device: torch.device) -
     return dict(zip(results, values.tolist(), strict=True))
 
 
-def _as_many_as_the_longest(loader: Any, device: torch.device) -> Iterator[tuple[Any, int, bool]]:
+def _as_many_as_the_longest(loader: Any, count: CountSamples) -> Iterator[tuple[Any, int, bool]]:
     """Batches, as many on every rank as on the rank that has most; each with the number of samples of the largest batch
     that a rank has now, and whether it counts."""
     if not is_distributed():
-        yield from ((batch, count_samples(batch), True) for batch in loader)
+        yield from ((batch, count(batch), True) for batch in loader)
         return
     last = None
     iterator = iter(loader)
     while True:
         batch = next(iterator, None)
-        samples = torch.tensor(0 if batch is None else count_samples(batch), device=device)
-        distributed.all_reduce(samples, op=distributed.ReduceOp.MAX)
-        largest = int(samples.item())
-        if not largest:
+        has = batch is not None
+        last = batch if has else last
+        found = exchange(last, has, count(batch) if has else 0)
+        if found is None:
             return
-        if batch is not None:
-            last = batch
-        elif last is None:
-            last = any_batch(loader)
-        yield last, largest, batch is not None
+        last, largest = found
+        yield last, largest, has
+
+
+def exchange(last: Any, has: bool, samples: int) -> tuple[Any, int] | None:
+    """A batch for every rank, where any has a new one. Collective, over the CPU.
+
+    Args:
+        last: the newest batch of this rank; None where it never had one, which gets another rank's.
+        has: whether it is a new one.
+        samples: in it.
+
+    Returns:
+        A batch and the most samples that a new batch has on any rank; None where no rank has a new one.
+    """
+    rank = distributed.get_rank()
+    shared = torch.tensor([rank if has else -1, samples, int(last is None)])
+    distributed.all_reduce(shared, op=distributed.ReduceOp.MAX)
+    source, largest, lacking = shared.tolist()
+    if source < 0:
+        return None
+    if lacking:
+        sent = [last if rank == source else None]
+        distributed.broadcast_object_list(sent, src=source)
+        last = sent[0] if last is None else last
+    return last, largest

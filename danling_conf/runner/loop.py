@@ -15,14 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf.components import dataloader as loaders
 from danling_conf.components import gradients
+from danling_conf.components.batch import to_device
 from danling_conf.parallel import process_group
+from danling_conf.parallel.forward_backward import Measured
 from danling_conf.parallel.waiting import waiting
 from danling_conf.runner import process
-from danling_conf.runner.batch import to_device
 from danling_conf.runner.cadence import next_multiple
 from danling_conf.runner.callbacks import Callbacks
 from danling_conf.runner.conclusion import conclusion
-from danling_conf.runner.data import evaluated_splits, same_number_on_all_ranks
+from danling_conf.runner.data import evaluated_splits, no_batch, same_number_on_all_ranks
 from danling_conf.runner.display import Display
 from danling_conf.runner.evaluation import measure
 from danling_conf.runner.observe import collective_timeout
@@ -35,7 +36,10 @@ from danling_conf.runner.signals import END_REQUESTED, StopRequest
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.violation import ABSENT, SettingError
+from danling_conf.topology.violation import ConfigRefused
+
+_END = object()
+"""Behind the last batch of an epoch."""
 
 Report = Callable[["nn.Module | None", Mapping[str, float]], list[str]]
 """Returns lines to print at the end, from the model and the results."""
@@ -73,6 +77,7 @@ class Loop:
         # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
         self._next_event = state.first_step
         """The next step after which something is due."""
+        self._remainder_shown = False
 
     def batches(self, split: str = "train") -> Iterator[Any]:
         """Batches of this rank, on its device. Of the training split: epoch after epoch, until the budget is used up or
@@ -122,23 +127,39 @@ class Loop:
         loaders.set_epoch(loader, state.epoch)
         resumed = resumption.enter_epoch(loader)
         self.observers.known_epoch = resumed is None or resumed.data_degree == self.world.data_degree
-        iterator = self.observers.stopwatch.waited(same_number_on_all_ranks(loader, iter(loader)))
+        source = iter(()) if resumed is not None and resumed.exhausted else iter(loader)
+        batches = same_number_on_all_ranks(loader, source, uneven=self._show_uneven)
+        iterator = self.observers.stopwatch.waited(batches)
         if resumed is not None:
             # After the iterator is made: a sampler or a worker's seed may draw from the generators.
             resumption.restore_generators(resumed)
-        # What is left of an epoch and makes no whole optimizer step is not used.
+        # With accum_remainder=drop, what is left of an epoch and makes no whole optimizer step is not used.
         limit = self.setup.cadence.steps_per_epoch if self.config.accum_steps > 1 else None
         empty, move = state.between_epochs and resumed is None, self.world.device.type != "cpu"
         state.between_epochs = False
-        for batch in iterator:
+        following = next(iterator, _END)
+        while following is not _END:
             if limit is not None and state.epoch_step >= limit:
+                self._show_remainder()
                 break
-            empty = False
+            batch, empty = following, False
+            # Whether a batch is the last shows by the one behind it. After the last micro-batch of a step a checkpoint
+            # may be made, which must not find the loader ahead; but there is nothing to know there either.
+            ahead = self.config.accum_remainder == "step" and state.micro_batches + 1 < self.config.accum_steps
+            if ahead:
+                following = next(iterator, _END)
+                state.epoch_ends = following is _END
             yield to_device(batch, self.world.device) if move else batch
+            state.epoch_ends = False
             if self._done():
                 return
+            if not ahead:
+                following = next(iterator, _END)
         if empty:
-            raise SettingError("datasets", ABSENT, "the training split returned no batch", "check its data set")
+            raise ConfigRefused([no_batch("train").violation])
+        if state.micro_batches:
+            self._drop_step()
+            self._show_remainder()
         state.epoch += 1
         state.epoch_step = 0
         state.between_epochs = True
@@ -152,14 +173,19 @@ class Loop:
             The micro-batch's mean loss, detached and not waited for; in a pipeline, NaN on the ranks that do not hold
             the last stage.
 
+        An exception in forward, loss or backward may be caught and survived where all ranks raise it alike (a batch
+        that does not fit is skipped): the optimizer step under way is dropped with all of its micro-batches, and the
+        next batch starts another. Not so in a pipeline, whose other stages wait.
+
         Raises:
             NotFinite: the loss or a gradient was not finite, and `nonfinite=fail`.
             SaveFailed: a checkpoint could not be written.
             Stopped: a signal asked the run to stop.
         """
         state, setup, count = self.state, self.setup, self.config.accum_steps
+        self._recover()
         state.micro_batches += 1
-        last = state.micro_batches == count
+        last = state.micro_batches == count or state.epoch_ends
         if state.micro_batches == 1 and state.step + 1 == state.first_step:
             setup.utilisation.count(batch)
         if state.micro_batches == 1 and self.callbacks.step_start is not None:
@@ -167,12 +193,13 @@ class Loop:
         try:
             # Not the backward pass alone: a model that is sharded or cut into stages communicates in its forward too.
             with waiting("forward and backward"):
-                loss = setup.passes.train(batch, micro_batches=count, last=last)
+                loss = self._train(batch, last=last)
             state.training_loss.append(loss)
             self.observers.micro_batch(loss.total, state.epoch_step * count + state.micro_batches - 1)
             if last:
-                state.micro_batches = 0
-                self._update()
+                rescale, state.micro_batches = count / state.micro_batches, 0
+                state.training_loss.commit()
+                self._update(rescale)
                 # Before what is due after the step, so that it is evaluated and saved with what callbacks did.
                 if self.callbacks.step_end is not None:
                     self.callbacks.step_end()
@@ -184,11 +211,49 @@ class Loop:
             raise
         return loss.mean
 
-    def _update(self) -> None:
-        """The optimizer's step, with clipping, loss scaling and the learning rate of the next one."""
+    def _train(self, batch: Any, *, last: bool) -> Measured:
+        try:
+            return self.setup.passes.train(batch, micro_batches=self.config.accum_steps, last=last)
+        except BaseException:
+            self.state.step_failed, self.state.micro_batches = True, 0
+            raise
+
+    def _recover(self) -> None:
+        """After an exception that the user's loop has survived, start the optimizer step anew. Not before: most
+        exceptions end the run, and what they have left (a collective that timed out) may not be touched again."""
+        if self.state.step_failed:
+            self._drop_step()
+            self.observers.known_epoch = False  # steps do not count the batches of this epoch any more
+
+    def _drop_step(self) -> None:
+        """Leave out the optimizer step under way, with what its micro-batches have left."""
+        self.state.micro_batches, self.state.step_failed = 0, False
+        self.setup.passes.forget()
+        self.state.training_loss.drop()
+        self.observers.nonfinite.drop()
+
+    def _show_remainder(self) -> None:
+        if not self._remainder_shown:
+            self._remainder_shown = True
+            self.display.line(
+                "micro-batches at the end of an epoch that are fewer than accum_steps are left out; "
+                "accum_remainder=step makes an optimizer step of them"
+            )
+
+    def _show_uneven(self) -> None:
+        self.display.line(
+            f"epoch {self.state.epoch + 1}: some ranks have more training batches than others, which are left out"
+        )
+
+    def _update(self, rescale: float) -> None:
+        """The optimizer's step, with clipping, loss scaling and the learning rate of the next one.
+
+        Args:
+            rescale: of gradients, in a step of fewer micro-batches than `accum_steps`.
+        """
         setup, state, nonfinite = self.setup, self.state, self.observers.nonfinite
         with waiting("the gradients"):
-            setup.passes.finish(setup.parameters)
+            setup.passes.finish(setup.parameters, rescale=rescale)
             measures = self.config.max_grad_norm is not None or nonfinite.measures_gradients
             hook = self.callbacks.before_optimizer_step
             if setup.scaler is not None and (measures or hook is not None):
@@ -268,6 +333,7 @@ class Loop:
         if number == END_REQUESTED:
             self._end()
         else:
+            self.state.interrupted = True
             self.saver.stop(number)
 
     def _end(self) -> None:
@@ -322,13 +388,18 @@ class Loop:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of a split, by `split.name`. Collective."""
         self.display.activity(f"evaluating {split}")
+        self._recover()
         if self.callbacks.evaluation_start is not None:
             self.callbacks.evaluation_start(split)
         results: dict[str, float] = {}
         try:
             with waiting("evaluation"):
                 found = measure(
-                    self.setup.passes, self.setup.loaders[split], metrics=self.setup.metrics, device=self.world.device
+                    self.setup.passes,
+                    self.setup.loaders[split],
+                    metrics=self.setup.metrics,
+                    metric_inputs=self.setup.metric_inputs,
+                    device=self.world.device,
                 )
             results = {f"{split}.{name}": value for name, value in found.items()}
         finally:  # what a callback changed for the evaluation is undone in any case

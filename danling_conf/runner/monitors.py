@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from danling_conf.components.batch import to_device
 from danling_conf.components.dataloader import is_training
 from danling_conf.parallel.waiting import waiting
-from danling_conf.runner.batch import metric_inputs, to_device
+from danling_conf.runner.batch import MetricInputs
 from danling_conf.runner.callbacks import Callback, TrainingRun
+from danling_conf.runner.data import is_iterable
 from danling_conf.topology.violation import SettingError
 
 Describe = Callable[[Any, Any], Sequence[str]]
@@ -59,7 +62,7 @@ class SamplePredictions(Callback):
     def __init__(self, samples: int = 4, *, split: str | None = None, describe: Describe | None = None) -> None:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, not {samples}")
-        self.samples, self.split, self.describe = samples, split, describe or predictions
+        self.samples, self.split, self.describe = samples, split, describe
         self._batch: Any = None
 
     def setup(self, runner: TrainingRun) -> None:
@@ -68,7 +71,7 @@ class SamplePredictions(Callback):
             known = ", ".join(splits) or "none"
             raise SettingError("callbacks", self.split, f"no such split is evaluated among {known}", "name one of them")
         for name, loader in runner.loaders.items():
-            if name in splits and self.split in (None, name) and not hasattr(loader.dataset, "__getitem__"):
+            if name in splits and self.split in (None, name) and is_iterable(loader.dataset):
                 rule = f"the data set of {name} has no random access, which SamplePredictions needs"
                 raise SettingError("callbacks", name, rule, "name another split, or pass a map-style data set")
 
@@ -79,6 +82,7 @@ class SamplePredictions(Callback):
             return
         batch = self._first_samples(runner, split)
         lines: list[str] = []
+        describe = self.describe or partial(predictions, metric_inputs=runner.setup.metric_inputs)
         assembled, passes = runner.setup.assembled, runner.setup.passes
         training = assembled.parts[0].training
         assembled.train(False)
@@ -88,7 +92,7 @@ class SamplePredictions(Callback):
                 batch,
                 largest=self.samples,
                 counts=True,
-                use=lambda output, part: lines.extend(self.describe(output, part)),
+                use=lambda output, part: lines.extend(describe(output, part)),
             )
         finally:
             assembled.train(training)
@@ -108,10 +112,9 @@ class SamplePredictions(Callback):
         return self._batch
 
 
-def predictions(output: Any, batch: Any) -> list[str]:
-    """`target -> prediction` for each sample of a batch."""
-    found, targets = metric_inputs(output, batch)
-    found = getattr(found, "logits", found)
+def predictions(output: Any, batch: Any, *, metric_inputs: MetricInputs) -> list[str]:
+    """`target -> prediction` for each sample of a batch; the run's `metric_inputs` says which they are."""
+    found, targets = metric_inputs(output, batch)[:2]
     if not isinstance(found, Tensor):
         raise TypeError(f"an output of type {type(found).__name__} has no predictions to show: pass describe=")
     if found.is_floating_point() and found.dim() > targets.dim():

@@ -15,9 +15,10 @@ from danling_conf.components.samplers import ShardedSampler, seed_of
 from danling_conf.config.identity import differences, plain
 from danling_conf.records.frozen import code_of, earlier_code
 from danling_conf.runner import process
+from danling_conf.runner.cadence import optimizer_steps
 from danling_conf.runner.callbacks import Callbacks
 from danling_conf.runner.setup import Setup
-from danling_conf.runner.state import TrainState
+from danling_conf.runner.state import EXHAUSTED, TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
@@ -33,6 +34,11 @@ class RankState:
     generators: dict[str, Any] | None
     data_degree: int
     """How many data ranks there were."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the epoch has no further batch."""
+        return self.loader == EXHAUSTED
 
 
 class Resumption:
@@ -94,8 +100,10 @@ class Resumption:
         found, self._rank_state = self._rank_state, None
         if found is None:
             return None
+        if found.exhausted:
+            return found
         if found.loader is not None:
-            dataloader.go_on(loader, found.loader, data_degree=found.data_degree)
+            dataloader.resume(loader, found.loader, data_degree=found.data_degree)
         else:
             self.state.epoch_step = 0
         return found
@@ -173,7 +181,7 @@ class Resumption:
     def _load_rank_state(self, loaded: Loaded) -> None:
         degree, train = loaded.facts.made_under.data_degree, self.setup.loaders["train"]
         found = RankState(loader=loaded.own.get("loader"), generators=loaded.own.get("generators"), data_degree=degree)
-        if degree != self.world.data_degree and found.loader is not None:
+        if degree != self.world.data_degree and found.loader is not None and not found.exhausted:
             if not isinstance(train.sampler, ShardedSampler):
                 raise SettingError(
                     "parallel",
@@ -191,7 +199,7 @@ class Resumption:
         size = loader.batch_size or 1
         taken = dataloader.taken_by_all(saved, batch_size=size, data_degree=data_degree)
         left = int(loader.sampler.left(taken)) // size
-        return max(0, (self.setup.cadence.steps_per_epoch or 0) - left // self.config.accum_steps)
+        return max(0, (self.setup.cadence.steps_per_epoch or 0) - optimizer_steps(self.config, left))
 
     def _notes(self, source: Path, loaded: Loaded, *, same_schedule: bool) -> list[str]:
         attempt = self.world.attempt

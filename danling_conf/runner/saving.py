@@ -18,7 +18,7 @@ from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.observe.stopwatch import CHECKPOINT
 from danling_conf.runner.setup import Setup
 from danling_conf.runner.signals import StopRequest
-from danling_conf.runner.state import TrainState
+from danling_conf.runner.state import EXHAUSTED, TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 
@@ -94,7 +94,7 @@ class RunSaver:
         outcome = f"saved at step {self.state.step}" if self.checkpoints.enabled else "nothing is saved"
         self.display.line(f"{stopped}; {outcome}")
         if self.checkpoints.enabled:
-            self.display.line(f"to go on: {resume_stopped_command(self.world.attempt, self.world.ranks)}")
+            self.display.line(f"to resume: {resume_stopped_command(self.world.attempt, self.world.ranks)}")
         raise stopped
 
     def close(self, stop_request: StopRequest) -> None:
@@ -139,8 +139,10 @@ class RunSaver:
             "runner": {**state.state_dict(), "score": setup.score.state_dict()},
             "callbacks": self.callbacks.state_dict(),
         }
+        # A loader whose end was seen would start another epoch with its state.
+        loader = EXHAUSTED if state.epoch_ends else setup.loaders["train"].state_dict()
         own = {
-            "loader": None if state.between_epochs else setup.loaders["train"].state_dict(),
+            "loader": None if state.between_epochs else loader,
             "generators": process.generator_state(self.world.device),
         }
         self.display.activity("saving")

@@ -93,4 +93,4 @@ class Schedule:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         if self.scheduler is not None and state is not None:
-            scheduler.go_on(self.scheduler, state)
+            scheduler.resume(self.scheduler, state)

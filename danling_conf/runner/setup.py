@@ -19,12 +19,14 @@ from torch.optim import Optimizer
 from danling_conf.components import dataloader as loaders
 from danling_conf.components import optimizer as optimizers
 from danling_conf.components import precision
+from danling_conf.components.batch import CountSamples
+from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.instantiate import model_factory
 from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.model import Assembled, assemble
-from danling_conf.runner.batch import Forward, default_forward, loss_of_output
+from danling_conf.runner.batch import Forward, MetricInputs, forward_of, loss_of_output, metric_inputs_of
 from danling_conf.runner.cadence import Cadence, cadence_of
-from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, make_loaders
+from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, example_of, make_loaders
 from danling_conf.runner.observe.flops import Utilisation
 from danling_conf.runner.schedule import Schedule
 from danling_conf.runner.score import Score, make_score
@@ -48,6 +50,8 @@ class Setup:
     """Those of this rank that are trained."""
     optimizer: Optimizer
     metrics: dict[str, Any]
+    metric_inputs: MetricInputs
+    """Makes the arguments of a metric's update."""
     score: Score
     schedule: Schedule
     passes: Passes
@@ -75,8 +79,10 @@ def set_up(
     *,
     loss: Loss | None,
     metrics: Mapping[str, Any] | None,
+    metric_inputs: MetricInputs | None,
     forward: Forward | None,
     collate_fn: Callable[[list[Any]], Any] | None,
+    count_samples: CountSamples | None,
     tokens_per_sample: int | None,
 ) -> Setup:
     """Build everything that training needs. Collective. See `Runner.prepare` for the arguments.
@@ -94,9 +100,11 @@ def set_up(
     )
     cadence = cadence_of(config, batches_per_epoch(split_loaders["train"]))
     model = model_factory(config.model) if model is None else model
-    run_model, objective = forward or default_forward, loss or loss_of_output
-    utilisation = _utilisation(config, world, model, run_model, objective)
-    assembled = _assembled(config, world, model)
+    run_model, objective = forward or forward_of(config.batch), loss or loss_of_output
+    count = count_samples or count_by_rule
+    utilisation = _utilisation(config, world, model, run_model, objective, count)
+    example = example_of(split_loaders["train"], world.attempt.seed)
+    assembled = _assembled(config, world, model, example, run_model)
     check_sequences(split_loaders, assembled, world.layout, config.parallel)
     _check_loss(loss, assembled, world)
     trained = nn.ModuleList(assembled.parts) if assembled.pipeline is not None else assembled.module
@@ -126,9 +134,19 @@ def set_up(
         parameters=[item for _, item in assembled.named_parameters() if item.requires_grad],
         optimizer=optimizer,
         metrics=measures,
+        metric_inputs=metric_inputs or metric_inputs_of(config.batch),
         score=score,
         schedule=schedule,
-        passes=Passes(assembled, run_model, objective, world.layout, world.device, autocast=autocast, scaler=scaler),
+        passes=Passes(
+            assembled,
+            run_model,
+            objective,
+            world.layout,
+            world.device,
+            autocast=autocast,
+            scaler=scaler,
+            count=count,
+        ),
         autocast=autocast,
         scaler=scaler,
         samples_per_step=samples * world.data_degree * config.accum_steps,
@@ -138,20 +156,32 @@ def set_up(
 
 
 def _utilisation(
-    config: RunnerConfig, world: World, model: nn.Module | Callable[[], nn.Module], forward: Forward, loss: Loss
+    config: RunnerConfig,
+    world: World,
+    model: nn.Module | Callable[[], nn.Module],
+    forward: Forward,
+    loss: Loss,
+    count: CountSamples,
 ) -> Utilisation:
     # Before the model is assembled, which changes a module in place: its FLOPs are counted on a copy.
     return Utilisation(
         model,
         forward,
         loss,
+        count=count,
         device=world.device,
         precision=config.precision,
         devices=world.ranks.world_size,
     )
 
 
-def _assembled(config: RunnerConfig, world: World, model: nn.Module | Callable[[], nn.Module]) -> Assembled:
+def _assembled(
+    config: RunnerConfig,
+    world: World,
+    model: nn.Module | Callable[[], nn.Module],
+    example: Callable[[], Any] | None,
+    forward: Forward,
+) -> Assembled:
     return assemble(
         model,
         layout=world.layout,
@@ -164,6 +194,8 @@ def _assembled(config: RunnerConfig, world: World, model: nn.Module | Callable[[
         parallel=config.parallel,
         expert_mesh=world.expert_mesh,
         precision=config.precision,
+        example=example,
+        forward=forward,
     )
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from danling_conf.runner.observe.meters import LossMeter
 
+EXHAUSTED: dict[str, Any] = {"exhausted": True}
+"""In a checkpoint the state of a loader whose epoch has no further batch, although it is not over."""
+
 
 @dataclass
 class TrainState:
@@ -31,12 +34,18 @@ class TrainState:
     """The step that was saved last; -1 for none."""
     micro_batches: int = 0
     """Micro-batches done of the optimizer step under way."""
+    epoch_ends: bool = False
+    """Whether the micro-batch under way is known to be the last of its epoch."""
+    step_failed: bool = False
+    """Whether a step raised, and none was started since."""
     between_epochs: bool = True
     """Whether no epoch is under way."""
     first_step: int = 1
     """The first optimizer step of this attempt."""
     stopped_early: bool = False
     """Whether the score has stopped improving."""
+    interrupted: bool = False
+    """Whether this attempt left because a signal asked it to."""
     training_loss: LossMeter = field(default_factory=LossMeter)
     """The loss since the last log line."""
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.components import dataloader
+from danling_conf.components.batch import CountSamples
 from danling_conf.config.identity import layout_name
 from danling_conf.config.resolve import resolve
 from danling_conf.parallel import compile as compilation
@@ -25,14 +26,14 @@ from danling_conf.parallel.waiting import waiting
 from danling_conf.records.current import current
 from danling_conf.records.logs import close_logs, open_logs
 from danling_conf.runner import process
-from danling_conf.runner.batch import Forward
+from danling_conf.runner.batch import Forward, MetricInputs
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.callbacks import Callback, Callbacks, configured, given
 from danling_conf.runner.display import Display
 from danling_conf.runner.loop import Loop, Report
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.observers import Observers
-from danling_conf.runner.refusal import refused
+from danling_conf.runner.preflight import preflight
 from danling_conf.runner.resuming import Resumption
 from danling_conf.runner.saving import RunSaver
 from danling_conf.runner.score import Score
@@ -41,8 +42,10 @@ from danling_conf.runner.signals import StopRequest
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World, join
 from danling_conf.schema import RunnerConfig
+from danling_conf.topology.violation import refused
 
 Item = TypeVar("Item")
+_FINISHED = "has finished"
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +97,8 @@ class Runner:
         self._checkpoints: CheckpointManager | None = None
         self._display: Display | None = None
         self._loop: Loop | None = None
+        self._used: str | None = None
+        """Why it cannot train (again)."""
         self._callbacks: Callbacks | None = None
         self._stack = ExitStack()
         """What `close` releases, in reverse order."""
@@ -217,8 +222,10 @@ class Runner:
         *,
         loss: Loss | None = None,
         metrics: Mapping[str, Any] | None = None,
+        metric_inputs: MetricInputs | None = None,
         forward: Forward | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        count_samples: CountSamples | None = None,
         tokens_per_sample: int | None = None,
         report: Report | None = None,
         callbacks: Iterable[Callback] = (),
@@ -226,15 +233,28 @@ class Runner:
         """Build everything, and resume from a checkpoint where the configuration says so. Collective.
 
         Args:
-            model: a factory without arguments, called on the meta device, or a module, taken over with its weights.
+            model: a factory without arguments, or a module, taken over with its weights. A factory's weights are those
+                of a plain call under the run's seed, under any layout.
                 None: what `model._target_` of the configuration names.
-            datasets: data set by split; `train` is what is trained on.
+            datasets: data set by split; `train` is what is trained on. Each has `__getitem__` and `__len__` (a list of
+                samples does), or is a torch `IterableDataset`. Batches may be tuples, lists, mappings, named tuples,
+                dataclasses and what else holds tensors, with strings and numbers anywhere, or objects that move by a
+                `.to(device)`.
             loss: maps the model's output and the batch to the mean loss, a scalar. None: the output's own `.loss`.
                 Means are averaged over micro-batches and ranks, so batches should weigh the same. Where they do not
                 (masked tokens), return a pair: the sum, and how many it is of; the count of all is divided by.
-            metrics: torchmetrics objects, or functions that make them, by name; updated with output and targets.
-            forward: runs the model on a batch. None: the first of a pair, or a mapping's items as keywords.
+            metrics: torchmetrics objects, or functions that make them, by name: anything with `update`, `compute`,
+                which returns one number, and `reset`. Updated with predictions and targets.
+            metric_inputs: returns the arguments of a metric's `update`, a tuple, from the model's output and the batch.
+                None: predictions are the output, or its `logits` where it is no tensor and has them; targets are what
+                `batch.targets` names, else the batch's `labels`, `label`, `targets` or `target`, else the second item
+                of a tuple or list.
+            forward: runs the model on a batch: `forward(model, batch)`. None: what `batch.inputs` names, else the first
+                item of a tuple or list, or a mapping's items as keywords, or the batch itself.
             collate_fn: makes a batch of samples, for every loader.
+            count_samples: returns the number of samples in a batch, by which batches weigh in an evaluation and
+                pipelines cut microbatches. None: the first dim of a batch's first tensor that has one; without such a
+                tensor, the length of its first list of plain values.
             tokens_per_sample: shows tokens per second instead of samples per second.
             report: returns lines to print at the end, from the model and the results. Called on every rank, since a
                 sharded model needs them all; in a pipeline, where no rank has the model, with None.
@@ -242,10 +262,16 @@ class Runner:
                 (`callbacks`). The same on every rank. Their state is in the checkpoint, by name; a line is shown for a
                 callback that only the checkpoint or only the run has.
 
+        One batch of each split that is not trained on is tried before training, with the loss and the metrics.
+
         Raises:
             ConfigRefused: the configuration does not fit the model, the data or the checkpoint; or a callback that it
                 names cannot be made.
+            RuntimeError: this runner was used before.
         """
+        if self._used is not None:
+            raise RuntimeError(f"this runner {self._used}: make another Runner to train again, or to resume")
+        self._used = "has failed"
         with refused(), waiting("building the model"):
             self._setup = set_up(
                 self.config,
@@ -254,11 +280,14 @@ class Runner:
                 datasets,
                 loss=loss,
                 metrics=metrics,
+                metric_inputs=metric_inputs,
                 forward=forward,
                 collate_fn=collate_fn,
+                count_samples=count_samples,
                 tokens_per_sample=tokens_per_sample,
             )
             self._callbacks = Callbacks([*configured(self.config.callbacks), *given(callbacks)], self)
+            self._stack.callback(self._call_of_exception)
             self._callbacks.check_ranks()
             if self._callbacks.setup is not None:
                 self._callbacks.setup()
@@ -280,6 +309,15 @@ class Runner:
         resumption = Resumption(self.config, self.world, self.state, self.setup, self.checkpoints, self.callbacks)
         with refused():
             notes = [*self.setup.notes, *resumption.load()]
+        # After weights are loaded: FSDP2 keeps what a forward has gathered of the root's.
+        with waiting("the first batches"):
+            preflight(
+                self.setup.passes,
+                self.loaders,
+                metrics=self.setup.metrics,
+                metric_inputs=self.setup.metric_inputs,
+                device=self.device,
+            )
         self._start_clocks()
         self._loop = Loop(
             self.config,
@@ -296,9 +334,9 @@ class Runner:
         )
         for note in notes:
             self.display.line(note)
-        self._stack.callback(self._call_of_exception)
         if self.callbacks.fit_start is not None:
             self.callbacks.fit_start()
+        self._used = "was prepared before"
 
     def _make_display(self) -> Display:
         setup = self.setup
@@ -411,6 +449,7 @@ class Runner:
             The best score; NaN where there is none.
         """
         score = self.loop.finish()
+        self._used = _FINISHED
         self.close()
         return score
 
@@ -420,6 +459,8 @@ class Runner:
 
     def close(self) -> None:
         """Release what the runner took: workers, logs, locks, settings of the process."""
+        if self._used != _FINISHED:
+            self._used = "has failed" if sys.exc_info()[0] is not None else "is closed"
         self._stack.close()
 
 

@@ -1,4 +1,4 @@
-"""Settings of a run, as dataclasses with a doc under every field: the one source of types, defaults and meanings."""
+"""Schema of a run's settings: dataclasses with a doc under every field, the only source of types, defaults and docs."""
 
 from danling_conf.schema.layout import FILL, Layout
 from danling_conf.schema.runner import RunnerConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, List, Optional
 
 from danling_conf.schema.setting import open_keys, setting
 
@@ -47,6 +47,23 @@ class DataloaderConfig(SplitDataloaderConfig):
 
     _target_: str = "danling_conf.components.dataloader.from_keywords"
     _recursive_: bool = False
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """What of a batch goes where. Items are named by the keys of a mapping, the fields of a named tuple or dataclass,
+    the positions in a list or tuple, else by attributes."""
+
+    read_by: ClassVar[str] = "danling_conf.runner.batch"
+
+    inputs: Any = setting(None, kinds=(list, dict))
+    """Items that the model is called with: a list of names (`[input_ids, attention_mask]`), each passed by that
+    keyword, positions by position, or a mapping from the model's arguments to items (`{x: image}`). Unset: the first
+    item of a tuple or list, every item of a mapping by keyword, else the batch itself. A `forward` passed from code
+    comes first."""
+    targets: Optional[List[str]] = None
+    """Items that metrics are updated with behind the model's predictions. Unset: the first of `labels`, `label`,
+    `targets` and `target` that the batch has, else the second item of a tuple or list."""
 
 
 def without_workers(section: DataloaderConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Docs of settings, read from the source of the dataclass that declares them.
 
-Python drops a string under a field. It is read from the file, so that a setting's meaning is written once, where an
-editor shows it too.
+Python discards a string under a field, so it is read from the source file. A setting's meaning is then written once, in
+the place where editors show it too.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 def field_types(kind: type) -> dict[str, str]:
-    """Type of every field of a dataclass, as one reads it: `int | None`."""
-    # A class whose module does not postpone annotations has types in their place.
+    """Type of every field of a dataclass in a readable form: `int | None`."""
+    # `Field.type` is a string where the module postpones annotations, and a type otherwise.
     return {
         item.name: item.type.__name__ if isinstance(item.type, type) else _readable(str(item.type))
         for item in fields(kind)
@@ -49,7 +49,7 @@ def field_types(kind: type) -> dict[str, str]:
 
 
 def describe(kind: type, path: str) -> Described | None:
-    """The description of the setting or section at a dotted path; None when there is none."""
+    """The description of the setting or section at a dotted path; None where there is none."""
     parts = path.split(".")
     owner = kind
     for index, part in enumerate(parts):
@@ -74,7 +74,7 @@ def describe(kind: type, path: str) -> Described | None:
 
 
 def _type_of(item: Field[Any], owner: type) -> str:
-    """Type of a setting as one reads it, also where OmegaConf cannot express it."""
+    """Type of a setting in a readable form, even where OmegaConf cannot express it."""
     facts = facts_of(item)
     if facts.shape is not None:
         return "mapping | None"
@@ -85,7 +85,7 @@ def _type_of(item: Field[Any], owner: type) -> str:
 
 
 def _reader(item: Field[Any], owner: type, inner: Any) -> str:
-    """Module that reads a setting; a user's class does not inherit that of ours for its own settings."""
+    """Module that reads a setting. A user's subclass does not inherit our reader for the settings that it adds."""
     declaring = next(base for base in owner.__mro__ if item.name in inspect.get_annotations(base))
     return str(facts_of(item).read_by or vars(inner or declaring).get("read_by", "your own code"))
 
@@ -94,7 +94,7 @@ def _reader(item: Field[Any], owner: type, inner: Any) -> str:
 def _own_docs(kind: type) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(kind))
-    except (OSError, TypeError):  # a class made without a file, in a notebook's older cell for instance
+    except (OSError, TypeError):  # a class without a source file, for instance from an earlier notebook cell
         return {}
     body = ast.parse(source).body[0]
     docs: dict[str, str] = {}

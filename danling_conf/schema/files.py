@@ -70,14 +70,14 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
 
     Args:
         limit: the most bytes that are read; None for any number.
-        start: bytes at the beginning that are passed over, because they were read before.
+        start: number of bytes at the beginning to skip.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        Damaged: something else than a regular file is there, it is larger than `limit`, or it cannot be read.
+        Damaged: it is not a regular file, is larger than `limit`, or cannot be read.
     """
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer that never comes.
+        # Without O_NONBLOCK, opening a FIFO blocks until a writer comes, which may be never.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
@@ -86,6 +86,7 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
     except OSError as error:
         raise Damaged(path, f"it cannot be read: {error.strerror}") from error
     try:
+        # fstat on the open file: a check of the path before opening could see another file.
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise Damaged(path, f"it is {_kind(found.st_mode)}, not a file")
@@ -111,8 +112,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """A JSON object of ours. Raises ValueError, with the reason, for anything else: also for one that is too deep, or
-    holds numbers or text that nothing downstream can show."""
+    """Parse a JSON object. Raises ValueError, with the reason, for anything else, and for one that is nested too deeply
+    or holds numbers or text that no reader can show."""
     if not content.strip():
         raise ValueError("it is empty")
     try:
@@ -121,8 +122,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
         raise ValueError(f"it is not UTF-8: byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets without end
-        raise ValueError(f"it is not JSON of ours: {type(error).__name__}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of open brackets
+        raise ValueError(f"it is not usable JSON: {type(error).__name__}") from error
     if not isinstance(found, dict):
         raise ValueError("it is not a JSON object")
     _check(found)
@@ -130,7 +131,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def _check(content: Any) -> None:
-    """Raises ValueError where a value is too deep, too large, or no text."""
+    """Raises ValueError where a value is nested too deeply, too large, or text that is not UTF-8."""
+    # A loop and not recursion, which the nesting that it looks for would exhaust.
     waiting = [(content, 1)]
     while waiting:
         value, depth = waiting.pop()
@@ -141,7 +143,7 @@ def _check(content: Any) -> None:
         elif isinstance(value, list):
             waiting += [(item, depth + 1) for item in value]
         elif isinstance(value, str):
-            # JSON can escape half a surrogate pair, which no terminal and no file takes.
+            # JSON can escape half a surrogate pair, which raises as soon as it is printed or written.
             if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise ValueError("it holds text that is not UTF-8")
         elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
@@ -150,7 +152,10 @@ def _check(content: Any) -> None:
 
 def _kind(mode: int) -> str:
     kinds = {
-        stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-    }  # fmt: skip
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
     return kinds.get(stat.S_IFMT(mode), "something else")

@@ -1,6 +1,7 @@
-"""Open sections: those that take keys which they do not declare, such as the options of an optimizer.
+"""Open sections: sections that accept undeclared keys, such as the options of an optimizer.
 
-OmegaConf's struct flag is the only way to let them in; config/ checks the keys afterwards.
+OmegaConf accepts such keys only without the struct flag, and then accepts typos too; config/ checks the keys
+afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from danling_conf.schema.setting import facts_of
 
 
 def open_sections(node: DictConfig) -> None:
-    """Let the open-ended sections of a typed node take keys that they do not declare; config/ checks them."""
+    """Let the open sections of a typed node accept undeclared keys; config/ checks them."""
     if _is_open(OmegaConf.get_type(node)):
         OmegaConf.set_struct(node, False)
     for key in node:
@@ -28,6 +29,6 @@ def _is_open(kind: Any) -> bool:
         return True  # free-form sections: model, data, and mappings of a user's own
     if not is_dataclass(kind):
         return False
-    # A setting that is unset or a mapping (`fsdp.mp_policy`) is given keys where there is no mapping yet.
+    # `fsdp.mp_policy.param_dtype=...` sets a key below a setting that is still unset, which a struct refuses.
     facts = [facts_of(item) for item in fields(kind)]
     return hasattr(kind, "open_to") or any(item.shape or dict in (item.kinds or ()) for item in facts)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Dict, List, Optional
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.checkpoint import CheckpointConfig
 from danling_conf.schema.compile import CompileConfig
-from danling_conf.schema.dataloader import DataloaderConfig
+from danling_conf.schema.dataloader import BatchConfig, DataloaderConfig
 from danling_conf.schema.fsdp import DTYPE_ALIASES, FsdpConfig
 from danling_conf.schema.observability import HeartbeatConfig, MlflowConfig, ProfilingConfig, WandbConfig
 from danling_conf.schema.optim import OptimConfig
@@ -45,6 +45,9 @@ class RunnerConfig:
     """Epoch mode: stop after this many passes over the training split. Excludes `steps`. Unset: step mode."""
     accum_steps: int = setting(1, at_least=1)
     """Micro-batches per optimizer step; gradients are communicated at the last one only."""
+    accum_remainder: str = setting("drop", choices=("drop", "step"))
+    """What happens to micro-batches at the end of an epoch that are fewer than `accum_steps`: `drop` leaves them out,
+    `step` makes an optimizer step of them, weighted by how many they are. None are carried into the next epoch."""
     max_grad_norm: Optional[float] = setting(None, above=0)
     """Clip the norm of all gradients to this. Unset: no clipping."""
     nonfinite: str = setting("count", choices=("count", "skip", "fail"))
@@ -109,6 +112,7 @@ class RunnerConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     gc: GcConfig = field(default_factory=GcConfig)

@@ -1,8 +1,8 @@
-"""Declaration of a setting: its default, the values it may take, and its reader.
+"""Declaration of a setting: its default, its allowed values, and its reader.
 
-Choices are strings in the metadata: OmegaConf takes no `Literal`, and reads an enum by its members' names, not by its
-values. A choice is called `none` and never `off`, which YAML reads as false. Annotations are `Optional`, `List` and
-`Dict`, since OmegaConf 2.3 evaluates them and does not know `X | None` everywhere.
+Choices are strings in the metadata: OmegaConf supports no `Literal`, and reads an enum by its members' names, not by
+its values. A choice is named `none` and never `off`, which YAML reads as false. Annotations are `Optional`, `List` and
+`Dict`, since OmegaConf 2.3 evaluates them and does not support `X | None` everywhere.
 
 A section with a `_target_` can be built by `hydra.utils.instantiate`. Its `_recursive_` is false: mappings inside of it
 are settings of the builder, and not objects for Hydra to build first.
@@ -19,7 +19,7 @@ _KEY = "danling_conf"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Facts of a setting beside its type and default."""
+    """Facts of a setting besides its type and default."""
 
     choices: tuple[str, ...] | None = None
     """The only values allowed, in their canonical spelling."""
@@ -63,16 +63,17 @@ def facts_of(declared: Field[Any]) -> Facts:
 
 
 READONLY = "_danling_locked"
-"""Attribute that marks the class of a read-only section, and holds for an instance whether it is locked."""
+"""Attribute that marks the class of a read-only section. On an instance, it tells whether it is locked."""
 
 
 def declared_class(section: Any) -> type:
-    """The dataclass that declares a section: of a read-only section, the class that it was before."""
+    """The dataclass that declares a section; for a read-only one, the class that it had before it was frozen."""
     return next(kind for kind in type(section).__mro__ if READONLY not in vars(kind))
 
 
 def defaults_of(kind: type) -> Any:
-    """An object of a configuration class with all defaults, and None where a setting of the user's own has none."""
+    """An object of a configuration class with all defaults, and None for settings without a default."""
+    # Not `kind()`: it raises where the user's class has a required setting, and runs the user's __post_init__.
     made: Any = object.__new__(kind)
     for item in fields(kind):
         factory = item.default_factory
@@ -85,6 +86,6 @@ def defaults_of(kind: type) -> Any:
 
 
 def open_keys(section: Any) -> dict[str, Any]:
-    """The keys that a section holds beside those that its class declares (sections with `open_to`)."""
+    """The keys of a section that its class does not declare (sections with `open_to`)."""
     declared = {item.name for item in fields(declared_class(section))}
     return {key: value for key, value in vars(section).items() if key not in declared and not key.startswith("_")}

@@ -1,1 +1,1 @@
-"""Many runs: pre-flight, submission, monitor, tables."""
+"""Sweeps: pre-flight, submission, monitor and tables of many runs."""

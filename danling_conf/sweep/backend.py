@@ -1,4 +1,4 @@
-"""Backend of a sweep: what the monitor needs of the place where jobs run, this machine or Slurm."""
+"""Backend of a sweep: the interface of the place where jobs run, so that one monitor serves this machine and Slurm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from danling_conf.records.ledger import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How a job ended, as seen from outside of it."""
+    """How a job ended, as its backend sees it."""
 
     status: str
     """One of `ledger.ENDED`."""
@@ -20,21 +20,24 @@ class Ending:
 
 
 class Backend(Protocol):
-    """Starts jobs and reports how they end. The jobs record in the ledger what they know themselves."""
+    """Starts jobs and reports how they end. Jobs that can, record their end in the ledger themselves."""
 
     interval: float
     """Seconds between two polls."""
     patience: float
-    """Seconds after a job's end within which its own lines in the ledger become visible here."""
+    """Seconds after a job's end within which its own lines in the ledger become visible here.
+
+    NFS clients cache a file for seconds; settled at once, a job that has just completed would be called lost.
+    """
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
-        """Start or queue jobs, and record that in the ledger."""
+        """Start or queue jobs, and add that to the ledger."""
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
         """The jobs that have ended, by key."""
 
     def proceed(self) -> None:
-        """Start jobs that waited for room. Called once the monitor has seen that the sweep does not stop."""
+        """Start jobs that wait for free devices. Called after the monitor has found that the sweep does not stop."""
 
     def cancel(self, records: Sequence[Record]) -> None:
-        """End jobs: waiting ones never start, running ones are asked to save and exit."""
+        """Cancel jobs: waiting ones never start, running ones receive a signal to save and exit."""

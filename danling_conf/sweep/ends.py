@@ -1,6 +1,6 @@
-"""Ends of a sweep's jobs that nobody has written down: what Slurm, or this machine, says now is entered in the ledger.
+"""Ends of jobs that did not record their own: looked up in Slurm or the process table, and written to the ledger.
 
-Whatever command looks first, every command then finds the same end in the ledger.
+The first command that looks writes the end, and every later one reads the same from the ledger.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.state import GONE, RunState, covers, state_of
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.backend import Backend, Ending
 from danling_conf.sweep.orphans import NOT_STARTED, LeftLocalJobs, is_here, process_of, running_here
 
 _SAVING_SECONDS = 60.0
-"""How long jobs are waited for that still save, as when the command that started them has just been killed."""
+"""How long to wait for jobs that are still saving, as after the command that started them was killed."""
 
 
 def is_monitored(sweep: SweepDirectory) -> bool:
     """Whether a process monitors the sweep."""
-    return not FollowingLock(sweep.path).is_free()
+    return not SweepLock(sweep.path).is_free()
 
 
 def is_own(sweep: SweepDirectory) -> bool:
-    """Whether the sweep is this user's: only of one's own jobs does Slurm say how they ended."""
+    """Whether the sweep belongs to this user: `squeue --me` and sacct show no one else's jobs."""
     return sweep.path.stat().st_uid == os.getuid()
 
 
 def cluster_of(sweep: SweepDirectory) -> str:
     """Where a sweep's jobs run: `slurm` or `local`."""
-    return sweep.asked.text("cluster") or "local"
+    return sweep.request.text("cluster") or "local"
 
 
 def standing_of(run: Path) -> RunState:
-    """How a run stands: `state_of`, after the end of its job is written where nobody has."""
+    """The state of a run: `state_of`, after a missing end of its job was settled."""
     return Standings().of([run])[0]
 
 
 class Standings:
-    """How runs stand, look after look: `state_of` each, after the ends of their jobs are written where nobody has.
+    """States of runs for a live view: `state_of` each, after missing ends of their jobs were settled.
 
     Args:
-        every: seconds between two times at which the system, or Slurm, is asked for ends.
+        every: least number of seconds between two queries of Slurm or of the process table.
     """
 
     def __init__(self, every: float = 0.0) -> None:
         self._every = every
-        self._asked = -math.inf
+        self._queried = -math.inf
         self._unstarted: set[tuple[Path, str]] = set()
 
     def of(self, runs: Sequence[Path]) -> list[RunState]:
-        """How each of some runs stands now."""
-        if time.monotonic() - self._asked >= self._every:
-            self._asked = time.monotonic()
+        """The present state of each run."""
+        if time.monotonic() - self._queried >= self._every:
+            self._queried = time.monotonic()
             self._settle(runs)
         return [self._of(run) for run in runs]
 
     def _settle(self, runs: Sequence[Path]) -> None:
-        # Once for all jobs of a sweep: each time is a call of squeue, or a look at all processes.
+        # Once for all jobs of a sweep: each settling runs squeue, or reads the whole process table.
         owners = [owner for owner in map(sweep_of, runs) if owner is not None and not owner[1].ended]
         sweeps = {sweep.path: sweep for sweep, _ in owners}
         self._unstarted = {(path, key) for path, sweep in sweeps.items() for key in settle_ends(sweep)[0]}
@@ -81,10 +81,10 @@ class Standings:
 
 
 def settle_ends(sweep: SweepDirectory) -> tuple[dict[str, Ending], list[str]]:
-    """Write down the ends of jobs that did not write their own; nothing where another process monitors the sweep.
+    """Write the ends of jobs that did not write their own; does nothing where another process monitors the sweep.
 
     Returns:
-        The jobs that nobody will start, by key, which are not written down: they have not ended. And notes for the
+        The jobs that no process will start, by key: they have not ended, so that no end is written. And notes for the
         user.
     """
     unfinished = [record for record in sweep.ledger.records().values() if not record.ended]
@@ -96,7 +96,7 @@ def settle_ends(sweep: SweepDirectory) -> tuple[dict[str, Ending], list[str]]:
     notes: list[str] = []
     if cluster_of(sweep) == "slurm":
         if shutil.which("squeue") is None or shutil.which("sbatch") is None:
-            return {}, ["Slurm cannot be asked from this machine: what the ledger says may be old"]
+            return {}, ["Slurm cannot be queried from this machine: the ledger may be out of date"]
         from danling_conf.sweep.slurm_backend import SlurmJobs
 
         backend = SlurmJobs(sweep.path)
@@ -106,21 +106,21 @@ def settle_ends(sweep: SweepDirectory) -> tuple[dict[str, Ending], list[str]]:
     try:
         endings = backend.endings(unfinished)
     except SlurmUnavailable as error:
-        return {}, [f"Slurm does not answer, so that what the ledger says may be old: {error}"]
+        return {}, [f"Slurm does not answer, so the ledger may be out of date: {error}"]
     for key, ending in endings.items():
         if ending.error == NOT_STARTED:
             unstarted[key] = Ending(status=Status.NOT_STARTED)
         else:
             sweep.ledger.settle(key, status=ending.status, error=ending.error)
     if unstarted:
-        notes.append(f"{NOT_STARTED.removeprefix('not started: ')}: nobody starts the jobs that it has not started")
+        notes.append(f"{NOT_STARTED.removeprefix('not started: ')}: the jobs that it has not started will not start")
     return unstarted, notes
 
 
 def live_jobs(sweep: SweepDirectory, backend: Backend) -> set[str]:
-    """The keys of the jobs that wait in a queue or run, after the ends of all others are written.
+    """The keys of the jobs that are queued or running, after the ends of all others were written.
 
-    Raises SlurmUnavailable where only Slurm could tell.
+    Raises SlurmUnavailable where Slurm has to be queried and does not answer.
     """
     unfinished = [record for record in sweep.ledger.records().values() if not record.ended and record.queued]
     if not unfinished:
@@ -134,7 +134,7 @@ def live_jobs(sweep: SweepDirectory, backend: Backend) -> set[str]:
 
 
 def _live_here(sweep: SweepDirectory) -> set[str]:
-    """Jobs of a command that is gone. The system told them to save and leave when it went, so they are waited for."""
+    """Local jobs whose command is gone. Their parent death signal made them save and exit, so wait until they have."""
     shown: set[str] = set()
     deadline = time.monotonic() + _SAVING_SECONDS
     while True:
@@ -147,20 +147,23 @@ def _live_here(sweep: SweepDirectory) -> set[str]:
                 sweep.ledger.settle(record.key, status=Status.LOST, error=GONE)
             elif process is not None and record.key not in shown:
                 shown.add(record.key)
-                print(f"#{record.number} still runs (process {process}), and is waited for", flush=True)
+                print(f"#{record.number} is still running (process {process}): waiting for it", flush=True)
         here = {key for key, process in live.items() if process is not None}
         elsewhere = {record.key for record in records if record.status == Status.RUNNING and not is_here(record)}
         if not here or time.monotonic() > deadline:
             for record in records:
                 if record.key in elsewhere:
-                    print(f"#{record.number} ran on {record.facts.get('host')} when last heard of: left alone")
+                    print(f"#{record.number} was last seen running on {record.facts.get('host')}: not touched")
             return here | elsewhere
         time.sleep(LeftLocalJobs.interval)
 
 
 def _on_other_hosts(unfinished: list[Record]) -> list[str]:
-    hosts = sorted({
-        str(record.facts["host"]) for record in unfinished
-        if record.status == Status.RUNNING and "host" in record.facts and not is_here(record)
-    })  # fmt: skip
-    return [f"on {', '.join(hosts)} jobs ran when last heard of: look from there"] if hosts else []
+    hosts = sorted(
+        {
+            str(record.facts["host"])
+            for record in unfinished
+            if record.status == Status.RUNNING and "host" in record.facts and not is_here(record)
+        }
+    )
+    return [f"jobs were last seen running on {', '.join(hosts)}: look from there"] if hosts else []

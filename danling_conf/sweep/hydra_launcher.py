@@ -1,7 +1,7 @@
-"""Hydra launcher of both `danling_local` and `danling_slurm`: hands a sweep's jobs back to the sweep that started it.
+"""Hydra launcher behind `danling_local` and `danling_slurm`: passes a sweeper's jobs back to the sweep that started it.
 
-Hydra's sweepers know launchers and task functions only. The sweep travels through Hydra as the task function, so that
-this module needs to know nothing of how jobs are checked and started.
+Hydra's sweepers know only launchers and task functions. So the sweep travels through Hydra as the task function, and
+this module does not depend on how jobs are checked and started.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ class LaunchesJobs(ABC):
 class JobsLauncher(Launcher):
     """Base of our launchers: every job of a batch is checked before the first one starts.
 
-    A failed job does not stop the others, unless `on_failure` says so, and fails the sweep at its end.
+    A failed job does not stop the others, unless `on_failure` says so; it fails the sweep at its end. The class does
+    not live in `hydra_plugins`: Hydra 1.3 executes modules there again when it scans for plugins, and would make a
+    second class of the same name.
     """
 
     cluster: ClassVar[str]
     """Where jobs run: `local` or `slurm`."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings  # each job's own configuration has them again, where they may refer to its settings
+        self.settings = settings  # not used: each job's own configuration has them, and they may refer to its settings
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.task_function: TaskFunction | None = None
@@ -49,7 +51,7 @@ class JobsLauncher(Launcher):
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Raises TypeError for a task function that is no sweep of danling-conf, as that of `@hydra.main` is."""
+        """Raises TypeError for a task function that is not a sweep of danling-conf, such as one of `@hydra.main`."""
         if self.config is None:
             raise RuntimeError("the launcher was not set up: setup comes before launch")
         if not isinstance(self.task_function, LaunchesJobs):

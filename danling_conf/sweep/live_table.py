@@ -1,4 +1,4 @@
-"""View of a running sweep: a live table on a terminal, a line for each change elsewhere, and why jobs failed."""
+"""View of a running sweep: a live table on a terminal, a line for each change elsewhere, and the errors of jobs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # rich is imported only where there is a terminal to draw on
     from rich.text import Text
 
 _SECONDS = 1.0
-"""Between two drawings of the table; longer where drawing takes long, which happens with thousands of jobs."""
+"""Seconds between two drawings of the table; more where drawing is slow, as with thousands of jobs."""
 _SHARE = 0.1
-"""Of the time that may go into drawing."""
+"""Largest share of the time to spend on drawing."""
 
 
 class View(Protocol):
@@ -36,11 +36,11 @@ class View(Protocol):
         """Show a job whose status has changed."""
 
     def refresh(self) -> None:
-        """Bring what is shown up to date."""
+        """Update the view."""
 
 
 class Lines:
-    """A line for each change."""
+    """View for files and pipes: a line for each change."""
 
     def __init__(self, jobs: Mapping[str, JobFile]) -> None:
         self._jobs = jobs
@@ -49,11 +49,11 @@ class Lines:
         print_change(record, self._jobs[record.key])
 
     def refresh(self) -> None:
-        """Do nothing: lines stay."""
+        """Does nothing: printed lines stay."""
 
 
 class Table:
-    """The table of all jobs, drawn again and again; why a job failed is printed above it."""
+    """View for a terminal: the table of all jobs, redrawn in place. Errors of jobs are printed above it."""
 
     def __init__(self, directory: SweepDirectory, jobs: Mapping[str, JobFile], live: Live) -> None:
         self._directory, self._jobs, self._live = directory, jobs, live
@@ -68,15 +68,15 @@ class Table:
             self.draw()
 
     def draw(self) -> None:
-        """Draw it as it is now."""
-        began = time.monotonic()
+        """Draw the table now."""
+        started = time.monotonic()
         self._live.update(drawn(rows_of_sweep(self._directory), self._live.console), refresh=True)
         now = time.monotonic()
-        self._next = now + max(_SECONDS, (now - began) / _SHARE)
+        self._next = now + max(_SECONDS, (now - started) / _SHARE)
 
 
 def drawn(rows: Sequence[Row], console: Console) -> Text:
-    """Rows as a table that fits a terminal; where it is too long, live jobs come first."""
+    """Rows as a table that fits a terminal. Where it is too long, live jobs stay and ended ones are cut."""
     from rich.text import Text
 
     ordered = best_first(rows)
@@ -95,14 +95,14 @@ def drawn(rows: Sequence[Row], console: Console) -> Text:
 
 @contextmanager
 def view_of(directory: SweepDirectory, jobs: Mapping[str, JobFile]) -> Iterator[View]:
-    """The view of a sweep for where standard output goes to."""
+    """The view of a sweep that suits standard output."""
     if not sys.stdout.isatty():
         yield Lines(jobs)
         return
     from rich.console import Console
     from rich.live import Live
 
-    # Soft wrap: a long line printed above the table stays one line, to be copied whole.
+    # Soft wrap: rich would break a long path above the table with newlines, which then get copied with it.
     with Live(console=Console(soft_wrap=True), auto_refresh=False, vertical_overflow="crop") as live:
         table = Table(directory, jobs, live)
         table.draw()
@@ -111,10 +111,10 @@ def view_of(directory: SweepDirectory, jobs: Mapping[str, JobFile]) -> Iterator[
 
 
 def print_change(record: Record, job: JobFile) -> None:
-    """Print a line about a job that has changed; the traceback of a failed one goes to standard error."""
+    """Print a line about a job that has changed. The traceback of a failed one goes to standard error."""
     number, status = f"#{record.number}", record.status
     if status == Status.QUEUED and "why" in record.history[-1]:
-        print(f"{number} queued again ({record.history[-1]['why']})", flush=True)
+        print(f"{number} requeued ({record.history[-1]['why']})", flush=True)
     elif status == Status.QUEUED:
         where = f" as Slurm job {record.facts['slurm']}" if "slurm" in record.history[-1] else ""
         print(f"{number} queued{where}: {' '.join(record.facts['overrides'])}".rstrip(": "), flush=True)
@@ -135,7 +135,7 @@ def print_change(record: Record, job: JobFile) -> None:
 def reason(record: Record, job: JobFile) -> str:
     """Why a job did not complete: the traceback of the rank that failed first, and the path of its log."""
     since = record.since_queued()[0]["time"]
-    found = first_error(job.folder, since - 1)  # the clock of another node may be a little behind
+    found = first_error(job.folder, since - 1)  # the clock of another node may be slightly behind
     lines = [f"job #{record.number} {record.status}"]
     if record.status == Status.REFUSED:
         lines.append(str(record.facts.get("error")))
@@ -152,7 +152,7 @@ def reason(record: Record, job: JobFile) -> str:
 
 
 def logs_of(record: Record, job: JobFile, rank: int) -> Path:
-    """The log of a rank in the newest attempt of a job; before there is one, what its processes printed."""
+    """The log of a rank in the newest attempt of a job; before the first attempt, the output of its processes."""
     if record.run is not None and "attempt" in record.facts:
         found = rank_log(record.run / "attempts" / record.facts["attempt"], rank)
         if found.is_file():
@@ -162,7 +162,7 @@ def logs_of(record: Record, job: JobFile, rank: int) -> Path:
 
 
 def printed_by(job: JobFile) -> list[Path]:
-    """Files of what a job's processes have printed, oldest first."""
+    """Files with the output of a job's processes, oldest first."""
     slurm = job.path.parents[2] / "slurm"
     ids = {line["slurm"] for line in job.ledger.records()[job.key].history if "slurm" in line}
     found = [job.folder / OUTPUT, *(path for name in ids for path in slurm.glob(f"{name}_*_log.*"))]
@@ -170,7 +170,7 @@ def printed_by(job: JobFile) -> list[Path]:
 
 
 def tail(job: JobFile, since: float, count: int = 15) -> list[str]:
-    """The last lines that a job has printed since a time, for a job that recorded no error."""
+    """The last lines that a job printed since a time, for a job that recorded no error itself."""
     lines: list[str] = []
     for path in printed_by(job):
         if path.suffix != ".out" and path.stat().st_mtime >= since:

@@ -1,4 +1,4 @@
-"""Local backend: each job of a sweep is a process with devices of its own, as many at once as there is room for."""
+"""Local backend: each job of a sweep is a process with its own devices. As many run at once as the machine has."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class LocalJobs:
     """Runs jobs as processes of this machine.
 
     Args:
-        parallel_jobs: the most at once; None for as many as there is room for.
+        parallel_jobs: the most jobs at once; None for as many as devices or cores allow.
     """
 
     interval = 0.1
-    patience = 0.0  # on one machine, a file that an ended process wrote is visible
+    patience = 0.0  # on one machine, what a process wrote is visible as soon as it has ended
 
     def __init__(self, parallel_jobs: int | None, environment: Mapping[str, str] = os.environ) -> None:
         self._most = parallel_jobs
@@ -88,13 +88,13 @@ class LocalJobs:
     def _start_what_fits(self) -> None:
         while self._waiting and (self._most is None or len(self._running) < self._most):
             job = self._waiting[0]
-            if job.ledger.records()[job.key].status == Status.CANCELLED:  # by another command, while it waited
+            if job.ledger.records()[job.key].status == Status.CANCELLED:  # `danling-conf cancel` while it waited
                 self._waiting.popleft()
                 continue
             on_cpu = not self._all_devices or job.content["config"]["parallel"]["mesh_device_type"] == "cpu"
             if on_cpu:
                 busy = sum(running.ranks_on_cpu for running in self._running.values())
-                # A layout of more ranks than cores runs too, alone.
+                # A layout with more ranks than cores runs alone, rather than never.
                 if busy and busy + job.world_size > self._cores and self._most is None:
                     return
                 self._start(job, [], job.world_size)
@@ -110,9 +110,11 @@ class LocalJobs:
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         elif self._at_once > 1:
-            # Every torch process would otherwise start a thread for each core, and slow the others down.
+            # By default every torch process starts a thread for each core, and several jobs slow each other down.
             threads = max(1, self._cores // (self._at_once * job.world_size))
             environment.setdefault("OMP_NUM_THREADS", str(threads))
+        # Appending: a retried job keeps the output of its earlier attempts. `-u`: what a killed process printed must
+        # not be lost in its buffer.
         with open(job.folder / OUTPUT, "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-u", *job.argv],
@@ -121,7 +123,9 @@ class LocalJobs:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C reaches the sweep's process only, which passes it on to the jobs
+                # The terminal sends Ctrl-C to every process of its session. In sessions of their own, jobs get one
+                # SIGTERM from the sweep; a second signal would make them exit without saving.
+                start_new_session=True,
             )
         self._running[job.key] = _Running(job, process, devices, ranks_on_cpu)
 
@@ -133,7 +137,7 @@ def _devices(environment: Mapping[str, str]) -> list[str]:
 
 
 def _ending(code: int) -> Ending:
-    """The end that an exit code stands for, of a job that did not record one."""
+    """The end of a job that did not record one, from its exit code."""
     if code == 0:
         return Ending(status=Status.COMPLETED)
     if -code in (signal.SIGTERM, signal.SIGINT):

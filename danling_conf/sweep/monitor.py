@@ -1,7 +1,7 @@
-"""Monitor of a sweep: records how jobs end that could not say so themselves, retries failed ones or stops the others.
+"""Monitor of a sweep: records the ends of jobs that could not do so themselves, and retries or stops jobs.
 
-A job writes its own end to the ledger where it can. One that was killed, or whose node was lost, cannot; the monitor
-asks the backend about it. What `hydra.launcher.on_failure` demands happens here as well.
+A job writes its own end to the ledger if it can. One that was killed, or whose node was lost, cannot, so the monitor
+polls the backend. It also enacts `hydra.launcher.on_failure`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from danling_conf.sweep.backend import Backend, Ending
 
 CONTINUE, STOP, RETRY = "continue", "stop", "retry"
 RETRIED = (Status.FAILED, Status.OUT_OF_MEMORY, Status.NODE_LOST, Status.PREEMPTED, Status.LOST)
-"""Ends after which another start may do better."""
+"""Ends after which a retry may succeed. A refused job, or one out of time, would end the same way again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Monitor:
     Args:
         jobs: by key.
         show: called with every record whose status has changed.
-        may_act: whether this process may record ends, retry and stop jobs now; otherwise it only watches. Asked at
+        may_act: whether this process may record ends, retry and stop jobs now; otherwise it only watches. Called at
             every poll, since the process that holds the sweep's lock may end at any time.
         after_poll: called after every poll.
     """
@@ -76,7 +76,7 @@ class Monitor:
         return list(self._records().values())
 
     def poll(self) -> bool:
-        """Check all jobs once. Returns whether any has still to end."""
+        """Check all jobs once. Returns whether any has not ended yet."""
         self._show_changes()
         retrying = False
         if self._may_act():
@@ -85,7 +85,7 @@ class Monitor:
                 self._settle(unfinished, self._backend.endings(unfinished))
                 self._show_changes()
             retrying = self._enact_policy()
-            # Last, so that a sweep that stops with this failure starts no further job.
+            # After the policy: a sweep that stops at this failure must not start one more job.
             self._backend.proceed()
         self._after_poll()
         return retrying or any(not record.ended for record in self._records().values())
@@ -101,7 +101,7 @@ class Monitor:
                 self._show(record)
 
     def _settle(self, unfinished: Sequence[Record], endings: Mapping[str, Ending]) -> None:
-        """Record the ends of jobs that have not recorded them themselves."""
+        """Record the ends of jobs that have not recorded their own."""
         now = time.monotonic()
         for record in unfinished:
             ending = endings.get(record.key)
@@ -115,7 +115,7 @@ class Monitor:
             del self._ended_since[record.key]
 
     def _enact_policy(self) -> bool:
-        """Retry failed jobs, or stop the others. Returns whether any is still to be retried."""
+        """Retry failed jobs, or stop the others. Returns whether any retry is pending."""
         records = list(self._records().values())
         failed = [record for record in records if _has_failed(record)]
         to_retry = [] if self._stopped else [record for record in failed if self._may_retry(record)]
@@ -130,20 +130,22 @@ class Monitor:
         return record.status in RETRIED and record.queued <= self._policy.retries
 
     def _retry(self, records: Sequence[Record]) -> None:
-        """Submit failed jobs again, those whose processes have all ended."""
-        # A job records its failure before its last processes have left, which still hold the lock of the run.
+        """Resubmit failed jobs whose processes have all ended."""
+        # A job records its failure while its processes still exit, and they hold the run's lock until then: a retry at
+        # once would be refused because the run is live.
         over = self._backend.endings(records) if records else {}
         if not over:
             return
         try:
             self._backend.submit([self._jobs[record.key] for record in records if record.key in over])
-        except SlurmUnavailable as error:  # a busy controller does not hurt the other jobs: the next poll tries again
+        # a busy controller must not end the monitor of all jobs; the next poll retries
+        except SlurmUnavailable as error:
             if not self._warned:
                 self._warned = True
-                print(f"a failed job cannot be submitted again yet: {error}", file=sys.stderr, flush=True)
+                print(f"a failed job cannot be resubmitted yet: {error}", file=sys.stderr, flush=True)
             time.sleep(self._backend.interval)
 
 
 def _has_failed(record: Record) -> bool:
-    """Whether a job ended otherwise than it should have; one that was asked to stop has not failed."""
+    """Whether a job failed, in whatever way; one that was requested to stop did not fail."""
     return record.ended and record.status not in (Status.COMPLETED, Status.CANCELLED) and not record.stop_requested

@@ -1,7 +1,7 @@
-"""Local jobs whose starter is gone: found again by what their processes were started for.
+"""Orphans: local jobs whose parent command is gone, found again through the environment of their processes.
 
-A later command has no handle on them. A process id in the ledger is not enough: the system may have given it to another
-process since.
+A later command has no handle on them, and the process id in the ledger is not enough: the system may have reused it.
+Each job's process has the path of its job file in its environment, which /proc shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from danling_conf.records.job_file import JOB_VARIABLE, JobFile
 from danling_conf.records.ledger import Record
 from danling_conf.records.state import GONE
 from danling_conf.records.status import Status
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.schema.files import JOB_FILE, LEDGER
 from danling_conf.sweep.backend import Ending
 
@@ -29,18 +29,18 @@ def is_here(record: Record) -> bool:
 
 
 def running_here() -> dict[Path, int]:
-    """The processes of jobs on this machine, by job file."""
+    """Process ids of the jobs on this machine, by job file."""
     found: dict[Path, int] = {}
     for path in _PROC.glob("[0-9]*"):
         job = _job_of(path)
-        # Children inherit the environment: the job's own process is the one whose parent is of no such job.
+        # Ranks and DataLoader workers inherit the environment. The job's own process is the one whose parent has not.
         if job is not None and (job not in found or _job_of(_PROC / str(_parent(path))) != job):
             found[job] = int(path.name)
     return found
 
 
 def process_of(record: Record, sweep: Path, running: dict[Path, int] | None = None) -> int | None:
-    """The process of a job on this machine; None where there is none.
+    """The process id of a job on this machine; None where it has no process here.
 
     Args:
         running: what `running_here` returned, where many jobs are looked up.
@@ -48,13 +48,13 @@ def process_of(record: Record, sweep: Path, running: dict[Path, int] | None = No
     job = (sweep / "jobs" / record.key / JOB_FILE).resolve()
     if _PROC.is_dir():
         return (running_here() if running is None else running).get(job)
-    # Without /proc there is no way to see what a process was started for: a living one has to do.
+    # Without /proc (macOS) the environment cannot be read: any live process with the recorded id has to do.
     pid = record.facts.get("pid") if record.status == Status.RUNNING and is_here(record) else None
     return pid if pid is not None and _answers(pid) else None
 
 
 def tell_to_stop(pid: int) -> bool:
-    """Ask a job to save and exit. Returns whether it was still there."""
+    """Signal a job to save and exit. Returns whether its process still existed."""
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
@@ -63,9 +63,9 @@ def tell_to_stop(pid: int) -> bool:
 
 
 class LeftLocalJobs:
-    """Backend of local jobs that another process started. It watches them, and starts none.
+    """Backend of local jobs that another process started: it watches them, and starts none.
 
-    While the command that started them lives, that one records how they end.
+    While the command that started them is alive, that command records how they end.
 
     Args:
         sweep: the sweep's directory.
@@ -76,13 +76,13 @@ class LeftLocalJobs:
 
     def __init__(self, sweep: Path) -> None:
         self._sweep = sweep
-        self._lock = FollowingLock(sweep)
+        self._lock = SweepLock(sweep)
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
         raise NotImplementedError("jobs are started by their sweep's own command, or by danling-conf resume")
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
-        """Jobs whose process is gone, and waiting jobs that no process will start any more."""
+        """Jobs whose process is gone, and waiting jobs that no process will start."""
         if not self._lock.is_free() or not os.access(self._sweep / LEDGER, os.W_OK):
             return {}
         running, found = running_here(), {}
@@ -97,7 +97,7 @@ class LeftLocalJobs:
         return found
 
     def proceed(self) -> None:
-        """Do nothing: it starts no jobs."""
+        """Does nothing: it starts no jobs."""
 
     def cancel(self, records: Sequence[Record]) -> None:
         running = running_here()
@@ -108,7 +108,9 @@ class LeftLocalJobs:
 
 
 def _job_of(process: Path) -> Path | None:
-    """The job file that a live process was started for; zombies do not count."""
+    """The job file in the environment of a live process; None for zombies and for other processes."""
+    # In `stat`, the name of the program stands in parentheses and may contain blanks and parentheses itself, so the
+    # fields are counted from the last one. A zombie has ended and only waits for its parent to collect it.
     try:
         if (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
             return None

@@ -1,4 +1,7 @@
-"""Pre-flight of a sweep: every job is composed and checked before the first one starts; all faults are reported."""
+"""Pre-flight of a sweep: composes and checks every job before the first one starts, and reports all faults at once.
+
+A sweep that fails at its last job after hours in a queue has wasted them.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ from danling_conf.topology.rules.world import known_layout
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
 Nodes = Union[Capacity, Callable[[SlurmLauncherConfig], Capacity]]
-"""What the nodes have and the partition allows: the same for all jobs, or a function of a job's Slurm settings, which
-raises ConfigRefused where Slurm does not answer."""
+"""Capacity of the nodes: the same for all jobs, or a function of a job's Slurm settings, which raises ConfigRefused
+where Slurm does not answer."""
 
 _SAME_IN_ALL_JOBS = "${hydra.job.name}"
 _UNKNOWN = Capacity(devices_per_node=8)
-"""Fills layouts where the nodes are unknown, so that the rules report no faults that follow from it."""
+"""Stands in where the nodes are unknown, so that the rules do not report faults that only follow from that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,8 @@ def check_jobs(
         jobs: overrides of each job.
         first: number of the first job.
         machine: where jobs would start; this machine when None.
-        capacity: what the nodes have and the partition allows, for jobs that start on a cluster. Where Slurm does not
-            answer, that is a fault of the jobs like others.
+        capacity: capacity of the nodes, for jobs on a cluster. Where Slurm does not answer, that is reported as a fault
+            of the jobs.
 
     Returns:
         The accepted jobs and the refused ones, each in order.
@@ -83,8 +86,8 @@ def check_jobs(
 class Preflight:
     """Checks the jobs of one sweep.
 
-    A configuration is checked as that of a single run; a sweep adds the settings of its launcher, and what each job
-    takes of its nodes. What jobs have in common is looked up once.
+    Each configuration is checked like that of a single run. A sweep adds the settings of its launcher and the resources
+    that each job takes. Whatever jobs have in common is looked up once.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class Preflight:
         return Job(number=number, overrides=own(overrides), config=config, hydra=hydra, launcher=settings)
 
     def _all_faults(self, overrides: Sequence[str], error: Exception) -> list[Violation]:
-        """Every fault of a job that Hydra refuses."""
+        """Every fault of a job that Hydra refuses to compose."""
         settings = launcher_in(self._master)[0]
         capacity: Capacity | None = _UNKNOWN
         unanswered: list[Violation] = []
@@ -148,19 +151,19 @@ class Preflight:
         return self._launchers[text]
 
     def _machine(self, launcher: LauncherConfig | None, capacity: Capacity | None) -> Machine:
-        """Where a job starts, as the rules see it."""
+        """The machine that the rules check a job against."""
         if capacity is None:
             return self._here
         settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
         return cluster_machine(self._here, capacity, settings)
 
     def _nodes_depend_on_job(self) -> bool:
-        """Whether settings of a job decide on its nodes; they are unknown where the job does not compose."""
+        """Whether a job's own settings choose its nodes. Where such a job does not compose, its nodes are unknown."""
         given: Any = OmegaConf.to_container(self._master.hydra.launcher)
         return callable(self._nodes) and any("${" in str(given.get(name)) for name in ("partition", "gpus_per_node"))
 
     def _capacity(self, launcher: LauncherConfig | None) -> tuple[Capacity | None, list[Violation]]:
-        """What is known of a job's nodes; and where the cluster did not answer, why. One query for each partition."""
+        """The capacity of a job's nodes, and faults where the cluster did not answer. One query for each partition."""
         if not callable(self._nodes):
             return self._nodes, []
         if not isinstance(launcher, SlurmLauncherConfig):
@@ -177,7 +180,8 @@ class Preflight:
 def _launcher_settings(composed: DictConfig, hydra: Mapping[str, Any]) -> dict[str, Any]:
     """`hydra.launcher` of a job as plain values, interpolations resolved. Raises OmegaConf's errors."""
     given = hydra["launcher"]
-    # Most jobs refer to nothing but the job's name, and building the whole configuration again is slow.
+    # Most launchers refer to nothing but the job's name. Building the whole node to resolve that costs more than the
+    # rest of the check.
     plain = {key: hydra["job"]["name"] if value == _SAME_IN_ALL_JOBS else value for key, value in given.items()}
     if "${" not in str(plain):
         return plain
@@ -188,10 +192,10 @@ def _launcher_settings(composed: DictConfig, hydra: Mapping[str, Any]) -> dict[s
 
 
 def shapes_of(jobs: Sequence[Job], capacity: Nodes | None) -> dict[int, Shape]:
-    """Shapes of accepted jobs by their numbers. Other launchers' jobs have the shape of Slurm's default settings.
+    """Shapes of accepted jobs by their numbers. Jobs of other launchers are shaped by Slurm's default settings.
 
     Args:
-        capacity: as for `check_jobs`; this machine is one node for jobs that are not on a cluster.
+        capacity: as for `check_jobs`; for jobs that are not on a cluster, this machine counts as one node.
 
     Raises:
         ConfigRefused: a job does not fit; `check_jobs` has refused it already if it knew the capacity.
@@ -222,7 +226,7 @@ def _shape_faults(
     try:
         filled = fill(layout, context.machine.fill_world_size)
     except ValueError:
-        return []  # the rule about world sizes reports it
+        return []  # a degree of -1 that does not divide: the rule about world sizes reports it
     return _shape(filled, config, capacity, launcher)[1]
 
 
@@ -245,7 +249,7 @@ def _policy_faults(launcher: LauncherConfig | None) -> list[Violation]:
     try:
         parse_on_failure(launcher.on_failure)
     except ValueError:
-        rule = "it is continue, stop, or retry with how often"
+        rule = "it must be continue, stop, or retry with a number"
         fix = "write continue, stop, or 'retry 2'"
         return [Violation("hydra.launcher.on_failure", launcher.on_failure, rule, fix)]
     return []

@@ -1,4 +1,4 @@
-"""Tables of the pre-flight: the faults of a sweep's jobs, the resources that its jobs take, the settings that vary."""
+"""Tables of the pre-flight: the faults of a sweep's jobs, the resources that jobs take, and the settings that vary."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class SweepRefused(ConfigRefused):
 
 
 def fault_table(refused: Sequence[Refused], *, of: int) -> list[str]:
-    """One row for each distinct fault: the jobs that have it, the setting, why, and what to do.
+    """One row for each distinct fault: the jobs that have it, the setting, why, and the fix.
 
     Args:
-        of: number of all jobs.
+        of: number of jobs in the sweep.
     """
     found: dict[tuple[str, str, str, str], list[int]] = {}
     for job in refused:
@@ -58,7 +58,7 @@ def fault_table(refused: Sequence[Refused], *, of: int) -> list[str]:
 
 
 def numbers_as_text(numbers: Iterable[int]) -> str:
-    """Numbers of jobs, with ranges: `#0-5,#8`."""
+    """Job numbers as ranges: `#0-5,#8`."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
         if spans and number == spans[-1][1] + 1:
@@ -69,7 +69,7 @@ def numbers_as_text(numbers: Iterable[int]) -> str:
 
 
 def shape_table(jobs: Sequence[Job], shapes: Mapping[int, Shape]) -> list[str]:
-    """Resources of the jobs by layout and shape, and the most that all of them can cost."""
+    """Resources of the jobs by layout and shape, and the most GPU hours that all of them can take."""
     groups = Counter((layout_name(job.layout), shapes[job.number]) for job in jobs)
     header = ("layout", "jobs", "nodes", "tasks/node", "GPUs/node", "CPUs/task", "hours", "GPU hours")
     rows: list[tuple[str, ...]] = [header]
@@ -89,7 +89,7 @@ def shape_table(jobs: Sequence[Job], shapes: Mapping[int, Shape]) -> list[str]:
 
 
 def varying(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """The settings that differ between jobs, with their values, one a line."""
+    """The settings that differ between jobs, with their values: one line each."""
     values: dict[str, dict[str, None]] = {}
     for job in jobs:
         for override in job:
@@ -117,7 +117,7 @@ def _row(*cells: str) -> list[str]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of a cell: broken at blanks, or else after commas, dots and equal signs."""
+    """Lines of a cell: broken at blanks, or else after commas, dots, slashes and equal signs."""
     lines: list[str] = []
     for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]:
         while len(line) > width:

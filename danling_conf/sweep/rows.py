@@ -1,4 +1,5 @@
-"""Rows of a table of jobs: settings, state, progress, score, attempts, times."""
+"""Rows of a table of jobs: settings, state, progress, score, attempts and times. Terminal, pages and JSON share
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from danling_conf.sweep.backend import Ending
 
 @dataclass(kw_only=True)
 class Row:
-    """A job of a sweep, or a run outside of any sweep."""
+    """A job of a sweep, or a run without a sweep."""
 
     sweep: Path | None = None
     number: int | None = None
@@ -32,7 +33,7 @@ class Row:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Dotted paths and values."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that differ among the rows of a table, by their names on the command line."""
+    """Settings that differ between the rows of a table, by their names on the command line."""
     state: str
     error: str | None = None
     step: int | None = None
@@ -45,7 +46,7 @@ class Row:
     started: float | None = None
     ended: float | None = None
     seconds: float | None = None
-    """How long its attempts took."""
+    """Total duration of its attempts."""
     run: Path | None = None
 
     @property
@@ -57,7 +58,7 @@ def rows_of_sweep(sweep: SweepDirectory, seen: Mapping[str, Ending] | None = Non
     """A row for each job, in the sweep's order, with the settings that differ.
 
     Args:
-        seen: ends that are not in the ledger, by key.
+        seen: ends that are not in the ledger, by job key.
     """
     rows = [row_of_job(sweep, record, (seen or {}).get(record.key)) for record in sweep.ledger.records().values()]
     set_swept(rows)
@@ -65,7 +66,7 @@ def rows_of_sweep(sweep: SweepDirectory, seen: Mapping[str, Ending] | None = Non
 
 
 def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None) -> Row:
-    """The row of one job. A job file that is broken leaves its settings out."""
+    """The row of one job, without settings where its job file is damaged."""
     try:
         config = flatten(sweep.job(record.key).content.get("config", {}))
     except Damaged as damage:
@@ -96,7 +97,7 @@ def row_of_job(sweep: SweepDirectory, record: Record, seen: Ending | None = None
 
 
 def best_first(rows: Iterable[Row]) -> list[Row]:
-    """Sort by score, the best first; rows without one follow in the order of the sweep."""
+    """Sort by score, the best first. Rows without a score follow in the order of the sweep."""
 
     def order(row: Row) -> tuple[bool, float]:
         score = row.score if row.score is not None else 0.0
@@ -106,7 +107,7 @@ def best_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def set_swept(rows: Sequence[Row]) -> list[str]:
-    """Set `settings` of each row to the overrides that differ among the rows. Returns their names.
+    """Set `settings` of each row to the overrides that differ between the rows. Returns their names.
 
     Names are those of the command line: `optim.lr`, and `parallel` for the layout's name.
     """
@@ -125,7 +126,7 @@ def set_swept(rows: Sequence[Row]) -> list[str]:
 def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float | None) -> bool:
     """Whether a smaller score is better.
 
-    Where only the metric's own object knows, the metric's history shows it: the score is the smallest or the largest of
+    Where only the metric object knows, infer it from the metric's history: the score is the smallest or the largest of
     its values. Without a history, larger is better.
     """
     mode, name = config.get("score_mode"), config.get("score_name", "loss")
@@ -143,7 +144,8 @@ def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float 
 
 
 def progress(run: Path) -> tuple[int | None, int | None, int | None]:
-    """The newest step of a run, the number of steps, and the epoch; None for what is not recorded."""
+    """The newest step of a run, the number of all its steps, and the epoch; None for what is not recorded."""
+    # Heartbeats may be off, and metrics come only at log lines: whichever is newer knows the step.
     beats = read_heartbeats(run).values()
     signs = [(beat["written"], beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
     line = last_line(run)
@@ -159,7 +161,7 @@ def _given(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _times(record: Record, ended: bool) -> tuple[float | None, float | None, float | None]:
-    """When a job was first started, when it ended, and for how long it ran."""
+    """When a job first started, when it ended, and for how many seconds it ran. Time in the queue does not count."""
     started = last = None
     since: float | None = None
     seconds = 0.0

@@ -1,4 +1,4 @@
-"""Sweep of one job, made of a run that its own command has started: so `resume` starts runs and jobs in one way."""
+"""Sweep of one job, made from a run that was started by itself, so that `resume` has one way to start runs and jobs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 
 
 def sweep_for_run(run: Path) -> SweepDirectory:
-    """A sweep of one job on this machine: the run, as its newest attempt was configured.
+    """A new sweep of one job on this machine: the run, as its newest attempt was configured.
 
-    Raises ConfigRefused where the run is live, or nothing says how it was started.
+    Raises:
+        ConfigRefused: the run is live, or its records do not tell how it was started.
     """
     if state_of(run).status is Status.RUNNING:
         fix = f"see how it goes: danling-conf runs {run}"
@@ -34,12 +35,12 @@ def sweep_for_run(run: Path) -> SweepDirectory:
     frozen = read_fields(attempt / FROZEN) if attempt is not None else Fields(run)
     argv, hydra = frozen.table("attempt").texts("command"), frozen.table("hydra")
     if not argv or not hydra or not _is_whole(frozen):
-        rule = "its newest attempt does not say how it was started here"
+        rule = "its newest attempt has no record of how it was started"
         raise ConfigRefused([Violation("DIR", str(run), rule, f"start it with its own command and resume={run}")])
     directory = Path((hydra.table("runtime").text("cwd") or os.getcwd()).replace("\0", ""))
     script = directory / argv[0].replace("\0", "")
     if not script.is_file():
-        rule = f"it was started by {script}, which is not there any more"
+        rule = f"it was started by {script}, which no longer exists"
         raise ConfigRefused([Violation("DIR", str(run), rule, f"start it with its own command and resume={run}")])
     code = code_identity(script.parent)
     program = Program(argv=(str(script),), directory=directory, code_id=code.code_id)
@@ -53,7 +54,7 @@ def sweep_for_run(run: Path) -> SweepDirectory:
 
 
 def _is_whole(frozen: Fields) -> bool:
-    """Whether a frozen configuration has all that `_write` takes from it."""
+    """Whether a frozen configuration has every value that `_write` reads."""
     config = frozen.table("config")
     axes = config.table("parallel").table("axes")
     degrees = [axes.integer(name) for name in Layout().degrees()]
@@ -63,26 +64,43 @@ def _is_whole(frozen: Fields) -> bool:
 
 
 def _write(
-    sweep: SweepDirectory, run: Path, frozen: Mapping[str, Any], overrides: list[str], program: Program,
+    sweep: SweepDirectory,
+    run: Path,
+    frozen: Mapping[str, Any],
+    overrides: list[str],
+    program: Program,
     code: CodeIdentity,
-) -> None:  # fmt: skip
+) -> None:
     config, key = frozen["config"], str(frozen["job_id"])
     axes = config["parallel"]["axes"]
     layout = Layout(**{name: axes[name] for name in Layout().degrees()}, fsdp=bool(config["fsdp"]["enabled"]))
     saved = any((run / config["checkpoint"]["dir_name"]).glob("ckpt-*"))
     launcher = {"on_failure": "continue", "skip_refused": False, "parallel_jobs": None}
     content = {
-        "key": key, "job": 0, "overrides": overrides, "program": program.to_json(),
+        "key": key,
+        "job": 0,
+        "overrides": overrides,
+        "program": program.to_json(),
         "binding": {"run_directory": str(run), "restore": str(run) if saved else None, "notes": []},
-        "world_size": layout.world_size, "launcher": launcher, "shape": None,
+        "world_size": layout.world_size,
+        "launcher": launcher,
+        "shape": None,
         **{name: frozen[name] for name in ("job_id", "class", "config", "hydra")},
-    }  # fmt: skip
+    }
     job = JobFile(path=sweep.path / "jobs" / key / JOB_FILE, content=content)
     job.folder.mkdir(parents=True)
     job.path.write_text(json.dumps(content, indent=1) + "\n")
     command = ["danling-conf", "resume", str(run)]
-    sweep.ask(command=command, program=program, code=code, cluster="local", launcher=launcher)
+    sweep.write_request(command=command, program=program, code=code, cluster="local", launcher=launcher)
     sweep.ledger.add(
-        key, job=0, job_id=key, config_id=read_fields(run / RUN_FILE).text("config_id") or "", status=Status.PLANNED,
-        overrides=overrides, run=str(run), layout=layout_name(layout), steps=config["steps"], epochs=config["epochs"],
-    )  # fmt: skip
+        key,
+        job=0,
+        job_id=key,
+        config_id=read_fields(run / RUN_FILE).text("config_id") or "",
+        status=Status.PLANNED,
+        overrides=overrides,
+        run=str(run),
+        layout=layout_name(layout),
+        steps=config["steps"],
+        epochs=config["epochs"],
+    )

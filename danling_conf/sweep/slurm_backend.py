@@ -1,4 +1,4 @@
-"""Slurm backend: jobs are submitted through submitit, one array for all of one shape; Slurm reports their ends."""
+"""Slurm backend: submits jobs through submitit, one array for all jobs of a shape, and reads their ends from Slurm."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from danling_conf.topology.violation import ConfigRefused, Violation
 FOLDER = "slurm"
 """Folder of a sweep for submitit's files and the output of tasks."""
 _WARNING_SECONDS = 120
-"""How long before its time limit a job is warned, so that it saves; a fifth of short limits."""
+"""How long before its time limit a job is signalled to save; a fifth of short limits."""
 _UNREACHABLE_SECONDS = 600.0
-"""How long Slurm may not answer before the monitor gives up."""
+"""The monitor gives up when Slurm has not answered for this long."""
 _CANCELLED_AT_ONCE = 500
-"""Jobs in one `scancel`: a command line has a limit."""
+"""Jobs in one `scancel`: the length of a command line is limited."""
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT")
 _NEVER = re.compile(r"DependencyNeverSatisfied|BadConstraints|requeued.held|HoldMaxRequeue|PerJob")
-"""Reasons of pending jobs that will never start."""
+"""Reasons of pending jobs that will never start. Slurm keeps them in the queue, so waiting for them would never end."""
 _OF_THIS_PROCESS = re.compile(
     r"(MASTER_|LOCAL_|SUBMITIT_|DANLING_CONF_|TORCHELASTIC_|SLURM_(?!CONF$|CLUSTERS$))|(RANK|WORLD_SIZE|GROUP_RANK)$"
 )
-"""Variables that describe this process, such as the allocation that it is in; jobs must not inherit them."""
+"""Variables of this process that jobs must not inherit, such as its Slurm allocation, rank and rendezvous."""
 _EXPLANATIONS = {
     Status.CANCELLED: "cancelled in Slurm",
     Status.TIMED_OUT: "it has reached its time limit",
-    Status.OUT_OF_MEMORY: "it took more memory than it had asked for",
+    Status.OUT_OF_MEMORY: "it used more memory than it had requested",
     Status.NODE_LOST: "a node was lost",
 }
 
@@ -58,14 +58,14 @@ _PASSED_ON = (
 
 
 class SlurmJobs:
-    """Submits jobs, and reads from Slurm how they end.
+    """Submits jobs, and finds in Slurm how they end.
 
     Args:
         sweep: the sweep's directory.
     """
 
     interval = 2.0
-    patience = 10.0  # shared file systems may show lines of other nodes late
+    patience = 10.0  # shared file systems may show what other nodes wrote only after seconds
 
     def __init__(self, sweep: Path) -> None:
         if shutil.which("sbatch") is None:
@@ -74,10 +74,11 @@ class SlurmJobs:
         self._unreachable_since: float | None = None
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
-        """Queue jobs, those of one shape in one array. Raises SlurmUnavailable with the error of `sbatch`."""
+        """Queue jobs, those of one shape as one array. Raises SlurmUnavailable with the error of `sbatch`."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+        # Slurm rejects arrays beyond its MaxArraySize, so larger groups are split.
         most = queries.largest_array()
         for parameters, group in _by_parameters(jobs).items():
             for start in range(0, len(group), most):
@@ -100,6 +101,7 @@ class SlurmJobs:
 
     def endings(self, unfinished: Sequence[Record]) -> dict[str, Ending]:
         """Raises SlurmUnavailable when Slurm has not answered for ten minutes."""
+        # A job without an id has not been submitted yet: it is in the ledger before sbatch returns.
         by_id = {record.facts["slurm"]: record for record in unfinished if "slurm" in record.facts}
         try:
             found = queries.states(by_id)
@@ -116,8 +118,8 @@ class SlurmJobs:
         for job_id, record in by_id.items():
             ending = _ending(job_id, found.get(job_id))
             if ending is not None and ending.status == Status.FAILED:
-                # srun names the task that died first, where no rank could record an error. The log grows with every
-                # requeue: only what was printed since the last start counts.
+                # Where no rank could record an error, srun's log names the task that died first. The log grows with
+                # every requeue, so look only at what was printed since the last start.
                 log = self._folder / f"{job_id}_0_log.err"
                 death = first_death(log, int(record.facts.get("printed", 0)))
                 ending = ending if death is None else Ending(status=Status.FAILED, error=death)
@@ -126,7 +128,7 @@ class SlurmJobs:
         return endings
 
     def proceed(self) -> None:
-        """Do nothing: Slurm has the queue."""
+        """Does nothing: Slurm runs the queue."""
 
     def cancel(self, records: Sequence[Record]) -> None:
         ids = [record.facts["slurm"] for record in records if "slurm" in record.facts]
@@ -136,7 +138,9 @@ class SlurmJobs:
 
 def _ending(job_id: str, state: JobState | None) -> Ending | None:
     if state is None:
+        # Neither in squeue, which forgets a job MinJobAge seconds after its end (300 by default), nor in accounting.
         return Ending(status=Status.LOST, error="Slurm no longer knows the job, and it recorded no end")
+    # A held job keeps its place in the queue for ever: cancel it, so that it cannot start after its end was recorded.
     if state.state in _HELD or (state.state == "PENDING" and _NEVER.search(state.reason)):
         queries.run("scancel", job_id)
         return Ending(status=Status.FAILED, error=f"Slurm will never start it: {state.reason}")
@@ -149,7 +153,7 @@ def _ending(job_id: str, state: JobState | None) -> Ending | None:
 
 
 def _failure(job_id: str, state: JobState) -> str:
-    """The error of a job that failed and recorded none itself."""
+    """The error of a job that failed and did not record one."""
     code = state.exit_code
     if not code:
         try:
@@ -164,7 +168,7 @@ def _failure(job_id: str, state: JobState) -> str:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Delay signals: a job that is queued and not in the ledger would run without anybody knowing of it."""
+    """Delay signals: between sbatch and the ledger's line, an interrupt would leave a job that nobody knows of."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -174,7 +178,7 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def own_environment() -> Iterator[None]:
-    """Hide variables of this process from `sbatch`, which passes its environment on to the job."""
+    """Hide variables of this process from `sbatch`, which exports its environment to the job."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if _OF_THIS_PROCESS.match(name)}
     try:
         yield
@@ -190,7 +194,7 @@ def _by_parameters(jobs: Sequence[JobFile]) -> dict[str, list[JobFile]]:
 
 
 def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of submitit for a job: its shape, and the launcher's settings."""
+    """submitit's parameters for a job, from its shape and the launcher's settings."""
     launcher, shape = job["launcher"], job["shape"]
     parameters: dict[str, Any] = {
         "job_name": launcher["name"],
@@ -198,7 +202,8 @@ def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
         "nodes": shape["nodes"],
         "ntasks_per_node": shape["tasks_per_node"],
         "signal_delay_s": shape["signal_delay_s"],
-        # Any job can be preempted and requeued; a rank that fails must end the job, or the others wait for it.
+        # --requeue: every job can be preempted, and is then queued again. --kill-on-bad-exit: without it the other
+        # ranks run on after one has failed, and wait for it in their next collective.
         "additional_parameters": _additional(launcher["additional_parameters"]),
         "srun_args": ["--kill-on-bad-exit=1", *(launcher["srun_args"] or [])],
     }
@@ -211,13 +216,13 @@ def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
         parameters["gpus_per_node"] = shape["gpus_per_node"]
     if shape["cpus_per_task"] and launcher["cpus_per_gpu"] is None:
         parameters["cpus_per_task"] = shape["cpus_per_task"]
-        # Since Slurm 22.05 srun no longer takes it from the job.
+        # Since Slurm 22.05 srun no longer inherits it from sbatch, and a rank would get one core.
         parameters["srun_args"].append(f"--cpus-per-task={shape['cpus_per_task']}")
     return parameters
 
 
 def _additional(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Further options of `sbatch`; `false` leaves an option out."""
+    """Further options of `sbatch`; `false` omits an option."""
     options = {name.replace("_", "-"): value for name, value in given.items()}
     if "no-requeue" not in options:
         options.setdefault("requeue", True)
@@ -226,7 +231,7 @@ def _additional(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def capacity_of(name: str | None) -> Capacity:
-    """What a partition offers; Slurm is queried once. Raises ConfigRefused where there is no such one, or no Slurm."""
+    """Capacity of a partition, queried once. Raises ConfigRefused where it does not exist or Slurm does not answer."""
     try:
         found = queries.partition(name)
     except LookupError as error:
@@ -246,12 +251,12 @@ def capacity_of(name: str | None) -> Capacity:
 
 
 def capacity_for(launcher: SlurmLauncherConfig) -> Capacity:
-    """What the partition of a launcher's settings offers. Raises as `capacity_of`."""
+    """Capacity of the partition in a launcher's settings. Raises like `capacity_of`."""
     return capacity_of(launcher.partition)
 
 
 def frozen_shape(shape: Shape, launcher: Mapping[str, Any]) -> dict[str, Any]:
-    """The form of a shape in a job file.
+    """A shape as it is stored in a job file.
 
     Args:
         launcher: `hydra.launcher` of the job, checked.

@@ -1,6 +1,7 @@
-"""Submission of a sweep: Hydra's sweepers make the jobs, all are checked, then they start where the launcher says.
+"""Submission of a sweep: Hydra's sweeper makes the jobs, all of them are checked, and the launcher's backend starts
+them.
 
-Hydra gets scores back, so that sweepers that learn from them work, and the process a true exit code.
+Hydra receives the scores, so that sweepers that learn from them work; the process exits with 1 if a job failed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from danling_conf.records.job_file import Program
 from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.hydra_launcher import JobsLauncher, LaunchesJobs
 from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, own, shapes_of
 from danling_conf.sweep.preflight_tables import SweepRefused, fault_table, shape_table
@@ -39,22 +40,22 @@ from danling_conf.sweep.slurm_backend import capacity_for, frozen_shape
 from danling_conf.sweep.supervise import backend_for, supervise
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
-# Our launchers only: Hydra makes the sweep's directory, and writes to it, before it launches the first job. Its path
-# is of settings, but there is no configuration object yet from which it could be computed; an interpolation can.
+# Hydra creates the sweep's directory, and writes to it, before it launches the first job. No configuration object
+# exists at that time, so the path is an interpolation of settings. Microseconds in the stamp keep two sweeps apart.
 _DIRECTORY = "hydra.sweep.dir='${{workspace_root}}/${{lineage}}/${{experiment}}/sweeps/{stamp}'"
 _EXAMINED = 16
-"""Jobs of a refused sweep that are composed one by one to find their faults; thousands would take minutes."""
+"""Most jobs of a refused sweep to compose one by one in search of faults; thousands would take minutes."""
 
 
 @dataclass
 class Sweep(LaunchesJobs):
-    """A sweep of an app: Hydra carries it to our launchers in place of a task function."""
+    """A sweep of an app. Hydra passes it to our launchers as the task function."""
 
     app: App
     composing: Composer
     arguments: list[str]
-    """Of the command line."""
-    __name__: str = "sweep"  # Hydra asks a task function for its name
+    """Arguments of the command line."""
+    __name__: str = "sweep"  # Hydra reads the name of a task function
 
     def __call__(self, config: DictConfig) -> Any:
         raise TypeError("this sweep runs with the launchers of danling-conf: hydra/launcher=danling_local")
@@ -68,7 +69,7 @@ class Sweep(LaunchesJobs):
         cluster = cluster_of(master)
         if master.hydra.launcher.get("detach") and not knows_all_jobs(master):
             sweeper = str(master.hydra.sweeper._target_).rpartition(".")[2]
-            rule = f"{sweeper} chooses jobs by the scores of those before, which a detached sweep does not wait for"
+            rule = f"{sweeper} chooses jobs by the scores of earlier ones, which a detached sweep does not wait for"
             raise ConfigRefused([Violation("hydra.launcher.detach", True, rule, "leave it out")])
         capacity = capacity_for if cluster == "slurm" else None
         accepted, refused = check_jobs(self.composing, master, jobs, first, capacity=capacity)
@@ -76,7 +77,7 @@ class Sweep(LaunchesJobs):
             raise SweepRefused(refused, of=len(jobs))
         if refused:
             print("\n".join(fault_table(refused, of=len(jobs))), file=sys.stderr)
-            print("they are left out, as hydra.launcher.skip_refused says", file=sys.stderr)
+            print("skipping them, since hydra.launcher.skip_refused is true", file=sys.stderr)
         directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
         started = start_jobs(self, directory, accepted, cluster)
         records = dict(zip([job.number for job in accepted], started, strict=True))
@@ -106,16 +107,17 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
 
 
 def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
-    """The override that replaces Hydra's default launcher by ours; none where the user chose one of ours.
+    """The override that replaces Hydra's default launcher with ours; none where the user chose one of ours.
 
     Raises ConfigRefused for any other launcher, which would run unchecked jobs.
     """
+    # An override, since `hydra/launcher` cannot be a default of this package: the defaults list is the app's.
     ours = "hydra/launcher=danling_local"
     try:
         composed = composing.compose(arguments, multirun=True)
         kind = get_class(composed.hydra.launcher._target_)
     except COMPOSITION_ERRORS:
-        # The sweep itself meets the same error, and reports the faults of all jobs.
+        # The sweep will hit the same error and report the faults of all jobs.
         return [] if any(item.startswith("hydra/launcher=") for item in arguments) else [ours]
     chosen = composed.hydra.runtime.choices.get("hydra/launcher")
     if issubclass(kind, JobsLauncher):
@@ -127,7 +129,7 @@ def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
 
 
 class JobFailed(RuntimeError):
-    """A job of the sweep did not complete; the reason has been shown."""
+    """A job of the sweep did not complete. The reason has been printed."""
 
 
 def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], cluster: str) -> list[Record]:
@@ -137,7 +139,7 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
         Their records, in order.
 
     Raises:
-        ConfigRefused: Slurm does not take them.
+        ConfigRefused: Slurm rejects them.
     """
     shapes = None
     if cluster == "slurm":
@@ -145,14 +147,16 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
         print("\n".join(shape_table(jobs, found)), flush=True)
         shapes = {job.number: frozen_shape(found[job.number], job.launcher) for job in jobs}
     launcher = jobs[0].launcher
-    argv = worker_command()[2 : -len(sys.argv[1:]) or None]  # without the interpreter, and without overrides
+    argv = worker_command()[2 : -len(sys.argv[1:]) or None]  # without the interpreter, its -u, and the overrides
     code = code_identity(sweep.app.script.parent)
     program = Program(argv=tuple(argv), directory=Path.cwd(), code_id=code.code_id)
     files = directory.plan(jobs, program, shapes)
-    directory.ask(command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher)
+    directory.write_request(
+        command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher
+    )
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
-    with FollowingLock(directory.path) as lock:
-        lock.acquire()  # before jobs are submitted: another command must not take their slow start for a loss
+    with SweepLock(directory.path) as lock:
+        lock.acquire()  # before submission: another command must not mistake jobs that are still starting for lost ones
         with _refusing():
             backend = backend_for(cluster, launcher, directory.path)
             backend.submit(list(files.values()))
@@ -163,7 +167,7 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
 
 
 def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """A single run on Slurm, as a sweep of one job. Exits with 1 where it did not complete."""
+    """Run a single configuration on Slurm as a sweep of one job. Exits with 1 if it did not complete."""
     given = [str(item) for item in composed.hydra.overrides.task]
     job = Preflight(composing, composed, machine=None, capacity=capacity_for).check(given, 0)
     stamp, config = datetime.now().strftime("%Y%m%d-%H%M%S-%f"), job.config
@@ -177,21 +181,21 @@ def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequ
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Turn errors of Slurm into refusals: the launcher's settings, or the machine, are the user's to fix."""
+    """Turn Slurm's errors into refusals: the user has to change the launcher's settings, or the machine."""
     try:
         yield
     except SlurmUnavailable as error:
-        fix = "fix the launcher's settings; what was queued before it is in the ledger: danling-conf cancel ends it"
+        fix = "fix the launcher's settings; the ledger has the jobs queued so far: danling-conf cancel ends them"
         raise ConfigRefused([Violation("hydra.launcher", ABSENT, str(error), fix)]) from error
 
 
 def cluster_of(composed: DictConfig) -> str:
-    """Where the launcher of a configuration runs jobs: `slurm` or `local`."""
+    """The cluster of a configuration's launcher: `slurm` or `local`."""
     return str(getattr(get_class(composed.hydra.launcher._target_), "cluster", "local"))
 
 
 def _outcome(overrides: list[str], record: Record | None, *, score_wanted: bool) -> JobReturn:
-    """The result of a job for Hydra's sweeper; `record` is None for a job that was left out."""
+    """The result of a job for Hydra's sweeper; `record` is None for a refused job that was skipped."""
     outcome = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
     if record is None:
         outcome.return_value = None
@@ -206,19 +210,19 @@ def _outcome(overrides: list[str], record: Record | None, *, score_wanted: bool)
 
 
 def _remove_unused(composing: Composer, arguments: list[str]) -> None:
-    """Remove the directory that Hydra has made for a sweep of which no job was started."""
+    """Remove the directory that Hydra created for a sweep that started no job."""
     try:
         directory = Path(composing.compose(arguments, multirun=True).hydra.sweep.dir)
     except COMPOSITION_ERRORS:
-        return  # the sweep itself could not be composed, so nothing was made
+        return  # the sweep itself does not compose, so Hydra created nothing
     if directory.is_dir() and [item.name for item in directory.iterdir()] == ["multirun.yaml"]:
         shutil.rmtree(directory)
 
 
 def _refusal_of(composing: Composer, overrides: Sequence[str], error: Exception) -> ConfigRefused:
-    """The faults of a sweep that Hydra would not compose, and the jobs that have them.
+    """The faults of a sweep that Hydra does not compose, and the jobs that have them.
 
-    A fault of the sweep as a whole is in its first jobs as well, so only those are examined.
+    A fault of the whole sweep shows in its first jobs as well, so only those are examined.
     """
     try:
         jobs = composing.split_jobs(overrides)

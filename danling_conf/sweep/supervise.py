@@ -1,6 +1,6 @@
-"""Supervision of a sweep from a command: the monitor with a view on the terminal, the sweep's lock, and signals.
+"""Supervision of a sweep by a command: the monitor, with a view on the terminal, the sweep's lock, and signals.
 
-The command that starts a sweep supervises it; `danling-conf runs --watch` and `resume` do the same later.
+The command that starts a sweep supervises it. `danling-conf runs --watch` and `resume` can do so later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
 from danling_conf.records.stopped import STOPPING, Stopped
 from danling_conf.records.sweep_directory import SweepDirectory
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.backend import Backend
 from danling_conf.sweep.live_table import view_of
 from danling_conf.sweep.local_backend import LocalJobs
@@ -41,24 +41,24 @@ def supervise(
     jobs: Mapping[str, JobFile],
     launcher: Mapping[str, Any],
     *,
-    lock: FollowingLock | None = None,
+    lock: SweepLock | None = None,
 ) -> list[Record]:
     """Monitor submitted jobs until all have ended, and show every change.
 
-    A signal ends it, and the process with 128 + its number: jobs on this machine are asked to save and exit, jobs of a
-    cluster continue without a monitor.
+    A signal ends the monitor, and the process exits with 128 + its number. Jobs on this machine receive a signal to
+    save and exit; jobs on a cluster continue without a monitor.
 
     Args:
-        jobs: by key.
+        jobs: job files by key.
         launcher: `hydra.launcher` of the sweep.
-        lock: of the sweep, where this process has it already.
+        lock: the sweep's lock, where this process holds it already.
 
     Returns:
         The jobs' records, in the order of the sweep.
     """
-    # The backend of local jobs whose starter is gone looks at the lock itself, and would find it taken by this process.
+    # LeftLocalJobs acts only while the lock is free. If this process took it, the backend would wait for ever.
     only_watches = isinstance(backend, LeftLocalJobs)
-    with lock or FollowingLock(directory.path) as held, _stopped_by_signals(), view_of(directory, jobs) as view:
+    with lock or SweepLock(directory.path) as held, _stopped_by_signals(), view_of(directory, jobs) as view:
         monitor = Monitor(
             directory.ledger,
             backend,
@@ -76,7 +76,7 @@ def supervise(
         except SlurmUnavailable as error:
             resumed = f"danling-conf runs {directory.path} --watch"
             print(
-                f"{error}\nSlurm has not answered for minutes; the jobs continue without a monitor: {resumed}",
+                f"{error}\nSlurm has not answered for ten minutes; the jobs continue without a monitor: {resumed}",
                 file=sys.stderr,
             )
             sys.exit(1)
@@ -86,27 +86,28 @@ def supervise(
 
 
 def _stop(stopped: Stopped, directory: SweepDirectory, backend: Backend, monitor: Monitor) -> None:
-    """End the jobs of this machine, which end with their command; those of a cluster do not need it."""
+    """Stop the jobs of this machine, which end with their command. Jobs on a cluster do not depend on it."""
     if not isinstance(backend, LocalJobs):
         print(f"{stopped}; the jobs continue: danling-conf runs {directory.path}", file=sys.stderr)
         return
     live = [record for record in directory.ledger.records().values() if not record.ended]
+    # First the ledger, then the signal: a job that dies before it can write its end is then cancelled, not failed.
     directory.ledger.add_all([(record.key, {"told": stopped.name}) for record in live])
     backend.cancel(live)
-    print(f"{stopped}; the jobs are asked to save and exit", file=sys.stderr, flush=True)
+    print(f"{stopped}; waiting for the jobs to save and exit", file=sys.stderr, flush=True)
     try:
         backend.wait()
-    except Stopped:  # a second signal: the jobs take it as an order to exit without saving
+    except Stopped:  # a second signal makes the jobs exit without saving
         backend.cancel(list(directory.ledger.records().values()))
         backend.wait()
     while monitor.poll():
         pass
-    print(f"to go on: danling-conf resume {directory.path}", file=sys.stderr)
+    print(f"to resume: danling-conf resume {directory.path}", file=sys.stderr)
 
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Let signals raise Stopped, wherever this process is."""
+    """Let stop signals raise Stopped at whatever line this process is."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)

@@ -13,7 +13,7 @@ from danling_conf.topology.violation import show
 
 _GAP = 2
 _LONGEST = 28
-"""Longer settings are cut where there is no room for all of them."""
+"""Width to which settings are cut where the table is too wide."""
 _BAD = (
     Status.FAILED,
     Status.REFUSED,
@@ -31,7 +31,8 @@ class _Column:
     cells: list[str]
     right: bool = False
     dropped: int = 0
-    """Where there is no room, columns with higher numbers are dropped first; 0 stays."""
+    """Order of dropping columns of a table that is too wide: 1 and 2 first, then from the highest down to 4. 0 and 3
+    stay."""
 
     @property
     def width(self) -> int:
@@ -39,10 +40,10 @@ class _Column:
 
 
 def table_lines(rows: Sequence[Row], width: int | None) -> list[str]:
-    """A head and a line for each row.
+    """A header and a line for each row.
 
     Args:
-        width: of the terminal; None where lines may be of any length.
+        width: width of the terminal; None for lines of any length.
     """
     columns = _columns(rows)
     left_out = _fit(columns, width) if width is not None else []
@@ -51,7 +52,7 @@ def table_lines(rows: Sequence[Row], width: int | None) -> list[str]:
     if width is not None:
         lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
     if left_out:
-        lines.append(f"no room for {', '.join(left_out)}: --csv and --json have all")
+        lines.append(f"no room for {', '.join(left_out)}: --csv and --json have all columns")
     return lines
 
 
@@ -70,7 +71,7 @@ def count_states(rows: Sequence[Row]) -> str:
 
 
 def value_of(value: Any) -> str:
-    """A setting as it is typed on the command line; six digits of a fraction."""
+    """A setting as it is typed on the command line, with at most six significant digits."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else show(value).replace("\n", " ")
@@ -128,7 +129,7 @@ def _fit(columns: list[_Column], width: int) -> list[str]:
         if column.dropped >= 3 and _width(columns) > width:
             column.cells = [cell if len(cell) <= _LONGEST else cell[: _LONGEST - 1] + "…" for cell in column.cells]
     left_out = []
-    # Attempts and times go first, then settings from the last one on; one setting stays, which tells rows apart.
+    # Attempts and times go first, then settings, the last one first. One setting stays to distinguish the rows.
     order = [column for column in columns if column.dropped in (1, 2)]
     order += sorted((column for column in columns if column.dropped > 3), key=lambda column: -column.dropped)
     for column in order:

@@ -1,4 +1,7 @@
-"""Degrees of a layout, and what follows from them: mesh axes, coordinates of a rank, data ranks, random streams."""
+"""Arithmetic of layouts: mesh axes, coordinates of a rank, data ranks and random streams, derived from the degrees.
+
+Pure Python, so that a layout is checked before torch is imported. Launcher and ranks must derive the same.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from danling_conf.schema.runner import RunnerConfig
 
 
 def layout_of(config: RunnerConfig) -> Layout:
-    """The layout of a configuration; before it is resolved, a degree may be -1, to be filled.
+    """The layout of a configuration. Before it is resolved, one degree may be -1.
 
     A function and not a property of RunnerConfig: a subclass may well have a setting called `layout`.
     """
@@ -19,14 +22,14 @@ def layout_of(config: RunnerConfig) -> Layout:
 
 
 def layout_of_axes(axes: AxesConfig, *, fsdp: bool) -> Layout:
-    """The layout of some degrees, with or without FSDP."""
+    """The layout with these degrees, with or without FSDP."""
     return Layout(fsdp=fsdp, **{axis: getattr(axes, axis) for axis in Layout().degrees()})
 
 
 def fill(layout: Layout, world_size: int) -> Layout:
-    """The layout with its degree of -1 replaced so that its product is `world_size`.
+    """The layout with its degree of -1 replaced so that the product of all degrees is `world_size`.
 
-    Raises ValueError when more than one degree is to be filled, or when the others do not divide the world size.
+    Raises ValueError where more than one degree is -1, or the others do not divide the world size.
     """
     unknown = [axis for axis in WORLD_AXES if getattr(layout, axis) == FILL]
     if not unknown:
@@ -40,10 +43,10 @@ def fill(layout: Layout, world_size: int) -> Layout:
 
 
 def mesh_axes(layout: Layout) -> dict[str, int]:
-    """Axes of the device mesh, outermost first, and their degrees; axes of degree 1 are left out, but for the shard
+    """Axes of the device mesh and their degrees, outermost first. Axes of degree 1 are dropped, except for the shard
     axis of a layout with FSDP."""
     degrees = {axis: getattr(layout, axis) for axis in WORLD_AXES}
-    # FSDP takes a mesh on one rank too, so that fsdp1 and fsdp8 are the same code.
+    # FSDP gets a mesh on one rank too, so that fsdp1 and fsdp8 run the same code.
     return {axis: degree for axis, degree in degrees.items() if degree > 1 or (axis == "shard" and layout.fsdp)}
 
 
@@ -61,7 +64,7 @@ def expert_axes(layout: Layout) -> dict[str, int]:
 
 
 def coordinates(layout: Layout, rank: int) -> dict[str, int]:
-    """Where a rank stands on each axis of the world (row-major: the last axis varies fastest)."""
+    """The coordinate of a rank on each axis of the world (row-major: the last axis varies fastest)."""
     if not 0 <= rank < layout.world_size:
         raise ValueError(f"rank {rank} is outside a world of {layout.world_size}")
     result = {}
@@ -88,9 +91,11 @@ def data_rank(layout: Layout, rank: int) -> int:
 
 
 def random_stream(layout: Layout, rank: int, *, sequence_parallel: bool = False) -> int:
-    """Number of the stream of random numbers that a rank draws: dropout must differ where activations do, between data,
-    context and pipeline ranks, and must not between tensor ranks, which hold the same activations unless they share
-    sequences."""
+    """Index of the random stream of a rank.
+
+    Dropout must differ wherever activations do: between data, context and pipeline ranks. It must not differ between
+    tensor ranks, which hold the same activations unless sequences are sharded.
+    """
     position = coordinates(layout, rank)
     index = position["pipeline"]
     for axis in ("context", *(("tensor",) if sequence_parallel else ())):

@@ -1,4 +1,4 @@
-"""Facts of this machine, and of how the process was started, without torch."""
+"""Facts about this machine and the launcher of this process, found without torch, for the rules to check against."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Facts that rules need about where a run would start."""
+    """The machine on which a run would start, as far as the rules need it."""
 
     devices: int = 0
     """Accelerators present; 0 means that ranks run on the CPU."""
     started_world_size: int | None = None
-    """World size given by a launcher (torchrun, srun, submitit) that started this process; None when nothing did."""
+    """World size from the launcher of this process (torchrun, srun, submitit); None without one."""
     launcher: str | None = None
     """Name of that launcher, for messages."""
     compiler: bool = True
     """Whether a C++ compiler and Python's headers are present; torch.compile generates C++ for the CPU."""
     safetensors: bool = True
-    """Whether the package safetensors is installed; exports are written by it."""
+    """Whether the package safetensors is installed, which writes exports."""
     trackers: frozenset[str] = frozenset(TRACKERS)
     """Which of the packages of trackers are installed."""
 
     cluster_world_size: int | None = None
-    """For a job on a cluster, whose ranks may be on several nodes: the world size that a layout without a number is
-    filled with; `devices` is what a node has. None for a run on this machine."""
+    """World size that fills a degree of -1 of a job on a cluster, whose ranks may be on several nodes; `devices` are
+    then those of one node. None for a run on this machine."""
 
     @property
     def fill_world_size(self) -> int:
-        """World size that a layout without a number is filled with."""
+        """World size that fills a degree of -1."""
         return self.cluster_world_size or self.started_world_size or max(1, self.devices)
 
 
 def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
-    """The facts of the machine and process that this runs in."""
+    """The machine of this process."""
     rank = started_rank(environment)
     if rank is not None and rank.world_size == 1 and rank.launcher != "torchrun":
-        # A shell inside an allocation has such variables, and so has a child of another launcher: neither is a rank.
+        # A shell inside an allocation, or a child of another launcher, inherits such variables and is not a rank.
         rank = None
     return Machine(
         devices=count_devices(environment.get("CUDA_VISIBLE_DEVICES")),
@@ -63,6 +63,7 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
 
 
 def _can_compile(environment: Mapping[str, str]) -> bool:
+    # inductor's generated C++ includes Python.h, which many distributions ship in a package of its own.
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compilers = (environment.get("CXX") or "g++", "clang++", "c++")
     return headers.is_file() and any(shutil.which(name) for name in compilers)
@@ -71,9 +72,10 @@ def _can_compile(environment: Mapping[str, str]) -> bool:
 @cache
 def count_devices(visible: str | None) -> int:
     """NVIDIA devices that this process may use, by CUDA_VISIBLE_DEVICES and nvidia-smi; 0 without them."""
+    # CUDA_VISIBLE_DEVICES="" hides all devices: then do not even start nvidia-smi.
     if visible is not None and not _named_devices(visible, sys.maxsize):
         return 0
-    # Not torch.cuda.device_count(): importing torch would cost more than all of the check.
+    # Not torch.cuda.device_count(): importing torch would take longer than the whole check.
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""Rank of this process: the one reader of the variables of torchrun, srun, submitit and our own workers."""
+"""Rank environment of this process: the only reader of the variables of torchrun, srun, submitit and our workers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnvironment:
-    """A process that a launcher started as one of several."""
+    """The place of this process among those that a launcher started."""
 
     launcher: str
-    """Who started it, for messages."""
+    """Name of the launcher, for messages."""
     rank: int
     """Index among all processes."""
     world_size: int
@@ -49,7 +49,7 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
             local_rank=_number(environment, "LOCAL_RANK", "RANK"),
             local_world_size=_number(environment, "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
         )
-        # torchrun is started once a node, so its ranks differ from srun's tasks, and rightly so.
+        # srun starts one torchrun on each node, which starts the ranks: they rightly differ from srun's tasks.
         if in_step and found.launcher != "torchrun" and _number(environment, "SLURM_STEP_NUM_TASKS") > 1:
             of_srun = (_number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS"))
             if of_srun != (found.rank, found.world_size):
@@ -57,13 +57,14 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
                     f"RANK and WORLD_SIZE say rank {found.rank} of {found.world_size}, and srun says rank {of_srun[0]} "
                     f"of {of_srun[1]}"
                 )
-    # A shell inside an allocation has the job's variables as well; a step's are set by srun alone.
+    # Every shell inside an allocation has the variables of the job. Only srun sets those of a step.
     elif in_step:
         found = RankEnvironment(
             launcher="srun",
             rank=_number(environment, "SLURM_PROCID"),
             world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(environment, "SLURM_LOCALID"),
+            # Not SLURM_NTASKS_PER_NODE, which is what was requested: nodes of a step may have different counts.
             local_world_size=_tasks_of_node(environment),
         )
     elif environment.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in environment:
@@ -78,7 +79,7 @@ def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment
         return None
     if not (0 <= found.rank < found.world_size and 0 <= found.local_rank < found.local_world_size <= found.world_size):
         raise _contradiction(
-            f"{found.launcher} describes a process that cannot be: rank {found.rank} of {found.world_size}, "
+            f"{found.launcher} describes an impossible process: rank {found.rank} of {found.world_size}, "
             f"local rank {found.local_rank} of {found.local_world_size}"
         )
     return found
@@ -91,7 +92,7 @@ def _tasks_of_node(environment: Mapping[str, str]) -> int:
     for item in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
         if found is None:
-            raise _contradiction(f"SLURM_STEP_TASKS_PER_NODE={text} is no list of numbers of tasks")
+            raise _contradiction(f"SLURM_STEP_TASKS_PER_NODE={text} is not a list of numbers of tasks")
         counts += [int(found[1])] * int(found[2] or 1)
     node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
     if node >= len(counts):

@@ -1,4 +1,7 @@
-"""Resources of a layout's job on a cluster: nodes, tasks, GPUs and CPUs, and whether the cluster has them."""
+"""Resources of a job on a cluster: derives nodes, tasks, GPUs and CPUs from the layout, and checks that they exist.
+
+A request that no node can satisfy would not fail in Slurm: it would wait in the queue.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,26 @@ _LAUNCHER = "hydra.launcher"
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What a node has and a partition allows. None is unknown, and nothing is refused for it."""
+    """Capacity of a node and limits of its partition. None means unknown, and refuses nothing."""
 
     devices_per_node: int
     """GPUs of a node; 0 where jobs run on CPUs."""
     cpus_per_node: int | None = None
     nodes: int | None = None
-    """Nodes that one job may have."""
+    """Most nodes of one job."""
     minutes: int | None = None
     """Longest time limit."""
     name: str | None = None
-    """Of the partition."""
+    """Name of the partition."""
 
     def for_jobs(self, launcher: SlurmLauncherConfig) -> Capacity:
-        """The same, where the launcher's settings of a node replace those of the partition."""
+        """This capacity, with a node's values replaced by those that the launcher's settings give."""
         return self if launcher.gpus_per_node is None else replace(self, devices_per_node=launcher.gpus_per_node)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What one job asks for; one task a rank."""
+    """The resources that one job requests; one task for each rank."""
 
     nodes: int
     tasks_per_node: int
@@ -51,15 +54,15 @@ class Shape:
 
     @property
     def gpu_hours(self) -> float:
-        """What the job costs at most."""
+        """GPU hours that the job takes at most."""
         return self.gpus * self.minutes / 60
 
 
 def cluster_machine(here: Machine, capacity: Capacity, launcher: SlurmLauncherConfig) -> Machine:
-    """The machine that rules see for a job on a cluster: its nodes, however many, in place of this machine.
+    """The machine that the rules see for a job on a cluster: its nodes in place of this machine.
 
     Args:
-        here: what is known of this machine; its Python is taken to be the cluster's.
+        here: this machine; its installed packages are assumed for the cluster as well.
     """
     capacity = capacity.for_jobs(launcher)
     ranks = launcher.tasks_per_node or capacity.devices_per_node or 1
@@ -68,7 +71,7 @@ def cluster_machine(here: Machine, capacity: Capacity, launcher: SlurmLauncherCo
         devices=capacity.devices_per_node,
         started_world_size=None,
         launcher=None,
-        compiler=True,  # unknown from here
+        compiler=True,  # unknown from here, so do not refuse
         cluster_world_size=(launcher.nodes or 1) * ranks,
     )
 
@@ -76,14 +79,14 @@ def cluster_machine(here: Machine, capacity: Capacity, launcher: SlurmLauncherCo
 def shape_of(
     layout: Layout, *, on_cpu: bool, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None = None
 ) -> tuple[Shape, list[Violation]]:
-    """The shape of a layout's job, and what does not fit. Settings that are given come first.
+    """The shape of a layout's job, and its violations; with any, it must not be submitted.
 
-    A shape with violations is not fit to be submitted.
+    Explicit settings of the launcher win over derived values.
 
     Args:
-        layout: every degree known.
-        on_cpu: whether ranks run on CPUs, also where nodes have GPUs.
-        name: of the layout, for messages.
+        layout: layout with all degrees known.
+        on_cpu: whether ranks run on CPUs, even where nodes have GPUs.
+        name: name of the layout, for messages.
     """
     if any(getattr(layout, axis) == FILL for axis in WORLD_AXES):
         raise ValueError(f"{layout} has a degree that is still to be filled")
@@ -112,7 +115,7 @@ def _cpus_per_task(on_cpu: bool, capacity: Capacity, launcher: SlurmLauncherConf
 
 
 def _most_tasks(on_cpu: bool, cpus: int, capacity: Capacity) -> int | None:
-    """Ranks that fit on a node; None where nothing is known of its CPUs."""
+    """Ranks that fit on a node; None where its CPUs are unknown."""
     if not on_cpu:
         return capacity.devices_per_node
     return None if capacity.cpus_per_node is None else max(1, capacity.cpus_per_node // cpus)
@@ -121,7 +124,7 @@ def _most_tasks(on_cpu: bool, cpus: int, capacity: Capacity) -> int | None:
 def _spread(
     layout: Layout, most: int | None, launcher: SlurmLauncherConfig, name: str | None
 ) -> tuple[int, int, list[Violation]]:
-    """Nodes and tasks on each, and why the ranks cannot be spread so."""
+    """Number of nodes, tasks on each, and violations where the ranks cannot be spread like that."""
     ranks, nodes, tasks = layout.world_size, launcher.nodes, launcher.tasks_per_node
     what = f"{name or 'the layout'} has {_count(ranks, 'rank')}"
     if nodes is not None and tasks is not None:
@@ -160,7 +163,7 @@ def _spread(
 def _beyond_node(
     shape: Shape, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None
 ) -> Iterator[Violation]:
-    """What a node does not have. Each fault names the setting that decides, or else what spread the ranks."""
+    """Faults of requesting more than a node has. Each names the setting that decides, or that spread the ranks."""
     spread = _first_set(launcher, "tasks_per_node", "nodes") or ("parallel", name or ABSENT)
     ranks = _count(shape.tasks_per_node, "rank")
     if shape.gpus_per_node > capacity.devices_per_node:
@@ -189,12 +192,12 @@ def _beyond_partition(
         yield Violation(path, value, rule, "choose a smaller layout, or another partition")
     if capacity.minutes is not None and shape.minutes > capacity.minutes:
         rule = f"jobs in {where} may take {capacity.minutes} minutes"
-        fix = f"at most {capacity.minutes}: a run that reaches it is saved and queued again"
+        fix = f"at most {capacity.minutes}: a run that reaches it is saved and requeued"
         yield Violation(f"{_LAUNCHER}.timeout_min", shape.minutes, rule, fix)
 
 
 def _first_set(launcher: SlurmLauncherConfig, *names: str) -> tuple[str, Any] | None:
-    """Path and value of the first of these settings that is given; None when none is."""
+    """Path and value of the first of these settings that is set; None where none is."""
     given = ((f"{_LAUNCHER}.{name}", getattr(launcher, name)) for name in names)
     return next((item for item in given if item[1] is not None), None)
 

@@ -1,8 +1,9 @@
-"""Violation: one fault of a configuration, as data, and the errors that carry violations to where they are shown."""
+"""Violation: a fault of a configuration as data, and the errors that carry violations to the place that shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ class Violation:
     path: str
     """Dotted path of the setting, as it is written on the command line; empty for the command line as a whole."""
     value: Any
-    """The value that was given; `ABSENT` when the fault is not one of a value."""
+    """The given value; `ABSENT` where the fault is not in a value."""
     rule: str
     """The rule that it breaks."""
     fix: str
@@ -30,7 +31,7 @@ class _Absent:
         return "ABSENT"
 
     def __reduce__(self) -> str:
-        return "ABSENT"  # pickled by its name, since it is compared by identity
+        return "ABSENT"  # pickle by name: it is compared by identity, and a copy would not be the same object
 
 
 ABSENT = _Absent()
@@ -46,12 +47,12 @@ def show(value: Any) -> str:
 
 
 class SettingError(ValueError):
-    """A builder cannot do what a setting asks. Carries the violation; `str()` is its one line.
+    """A builder cannot do what a setting requests. It carries the violation, and `str()` formats it.
 
     Args:
-        path: of the setting, or the argument's name.
-        value: what it is; ABSENT where naming it says nothing.
-        rule: what does not hold.
+        path: path of the setting, or name of the argument.
+        value: its value; ABSENT where the value does not matter.
+        rule: the rule that it breaks.
         fix: what to do.
     """
 
@@ -82,8 +83,23 @@ class ConfigRefused(ValueError):
         return "\n".join(lines)
 
 
+@contextmanager
+def refused() -> Iterator[None]:
+    """Turn a builder's SettingError into a refusal, which is shown without a stack trace: the user changes the setting.
+
+    An error in the user's model, data or metrics keeps its trace.
+
+    Raises:
+        ConfigRefused: with the error's violation.
+    """
+    try:
+        yield
+    except SettingError as error:
+        raise ConfigRefused([error.violation]) from error
+
+
 def refuse(violations: Iterable[Violation]) -> None:
-    """Raise what builders raise: nothing without a violation, SettingError for one, ConfigRefused for several."""
+    """Raise SettingError for one violation and ConfigRefused for several. Does nothing without any."""
     found = list(violations)
     if len(found) == 1:
         (item,) = found

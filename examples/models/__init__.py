@@ -1,1 +1,1 @@
-"""Models of the examples: plain torch modules that know nothing of how they are trained."""
+"""Models of the examples: plain torch modules, independent of how they are trained."""

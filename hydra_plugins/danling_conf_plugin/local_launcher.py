@@ -1,4 +1,4 @@
-"""Where Hydra 1.3 wants launcher classes to live."""
+"""Launcher `danling_local`: here, since Hydra 1.3 accepts launcher classes only from `hydra_plugins`."""
 
 from danling_conf.sweep.hydra_launcher import JobsLauncher
 

@@ -96,14 +96,14 @@ def test_without_checkpoints_none_is_written_and_others_are_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = train(tmp_path, SAVED)
-    assert "to go on: " in capsys.readouterr().out
+    assert "to resume: " in capsys.readouterr().out
     before = checkpoints(done["run"])
     loaded = train(tmp_path, {"steps": 6, "checkpoint": {"load_only": True}, "resume": str(done["run"])})
     assert (loaded["began"], loaded["step"]) == (4, 6)
     assert checkpoints(done["run"]) == before
     fresh = train(tmp_path, {"steps": 2, "checkpoint": {"load_only": True}})
     assert not (fresh["run"] / "checkpoints").exists()
-    assert "to go on: " not in capsys.readouterr().out
+    assert "to resume: " not in capsys.readouterr().out
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

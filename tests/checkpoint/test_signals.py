@@ -69,8 +69,8 @@ def test_what_it_says_goes_on_does(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, text = ended(process)
     facts = saved(tmp_path)
-    (line,) = [line for line in text.splitlines() if line.startswith("to go on: ")]
-    words = shlex.split(line.removeprefix("to go on: "))
+    (line,) = [line for line in text.splitlines() if line.startswith("to resume: ")]
+    words = shlex.split(line.removeprefix("to resume: "))
     assert words[0] == "python"
     words = [word.replace(f"steps={STEPS}", f"steps={facts.step + 2}") for word in words[1:]]
     done = run([sys.executable, *words], cwd=tmp_path, env=PATH)

@@ -109,7 +109,9 @@ def test_directories_above_a_run_and_sweeps(run: Path, capsys: pytest.CaptureFix
     assert f"{other}: 0 checkpoints in checkpoints/" in text
     sweep = run.parent / "sweeps" / "first"
     sweep.mkdir(parents=True)
-    (sweep / "jobs.jsonl").write_text("".join(json.dumps({"job": 0, "run": str(run)}) + "\n" for _ in range(2)))
+    (sweep / "jobs.jsonl").write_text(
+        "".join(json.dumps({"key": "k", "job": 0, "run": str(run)}) + "\n" for _ in range(2))
+    )
     _, _, text = listed(capsys, sweep)
     assert text.count(" in checkpoints/") == 1
 
@@ -130,7 +132,7 @@ def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], p
     code, _, text = listed(capsys, tmp_path / place)
     assert code == 2
     assert f"RUN={tmp_path / place}" in text
-    assert "fix: give a run's directory" in text
+    assert "fix: name a run's directory" in text
 
 
 def test_torch_is_not_needed(run: Path, tmp_path: Path) -> None:

@@ -108,9 +108,11 @@ def test_a_run_whose_parent_is_killed(tmp_path: Path, capsys: Any) -> None:
         process.kill()
         process.communicate()
     assert all_gone(pids)
-    # Its ranks end with it, in order: the system sends them SIGTERM.
-    assert judged(made, capsys) == Status.INTERRUPTED
-    assert recorded(made) == (Status.INTERRUPTED, Status.INTERRUPTED)
+    # The system sends its ranks SIGTERM, and they save and leave; a second SIGTERM ends them before they have written.
+    status = judged(made, capsys)
+    assert status in (Status.INTERRUPTED, Status.LOST)
+    own = None if status is Status.LOST else status
+    assert recorded(made) == (own, own)
 
 
 @pytest.mark.slow

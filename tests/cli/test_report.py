@@ -98,7 +98,7 @@ def test_what_the_page_says(run: Path) -> None:
 
 def test_attempts_as_they_ended(run: Path) -> None:
     first, second = attempts_of(run)
-    assert (first.status, first.first_step, first.last_step) == ("lost", 0, 7)
+    assert (first.status, first.first_step, first.last_step) == ("failed", 0, 7)
     assert (second.status, second.first_step, second.last_step) == ("completed", 6, 12)
     assert first.begin <= first.end <= second.end
     assert second.score is not None

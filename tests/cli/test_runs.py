@@ -45,7 +45,7 @@ def test_the_table_has_what_differs_and_the_best_first(swept: Path, capsys: Any)
         ["#3", "0.1", "fail", "failed", "1"],
     ]
     assert "#1 failed: RuntimeError: the gate is shut" in out
-    assert f"to go on: danling-conf resume {sweep}" in out
+    assert f"to resume: danling-conf resume {sweep}" in out
     assert "\x1b" not in out
 
 
@@ -172,7 +172,7 @@ def test_directories_without_anything_are_refused(tmp_path: Path, capsys: Any, c
         refused = capsys.readouterr().err
         assert words in refused
         assert str(directory) in refused
-        assert "fix: give a run's directory" in refused
+        assert "fix: name a run's directory" in refused
 
 
 def rows(count: int, settings: int) -> list[Row]:

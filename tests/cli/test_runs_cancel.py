@@ -91,7 +91,7 @@ def test_a_job_on_another_machine_is_refused(tmp_path: Path, capsys: Any) -> Non
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "1 job: 1 running" in out
-    assert "on elsewhere jobs ran when last heard of" in out
+    assert "jobs were last seen running on elsewhere" in out
 
 
 def test_slurm_is_asked_and_its_answer_written_down(
@@ -150,7 +150,7 @@ def test_a_job_is_named_in_three_ways(swept: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["7"], "give a number, key or run id: 0 ("), (["0", "--rank", "3"], "choose a rank of 0"),
+    (["7"], "use a number, key or run id: 0 ("), (["0", "--rank", "3"], "choose a rank of 0"),
     (["0", "--attempt", "x"], "choose one of 20"), ([], "the sweep has 2 jobs"),
 ])  # fmt: skip
 def test_what_is_not_there(swept: Path, capsys: Any, words: list[str], expected: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from danling_conf.cli.main import main
 from danling_conf.records.find import sweep_of
 from danling_conf.records.metrics import read_lines
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from tests.support.commands import APP, alive, run, runs, started, wait_for
 from tests.support.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
 
@@ -61,7 +61,7 @@ def test_a_client_that_is_killed_loses_nothing(tmp_path: Path, capsys: Any) -> N
         out = capsys.readouterr().out
         assert "1 completed, 1 lost, 1 not started" in out
         assert "#1 lost: its process is gone" in out
-        assert "nobody starts the jobs that it has not started" in out
+        assert "the jobs that it has not started will not start" in out
         assert states(tmp_path) == ["completed", "lost", "queued"]  # written down, too
     assert main(["resume", str(tmp_path)]) == 0
     assert states(tmp_path) == ["completed"] * 3
@@ -151,5 +151,5 @@ def test_a_slurm_sweep_is_resumed_where_slurm_is(
     assert f"#0 {status}: so it was" in capsys.readouterr().out
     assert main(["resume", str(sweep.path)]) == 2
     assert "whose commands are not installed here" in capsys.readouterr().err
-    with FollowingLock(sweep.path) as lock:
+    with SweepLock(sweep.path) as lock:
         assert lock.acquire()  # it was let go

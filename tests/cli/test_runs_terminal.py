@@ -86,8 +86,8 @@ def test_a_sweep_that_is_interrupted(tmp_path: Path) -> None:
         terminal.process.send_signal(signal.SIGINT)
         shown = terminal.read()
     assert terminal.process.returncode == 130
-    assert "the jobs are asked to save and exit" in shown
-    assert f"to go on: danling-conf resume {tmp_path}" in shown
+    assert "waiting for the jobs to save and exit" in shown
+    assert f"to resume: danling-conf resume {tmp_path}" in shown
     assert states(tmp_path) == ["interrupted", "cancelled"]
 
 

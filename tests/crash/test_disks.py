@@ -41,7 +41,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
         for rank in line["ranks"]:
             assert reason in rank["error"], line
             assert "the checkpoint could not be written" in rank["error"]
-            assert "what was saved before is whole" in rank["error"]
+            assert "earlier checkpoints are complete" in rank["error"]
             assert ("bytes are free" in rank["error"]) == (fault == "full")
             assert rank["steps"] == [1, 2]
             assert rank["left"] == []

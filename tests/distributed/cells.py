@@ -111,6 +111,17 @@ def batches(weighted: bool) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
+def parallel_of(cell: Cell) -> dict[str, Any]:
+    """A cell's settings of `parallel`; four microbatches beside tensor or context parallelism, unless it says how many.
+
+    Every microbatch of such a stage is many small collectives: sixteen, one for each sample, take four times as long.
+    """
+    layout = parse_layout(cell.layout)
+    counted = {"pipeline_microbatch_size", "pipeline_n_microbatches"} & cell.parallel.keys()
+    few = layout.pipeline > 1 and layout.tensor * layout.context > 1 and not counted
+    return {**({"pipeline_n_microbatches": 4} if few else {}), **cell.parallel}
+
+
 def train(cell: Cell) -> Trained:
     """Three SGD steps on this rank: losses of the global batch, gradients of the first step and weights in full."""
     layout = parse_layout(cell.layout)
@@ -125,7 +136,7 @@ def train(cell: Cell) -> Trained:
         fsdp=FsdpConfig(enabled=layout.fsdp, **cell.fsdp),
         compile=CompileConfig(**cell.compile),
         activation_checkpointing=ActivationCheckpointingConfig(**cell.recompute),
-        parallel=ParallelConfig(**cell.parallel),
+        parallel=ParallelConfig(**parallel_of(cell)),
         expert_mesh=mesh.make_expert(layout, made),
         precision=cell.precision,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,14 +149,10 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in get_model_state_dict(model, options=options).items()}
 
 
-def train_all() -> dict[str, Any] | None:
-    torch._dynamo.config.recompile_limit = 64  # every cell brings blocks of its own
-    results: dict[str, Any] = {}
-    for name, cell in {**CELLS, "bf16": BF16, "wrong scale": WRONG_SCALE}.items():
-        torch._dynamo.config.optimize_ddp = True
-        results[name] = train(cell)
-    results["overflow"] = overflow_on_one_rank()
-    return results if dist.get_rank() == 0 else None
+@functools.cache
+def on_four_ranks(name: str) -> dict[str, Any]:
+    """What rank 0 has after a cell; each cell trains once."""
+    return shared(train, WORLD_SIZE, {**CELLS, "bf16": BF16, "wrong scale": WRONG_SCALE}[name])[0]
 
 
 def overflow_on_one_rank() -> bool:
@@ -184,11 +181,6 @@ def overflow_on_one_rank() -> bool:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    return shared(train_all, WORLD_SIZE, timeout=150)[0]
-
-
-@pytest.fixture(scope="module")
 def references() -> dict[str, Any]:
     return {name: train(cell) for name, cell in REFERENCES.items()}
 
@@ -201,41 +193,37 @@ def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_losses_gradients_and_weights_are_those_of_a_single_process(
-    name: str, results: dict[str, Any], references: dict[str, Any]
-) -> None:
-    found, expected = results[name], references[reference_of(name)]
+def test_losses_gradients_and_weights_are_those_of_a_single_process(name: str, references: dict[str, Any]) -> None:
+    found, expected = on_four_ranks(name), references[reference_of(name)]
     assert found["losses"] == pytest.approx(expected["losses"], rel=EXACT)
     assert found["norms"] == pytest.approx(expected["norms"], rel=EXACT)
     assert largest_error(found["gradients"], expected["gradients"]) < EXACT
     assert largest_error(found["weights"], expected["weights"]) < EXACT
 
 
-def test_bf16_is_close_and_not_fp32_in_disguise(results: dict[str, Any], references: dict[str, Any]) -> None:
-    found, expected = results["bf16"], references["plain"]
+def test_bf16_is_close_and_not_fp32_in_disguise(references: dict[str, Any]) -> None:
+    found, expected = on_four_ranks("bf16"), references["plain"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
     together = [torch.cat([value.flatten() for value in of["gradients"].values()]) for of in (found, expected)]
     assert 1e-4 < (together[0] - together[1]).norm() / together[1].norm() < 2e-2
     assert all(value.dtype is torch.float32 for value in found["weights"].values())
 
 
-def test_a_wrong_gradient_scale_does_not_pass(results: dict[str, Any], references: dict[str, Any]) -> None:
-    wrong, expected = results["wrong scale"], references["plain"]
+def test_a_wrong_gradient_scale_does_not_pass(references: dict[str, Any]) -> None:
+    wrong, expected = on_four_ranks("wrong scale"), references["plain"]
     assert largest_error(wrong["gradients"], expected["gradients"]) > 1
     assert largest_error(wrong["weights"], expected["weights"]) > 1e-2
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_initial_weights_are_bitwise_those_of_a_single_process(
-    name: str, results: dict[str, Any], references: dict[str, Any]
-) -> None:
-    found, expected = results[name]["initial"], references[reference_of(name)]["initial"]
+def test_initial_weights_are_bitwise_those_of_a_single_process(name: str, references: dict[str, Any]) -> None:
+    found, expected = on_four_ranks(name)["initial"], references[reference_of(name)]["initial"]
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_an_overflow_on_one_rank_skips_the_step_on_all(results: dict[str, Any]) -> None:
-    assert results["overflow"]
+def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
+    assert all(shared(overflow_on_one_rank, WORLD_SIZE))
 
 
 def fail_on_rank_1() -> None:

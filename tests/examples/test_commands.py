@@ -155,7 +155,7 @@ def test_what_a_user_reads(command: Commands) -> None:
     assert "a sample:" in lines
     assert lines[-4].startswith("score val.loss ")
     assert lines[-3].startswith("run directory ws/lin/exp/")
-    assert lines[-2].startswith(f"to go on: python {TRAIN} ")
+    assert lines[-2].startswith(f"to resume: python {TRAIN} ")
     assert lines[-1].startswith("step=4 ")
     assert "val.accuracy" in command("digits").out
 
@@ -174,8 +174,8 @@ def test_the_score_of_digits_is_its_accuracy(command: Commands) -> None:
 def test_a_run_goes_on_as_it_says(command: Commands, name: str) -> None:
     done = command(name)
     assert done.code == 0, done.text
-    (line,) = [line for line in done.out.splitlines() if line.startswith("to go on: ")]
-    program, *words = shlex.split(line.removeprefix("to go on: "))
+    (line,) = [line for line in done.out.splitlines() if line.startswith("to resume: ")]
+    program, *words = shlex.split(line.removeprefix("to resume: "))
     if program == "torchrun":
         assert words[:2] == ["--nproc-per-node", "2"]
         words = [*torchrun(), *words[2:]]

@@ -27,8 +27,8 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert {"rank-0.log", "rank-1.log", "config.yaml", "result.json"} <= {item.name for item in attempt.iterdir()}
     assert json.loads((attempt / "frozen.json").read_text())["config"]["parallel"]["axes"]["shard"] == 2
     assert done.run == directory
-    (line,) = [line for line in done.out.splitlines() if line.startswith("to go on: ")]
-    assert line.startswith(f"to go on: torchrun --nproc-per-node 2 {APP} ")
+    (line,) = [line for line in done.out.splitlines() if line.startswith("to resume: ")]
+    assert line.startswith(f"to resume: torchrun --nproc-per-node 2 {APP} ")
     assert line.endswith(f" steps=6 resume={directory.relative_to(tmp_path)}")
 
 

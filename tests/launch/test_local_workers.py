@@ -42,8 +42,8 @@ def test_ranks_train_and_tighten_their_time_limits(tmp_path: Path) -> None:
     assert facts[0]["pid"] != facts[1]["pid"]
     assert result_of(tmp_path) == {"status": "completed", "score": facts[0]["score"], "error": None}
     assert done.run == runs(tmp_path)[0]
-    (line,) = [line for line in done.out.splitlines() if line.startswith("to go on: ")]
-    assert line.startswith(f"to go on: python {APP} ")
+    (line,) = [line for line in done.out.splitlines() if line.startswith("to resume: ")]
+    assert line.startswith(f"to resume: python {APP} ")
     assert " parallel=ddp2 " in line
 
 

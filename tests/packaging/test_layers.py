@@ -29,13 +29,13 @@ ALLOWED = {
     "parallel": {"schema", "topology", "_torch_private", "components"},
     "checkpoint": {"schema", "topology", "_torch_private", "components", "parallel"},
     "runner": {"schema", "topology", "config", "records", "_torch_private", "components", "parallel", "checkpoint"},
-    "builders": {"topology", "components", "parallel"},
+    "builders": {"topology", "components", "parallel", "runner"},
     "launch": {"schema", "topology", "config", "records"},
     "sweep": {"schema", "topology", "config", "records", "launch"},
     "command": {"topology", "config", "records", "launch", "sweep"},
     "app": {"config", "launch", "command"},
     "cli": {"schema", "groups", "topology", "config", "records", "checkpoint", "launch", "sweep", "command", "app"},
-    "__init__": {"schema", "groups", "topology", "config", "runner", "app"},
+    "__init__": {"schema", "groups", "topology", "config", "checkpoint", "runner", "app"},
     "hydra_plugins": {"groups", "sweep"},
 }
 """What each part of the house may import beside itself."""

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import copy
+import io
 import logging
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from danling_conf.parallel.init_plan import blueprint_of, draw
+from danling_conf.parallel.init_plan import record, seeded
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import make
 from danling_conf.parallel.model import assemble
@@ -21,15 +23,25 @@ from danling_conf.schema.activation_checkpointing import ActivationCheckpointing
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.topology.violation import SettingError
-from tests.support.decoder import LENGTH, WIDTH, Decoder
+from tests.support.decoder import Decoder
+from tests.support.families import MODULES
 from tests.support.spawn import run
 
 CPU = torch.device("cpu")
 
 
 def build(factory: Callable[[], nn.Module], seed: int = 1) -> nn.Module:
-    model, blueprint = draw(factory)
-    return materialize(model, device=CPU, seed=seed, blueprint=blueprint)
+    """The model as a rank of several gets it: on the meta device first."""
+    source = record(factory, seed)
+    model = source.model
+    assert all(tensor.device.type == "meta" for tensor in model.state_dict().values())
+    materialize([model], device=CPU, source=source)
+    return model
+
+
+def plain(factory: Callable[[], nn.Module], seed: int = 1) -> nn.Module:
+    with seeded(seed):
+        return factory()
 
 
 def assembled(model: Any, **changes: Any) -> nn.Module:
@@ -50,37 +62,56 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
     return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_every_tensor_has_a_value_of_the_kind_its_constructor_gives() -> None:
-    model = build(Decoder)
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    block = model.blocks[0]
-    assert torch.equal(block.norm.weight, torch.ones(WIDTH))
-    # Set by the attention's own method, after the projection's.
-    assert torch.equal(block.attention.out_proj.bias, torch.zeros(WIDTH))
-    assert torch.equal(block.mask, torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1))
-    assert 0.5 < block.gain.mean() < 1.5
-    assert 0 < block.up.weight.abs().max() <= WIDTH**-0.5
+@pytest.mark.parametrize("factory", MODULES.values(), ids=MODULES)
+def test_a_replayed_construction_is_bitwise_a_plain_call(factory: Callable[[], nn.Module]) -> None:
+    assert equal(build(factory), plain(factory))
 
 
-def test_values_follow_from_the_seed_and_the_name_and_leave_the_generator_alone() -> None:
+def test_what_no_method_of_a_module_sets_is_replayed_too() -> None:
+    for factory in (Decoder, Unset, Restyled, Counted, Listed, DrawingElsewhere, Additive, Halved):
+        model, expected = build(factory, seed=3), plain(factory, seed=3)
+        assert equal(model, expected), factory
+        assert [vars(item).get("rates") for item in model.modules()] == [
+            vars(item).get("rates") for item in expected.modules()
+        ]
+
+
+def test_values_follow_from_the_seed_and_leave_the_generators_alone() -> None:
     torch.manual_seed(0)
-    state = torch.get_rng_state()
-    first = build(Decoder)
-    assert torch.equal(torch.get_rng_state(), state)
+    random.seed(0)
+    numpy.random.seed(0)
+    state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    first = build(DrawingElsewhere)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == state[1:]
     torch.manual_seed(5)
-    assert equal(first, build(Decoder))
-    assert not equal(first, build(Decoder, seed=2))
-    assert not torch.equal(first.blocks[0].up.weight, first.blocks[1].up.weight)
+    assert equal(first, build(DrawingElsewhere))
+    assert not (first.scale == build(DrawingElsewhere, seed=2).scale).any()
 
 
-def test_a_module_added_elsewhere_does_not_change_the_others() -> None:
-    class Longer(Decoder):
+def test_a_single_process_calls_the_factory() -> None:
+    assert equal(assembled(Decoder, seed=4), plain(Decoder, seed=4))
+
+
+def test_no_more_than_one_tensor_lives_at_a_time() -> None:
+    """Layers that are drawn when they are made, and drawn again when all are made, as models of libraries are."""
+
+    class Redrawn(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.extra = nn.Linear(2, 2)
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(20))
+            for layer in self.layers:
+                nn.init.normal_(layer.weight)
 
-    ours, theirs = build(Decoder).state_dict(), build(Longer).state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    source = record(Redrawn, 1)
+    live: set[int] = set()
+    most = 0
+    for step, dead in zip(source.program.steps, source.program._dead_after, strict=True):
+        live |= step.uses
+        most = max(most, len(live))
+        live -= set(dead)
+    assert not live
+    assert most <= 2
 
 
 class Tied(nn.Module):
@@ -100,6 +131,20 @@ def test_tied_parameters_stay_tied_with_the_value_of_the_one_that_was_kept(embed
     assert model.head.weight is model.embedding.weight
     # nn.Linear draws from (-1/2, 1/2) here, nn.Embedding from a standard normal distribution.
     assert (model.head.weight.abs().max() > 0.5) == embedding_first
+
+
+def test_marks_and_frozen_parameters_stay() -> None:
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.layer.weight.no_decay = True
+            self.layer.bias.requires_grad_(False)
+
+    layer = build(Marked).layer
+    assert vars(layer.weight) == {"no_decay": True}
+    assert (layer.weight.requires_grad, layer.bias.requires_grad) == (True, False)
+    assert type(layer.weight) is nn.Parameter
 
 
 class Unset(nn.Module):
@@ -126,7 +171,7 @@ class Restyled(nn.Module):
 
 
 class Counted(nn.Module):
-    """A constructor that needs values, which meta tensors lack."""
+    """A constructor that reads values that it computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,13 +179,30 @@ class Counted(nn.Module):
         self.layer = nn.Linear(2, 2)
 
 
-class Converting(nn.Module):
-    """A constructor that hands values to numpy, which meta tensors refuse with a TypeError."""
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = torch.linspace(0, 1, 3).tolist()
+        self.layer = nn.Linear(2, 2)
+
+
+class Additive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        with torch.no_grad():
+            self.scale.mul_(2)
+            self.scale[0] = 7.0
+
+
+class Halved(nn.Module):
+    """A constructor with another default dtype."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rates = torch.linspace(0, 1, 3).numpy().tolist()
-        self.layer = nn.Linear(2, 2)
+        torch.set_default_dtype(torch.float64)
+        self.layer, self.scale = nn.Linear(2, 2), nn.Parameter(torch.rand(3))
+        torch.set_default_dtype(torch.float32)
 
 
 class DrawingElsewhere(nn.Module):
@@ -151,71 +213,76 @@ class DrawingElsewhere(nn.Module):
         self.scale = nn.Parameter(torch.tensor([random.random(), numpy.random.rand()]))
 
 
-class Disagreeing(nn.Module):
-    """A method that does not set what the constructor set."""
+class Converting(nn.Module):
+    """A constructor that hands values to numpy, which needs real ones."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor([3.0]))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.scale)
+        self.rates = torch.linspace(0, 1, 3).numpy().tolist()
+        self.layer = nn.Linear(2, 2)
 
 
-class Additive(nn.Module):
-    """A method that builds on a value that is not there after a build on the meta device."""
+class Deciding(nn.Module):
+    """A constructor that decides by what it has drawn."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(2))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.scale.mul_(2)
+        self.layer = nn.Linear(2, 2)
+        while self.layer.weight.abs().max() < 0.5:
+            self.layer.reset_parameters()
 
 
-@pytest.mark.parametrize(
-    ("factory", "expected"),
-    [
-        (Unset, ["scale", "positions"]),
-        (Restyled, ["layer.weight"]),
-        (Disagreeing, ["scale"]),
-        (Additive, ["scale"]),
-        (lambda: copy.deepcopy(nn.Linear(2, 2)), ["weight", "bias"]),
-    ],
-)
-def test_what_the_initialisers_do_not_repeat_is_found(factory: Callable[[], nn.Module], expected: list[str]) -> None:
-    model, blueprint = draw(factory)
-    assert list(blueprint.missing) == expected
-    with pytest.raises(ValueError, match=f"(?s){len(expected)} tensors cannot be initialised.*fix: .*reset_parameters"):
-        materialize(model, device=CPU, seed=1, blueprint=blueprint)
+class Seeding(nn.Module):
+    """A constructor that seeds the generator itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.scale = nn.Parameter(torch.rand(3))
 
 
-@pytest.mark.parametrize("factory", [Unset, Restyled, Counted, Converting, Disagreeing, Additive])
-def test_such_a_model_is_built_as_its_constructor_says_from_the_seed(
-    factory: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
-) -> None:
-    torch.manual_seed(9)
-    state = torch.get_rng_state()
-    with caplog.at_level(logging.INFO):
-        model = assembled(factory)
-    assert "built in full on the CPU" in caplog.text
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(1)
-    assert equal(model, factory())
+class OwnGenerator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(3, generator=torch.Generator().manual_seed(5)))
 
 
-def test_a_model_that_draws_elsewhere_follows_the_seed_and_leaves_the_generators_alone() -> None:
-    random.seed(0)
-    numpy.random.seed(0)
-    models = [assembled(DrawingElsewhere, seed=seed) for seed in (1, 1, 2)]
-    after = random.random(), numpy.random.rand()
-    random.seed(0)
-    numpy.random.seed(0)
-    assert after == (random.random(), numpy.random.rand())
-    assert equal(models[0], models[1])
-    assert not (models[0].scale == models[2].scale).any()
+class Keeping(nn.Module):
+    """A tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.slopes = [torch.rand(3)]
+
+
+class Careless(nn.Module):
+    """A constructor that survives what it did not expect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        try:
+            self.layer.weight.data.normal_(generator=torch.Generator().manual_seed(5))
+        except RuntimeError:
+            self.layer.weight.data.zero_()
+
+
+NOT_REPLAYED = {
+    Converting: "numpy.* is not supported for tensor subclasses",
+    Deciding: "what it draws decides what it does next",
+    Seeding: "it seeds torch's generator",
+    OwnGenerator: "a generator of its own",
+    Careless: "a generator of its own",
+    Keeping: r"slopes holds a tensor that is neither a parameter nor a buffer",
+}
+
+
+@pytest.mark.parametrize(("factory", "why"), NOT_REPLAYED.items())
+def test_what_cannot_be_replayed_is_noticed(factory: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(RuntimeError, match=why):
+        record(factory, 1)
 
 
 class OfItsRank(nn.Module):
@@ -226,28 +293,54 @@ class OfItsRank(nn.Module):
         self.scale = nn.Parameter(torch.full((4,), 1.0 + dist.get_rank()))
 
 
-def sharded_weights() -> torch.Tensor:
-    layout = Layout(shard=2, fsdp=True)
-    built = assembled(OfItsRank, layout=layout, mesh=make(layout, "cpu"), fsdp=FsdpConfig(enabled=True))
-    return built.scale.full_tensor().detach()
+def laid_out() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
+    """By model and layout, the whole weights and what was logged."""
+    found = {}
+    for layout in (Layout(shard=2, fsdp=True), Layout(replicate=2)):
+        for factory in (Decoder, OfItsRank, *NOT_REPLAYED):
+            log = io.StringIO()
+            handler = logging.StreamHandler(log)
+            logger = logging.getLogger("danling_conf")
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            model = assembled(
+                factory, layout=layout, mesh=make(layout, "cpu"), fsdp=FsdpConfig(enabled=layout.fsdp), seed=3
+            )
+            logger.removeHandler(handler)
+            values = {
+                name.removeprefix("module."): item.full_tensor() if isinstance(item, DTensor) else item.clone()
+                for name, item in model.state_dict().items()
+            }
+            found[f"{factory.__name__} {layout.shard}"] = values, log.getvalue()
+    return found
 
 
 @pytest.mark.slow
-def test_a_model_built_in_full_has_rank_zeros_weights_when_it_is_sharded() -> None:
-    for weights in run(sharded_weights, 2):
-        assert weights.tolist() == [1.0] * 4
+def test_several_ranks_have_a_plain_calls_values_however_they_are_had() -> None:
+    first, second = run(laid_out, 2)
+    for factory in (Decoder, *NOT_REPLAYED):
+        expected = plain(factory, seed=3).state_dict()
+        for shard in (1, 2):
+            (values, log), (others, _) = (found[f"{factory.__name__} {shard}"] for found in (first, second))
+            assert list(values) == list(expected)
+            assert all(torch.equal(values[name], expected[name]) for name in expected)
+            assert all(torch.equal(others[name], expected[name]) for name in expected)
+            if factory in NOT_REPLAYED:
+                assert re.search(f"built on the CPU, by one rank of a host at a time.*{NOT_REPLAYED[factory]}", log)
+            else:
+                assert not log
+    for found in (first, second):
+        for shard in (1, 2):
+            values, log = found[f"OfItsRank {shard}"]
+            assert values["scale"].tolist() == [1.0] * 4
+            assert "not the same on all ranks" in log
 
 
-def test_missing_initialisers_of_a_meta_model_are_named() -> None:
-    with torch.device("meta"):
-        assert list(blueprint_of(Unset()).missing) == ["scale", "positions"]
-        assert list(blueprint_of(Decoder()).missing) == []
-
-
-def test_a_meta_module_is_given_values_and_a_real_one_keeps_its_own() -> None:
+def test_a_meta_module_is_refused_and_a_real_one_keeps_its_values() -> None:
     with torch.device("meta"):
         meta = Decoder()
-    assert equal(assembled(meta), build(Decoder))
+    with pytest.raises(SettingError, match=r"embedding\.weight of Decoder is on the meta device"):
+        assembled(meta)
     real = Decoder()
     before = {name: value.clone() for name, value in real.state_dict().items()}
     model = assembled(real)
@@ -255,9 +348,8 @@ def test_a_meta_module_is_given_values_and_a_real_one_keeps_its_own() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_batch_norm_statistics_and_recurrent_weights_are_set() -> None:
+def test_recurrent_weights_are_used_where_they_are_set() -> None:
     model = build(lambda: nn.ModuleDict({"norm": nn.BatchNorm1d(3), "cells": nn.LSTM(3, 4)}))
-    assert torch.equal(model["norm"].running_var, torch.ones(3))
     assert model["norm"].num_batches_tracked == 0
     assert model["cells"].weight_hh_l0.abs().max() <= 0.5
     assert model["cells"](torch.zeros(1, 2, 3))[0].shape == (1, 2, 4)

@@ -13,7 +13,7 @@ import pytest
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.status import Status
-from danling_conf.records.sweep_lock import FollowingLock
+from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.backend import Ending
 from danling_conf.sweep.monitor import Monitor, parse_on_failure
 
@@ -166,7 +166,7 @@ def test_who_only_looks_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_one_process_looks_after_a_sweep(tmp_path: Path) -> None:
-    first, second = FollowingLock(tmp_path), FollowingLock(tmp_path)
+    first, second = SweepLock(tmp_path), SweepLock(tmp_path)
     assert first.is_free()
     assert list(tmp_path.iterdir()) == []  # who only asks leaves nothing behind
     assert first.acquire()
@@ -184,4 +184,4 @@ def test_one_process_looks_after_a_sweep(tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_written_one_only_looks(tmp_path: Path) -> None:
-    assert not FollowingLock(tmp_path / "gone").acquire()
+    assert not SweepLock(tmp_path / "gone").acquire()

@@ -133,7 +133,7 @@ def test_mappings_and_a_model_with_its_own_loss(tmp_path: Path) -> None:
 
 def test_a_model_without_a_loss_is_told_to_pass_one(tmp_path: Path) -> None:
     ours = runner(tmp_path)
-    with pytest.raises(TypeError, match="pass loss="):
+    with pytest.raises(ConfigRefused, match="pass loss="):
         ours.fit(Net, {"train": Pairs()})
 
 

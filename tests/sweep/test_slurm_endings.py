@@ -53,7 +53,7 @@ def ending(backend: SlurmJobs, monkeypatch: pytest.MonkeyPatch, states: Mapping[
         ("CANCELLED", "cancelled", "cancelled in Slurm"),
         ("TIMEOUT", "timed out", "time limit"),
         ("DEADLINE", "timed out", "time limit"),
-        ("OUT_OF_MEMORY", "out of memory", "more memory than it had asked for"),
+        ("OUT_OF_MEMORY", "out of memory", "more memory than it had requested"),
         ("NODE_FAIL", "node lost", "a node was lost"),
         ("PREEMPTED", "preempted", None),
         ("COMPLETED", "completed", None),

@@ -66,10 +66,10 @@ def test_the_machine_knows_its_launcher():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"RANK": "8"}, "cannot be"),
-        ({"LOCAL_RANK": "4"}, "cannot be"),
-        ({"LOCAL_WORLD_SIZE": "9"}, "cannot be"),
-        ({"WORLD_SIZE": "0"}, "cannot be"),
+        ({"RANK": "8"}, "impossible process"),
+        ({"LOCAL_RANK": "4"}, "impossible process"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "impossible process"),
+        ({"WORLD_SIZE": "0"}, "impossible process"),
         ({"RANK": "-1"}, "RANK=-1 is not a number"),
         ({"RANK": "first"}, "RANK=first is not a number"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE= is not a number"),

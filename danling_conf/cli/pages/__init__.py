@@ -1,1 +1,1 @@
-"""Self-contained HTML pages: one file each, nothing fetched, readable in light and in dark."""
+"""Self-contained HTML pages: one file each, which loads nothing from elsewhere, in light and dark colours."""

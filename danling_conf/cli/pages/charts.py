@@ -25,7 +25,7 @@ class Series:
 
     name: str
     points: Points
-    """(x, y), in the order of x."""
+    """Pairs (x, y), sorted by x."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Point:
     x: float
     y: float
     label: str
-    """Shown when one points at it."""
+    """Tooltip."""
     group: int = 0
-    """Points of one group have one colour."""
+    """Group, which has one colour."""
     href: str | None = None
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A stretch of time."""
+    """An interval of time."""
 
     begin: float
     end: float
@@ -63,10 +63,10 @@ def line_chart(
     x_format: Callable[[float], str] = short,
     y_format: Callable[[float], str] = short,
 ) -> Html:
-    """Lines over a common x. Values that are not finite are left out.
+    """Line chart over a common x axis. Values that are not finite are skipped.
 
     Args:
-        zero: whether the y axis begins at 0.
+        zero: whether the y axis starts at 0.
     """
     drawn = [Series(each.name, _finite(each.points, log_y)) for each in series]
     drawn = [Series(each.name, thinned(each.points, _MOST_POINTS)) for each in drawn if each.points]
@@ -110,7 +110,7 @@ def scatter(
     x_format: Callable[[float], str] = short,
     y_format: Callable[[float], str] = short,
 ) -> Html:
-    """Points, each with a label. Values that are not finite, or not positive on a logarithmic axis, are left out.
+    """Scatter plot. Values that are not finite, or not positive on a logarithmic axis, are skipped.
 
     Args:
         groups: names of the groups, for the legend.
@@ -138,11 +138,11 @@ def timeline(
     x_format: Callable[[float], str],
     marks: Sequence[tuple[float, str]] = (),
 ) -> Html:
-    """Bars along time, a row for each name.
+    """Bars along time, one row for each name.
 
     Args:
-        x_format: shows a time.
-        marks: moments and what they are, as small lines over all rows.
+        x_format: formats a time.
+        marks: times and their labels, drawn as small lines across all rows.
     """
     times = [time for _, bars in rows for bar in bars for time in (bar.begin, bar.end)] + [time for time, _ in marks]
     if not times:
@@ -191,9 +191,13 @@ def _svg(body: Sequence[str], label: str, height: float, attributes: str, width:
 
 
 def _axes(
-    x: Scale, y: Scale, x_label: str, y_label: str,
-    x_format: Callable[[float], str], y_format: Callable[[float], str],
-) -> str:  # fmt: skip
+    x: Scale,
+    y: Scale,
+    x_label: str,
+    y_label: str,
+    x_format: Callable[[float], str],
+    y_format: Callable[[float], str],
+) -> str:
     bottom = _HEIGHT - _BOTTOM
     parts = []
     for tick in y.ticks(5):

@@ -1,4 +1,4 @@
-"""HTML page: its style, and what stands on it beside charts."""
+"""HTML page: the document, its sections, tables, badges and folded parts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KINDS: dict[str, str] = {
     Status.EMPTY: "",
     Status.UNKNOWN: "",
 }
-"""Style of a badge that shows a status; of one that is not here, `bad`."""
+"""Style of a status badge; `bad` for a status that is not listed."""
 LOSS_RATIO = 100.0
-"""A loss that falls by more than this is shown logarithmically."""
+"""A loss that falls by more than this factor is drawn on a logarithmic axis."""
 
 
 class Html(str):
-    """Text that is markup already; any other text is escaped."""
+    """Text that is already markup. All other text is escaped, since names in a run can hold anything."""
 
 
 def text(value: object) -> Html:
@@ -37,10 +37,10 @@ def text(value: object) -> Html:
 
 
 def page(title: str, sections: Iterable[Html], *, subtitle: object = "") -> str:
-    """A whole HTML document.
+    """A complete HTML document.
 
     Args:
-        title: of the page and its heading.
+        title: title of the page, and its heading.
         sections: made by `section`, in order.
         subtitle: a line under the heading.
     """
@@ -48,7 +48,7 @@ def page(title: str, sections: Iterable[Html], *, subtitle: object = "") -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Nothing from elsewhere, whatever a name in the run may hold.
+        # The policy blocks every request to elsewhere, even if a name in the run got past the escaping.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'; img-src data:\">\n"
         '<link rel="icon" href="data:,">\n'
@@ -59,7 +59,7 @@ def page(title: str, sections: Iterable[Html], *, subtitle: object = "") -> str:
 
 
 def section(heading: str, *parts: Html, note: object = "", columns: int = 1) -> Html:
-    """A section with a heading; its parts stand beside each other in so many columns where there is room."""
+    """A section with a heading. Its parts are arranged in up to this many columns."""
     shown = f'<p class="note">{text(note)}</p>' if note else ""
     inside = "".join(parts)
     if columns > 1:
@@ -68,7 +68,7 @@ def section(heading: str, *parts: Html, note: object = "", columns: int = 1) -> 
 
 
 def tiles(items: Iterable[tuple[str, object, object]]) -> Html:
-    """Numbers to see at once: label, value, and a word of explanation (or "")."""
+    """Key figures: label, value, and a short explanation (or "")."""
     made = [
         f'<div class="tile"><span class="label">{text(label)}</span><span class="value">{text(value)}</span>'
         + (f'<span class="note">{text(note)}</span>' if note else "")
@@ -79,10 +79,10 @@ def tiles(items: Iterable[tuple[str, object, object]]) -> Html:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, numeric: Collection[int] = ()) -> Html:
-    """A table that scrolls by itself where it is too wide; a click on a heading sorts by that column.
+    """A table that scrolls on its own if it is too wide. A click on a heading sorts by that column.
 
     Args:
-        numeric: columns with numbers, which stand right.
+        numeric: columns with numbers, which are right-aligned.
     """
     kinds = [' class="number"' if column in numeric else "" for column in range(len(head))]
     top = "".join(f"<th{kind}>{text(cell)}</th>" for kind, cell in zip(kinds, head, strict=True))
@@ -94,7 +94,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, numeric: 
 
 
 def facts(items: Mapping[str, object]) -> Html:
-    """Names and values, one a line."""
+    """Names and values, one pair per line."""
     return Html(
         '<dl class="facts">'
         + "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in items.items())
@@ -103,15 +103,15 @@ def facts(items: Mapping[str, object]) -> Html:
 
 
 def folded(heading: str, *parts: Html) -> Html:
-    """Parts that are shown when one clicks on the heading."""
+    """Parts that unfold by a click on the heading."""
     return Html(f"<details><summary>{text(heading)}</summary>{''.join(parts)}</details>")
 
 
 def code(content: str) -> Html:
-    """Text in its own lines, as in a file."""
+    """Preformatted text."""
     return Html(f'<pre class="scroll"><code>{escape(content)}</code></pre>')
 
 
 def badge(word: str, kind: str = "") -> Html:
-    """A word in a frame; `kind` is good, bad, busy or nothing."""
+    """A word in a frame; `kind` is good, bad, busy or ""."""
     return Html(f'<span class="badge {escape(kind)}">{escape(word)}</span>')

@@ -1,4 +1,4 @@
-"""From values to places on a chart, and the numbers along its axes."""
+"""Scales of charts: map values to pixels, and choose the numbers along an axis."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Scale:
         return self.begin + (place - low) / (high - low) * (self.end - self.begin)
 
     def ticks(self, count: int) -> list[float]:
-        """About so many round values."""
+        """About this many round values."""
         if self.log:
             return _log_ticks(self.low, self.high, count)
         step = _round((self.high - self.low) / max(1, count))
@@ -34,7 +34,8 @@ class Scale:
 
 
 def scale_of(values: Sequence[float], begin: float, end: float, *, log: bool = False, pad: float = 0.0) -> Scale:
-    """A scale that holds all values. `pad`: room at both ends, as a share. Logarithmic only for positive values."""
+    """A scale that covers all values. `pad` is the room at both ends, as a share. Logarithmic only if all are
+    positive."""
     low, high = min(values), max(values)
     if log and low > 0:
         if high / low < 1.01:
@@ -62,7 +63,8 @@ def short(value: float) -> str:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most about so many points, which keep the extremes: of each stretch the smallest and the largest."""
+    """At most about this many points. Of each interval it keeps the smallest and the largest, so that no spike is
+    lost."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(2 * len(points) / most)

@@ -1,4 +1,4 @@
-"""The script of all pages: values under the pointer, and tables sorted by a click. Without it, pages read the same."""
+"""Script of all pages: tooltips, and tables that sort by a click. Pages are readable without it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The style sheet of all pages. Colours are variables, one set for light and one for dark."""
+"""Style sheet of all pages. Colours are variables: one set for light, and one for dark."""
 
 from __future__ import annotations
 
 COLOURS = 8
-"""How many series can be told apart; further ones begin again."""
+"""Number of distinct colours of series; further series repeat them."""
 
 STYLE = """
 :root{color-scheme:light dark;--back:#fbfbfa;--card:#fff;--ink:#1c1f23;--soft:#5d6672;--line:#e3e5e8;--grid:#eceef0;

@@ -1,1 +1,1 @@
-"""Slurm: queries of its commands, a rank of a job, and the requeue of a job."""
+"""Slurm: queries through its commands, one rank of a job, and requeueing."""

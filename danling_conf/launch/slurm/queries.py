@@ -1,4 +1,7 @@
-"""Queries of Slurm: of a partition before jobs are submitted, and of jobs afterwards."""
+"""Queries of Slurm through its commands: partitions before submission, jobs afterwards.
+
+They parse text, not `--json`: only sinfo and squeue have that, and not on every cluster.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pathlib import Path
 from danling_conf.records.status import Status
 
 _SECONDS = 60
-"""After so long a command of Slurm's is given up; its controller answers within milliseconds or not at all."""
+"""Timeout of a Slurm command. The controller normally answers in milliseconds."""
 
 ENDS = {
     "COMPLETED": Status.COMPLETED,
@@ -28,7 +31,7 @@ ENDS = {
     "PREEMPTED": Status.PREEMPTED,
     "REVOKED": Status.CANCELLED,
 }
-"""Slurm's final states, as the ledger calls them."""
+"""Slurm's final states, and the status of each."""
 _TASK = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,\-]+): (?P<how>.+)$", re.MULTILINE)
 
 
@@ -56,13 +59,13 @@ class JobState:
     """What Slurm says of a job."""
 
     state: str
-    """In Slurm's words: `PENDING`, `RUNNING`, `COMPLETED`."""
+    """Slurm's own word: `PENDING`, `RUNNING`, `COMPLETED`."""
     reason: str = ""
     exit_code: str = ""
 
 
 def run(*argv: str) -> str:
-    """Output of a command of Slurm's. Raises SlurmUnavailable with its error."""
+    """Output of a Slurm command. Raises SlurmUnavailable with the last line of its error."""
     if shutil.which(argv[0]) is None:
         raise SlurmUnavailable(f"{argv[0]} is not installed here: submit from a machine of the cluster")
     try:
@@ -76,7 +79,8 @@ def run(*argv: str) -> str:
 
 
 def partition(name: str | None) -> Partition:
-    """The partition of that name, or the default one. Raises SlurmUnavailable, or LookupError when there is none."""
+    """The partition of that name, or the default one. Raises SlurmUnavailable, or LookupError where it does not
+    exist."""
     lines = run("sinfo", "-h", "-N", "-O", "NodeList:|,PartitionName:|,CPUs:|,Gres:|,Time:|,Default:|,MaxCPUsPerNode:|")
     rows = [[cell.strip() for cell in line.split("|")] for line in lines.splitlines() if line.strip()]
     default = default_partition() if name is None else name
@@ -98,7 +102,7 @@ def partition(name: str | None) -> Partition:
 
 
 def default_partition() -> str:
-    """Name of the partition for jobs that name none. Raises LookupError when there is none."""
+    """Name of the default partition. Raises LookupError where there is none."""
     for line in run("scontrol", "-o", "show", "partition").splitlines():
         if "Default=YES" in line:
             return re.search(r"PartitionName=(\S+)", line)[1]  # type: ignore[index]
@@ -106,18 +110,22 @@ def default_partition() -> str:
 
 
 def largest_array() -> int:
-    """The most jobs that an array may have."""
+    """The largest number of jobs in an array."""
+    # MaxArraySize is one more than the highest index that sbatch accepts.
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
     return max(1, int(found[1]) - 1) if found else 1000
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """Every job that Slurm still knows, by `ID` or `ARRAY_TASK`: the queue has also those that ended a while ago, and
-    the accounting, where there is one, the older ones.
+    """States of the jobs that Slurm still knows, by `ID` or `ARRAY_TASK`.
 
-    Raises SlurmUnavailable when not even the queue can be asked.
+    The queue shows jobs for some minutes after their end (MinJobAge); accounting, where there is any, has older ones.
+
+    Raises SlurmUnavailable where squeue does not answer.
     """
     wanted = set(job_ids)
+    # squeue first: sacct reads a database that lags behind the controller by seconds, and many clusters have none.
+    # `-r` lists each task of an array. All jobs of the user in one call: a call for each would overload the controller.
     found: dict[str, JobState] = {}
     for line in run("squeue", "--states=all", "-r", "-h", "--me", "-o", "%i|%T|%r").splitlines():
         job_id, state, reason = line.split("|", 2)
@@ -130,18 +138,18 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
 
 
 def show(job_id: str) -> dict[str, str]:
-    """All that `scontrol` says of one job. Raises SlurmUnavailable, also where Slurm has forgotten it."""
+    """The fields of `scontrol show job`. Raises SlurmUnavailable, also where Slurm no longer knows the job."""
     return dict(item.split("=", 1) for item in run("scontrol", "-o", "show", "job", job_id).split() if "=" in item)
 
 
 def first_death(log: Path, since: int = 0) -> str | None:
-    """The first task of a step that ended badly, and how, as srun prints it; None where it prints none.
+    """The first task of a step that failed, and how, as srun printed it; None where it printed nothing.
 
-    A task that was killed could write nothing itself.
+    A task that was killed cannot write its own error.
 
     Args:
-        log: what the batch script has printed to standard error, over all starts of the job.
-        since: bytes that were there when the newest start began.
+        log: standard error of the batch script, over all starts of the job.
+        since: size of the log, in bytes, when the newest start started.
     """
     try:
         text = log.read_bytes()[since:].decode(errors="replace")
@@ -157,7 +165,7 @@ def first_death(log: Path, since: int = 0) -> str | None:
 
 
 def time_of(stamp: str) -> float | None:
-    """A time of Slurm's in seconds since the epoch; None for what it does not know."""
+    """A time stamp of Slurm in seconds since 1970; None for `Unknown`, `N/A` and the like."""
     try:
         return datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S").timestamp()
     except ValueError:
@@ -165,14 +173,17 @@ def time_of(stamp: str) -> float | None:
 
 
 def own_job(environment: Mapping[str, str] = os.environ) -> str:
-    """The job that this process belongs to: `ARRAY_TASK` in an array, whose tasks must not be taken for each other."""
+    """The id of this process's job: `ARRAY_TASK` for a task of an array.
+
+    SLURM_JOB_ID is a number of its own for each task, which neither sbatch nor squeue's `%i` shows.
+    """
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment["SLURM_JOB_ID"]
 
 
 def _accounted(job_ids: set[str]) -> dict[str, JobState]:
-    """What accounting says; nothing where the cluster keeps none."""
+    """States of jobs from accounting; {} where the cluster has none."""
     if shutil.which("sacct") is None:
         return {}
     try:
@@ -182,7 +193,7 @@ def _accounted(job_ids: set[str]) -> dict[str, JobState]:
     found = {}
     for line in lines.splitlines():
         job_id, state, code = line.split("|")
-        found[job_id] = JobState(state=state.split()[0], exit_code=code)  # "CANCELLED by 1000"
+        found[job_id] = JobState(state=state.split()[0], exit_code=code)  # the state may be "CANCELLED by 1000"
     return {job_id: state for job_id, state in found.items() if job_id in job_ids}
 
 

@@ -1,4 +1,5 @@
-"""Rank of a job on Slurm: it meets the others, runs the user's function, and exits so that Slurm sees the true end."""
+"""Rank of a job on Slurm: meets the other ranks, runs the user's function, and exits so that Slurm sees the true
+end."""
 
 from __future__ import annotations
 
@@ -32,15 +33,15 @@ from danling_conf.topology.rank_environment import RankEnvironment, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _NOTICED_SECONDS = 400.0
-"""More than Slurm takes to give up a node (SlurmdTimeout, 300 s by default)."""
+"""Longer than Slurm takes to declare a node down (SlurmdTimeout, 300 s by default)."""
 
 if TYPE_CHECKING:
     from danling_conf.launch.app import App
 
 
 def run_task(job_file: str) -> None:
-    """Run one rank of a job; submitit pickles the call when the job is submitted."""
-    # They replace submitit's handlers, which requeue on one signal only and save nothing.
+    """Run one rank of a job. submitit pickles the call when the job is submitted."""
+    # Replaces submitit's handlers: they ignore SIGTERM and SIGCONT, so a preempted or requeued job would save nothing.
     note_early_signals()
     job = JobFile.read(Path(job_file))
     os.chdir(job.directory)
@@ -58,8 +59,11 @@ def run_task(job_file: str) -> None:
 
 
 def see_own_devices(shape: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
-    """Hide devices that are not this rank's: a job without GPUs may see those of others, and a rank uses one device,
-    the first of its own."""
+    """Hide devices that are not this rank's.
+
+    On a cluster that does not confine devices, a job without GPUs sees those of other jobs. A rank uses one device, the
+    first of its own.
+    """
     if launcher["gpus_per_task"]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
@@ -68,20 +72,21 @@ def see_own_devices(shape: Mapping[str, Any], launcher: Mapping[str, Any]) -> No
 
 
 def run_slurm_rank(app: App, path: Path) -> Any:
-    """Run as the rank of a job that Slurm says this process is.
+    """Run as the rank of a job that Slurm's variables name.
 
-    A rank that fails exits at once, and so ends the job: srun stops the others.
+    A rank that fails exits at once: srun then stops the others and ends the job.
     """
+    # A process that the user's function starts must not take itself for a rank of this job.
     os.environ.pop(CLUSTER_VARIABLE, None)
     job = JobFile.read(path)
     ranks = started_rank()
     if ranks is None:
-        raise RuntimeError("this process was not started by srun: its job's script must start it so")
+        raise RuntimeError("this process was not started by srun, as the ranks of a Slurm job must be")
     try:
         value = _lead(app, job, ranks) if ranks.main else _follow(app, job, ranks)
     except Stopped as stopped:
         requeue.leave(stopped, job, ranks)
-    except LostRun as error:  # a later start of this job has the run, and writes in the ledger
+    except LostRun as error:  # a later start of this job has taken over the run, and its ledger entries
         print(error, file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except BaseException as error:
@@ -110,10 +115,14 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
     slurm, several = own_job(), ranks.world_size > 1
     try:
         config, attempt, lock = open_job(
-            job, app.script, fence=(slurm, start_number), slurm=slurm, start=start_number,
+            job,
+            app.script,
+            fence=(slurm, start_number),
+            slurm=slurm,
+            start=start_number,
             nodes=os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST"),
-            printed=os.fstat(2).st_size,  # what srun prints of this start comes after it
-        )  # fmt: skip
+            printed=os.fstat(2).st_size,  # everything that srun prints about this start comes after it
+        )
     except ConfigRefused:
         if several:
             announce(meet(ranks), None, ranks.world_size)
@@ -125,9 +134,11 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
             announce(store, (attempt.directory / FROZEN).read_text(), ranks.world_size)
         current = Current(attempt=attempt, ranks=ranks, store=store, guard=lock.check, repeats_signals=True)
         outcome = run_frozen(
-            job.content["hydra"], job.content["config"],
-            lambda _: run_rank(app.function, config, current, app.script.stem), attempt.directory,
-        )  # fmt: skip
+            job.content["hydra"],
+            job.content["config"],
+            lambda _: run_rank(app.function, config, current, app.script.stem),
+            attempt.directory,
+        )
         if isinstance(outcome._return_value, Exception):
             raise outcome._return_value
         if store is not None:
@@ -140,7 +151,7 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
 def _follow(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
     store = meet(ranks)
     content = await_configuration(store)
-    if content is None:  # rank 0 prints why
+    if content is None:  # rank 0 prints the reason
         _leave_at_once(EXIT_REFUSED)
     config, attempt = thaw(content)
     compare_with_first(job, config, ranks)
@@ -150,7 +161,7 @@ def _follow(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
     try:
         value = run_rank(app.function, config, current, app.script.stem)
     except SystemExit as ending:
-        if ending.code in (None, 0):  # the end of its function, too
+        if ending.code in (None, 0):  # `sys.exit()` is a way to complete, too
             say_done(store)
         raise
     say_done(store)
@@ -158,25 +169,32 @@ def _follow(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
 
 
 def compare_with_first(job: JobFile, config: Any, ranks: RankEnvironment) -> None:
-    """Raises ConfigRefused on a node that reads another job than the first node: it must not train by it."""
+    """Raises ConfigRefused on a node whose copy of the job differs from that of rank 0.
+
+    A stale cache of a shared file system, or a path that is local to each node, would make ranks train differently.
+    """
     if job.content["job_id"] == job_id(config):
         return
     changed = differences(job.content["config"], plain(config))
     node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     raise ConfigRefused(
         [
-            Violation(path, mine, f"rank {ranks.rank} on {node} reads this, and rank 0 has {theirs}",
-                      f"let all nodes see the same {job.path}")
+            Violation(
+                path,
+                mine,
+                f"rank {ranks.rank} on {node} reads this, and rank 0 has {theirs}",
+                f"let all nodes see the same {job.path}",
+            )
             for path, (mine, theirs) in changed.items()
         ]
-    )  # fmt: skip
+    )
 
 
 def _record_failure(job: JobFile, ranks: RankEnvironment, error: BaseException) -> None:
-    """Write a failure: in the rank's output, beside the job, and, if no other rank was first, in the ledger.
+    """Write a failure to the rank's output, next to the job file and, unless another rank was first, to the ledger.
 
-    A rank that was killed writes nothing, and the others know only that it has gone: Slurm knows more, and its answer
-    is what the monitor enters.
+    A lost peer does not go to the ledger: a killed rank writes nothing, and the others only know that it is gone. The
+    monitor records what Slurm says about it.
     """
     traceback.print_exc()
     message = f"{type(error).__name__}: {error}"
@@ -189,14 +207,17 @@ def _record_failure(job: JobFile, ranks: RankEnvironment, error: BaseException) 
 
 
 def _await_the_end() -> None:
-    """Wait, as a rank that misses another one: when that one has failed, srun ends this one within seconds; when its
-    node was lost, Slurm notices after a while, and queues the job again. To exit before it does would fail the job."""
+    """Wait for Slurm to end this rank, which lost a peer.
+
+    If the peer failed, srun ends this rank within seconds. If its node was lost, Slurm notices only after minutes, and
+    requeues the job; had this rank exited before, the job would have failed instead.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_NOTICED_SECONDS)
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    # srun signals the ranks of a failed step: a handler of ours must not hold this one up on its way out.
+    # srun sends SIGTERM to all ranks of a failed step. Our handler only sets a flag, and would keep this one alive.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     leave_at_once(code)

@@ -1,8 +1,8 @@
-"""Requeue of a job that got a stop signal: why it got it, and whether the job is to be queued again.
+"""Requeue of a job that received a stop signal: finds out why, and puts the job back into the queue if it should be.
 
-Slurm ends a job that it preempts, requeues or that has reached its limit by signals, and so does a user. Which it was,
-`scontrol` knows. A job that is still running is put back into the queue by rank 0, and then no rank leaves: a process
-that exits would be taken for the job's end. All wait for Slurm to end them.
+Slurm signals a job that is preempted, requeued or out of time, and a user can signal it too; `scontrol` knows which.
+Rank 0 requeues a job that is still running. Then no rank exits: an exit with 0 within the grace time would make the job
+COMPLETED, and it would never be requeued. All ranks wait for Slurm to kill them.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ TIME_LIMIT, REQUEUED, ASKED = "time limit", "requeued", "asked by a signal"
 _WAIT_SECONDS = 600.0
 _INSISTING_SECONDS = 300.0
 _EARLY_SECONDS = 75.0
-"""Slurm sends the warning up to a minute early."""
+"""Slurm may send the warning signal up to a minute early: its events have that resolution."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """Why a job got a stop signal."""
+    """Why a job received a stop signal."""
 
     why: str
     """One of the causes above, or a status."""
     requeue: bool
-    """Whether the job itself has to ask for the requeue."""
+    """Whether the job has to request the requeue itself."""
 
 
 def cause_of(shown: Mapping[str, str], *, start: int, warning_seconds: float, now: float) -> Cause:
-    """Why Slurm, or a user, has signalled a job to stop.
+    """Why Slurm, or a user, signalled a job to stop.
 
     Args:
-        shown: what `scontrol show job` says now.
+        shown: fields of `scontrol show job` now.
         start: which start of the job this is, from 0.
         warning_seconds: how long before its limit the job is warned.
     """
+    # A job that is not RUNNING any more is being ended by Slurm, which requeues it itself where it means to.
     preempted = time_of(shown.get("PreemptTime", "")) is not None
     if shown.get("JobState") != "RUNNING":
         if preempted:
@@ -66,10 +67,10 @@ def cause_of(shown: Mapping[str, str], *, start: int, warning_seconds: float, no
 
 
 def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
-    """Leave a run that was stopped in order and has saved. Every rank calls it."""
+    """Leave a run that stopped in order and has saved. Every rank calls it."""
     code = outcome_of(stopped).exit_code
     if not ranks.main:
-        # Whatever rank 0 decides, the end of this process comes from Slurm.
+        # Rank 0 decides, and Slurm ends this process. Exiting here would end the step before the requeue.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_WAIT_SECONDS)
         sys.exit(code)
@@ -79,7 +80,7 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
     try:
         shown = insist(lambda: show(name))
     except SlurmUnavailable as error:
-        _end(job, Status.FAILED, f"{stopped}; whether to requeue cannot be asked: {error}", code)
+        _end(job, Status.FAILED, f"{stopped}; Slurm does not say whether to requeue: {error}", code)
     warning = float(job.content["shape"]["signal_delay_s"])
     cause = cause_of(shown, start=start, warning_seconds=warning, now=time.time())
     if cause.why in (Status.CANCELLED, Status.TIMED_OUT):
@@ -92,6 +93,7 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
             fix = "raise hydra.launcher.timeout_min or max_num_timeout"
             rule = f"it has reached its time limit {times}, and max_num_timeout is {most}"
             _end(job, Status.TIMED_OUT, f"{rule}: {fix}", EXIT_FAILED)
+    # Before the requeue: Slurm may kill this process as soon as it has accepted it.
     job.ledger.add(job.key, status=Status.QUEUED, why=cause.why, slurm=name, start=start)
     print(f"{cause.why} ({stopped}): the job goes back into the queue", flush=True)
     if cause.requeue:
@@ -104,8 +106,13 @@ def leave(stopped: Stopped, job: JobFile, ranks: RankEnvironment) -> NoReturn:
 
 
 def insist(ask: Callable[[], Answer]) -> Answer:
-    """Ask Slurm until it answers: when many jobs reach their limit together its controller is busy. Everything is saved
-    by now, and Slurm kills this process when its time is over. Raises SlurmUnavailable after some minutes."""
+    """Call `ask` until Slurm answers; its controller is busy when many jobs reach their limit together.
+
+    Everything is saved by now, so waiting costs nothing, and Slurm kills this process when its time is over.
+
+    Raises:
+        SlurmUnavailable: no answer for five minutes.
+    """
     deadline = time.monotonic() + _INSISTING_SECONDS
     while True:
         try:
@@ -117,24 +124,24 @@ def insist(ask: Callable[[], Answer]) -> Answer:
 
 
 def requeue(name: str, start: int) -> None:
-    """Put a job back into the queue, unless another process has. Raises SlurmUnavailable."""
+    """Put a job back into the queue, unless it is there already. Raises SlurmUnavailable."""
     try:
         run("scontrol", "requeue", name)
     except SlurmUnavailable:
-        shown = show(name)  # the answer may have been lost, or somebody else was first
+        shown = show(name)  # the answer may have been lost, or someone else was first: neither is a failure
         if shown.get("JobState") == "RUNNING" and int(shown.get("Restarts", "0")) <= start:
             raise
 
 
 def another_runs(job: JobFile) -> bool:
-    """Whether another start of this job is under way."""
+    """Whether another start of this job is running."""
     record = job.ledger.records()[job.key]
     start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
     return record.status == Status.RUNNING and (record.facts.get("slurm"), record.facts.get("start")) != (name, start)
 
 
 def superseded(job: JobFile) -> bool:
-    """Whether a later start of this job runs: this one is on a node that was lost, and must not write any more."""
+    """Whether a later start of this job is running. This one is then on a lost node, and must not write any more."""
     start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
     history = job.ledger.records()[job.key].history
     starts = [(line.get("slurm"), line.get("start")) for line in history if line.get("status") == Status.RUNNING]
@@ -150,7 +157,7 @@ _WORDS: dict[str, str] = {
 def _end(job: JobFile, status: Status, error: str, code: int) -> NoReturn:
     attempt = job.ledger.records()[job.key].attempt
     if attempt is not None:
-        # The rank wrote that a signal interrupted it; only now is it known what the signal meant.
+        # The rank recorded `interrupted`; only now is it known what the signal meant.
         write_result(attempt, Outcome(status=status, exit_code=code, message=error))
     job.ledger.add(job.key, status=status, error=error)
     print(error, file=sys.stderr, flush=True)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from danling_conf._torch_private import map_tensors
+from danling_conf.components.batch import CountSamples, count_samples, to_device
 from danling_conf.components.device_peaks import peak_flops
-from danling_conf.runner.batch import count_samples
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +28,7 @@ class Utilisation:
     Args:
         model: the factory or module that the run trains.
         devices: how many there are.
+        count: samples in a batch.
     """
 
     def __init__(
@@ -40,11 +40,12 @@ class Utilisation:
         device: torch.device,
         precision: str | None,
         devices: int,
+        count: CountSamples = count_samples,
     ) -> None:
         self.peak = peak_flops(device, precision)
         self.flops_per_sample: float | None = None
         self._devices = devices
-        self._forward, self._loss = forward, loss
+        self._forward, self._loss, self._count = forward, loss, count
         # A module is changed when it is laid out over ranks: the copy is made before that.
         self._meta_copy = None if self.peak is None else _meta_copy(model)
 
@@ -55,7 +56,7 @@ class Utilisation:
         meta_copy, self._meta_copy = self._meta_copy, None
         try:
             flops = model_flops(meta_copy, self._forward, self._loss, batch)
-            self.flops_per_sample = flops / count_samples(batch)
+            self.flops_per_sample = flops / self._count(batch)
         except Exception as error:  # of the user's model on a device that it was not written for
             _log.info("the model's FLOPs are not known, since it does not run on the meta device: %s", error)
 
@@ -70,7 +71,7 @@ def model_flops(
     meta_copy: nn.Module, forward: Callable[[Any, Any], Any], loss: Callable[[Any, Any], Any], batch: Any
 ) -> int:
     """FLOPs of forward and backward of one batch, by a model on the meta device. Raises what the model raises there."""
-    on_meta = map_tensors(lambda item: item.to("meta"), batch)
+    on_meta = to_device(batch, torch.device("meta"))
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         found = loss(forward(meta_copy, on_meta), on_meta)
         (found[0] if isinstance(found, tuple) else found).backward()

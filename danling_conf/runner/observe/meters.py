@@ -11,19 +11,36 @@ from danling_conf.parallel.process_group import is_distributed
 
 
 class LossMeter:
-    """Mean of losses. Appending does not wait for the device; reading reduces over ranks and waits once."""
+    """Mean of losses. Appending does not wait for the device; reading reduces over ranks and waits once.
+
+    Losses of an optimizer step count once it has taken place (`commit`); those of one that does not are dropped.
+    """
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
         self._count: Tensor | float = 0.0
+        self._step_total: Tensor | None = None
+        self._step_count: Tensor | float = 0.0
 
     def append(self, loss: Measured) -> None:
-        """Take a loss into the mean. It is not kept: the output of a CUDA graph is overwritten by the next step."""
-        if self._total is None:
-            self._total = loss.total.to(torch.float64, copy=True)
+        """Take the loss of a micro-batch. It is not kept: the output of a CUDA graph is overwritten by the next
+        step."""
+        if self._step_total is None:
+            self._step_total = loss.total.to(torch.float64, copy=True)
         else:
-            self._total += loss.total
-        self._count = self._count + loss.weight
+            self._step_total += loss.total
+        self._step_count = self._step_count + loss.weight
+
+    def commit(self) -> None:
+        """Take the losses of the step under way into the mean."""
+        if self._step_total is not None:
+            self._total = self._step_total if self._total is None else self._total + self._step_total
+            self._count = self._count + self._step_count
+        self.drop()
+
+    def drop(self) -> None:
+        """Leave out the losses of the step under way."""
+        self._step_total, self._step_count = None, 0.0
 
     def mean(self) -> float | None:
         """Mean over everything since the last reset, of all ranks; None when there was nothing. Collective."""

@@ -88,6 +88,10 @@ class NonFinite:
             distributed.all_reduce(bad, op=distributed.ReduceOp.MAX)
         return bool(bad.item())
 
+    def drop(self) -> None:
+        """The step under way does not take place: what was seen in it decides about no other one."""
+        self._of_step = []
+
     def unread(self, step: int) -> bool:
         """Whether there are steps up to this one whose flags were not read."""
         return step > self._read_at

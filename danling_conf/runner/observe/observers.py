@@ -239,7 +239,10 @@ class Observers:
             if self._relay is not None:
                 stack.callback(self._relay.stop)
             if self._trackers is not None:
-                stack.callback(self._finish, self._trackers, outcome_of(error).status)
+                # A loop may catch Stopped and close the runner afterwards, when no exception is in flight any more.
+                interrupted = error is None and self._state.interrupted
+                status = Status.INTERRUPTED if interrupted else outcome_of(error).status
+                stack.callback(self._finish, self._trackers, status)
             if self._profiler is not None:
                 stack.callback(self._profiler.stop)
             self._profiler, self._relay, self._heartbeat = None, None, None

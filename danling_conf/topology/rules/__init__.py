@@ -1,4 +1,4 @@
-"""Rules: whether a configuration can run. One function a rule, all of them in one list."""
+"""Rules: whether a configuration can run. Each rule is a function, and all of them are in one list."""
 
 from __future__ import annotations
 

@@ -14,8 +14,10 @@ from danling_conf.topology.violation import Violation
 
 
 def experts_borrow(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """Expert degrees borrow ranks from shard x context x tensor (as torchtitan and Megatron have it): whole groups of
-    ranks that share sequences, so that each token has one way to its expert."""
+    """Expert degrees borrow ranks from shard x context x tensor, as in torchtitan and Megatron.
+
+    They take complete groups of ranks that share sequences, so that each token has exactly one route to its expert.
+    """
     layout = _filled(config, context)
     if layout is None or layout.expert * layout.expert_tensor == 1:
         return

@@ -1,4 +1,4 @@
-"""Rules of a run's budget, and of the metric that it is judged by."""
+"""Rules of a run's budget, and of the metric that scores it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def one_budget(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     if config.steps is None and config.epochs is None:
         yield Violation("steps", None, "a run needs a budget: steps or epochs", "set steps=1000 or epochs=10")
     elif config.steps is not None and config.epochs is not None:
-        # Keep the one on the command line: the other comes from a file that the user did not type just now.
+        # The fix keeps the one on the command line: that one the user has just typed, the other comes from a file.
         epochs_typed = "epochs" in context.given and "steps" not in context.given
         keep, drop = ("epochs", "steps") if epochs_typed else ("steps", "epochs")
         yield Violation(

@@ -1,4 +1,4 @@
-"""Rules of checkpoints: settings that contradict each other, and those that change nothing."""
+"""Rules of checkpoints: settings that contradict each other, and settings without effect."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WRITING = (
 
 
 def excluded_parts(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """What is not loaded is a part of a checkpoint, or below one."""
+    """An exclusion from loading must name a part of a checkpoint, or a path below one."""
     for key in excluded(config.checkpoint):
         first = key.partition(".")[0]
         if first not in LOADED_PARTS:
@@ -40,7 +40,7 @@ def excluded_parts(config: RunnerConfig, context: Context) -> Iterator[Violation
 
 
 def background_group(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """The group for saving has a backend that can work here."""
+    """The process group for saving needs a backend that works here."""
     backend = config.checkpoint.async_process_group_backend
     path = "checkpoint.async_process_group_backend"
     if backend not in _BACKENDS:
@@ -82,7 +82,7 @@ def writing_settings(config: RunnerConfig, context: Context) -> Iterator[Ineffec
 
 
 def _unread(section: CheckpointConfig, *, single: bool) -> Iterator[tuple[str, str]]:
-    """Settings that nothing reads beside the others, and why; whether they are given is not looked at."""
+    """Settings that have no effect besides the others, and why, whether or not they are given."""
     if section.load_only:
         yield from ((name, "no checkpoints are written (checkpoint.load_only=true)") for name in _WRITING)
         return

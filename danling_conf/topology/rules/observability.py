@@ -1,4 +1,4 @@
-"""Rules of observability: trackers that are not installed, and settings of what is switched off."""
+"""Rules of observability: trackers that are not installed, and settings of sections that are off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECTIONS = {
 
 
 def installed_trackers(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """A tracker that is chosen is installed: a run must not end before anybody learns that nothing was tracked."""
+    """A chosen tracker must be installed: a user would learn only after the run that nothing was tracked."""
     chosen = {
         "tensorboard": ("tensorboard", config.tensorboard),
         "wandb": ("wandb.enabled", config.wandb.enabled),

@@ -15,7 +15,7 @@ _WEIGHTS = "*.safetensors"
 
 
 def writable_root(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """The run's directory can be made."""
+    """The run's directory can be created."""
     root = Path(config.workspace_root).expanduser()
     found = root.absolute()
     while not found.exists() and found != found.parent:
@@ -42,7 +42,9 @@ def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             yield Violation(path, name, "it must be the name of one folder", "use a name without slashes")
     if config.experiment == "sweeps":
-        yield Violation("experiment", "sweeps", "that name is kept for sweeps' directories", "choose another name")
+        yield Violation(
+            "experiment", "sweeps", "that name is reserved for the directories of sweeps", "choose another name"
+        )
 
 
 def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violation]:

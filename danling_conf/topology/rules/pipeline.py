@@ -1,4 +1,4 @@
-"""Rules of pipelines: whether stages and microbatches can be cut as configured, and run by the schedule."""
+"""Rules of pipelines: whether the model and the batch can be split as configured, and run by the schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCHEDULE = "parallel.pipeline_schedule"
 
 
 def microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """A pipeline cuts the local batch into whole microbatches."""
+    """A pipeline splits the local batch into equal microbatches."""
     if config.parallel.axes.pipeline <= 1:
         return
     where, batch = _batch_of_training(config)
@@ -34,7 +34,7 @@ def microbatches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 
 def whole_batches(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """An incomplete last batch could not be cut into the same microbatches as the others."""
+    """A smaller last batch could not be split into the same microbatches as the others."""
     if config.parallel.axes.pipeline <= 1:
         return
     given = _of_training(config, "drop_last")
@@ -49,7 +49,7 @@ def whole_batches(config: RunnerConfig, context: Context) -> Iterator[Violation]
 
 
 def stage_parts(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """The number of pipeline stages is a multiple of the pipeline degree, and what the schedule takes."""
+    """The number of stages is a multiple of the pipeline degree, and one that the schedule supports."""
     parts, degree = config.parallel.module_fqns_per_model_part, config.parallel.axes.pipeline
     schedule = config.parallel.pipeline_schedule
     if parts is None or degree < 1:

@@ -1,6 +1,6 @@
-"""A rule: a pure function from a typed configuration, and what is known around it, to violations.
+"""Rule: a pure function from a typed configuration and its context to violations.
 
-An effect rule returns settings that are allowed and change nothing. Both kinds are listed in the package's `__init__`.
+An effect rule returns settings that are allowed but have no effect. The package's `__init__` lists both kinds.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from danling_conf.topology.violation import Violation
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What rules know beside the configuration."""
+    """Input of the rules besides the configuration."""
 
     machine: Machine = field(default_factory=Machine)
     given: frozenset[str] = frozenset()
-    """Paths that were given on the command line, so that a fix can name what the user typed."""
+    """Paths of the settings on the command line, so that a fix can name what the user typed."""
 
     def on_cpu(self, config: RunnerConfig) -> bool:
         """Whether ranks run on the CPU: there is no accelerator, or the mesh is not to use it."""

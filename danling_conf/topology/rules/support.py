@@ -1,4 +1,5 @@
-"""Rules of what is typed but not implemented yet: refused where it would change how a run trains."""
+"""Rules of settings that are declared but not implemented yet: refused where ignoring them would change the
+training."""
 
 from __future__ import annotations
 

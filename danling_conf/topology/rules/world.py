@@ -112,14 +112,14 @@ def reshard_divides(config: RunnerConfig, context: Context) -> Iterator[Violatio
 
 
 def known_layout(config: RunnerConfig) -> Layout | None:
-    """The layout of a configuration; None where its degrees make no sense, which `whole_degrees` reports."""
+    """The layout of a configuration; None where its degrees are invalid, which `whole_degrees` reports."""
     layout = layout_of(config)
     degrees = [getattr(layout, axis) for axis in WORLD_AXES]
     return None if 0 in degrees or degrees.count(FILL) > 1 else layout
 
 
 def _filled_from(machine: Machine) -> str:
-    """Where the world size comes from that a degree of -1 is filled from."""
+    """Origin of the world size that fills a degree of -1."""
     if machine.started_world_size:
         return f"{machine.launcher} started {machine.started_world_size}"
     if machine.cluster_world_size:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from danling_conf.parallel.fsdp import shard
-from danling_conf.runner.refusal import refused
 from danling_conf.schema.fsdp import FsdpConfig
-from danling_conf.topology.violation import ConfigRefused
+from danling_conf.topology.violation import ConfigRefused, refused
 
 
 def test_a_builder_s_fault_is_refused_with_path_rule_and_fix() -> None:

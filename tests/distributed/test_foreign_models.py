@@ -1,0 +1,261 @@
+"""Families of transformers and modules of torch under every axis: what one process trains, or refused in words.
+
+python -m tests.distributed.test_foreign_models                # every model, every layout
+python -m tests.distributed.test_foreign_models OPT pp2 full   # one of each, with activation checkpointing
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from danling_conf.groups.layout_names import parse_layout
+from danling_conf.parallel import hugging_face, mesh
+from danling_conf.parallel.forward_backward import Passes
+from danling_conf.parallel.init_plan import seeded
+from danling_conf.parallel.model import assemble
+from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
+from danling_conf.schema.compile import CompileConfig
+from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.schema.parallel import ParallelConfig
+from danling_conf.topology.layout import data_rank
+from danling_conf.topology.violation import ConfigRefused, SettingError
+from tests.support.families import FAMILIES, MODULES, module_batch
+from tests.support.spawn import run
+
+pytestmark = pytest.mark.slow
+
+LAYOUTS = ("ddp2", "fsdp2", "tp2", "pp2", "cp2")
+SIZE, STEPS, SEED, EXACT = 8, 3, 7, 2e-5
+LIMIT_SECONDS = 1500
+"""For all cells in one world of two ranks; on two free cores they take a fraction of it."""
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a model under a layout: the largest relative error against one process, or why there is none."""
+
+    error: float | None = None
+    refused: str | None = None
+    failed: str | None = None
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.error:.0e}"
+        return f"refused: {self.refused}" if self.refused else f"FAILED: {self.failed}"
+
+
+def model_and_batches(name: str) -> tuple[Callable[[], nn.Module], list[Batch]]:
+    if name in FAMILIES:
+        family = FAMILIES[name]
+        return family.build, [family.batch(SIZE, seed) for seed in range(STEPS)]
+    return MODULES[name], [module_batch(name, SIZE, seed) for seed in range(STEPS)]
+
+
+def forward(model: Any, batch: Batch) -> Tensor:
+    output = model(**{name: item for name, item in batch.items() if name != "targets"})
+    return getattr(output, "logits", output)
+
+
+def loss_of(output: Tensor, batch: Batch) -> Tensor:
+    if batch["targets"].is_floating_point():
+        return F.mse_loss(output, batch["targets"])
+    return F.cross_entropy(output.flatten(0, -2).float(), batch["targets"].flatten())
+
+
+Values = dict[str, dict[str, Tensor]]
+"""`initial` weights, `gradients` of the first step, and `final` weights."""
+
+
+@functools.cache
+def alone(name: str) -> Values:
+    """What a plain loop of torch's makes of it in one process."""
+    factory, batches = model_and_batches(name)
+    with seeded(SEED):
+        model = factory()
+    hugging_face.prepare(model)
+    values: Values = {"initial": copied(model), "gradients": {}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step, batch in enumerate(batches):
+        loss_of(forward(model, batch), batch).backward()
+        if step == 0:
+            values["gradients"] = gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**values, "final": copied(model)}
+
+
+def laid_out(name: str, layout_name: str, recompute: str) -> float:
+    """The largest relative error of this rank's gradients and weights; infinite where initial weights differ."""
+    factory, batches = model_and_batches(name)
+    layout = parse_layout(layout_name)
+    made = mesh.make(layout, "cpu")
+    assembled = assemble(
+        factory,
+        layout=layout,
+        mesh=made,
+        device=torch.device("cpu"),
+        seed=SEED,
+        fsdp=FsdpConfig(enabled=layout.fsdp),
+        compile=CompileConfig(),
+        activation_checkpointing=ActivationCheckpointingConfig(mode=recompute),
+        parallel=ParallelConfig(pipeline_n_microbatches=2),
+        example=lambda: {key: item[:2] for key, item in batches[0].items()},
+        forward=forward,
+    )
+    passes = Passes(assembled, forward, loss_of, layout, torch.device("cpu"))
+    parameters = [item for _, item in assembled.named_parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    rank, degree = data_rank(layout, dist.get_rank()), layout.data_degree
+    values: Values = {"initial": joined(assembled.parts, copied), "gradients": {}}
+    for step, batch in enumerate(batches):
+        passes.train({key: item.chunk(degree)[rank] for key, item in batch.items()})
+        passes.finish(parameters)
+        if step == 0:
+            values["gradients"] = joined(assembled.parts, gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+    values["final"] = joined(assembled.parts, copied)
+    return largest_error(values, alone(name), complete=assembled.pipeline is None)
+
+
+def largest_error(found: Values, expected: Values, *, complete: bool) -> float:
+    worst = 0.0
+    for kind in ("initial", "gradients", "final"):
+        if complete and found[kind].keys() != expected[kind].keys():
+            raise AssertionError(f"{kind}: not in both: {sorted(found[kind].keys() ^ expected[kind].keys())}")
+        floor = 1e-3 * torch.stack([item.double().norm() for item in expected[kind].values()]).norm()
+        for name, value in found[kind].items():
+            wanted = expected[kind][name]
+            if kind == "initial":
+                worst = max(worst, 0.0 if torch.equal(value, wanted) else float("inf"))
+            else:
+                difference = (value.double() - wanted.double()).norm() / wanted.double().norm().clamp(floor)
+                worst = max(worst, difference.item())
+    return worst
+
+
+def joined(parts: tuple[nn.Module, ...], of: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: item for part in parts for name, item in of(part).items()}
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {clean(name): full(item.detach()).clone() for name, item in model.named_parameters()}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {clean(name): full(item.grad).clone() for name, item in model.named_parameters() if item.grad is not None}
+
+
+def full(item: Tensor) -> Tensor:
+    return item.full_tensor() if isinstance(item, DTensor) else item
+
+
+def clean(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def outcome(name: str, layout: str, recompute: str) -> Outcome:
+    try:
+        error = laid_out(name, layout, recompute)
+    except (SettingError, ConfigRefused) as refusal:
+        return Outcome(refused=" ".join(str(refusal).split()))
+    except Exception as failure:
+        return Outcome(failed=f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
+    worst = torch.tensor(error)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return Outcome(error=worst.item())
+
+
+def all_outcomes(cells: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], Outcome]:
+    found = {}
+    for cell in cells:
+        found[cell] = outcome(*cell)
+        if dist.get_rank() == 0:
+            print(*cell, found[cell], flush=True)
+    return found
+
+
+WITHOUT_PLAN = r"parallel\.axes\.tensor=2 nothing lays .* out over the tensor axis"
+NO_CUT = r"parallel\.axes\.pipeline .* which does not say how to cut it"
+OF_OTHERS = r"parallel\.axes\.pipeline stage \d of .* does not run without the modules of the others"
+OWN_ATTENTION = r"parallel\.axes\.context=2 .* does not call the attention that reaches over the context axis"
+
+REFUSED: dict[str, dict[str, str]] = {
+    "tp2": dict.fromkeys(("StableLm", "GPT-2", "OpenAI GPT", "GPT-Neo", "OPT", "BLOOM", "Falcon"), WITHOUT_PLAN),
+    "pp2": {
+        **dict.fromkeys(("ALBERT", "T5", "BART", "Pegasus", "Whisper", "LSTM", "nn.Transformer", "U-Net"), NO_CUT),
+        **dict.fromkeys(("Mamba", "Mamba-2", "ModernBERT", "ViT", "DeiT", "Swin", "Wav2Vec2", "Llama 4"), OF_OTHERS),
+    },
+    "cp2": dict.fromkeys(("OpenAI GPT", "GPT-Neo", "Falcon", "XGLM"), OWN_ATTENTION),
+}
+"""By layout, families that are refused, and how."""
+
+DECODERS = (
+    "Llama", "Qwen3", "Gemma", "Phi", "Granite", "StableLm", "GPT-2", "OpenAI GPT", "GPT-Neo", "GPT-NeoX", "GPT-J",
+    "CodeGen", "OPT", "BLOOM", "Falcon", "MPT", "XGLM", "BioGPT", "Mixtral", "Qwen3-MoE",
+)  # fmt: skip
+OTHERS = ("ViT", "Wav2Vec2", "T5", "Whisper", "Mamba")
+
+EQUAL = {
+    "ddp2": (*DECODERS, "Llama 4", *OTHERS),
+    "fsdp2": (*DECODERS, "Llama 4", *OTHERS, "BERT"),
+    "tp2": ("Llama", "Qwen3", "Gemma", "Phi", "Granite", "GPT-NeoX", "GPT-J", "CodeGen", "Mixtral", "Qwen3-MoE"),
+    "pp2": (*DECODERS, "BERT"),
+    "cp2": ("Llama", "StableLm", "GPT-2", "GPT-NeoX", "GPT-J", "CodeGen", "OPT", "BioGPT", "Mixtral", "Qwen3-MoE"),
+}
+"""By layout, models that train what one process trains. Batch normalisation is not among them: its statistics are those
+of a rank's own samples, or of a microbatch."""
+
+CELLS = [(name, layout, "none") for layout in LAYOUTS for name in (*EQUAL[layout], *REFUSED.get(layout, {}))]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[str, str, str], Outcome]:
+    """Every cell, in one world of two ranks."""
+    found: dict[tuple[str, str, str], Outcome] = run(all_outcomes, 2, CELLS, timeout=LIMIT_SECONDS)[0]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_models_train_what_one_process_trains(layout: str, outcomes: dict[Any, Outcome]) -> None:
+    wrong = {
+        name: str(outcomes[name, layout, "none"])
+        for name in EQUAL[layout]
+        if (error := outcomes[name, layout, "none"].error) is None or error > EXACT
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_others_are_refused_before_the_first_step(layout: str, outcomes: dict[Any, Outcome]) -> None:
+    wrong = {
+        name: str(outcomes[name, layout, "none"])
+        for name, why in REFUSED[layout].items()
+        if not re.search(why, outcomes[name, layout, "none"].refused or "")
+    }
+    assert wrong == {}
+
+
+def main(names: list[str]) -> None:
+    chosen = [name for name in names if name not in (*LAYOUTS, "full")] or [*FAMILIES, *MODULES]
+    layouts = [name for name in names if name in LAYOUTS] or LAYOUTS
+    recompute = "full" if "full" in names else "none"
+    run(all_outcomes, 2, [(name, layout, recompute) for name in chosen for layout in layouts], timeout=1500)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
