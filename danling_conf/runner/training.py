@@ -287,6 +287,7 @@ class Runner:
                 tokens_per_sample=tokens_per_sample,
             )
             self._callbacks = Callbacks([*configured(self.config.callbacks), *given(callbacks)], self)
+            self._stack.callback(self._call_of_exception)
             self._callbacks.check_ranks()
             if self._callbacks.setup is not None:
                 self._callbacks.setup()
@@ -333,7 +334,6 @@ class Runner:
         )
         for note in notes:
             self.display.line(note)
-        self._stack.callback(self._call_of_exception)
         if self.callbacks.fit_start is not None:
             self.callbacks.fit_start()
         self._used = "was prepared before"
