@@ -80,7 +80,7 @@ def test_a_checkpoint_holds_what_it_says(tmp_path: Path) -> None:
         "step",
     }
     shared = torch.load(folder / "shared.pt", weights_only=True)
-    assert sorted(shared) == ["optimizer", "runner", "scaler", "scheduler", "settings"]
+    assert sorted(shared) == ["callbacks", "optimizer", "runner", "scaler", "scheduler", "settings"]
     assert shared["runner"]["global_step"] == 4
 
 

@@ -73,6 +73,7 @@ def given_to_fully_shard(config: RunnerConfig) -> dict[str, Any]:
     assert calls == [calls[0]] * 3 + [calls[3]] * 3
     policies = [calls[index].pop("mp_policy") for index in (0, 3)]
     del calls[0]["mesh"]
+    assert calls[0].pop("ignored_params") == set()  # every parameter of this model can be sharded
     return calls[0] | {"policies": policies}
 
 
