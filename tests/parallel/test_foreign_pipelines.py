@@ -73,7 +73,7 @@ NO_CUT = "which does not say how to cut it"
 OF_OTHERS = r"does not run without the modules of the others"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("ALBERT", "T5", "BART", "Pegasus", "Whisper"), NO_CUT),
-    **dict.fromkeys(("Mamba", "Mamba-2", "ModernBERT", "ViT", "DeiT", "Swin", "Wav2Vec2"), OF_OTHERS),
+    **dict.fromkeys(("Mamba", "Mamba-2", "ModernBERT", "ViT", "DeiT", "Swin", "Wav2Vec2", "Llama 4"), OF_OTHERS),
 }
 """Families that a pipeline does not take, and what it says of them."""
 
