@@ -6,6 +6,8 @@ torch changes the name, and thus what to test with a new version of torch.
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import logging
 import os
@@ -47,6 +49,7 @@ __all__ = [
     "fake_errors",
     "fake_tensors",
     "flatten_mesh",
+    "forget_meshes",
     "is_fake",
     "is_operator",
     "is_view",
@@ -505,3 +508,19 @@ def saved_buffers(module: nn.Module) -> list[torch.Tensor]:
 def without_compile(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` has wrapped, or the module itself."""
     return cast(nn.Module, getattr(module, "_orig_mod", module))
+
+
+def forget_meshes() -> None:
+    """Clear what torch remembers of meshes: plans and coordinates, which keep their process groups alive.
+
+    A group that outlives `destroy_process_group` keeps its threads until the interpreter is torn down, where torch 2.13
+    then aborts now and then. And DTensor finds its plans by the shape of a mesh: in another world of the same process
+    they name groups that are gone.
+    """
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()
+    for item in gc.get_objects():
+        # By its type: `isinstance` would wake objects that stand in for others.
+        if type(item) is functools._lru_cache_wrapper and str(item.__module__).startswith("torch.distributed."):
+            item.cache_clear()

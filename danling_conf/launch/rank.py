@@ -80,7 +80,11 @@ def _leave_process_group() -> None:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         # torch 2.13 sometimes aborts when a sharded model, kept by a reference cycle, outlives its process group.
         gc.collect()
-        distributed.destroy_process_group()
+        groups = sys.modules.get("danling_conf.parallel.process_group")
+        if groups is not None:
+            groups.stop()  # with the groups of background work, which it keeps
+        else:
+            distributed.destroy_process_group()
 
 
 def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironment, job_name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from danling_conf._torch_private import process_groups, set_timeout
+from danling_conf._torch_private import forget_meshes, process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
@@ -137,6 +137,8 @@ def stop() -> None:
     _waiting = None
     _separate.clear()
     if dist.is_initialized():
-        # Sharded models in reference cycles that outlive their groups make torch 2.13 crash now and then.
+        # What outlives the groups and refers to them makes torch 2.13 crash or abort now and then: sharded models in
+        # reference cycles, and meshes in torch's own caches.
+        forget_meshes()
         gc.collect()
         dist.destroy_process_group()

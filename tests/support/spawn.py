@@ -7,8 +7,6 @@ start, no import and no cold cache; each call still has a process group of its o
 from __future__ import annotations
 
 import faulthandler
-import functools
-import gc
 import io
 import multiprocessing
 import os
@@ -23,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.tensor.debug
 
+from danling_conf._torch_private import forget_meshes
 from danling_conf.parallel import process_group
 from danling_conf.schema.process import CommConfig
 
@@ -229,10 +227,4 @@ def _forget(dynamo: bytes, environment: dict[str, str]) -> None:
         torch._dynamo.config.load_config(dynamo)
     os.environ.clear()
     os.environ.update(environment)
-    # DTensor finds its plans by the shape of a mesh, not by its groups: a plan of the previous call names groups that
-    # are gone, or others that now have their names.
-    torch.distributed.tensor.debug._clear_sharding_prop_cache()
-    for item in gc.get_objects():
-        # By its type: `isinstance` would wake objects that stand in for others.
-        if type(item) is functools._lru_cache_wrapper and str(item.__module__).startswith("torch.distributed."):
-            item.cache_clear()
+    forget_meshes()
