@@ -70,9 +70,9 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
             Part("composition", (pytest(hydra_14, "-m", "composition"),)),
             Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),)),
             Part("tests", (pytest(here, "-m", "not slurm", "--durations", "25"),)),
+            # Alone: beside other tests on two cores its jobs start too late for their time limits.
+            Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),)),
         ),
-        # A cluster has two cores of its own in its books, and its tests wait most of the time.
-        (Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),)),),
     )
 
 

@@ -17,7 +17,7 @@ from danling_conf.schema.files import LEDGER, RUN_FILE, SWEEP_FILE, Damaged
 from danling_conf.sweep.monitor import parse_on_failure
 from danling_conf.topology.violation import ConfigRefused, Violation
 
-_GIVE = "give a run's directory, a sweep's, or one above them"
+_GIVE = "name a run's directory, a sweep's, or one above them"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from danling_conf.records.reading import is_moment, is_number, read_fields, warn_of_damage
 from danling_conf.records.status import ENDED, Status, written_status
-from danling_conf.schema.files import ATTEMPTS, LEDGER, RESULT, Damaged, parse_object, read_regular
+from danling_conf.schema.files import ATTEMPTS, JOB_FILE, LEDGER, RESULT, Damaged, parse_object, read_regular
 
 
 @dataclass(kw_only=True)
@@ -196,6 +196,8 @@ class Ledger:
             if found is not None:
                 key = found["key"]
                 self._records.setdefault(key, Record(key=key)).add(found)
+        if not self._records and whole and any(self.path.parent.glob(f"jobs/*/{JOB_FILE}")):
+            warn_of_damage(self.path, "it has no line of any job, and the sweep has jobs")
         # Skip jobs whose first line was torn: their number, run and overrides are not known.
         return {key: record for key, record in self._records.items() if "job" in record.facts}
 

@@ -73,7 +73,7 @@ SPECIAL = {
     "a FIFO": replaced(os.mkfifo),
     "a directory": replaced(Path.mkdir),
     "a device": replaced(lambda path: path.symlink_to("/dev/zero")),
-    "a link to nothing": replaced(lambda path: path.symlink_to("/nowhere")),
+    "a link to nothing": replaced(lambda path: path.symlink_to("nowhere/at/all")),
 }
 OF_TEXT = {**SPECIAL, "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe\x00\xd8\n")}
 OF_JSON = {
@@ -92,10 +92,12 @@ OF_JSON = {
 SHOW = ("runs", "runs --json", "runs --csv", "runs --html", "watch --once", "watch --once --json", "report", "logs",
         "checkpoints", "resume", "cancel")  # fmt: skip
 """No process starts: what would be resumed has completed, or its script is gone."""
+OF_LINES = {kind: damage for kind, damage in OF_JSON.items() if kind != "empty"}
+"""A run that has just started has no line yet."""
 OF_RUN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "run.json": (OF_JSON, ("runs", "runs --json", "report")),
     "run.lock": (OF_TEXT, ()),
-    "metrics.jsonl": (OF_JSON, ("report", "runs --html")),
+    "metrics.jsonl": (OF_LINES, ("report", "runs --html")),
     f"attempts/{ATTEMPT}/frozen.json": (OF_JSON, ("runs", "watch --once", "report", "checkpoints")),
     f"attempts/{ATTEMPT}/result.json": (OF_JSON, ("runs", "runs --json", "watch --once", "report", "resume", "cancel")),
     f"attempts/{ATTEMPT}/environment.json": (OF_JSON, ("report",)),

@@ -36,7 +36,7 @@ def test_ranks_train_and_tighten_their_time_limits(tmp_path: Path) -> None:
         assert facts[rank]["limits"] == [[[77], []], [[33], [77, 86400]], [[33], [77, 86400]]]
         assert facts[rank]["world_size"] == 2
         assert facts[rank]["stack"] == "ddp"
-        assert facts[rank]["job"] == "app"  # Hydra's own configuration is there on every rank
+        assert facts[rank]["job"] == "rank_app"  # Hydra's own configuration is there on every rank
         assert facts[rank]["score"] == facts[0]["score"]
     assert facts[0]["losses"] != facts[1]["losses"]
     assert facts[0]["pid"] != facts[1]["pid"]
