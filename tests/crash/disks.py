@@ -55,6 +55,8 @@ def outcome(root: str, layout: str, backend: str, mode: str, fault: str) -> dict
         found |= {"step": runner.global_step, "error": str(error)}
     finally:
         runner.close()
+    # Rank 0 removes what was not finished, while the others raise at once.
+    torch.distributed.barrier() if runner.world.ranks.world_size > 1 else None
     entries = Folder(folder).entries()
     for entry in entries:
         assert entry.manifest is not None, entry.fault

@@ -82,11 +82,12 @@ def test_a_second_budget_is_refused_with_the_mend(tmp_path: Path) -> None:
 
 
 def test_it_uses_builders_and_no_runner() -> None:
-    """What it shows: everything built by `danling_conf.parallel` and `danling_conf.components`, in a file of a page."""
+    """What it shows: everything built by `danling_conf.builders`, in a file of a page."""
     source = SCRIPT.read_text()
     imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     modules = {node.module for node in imported if isinstance(node, ast.ImportFrom)}
-    assert {"danling_conf.parallel", "danling_conf.components"} <= modules
+    names = {item.name for node in imported if getattr(node, "module", None) == "danling_conf" for item in node.names}
+    assert "builders" in names
     assert not any(str(module).startswith(("danling_conf.runner", "danling_conf.launch")) for module in modules)
     assert "danling_conf.Runner(" not in source
     assert len(source.splitlines()) < 90
