@@ -179,6 +179,8 @@ def assemble(
 
     stages = _cut(whole, layout, parallel, example, forward)
     parts = {0: whole} if stages is None else dict(stages.parts)
+    if layout.data_degree > 1:
+        _warn_of_local_statistics(whole)
     pipelined = stages is not None
 
     unused = parallel.unused_parameters == data_gradients.ALLOW
@@ -258,6 +260,14 @@ def _check_layout(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> 
         )
         for name in absent
     )
+
+
+def _warn_of_local_statistics(model: nn.Module) -> None:
+    """Batch normalisation over several data ranks is not that of one process: each rank uses its own samples."""
+    local = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    found = next((name for name, module in model.named_modules() if isinstance(module, local)), None)
+    if found is not None:
+        _log.warning("batch normalisation %s uses the samples of its own rank, not of the whole batch", found)
 
 
 def _whole_model(
