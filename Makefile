@@ -9,7 +9,7 @@ PYTEST_ARGUMENTS ?=
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: train test quick composition sweepers parity crash benchmark lint clean
+.PHONY: train test quick composition sweepers parity crash gpu benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
@@ -39,6 +39,11 @@ parity: $(VENV)/installed
 # Kills 240 runs while they save, and says in which phase; `make test` has a short form of it.
 crash: $(VENV)/installed
 	$(VENV)/bin/python -m tests.crash.run
+
+# What is promised of accelerators, on one card in eight minutes, with this machine's own torch and the packages that
+# pyproject.toml requires. `$(PYTHON) -m tests.gpu --device cpu --size tiny` tries the script where there is none.
+gpu:
+	$(PYTHON) -m tests.gpu
 
 benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/step_overhead.py

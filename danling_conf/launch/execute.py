@@ -151,6 +151,8 @@ def show_error(error: BaseException, run: Path) -> None:
         lines = [f"run failed: {run}"]
     elif outcome.status is Status.INTERRUPTED:
         lines = [f"{outcome.message}; the run so far: {run}"]
+    elif outcome.status is Status.OUT_OF_MEMORY:
+        lines = [outcome.message, f"the run so far: {run}"]
     else:
         lines = [outcome.message]
     print("\n".join(lines), file=sys.stderr)

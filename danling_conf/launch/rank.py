@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from danling_conf.launch.workers import RAISED_AT
+from danling_conf.launch.workers import RAISED_AT, REASON, STATUS
 from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
@@ -50,7 +50,7 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
         return value
     except BaseException as error:
         outcome = outcome_of(error)
-        if outcome.status is Status.FAILED:
+        if outcome.status in (Status.FAILED, Status.OUT_OF_MEMORY):
             _log.exception("rank %d failed", ranks.rank)
         if ranks.main:
             write_result(attempt.directory, outcome)
@@ -108,12 +108,13 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
     except KeyboardInterrupt as interrupt:
         sys.exit(outcome_of(interrupt).exit_code)
     except Exception as error:
-        raised_at = time.time()
+        raised_at, outcome = time.time(), outcome_of(error)
         handler.record_exception(error)
         record = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         # Elastic records whole seconds. Other ranks fail within milliseconds of the first, and would look as early.
-        record.write_text(json.dumps({**json.loads(record.read_text()), RAISED_AT: raised_at}))
-        leave_at_once(outcome_of(error).exit_code)
+        facts = {RAISED_AT: raised_at, STATUS: outcome.status, REASON: outcome.message}
+        record.write_text(json.dumps({**json.loads(record.read_text()), **facts}))
+        leave_at_once(outcome.exit_code)
 
 
 def leave_at_once(code: int) -> NoReturn:

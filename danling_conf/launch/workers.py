@@ -21,6 +21,7 @@ from danling_conf.records.status import (
     Status,
     exit_code_of_signal,
     signal_of_exit_code,
+    written_status,
 )
 from danling_conf.records.stopped import STOPPING, is_stop
 from danling_conf.schema.files import error_file
@@ -29,6 +30,8 @@ FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
 RAISED_AT = "raised_at"
 """Key of a rank's error file: when the error was raised, in seconds."""
+STATUS, REASON = "status", "reason"
+"""Keys of a rank's error file: what the error means for the run. Torch elastic writes the others."""
 _NOTICED_SECONDS = 2.0
 _SAVING_SECONDS = 24 * 3600
 
@@ -36,16 +39,18 @@ _SAVING_SECONDS = 24 * 3600
 class WorkersFailed(HasOutcome, RuntimeError):
     """A rank failed; the others were stopped."""
 
-    def __init__(self, rank: int, exit_code: int, message: str, log: Path) -> None:
-        self.rank, self.exit_code, self.log = rank, exit_code, log
-        self.refused = message.startswith("ConfigRefused: ")
-        super().__init__(message.removeprefix("ConfigRefused: "))
+    def __init__(self, rank: int, exit_code: int, message: str, log: Path, status: Status = Status.FAILED) -> None:
+        self.rank, self.exit_code, self.log, self.status = rank, exit_code, log, status
+        super().__init__(message)
+
+    @property
+    def refused(self) -> bool:
+        return self.status is Status.REFUSED
 
     @property
     def outcome(self) -> Outcome:
-        status = Status.REFUSED if self.refused else Status.FAILED
         # The exit code of a rank that a signal ended is negative.
-        return Outcome(status=status, exit_code=max(self.exit_code, EXIT_FAILED), message=str(self))
+        return Outcome(status=self.status, exit_code=max(self.exit_code, EXIT_FAILED), message=str(self))
 
 
 class WorkersInterrupted(HasOutcome, RuntimeError):
@@ -123,7 +128,9 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
         if is_stop(failure.exitcode):  # a rank received the signal, and all ranks stopped together
             raise WorkersInterrupted(signal_of_exit_code(failure.exitcode)) from None
-        raise WorkersFailed(rank, failure.exitcode, _message(failure), rank_log(attempt, rank)) from None
+        status = written_status((failure.error_file_data or {}).get(STATUS)) or Status.FAILED
+        message = _message(failure, status)
+        raise WorkersFailed(rank, failure.exitcode, message, rank_log(attempt, rank), status) from None
     except SignalException as error:
         raise WorkersInterrupted(error.sigval) from None
     finally:
@@ -167,12 +174,13 @@ def _when(failure: Any) -> float:
     return float(failure.timestamp) - _NOTICED_SECONDS
 
 
-def _message(failure: Any) -> str:
+def _message(failure: Any, status: Status) -> str:
+    if status is not Status.FAILED:  # the reason says it all, and a traceback would hide it
+        return str(failure.error_file_data[REASON])
     content = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
     if isinstance(content, dict):
         callstack = content.get("extraInfo", {}).get("py_callstack", "")
-        text = content.get("message", "")
-        return text if text.startswith("ConfigRefused: ") else f"{text}\n{callstack}".strip()
+        return f"{content.get('message', '')}\n{callstack}".strip()
     if failure.exitcode < 0:
         return f"ended by {signal.Signals(-failure.exitcode).name}"
     return str(content) if failure.error_file_data else f"ended with exit code {failure.exitcode}"

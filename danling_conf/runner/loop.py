@@ -26,7 +26,7 @@ from danling_conf.runner.conclusion import conclusion
 from danling_conf.runner.data import evaluated_splits, no_batch, same_number_on_all_ranks
 from danling_conf.runner.display import Display
 from danling_conf.runner.evaluation import measure
-from danling_conf.runner.observe import collective_timeout
+from danling_conf.runner.observe import collective_timeout, out_of_memory
 from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.observe.stopwatch import EVALUATION
 from danling_conf.runner.resuming import Resumption
@@ -451,7 +451,10 @@ class Loop:
         return collective_timeout.place_of(self.state, self.observers.waited_for)
 
     def _explain(self, error: RuntimeError) -> None:
-        """Raise an error that names the missing ranks, where this one is that of a collective that timed out."""
+        """Raise an error that says more, where this one is that of a device without memory or of a collective that
+        timed out."""
+        if isinstance(error, torch.OutOfMemoryError):
+            raise out_of_memory.explained(error, self.config, self.world.device, self.state.step) from error
         collective_timeout.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())
 
 

@@ -122,16 +122,20 @@ def parallel_of(cell: Cell) -> dict[str, Any]:
     return {**({"pipeline_n_microbatches": 4} if few else {}), **cell.parallel}
 
 
-def train(cell: Cell) -> Trained:
-    """Three SGD steps on this rank: losses of the global batch, gradients of the first step and weights in full."""
-    layout = parse_layout(cell.layout)
+def train(cell: Cell, kind: str = "cpu") -> Trained:
+    """Three SGD steps on this rank: losses of the global batch, gradients of the first step and weights in full.
+
+    Args:
+        kind: type of the device; the ranks' process group is gloo's on any.
+    """
+    layout, device = parse_layout(cell.layout), torch.device(kind)
     torch._dynamo.config.optimize_ddp = True
-    made = mesh.make(layout, "cpu")
+    made = mesh.make(layout, kind)
     assembled = assemble(
         functools.partial(model_of, cell),
         layout=layout,
         mesh=made,
-        device=torch.device("cpu"),
+        device=device,
         seed=7,
         fsdp=FsdpConfig(enabled=layout.fsdp, **cell.fsdp),
         compile=CompileConfig(**cell.compile),
@@ -141,11 +145,9 @@ def train(cell: Cell) -> Trained:
         precision=cell.precision,
     )
     inject(cell, assembled)
-    autocast = functools.partial(precision.autocast, None if layout.fsdp else cell.precision, "cpu")
+    autocast = functools.partial(precision.autocast, None if layout.fsdp else cell.precision, kind)
     loss = weighted_loss if cell.weighted and cell.fault != "mean" else mean_loss
-    passes = Passes(
-        assembled, lambda model, batch: model(batch[0]), loss, layout, torch.device("cpu"), autocast=autocast
-    )
+    passes = Passes(assembled, lambda model, batch: model(batch[0]), loss, layout, device, autocast=autocast)
     parameters = [parameter for _, parameter in assembled.named_parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     rank, degree = data_rank(layout, dist.get_rank() if dist.is_initialized() else 0), layout.data_degree
@@ -153,12 +155,12 @@ def train(cell: Cell) -> Trained:
     initial = {clean(name): full(item.detach()) for name, item in assembled.named_parameters()}
     result = Trained([], [], initial, {}, {})
     for step, batch in enumerate(batches(cell.weighted)):
-        own = [item.chunk(degree)[rank].chunk(cell.accumulate) for item in batch]
-        total = torch.zeros(2)
+        own = [item.chunk(degree)[rank].to(device).chunk(cell.accumulate) for item in batch]
+        total = torch.zeros(2, device=device)
         for index in range(cell.accumulate):
             micro = (own[0][index], own[1][index])
             measured = passes.train(micro, micro_batches=cell.accumulate, last=index == cell.accumulate - 1)
-            total += torch.stack([measured.total, torch.as_tensor(measured.weight, dtype=torch.float32)])
+            total += torch.stack([measured.total, torch.as_tensor(measured.weight, dtype=torch.float32, device=device)])
         passes.finish(parameters)
         if cell.max_norm is not None:
             group = None if pipeline is None else pipeline.group
@@ -234,7 +236,7 @@ def weighted_loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor,
 
 def full(value: Tensor | None) -> Tensor:
     assert value is not None, "a parameter has no gradient"
-    return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
 
 
 def clean(name: str) -> str:
