@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from danling_conf.launch.loopback import loopback
 from danling_conf.launch.parent import as_parent
 from danling_conf.records.logs import rank_log
 from danling_conf.records.status import (
@@ -80,8 +81,6 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from danling_conf.launch.loopback import BACKEND
-
     class RankLogs(LogsSpecs):
         """One file a rank for output and errors; rank 0 keeps the terminal."""
 
@@ -108,7 +107,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         max_nodes=1,
         nproc_per_node=world_size,
         run_id=attempt.name,
-        rdzv_backend=BACKEND,
+        rdzv_backend=loopback(),
         local_addr=LOOPBACK,
         max_restarts=0,
         monitor_interval=0.1,
