@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from danling_conf.topology.violation import PlainError
 
-class SaveFailed(RuntimeError):
+
+class SaveFailed(PlainError):
     """A checkpoint was not written. The message has its path, the reason, and which checkpoint is usable instead."""
 
 

@@ -51,11 +51,13 @@ class Folder:
     Args:
         check_token: compares fencing tokens, and raises where another process has taken over the run. Called before
             every visible change: a process on a lost node must not move `latest` back.
+        token: fencing token of the attempt that writes. It is in the names of staging folders, so that ranks of an
+            earlier attempt, which are still writing, do not write into those of this one.
     """
 
-    def __init__(self, path: Path, check_token: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, check_token: Callable[[], None] = lambda: None, token: str = "") -> None:
         self.path = path
-        self.check_token = check_token
+        self.check_token, self._token = check_token, token
 
     def entries(self) -> list[Entry]:
         """All visible checkpoints, newest first. Those without a readable manifest come before all others."""
@@ -78,14 +80,15 @@ class Folder:
 
     def staging(self, name: str) -> Path:
         """The staging folder in which a checkpoint is written before it is visible."""
-        return self.path / f".{name}{_STAGING}"
+        mark = f".{self._token}" if self._token else ""
+        return self.path / f".{name}{mark}{_STAGING}"
 
     def repair(self) -> list[str]:
         """Clean up after a killed process. Returns the names of unfinished checkpoints, which are removed.
 
         A checkpoint that was about to be replaced, but whose replacement is not visible, is restored.
         """
-        left = [path.name.removeprefix(".").removesuffix(_STAGING) for path in self.unfinished()]
+        left = [path.name.removeprefix(".").partition(".")[0] for path in self.unfinished()]
         for path in self.path.glob(f".*{_OLD}"):
             final = path.with_name(path.name.removeprefix(".").removesuffix(_OLD))
             if final.exists():
@@ -95,7 +98,8 @@ class Folder:
         for path in [*self.unfinished(), *self.path.glob(f".*{_GONE}")]:
             shutil.rmtree(path)
         for name in (LATEST, BEST):
-            (self.path / f".{name}{_STAGING}").unlink(missing_ok=True)
+            for link in self.path.glob(f".{name}*{_STAGING}"):
+                link.unlink()
         return left
 
     def publish(self, staging: Path, name: str) -> Path:
@@ -150,7 +154,7 @@ class Folder:
         # symlink fails where the name exists, and unlinking first would leave a moment without `latest`: make a new
         # link and rename it over the old one. Its target is relative, so that the run's directory can be moved.
         self.check_token()
-        temporary = self.path / f".{name}{_STAGING}"
+        temporary = self.staging(name)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
         os.replace(temporary, self.path / name)

@@ -43,7 +43,7 @@ class CheckpointManager:
         rank: rank of this process.
         layout, layout_name: layout of the ranks, and its name.
         allow_degree_change: whether checkpoints of other layouts may be loaded.
-        check_token: see `Folder`.
+        check_token, token: see `Folder`.
 
     Attributes:
         enabled: whether checkpoints are written.
@@ -62,10 +62,11 @@ class CheckpointManager:
         layout_name: str,
         allow_degree_change: bool = False,
         check_token: Callable[[], None] = lambda: None,
+        token: str = "",
     ) -> None:
         self.section, self.enabled = section, not section.load_only
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
-        self.folder = Folder(run / section.dir_name, check_token)
+        self.folder = Folder(run / section.dir_name, check_token, token)
         several = layout.world_size > 1
         self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
         self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None

@@ -10,10 +10,11 @@ from danling_conf.cli.runs_found import find, job_named, one_sweep, reachable_or
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
-from danling_conf.records.run_lock import holder_of, is_live
+from danling_conf.records.run_lock import holder_of, is_held, is_live
 from danling_conf.records.state import state_of
 from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.files import RUN_LOCK
 from danling_conf.sweep.backend import Backend
 from danling_conf.sweep.ends import settle_ends
 from danling_conf.sweep.orphans import is_here, process_of, running_here, tell_to_stop
@@ -59,12 +60,13 @@ def _run_of_its_own(run: Path, wait_seconds: float) -> int:
     if not is_live(run):
         print(f"nothing to do: the run is {state_of(run).status}: {run}")
         return 0
-    # As long as the lock is held, the process whose number is in it is alive, so the number cannot have been reused.
+    # As long as its lock is held, the process whose number is in it is alive, so the number cannot have been reused.
     holder = holder_of(run)
     if holder is None or not holder.here:
         rule = f"it runs on {holder.host if holder else 'another machine'}, out of reach from this one"
         raise ConfigRefused([Violation("DIR", str(run), rule, "cancel it there")])
-    tell_to_stop(holder.process)
+    if is_held(run / RUN_LOCK):  # its ranks may live on alone; they stop without being told
+        tell_to_stop(holder.process)
     deadline = time.monotonic() + wait_seconds
     while is_live(run):
         if time.monotonic() > deadline:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from danling_conf.records.logs import is_full
 from danling_conf.records.reading import shown_damage
 from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED
 from danling_conf.schema.fsdp import DTYPES
@@ -38,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if not is_full(error) and error.errno != errno.ELOOP:
+            raise
+        print(f"{error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _print(lines: Sequence[str]) -> None:

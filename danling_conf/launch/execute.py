@@ -25,14 +25,22 @@ from danling_conf.records.current import Current
 from danling_conf.records.frozen import freeze_attempt, thaw_job
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.reading import read_fields
-from danling_conf.records.run_directory import Attempt, claim, start, warn, write_result
+from danling_conf.records.run_directory import (
+    Attempt,
+    claim,
+    refusing_unwritable,
+    reserve_result,
+    start,
+    warn,
+    write_result,
+)
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN, RESULT
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.rank_environment import SINGLE
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.topology.violation import ConfigRefused, PlainError, Violation
 
 
 def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig) -> Any:
@@ -55,7 +63,9 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, RunLock]:
     """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`."""
     attempt, lock = claim(config)
-    freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
+    with refusing_unwritable(config):
+        reserve_result(attempt.directory)
+        freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
     warn(attempt, config)
     return attempt, lock
 
@@ -84,7 +94,9 @@ def open_job(
     if submitted != now:
         note = f"the code was {submitted} when this job was submitted, and is {now}"
         attempt = replace(attempt, notes=(*attempt.notes, note))
-    freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
+    with refusing_unwritable(config):
+        reserve_result(attempt.directory)
+        freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
     host = os.uname().nodename
     job.ledger.add(job.key, status=Status.RUNNING, attempt=attempt.directory.name, host=host, pid=os.getpid(), **facts)
     warn(attempt, config)
@@ -146,6 +158,8 @@ def show_error(error: BaseException, run: Path) -> None:
     outcome = outcome_of(error)
     if isinstance(error, WorkersFailed) and not error.refused:
         lines = [f"rank {error.rank} failed: {error}", f"the other ranks were stopped; logs: {error.log.parent}"]
+    elif isinstance(error, PlainError):
+        lines = [str(error), f"run failed: {run}"]
     elif outcome.status is Status.FAILED:
         traceback.print_exception(error)
         lines = [f"run failed: {run}"]

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from danling_conf.config.hydra_adapter import run_frozen
 from danling_conf.launch.execute import open_job, run_attempt, show_error
-from danling_conf.launch.rank import end_with_parent
+from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.workers import WorkersFailed
 from danling_conf.records.job_file import JobFile, write_error
+from danling_conf.records.logs import is_full, show_unwritable
 from danling_conf.records.run_directory import score_of
-from danling_conf.records.status import Status, outcome_of
+from danling_conf.records.run_lock import LostRun
+from danling_conf.records.status import EXIT_FAILED, Status, outcome_of
 
 if TYPE_CHECKING:
     from danling_conf.launch.app import App
@@ -32,6 +34,10 @@ def run_local_job(app: App, path: Path) -> Any:
     try:
         config, attempt, lock = open_job(job, app.script)
         value = run_attempt(app, partial(run_frozen, job.content["hydra"], job.content["config"]), config, attempt)
+        attempt.check_token()
+    except LostRun as error:  # the attempt that has taken the run over writes to the ledger from now on
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except BaseException as error:  # SystemExit and KeyboardInterrupt are ends of the job too
         outcome = outcome_of(error)
         facts: dict[str, Any] = {}
@@ -42,12 +48,22 @@ def run_local_job(app: App, path: Path) -> Any:
             facts["rank"] = 0
             write_error(job.folder, 0, outcome.message, traceback.format_exc())
         if not outcome.completed:
-            job.ledger.add(job.key, status=outcome.status, error=outcome.reason, **facts)
+            _record(job, status=outcome.status, error=outcome.reason, **facts)
             show_error(error, job.binding.run_directory)
             print(f"{outcome.status}: {outcome.reason}", file=sys.stderr)
             sys.exit(outcome.exit_code)
     finally:
         if lock is not None:
             lock.release()
-    job.ledger.add(job.key, status=Status.COMPLETED, score=score_of(value))
+    _record(job, status=Status.COMPLETED, score=score_of(value))
     return value
+
+
+def _record(job: JobFile, **facts: Any) -> None:
+    """Add the end of a job to the ledger. On a full disk the monitor does, later, by the exit code."""
+    try:
+        job.ledger.add(job.key, **facts)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        show_unwritable(job.ledger.path, error)

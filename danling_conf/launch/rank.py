@@ -5,12 +5,10 @@ Every way to start a rank ends in `run_rank`. `run_worker` is the process of a r
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,19 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.workers import RAISED_AT, REASON, STATUS
 from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
 from danling_conf.records.logs import close_logs, configure_job_logging, open_logs, rank_log, redirect_output
 from danling_conf.records.run_directory import write_result
+from danling_conf.records.run_lock import RankLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.records.stopped import Stopped
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rank_environment import RankEnvironment
+from danling_conf.topology.rendezvous import keep_to_loopback
 
-_SET_PARENT_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of Linux's prctl."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +39,8 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     Rank 0 writes the outcome to `result.json`. Raises whatever the function raised.
     """
     attempt, ranks = start.attempt, start.ranks
+    keep_to_loopback(ranks, os.environ)
+    share = RankLock(attempt.run_directory, attempt.token)
     handlers = open_logs(attempt.directory, ranks, log=config.log, job_name=job_name)
     _log.info("%s", _place_of(ranks))
     current.enter(start)
@@ -58,6 +59,7 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     finally:
         current.enter(None)
         close_logs(handlers)
+        share.release()
         # After any other exception the ranks are out of step, and leaving the group could wait for them for ever.
         if sys.exc_info()[0] in (None, Stopped):
             _leave_process_group()
@@ -90,9 +92,9 @@ def _leave_process_group() -> None:
 def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironment, job_name: str) -> Any:
     """Run as a rank that `run_workers` started. After an error it exits with the outcome's code; the parent prints the
     error."""
+    end_with_parent()
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    end_with_parent()
     handler = get_error_handler()
     handler.initialize()
     try:
@@ -127,12 +129,3 @@ def leave_at_once(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def end_with_parent() -> None:
-    """Let Linux send SIGTERM to this process when its parent dies, even by SIGKILL, so that no rank outlives its run.
-
-    A parent killed by SIGKILL cannot stop its children, and orphaned ranks would keep their GPUs and the run's lock.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

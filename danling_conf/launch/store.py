@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from danling_conf.topology.rank_environment import RankEnvironment
-from danling_conf.topology.rendezvous import rendezvous_variables
+from danling_conf.topology.rendezvous import listen_as_master, rendezvous_variables
 
 _KEY = "danling_conf/frozen"
 _READ = "danling_conf/read"
@@ -27,7 +27,18 @@ def meet(ranks: RankEnvironment) -> Any:
 
     for name, value in rendezvous_variables(ranks, os.environ).items():
         os.environ.setdefault(name, value)
-    store, _, _ = next(iter(distributed.rendezvous("env://", ranks.rank, ranks.world_size, timeout=_WAIT)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun serves the store
+        store, _, _ = next(iter(distributed.rendezvous("env://", ranks.rank, ranks.world_size, timeout=_WAIT)))
+    else:
+        store = distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            ranks.world_size,
+            is_master=ranks.main,
+            timeout=_WAIT,
+            multi_tenant=True,  # a function that calls `init_process_group` itself then shares the server
+            master_listen_fd=listen_as_master(os.environ) if ranks.main else None,
+        )
     # torchrun restarts all ranks over the same store, where they would read the keys of the start before.
     return distributed.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from danling_conf.launch.loopback import loopback
+from danling_conf.launch.parent import as_parent
 from danling_conf.records.logs import rank_log
 from danling_conf.records.status import (
     EXIT_FAILED,
@@ -23,8 +25,9 @@ from danling_conf.records.status import (
     signal_of_exit_code,
     written_status,
 )
-from danling_conf.records.stopped import STOPPING, is_stop
+from danling_conf.records.stopped import STOPPING, is_stop, note_stop
 from danling_conf.schema.files import error_file
+from danling_conf.topology.rendezvous import LOOPBACK
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
@@ -32,6 +35,8 @@ RAISED_AT = "raised_at"
 """Key of a rank's error file: when the error was raised, in seconds."""
 STATUS, REASON = "status", "reason"
 """Keys of a rank's error file: what the error means for the run. Torch elastic writes the others."""
+_ELASTICS = ("SIGHUP", "SIGQUIT")
+"""Signals that elastic's own handler passes on to the ranks."""
 _NOTICED_SECONDS = 2.0
 _SAVING_SECONDS = 24 * 3600
 
@@ -95,26 +100,33 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         def root_log_dir(self) -> str:
             return str(attempt)
 
-    environment = {FROZEN_VARIABLE: str(frozen), **_threads(world_size)}
+    def stop(number: int, frame: Any) -> None:
+        # Not elastic's own handler, which does the same: the death of this process's parent must not count as a second
+        # signal, see `launch.parent`.
+        note_stop()
+        raise SignalException(f"stopped by {signal.Signals(number).name}", sigval=signal.Signals(number))
+
+    environment = {FROZEN_VARIABLE: str(frozen), **as_parent(), **_threads(world_size)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=world_size,
         run_id=attempt.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_backend=loopback(),
+        local_addr=LOOPBACK,
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=RankLogs(),
-        signals_to_handle=",".join([*STOPPING, "SIGHUP", "SIGQUIT"]),
+        signals_to_handle=",".join(_ELASTICS),
         # Elastic kills workers that outlive this timeout after a signal, and saving a checkpoint may take long. A
         # second signal ends them at once.
         shutdown_timeout=_SAVING_SECONDS,
     )
     before = {name: os.environ.get(name) for name in environment}
     # Elastic installs signal handlers and never restores the earlier ones.
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in config.signals_to_handle.split(",")}
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in (*STOPPING, *_ELASTICS)}
+    for name in STOPPING:
+        signal.signal(getattr(signal, name), stop)
     os.environ.update(environment)
     # Elastic logs every failure at length; WorkersFailed has what the user needs.
     elastic_log = logging.getLogger("torch.distributed.elastic")

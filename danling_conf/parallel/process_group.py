@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from danling_conf._torch_private import forget_meshes, process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
+from danling_conf.topology.rendezvous import LOOPBACK, listen, listen_as_master
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
 _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
@@ -22,6 +23,10 @@ _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
 _separate: list[dist.ProcessGroup] = []
 """Groups whose timeout stays: they wait for disks, not for training."""
 _FOR_DISKS = timedelta(days=1)
+_stores = 0
+"""How many stores this process has used."""
+_FOR_STORES = timedelta(minutes=30)
+"""How long ranks wait for each other where no limit is set: torch's own limit."""
 
 
 def is_distributed() -> bool:
@@ -53,12 +58,49 @@ def start(
     # A world of one needs no address to meet at. A shell inside an allocation has RANK-like variables but no address.
     if store is None and rank is None and ("RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1"):
         store, rank, world_size = dist.HashStore(), 0, 1
-    if store is None:
+    if store is None and {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _store_of(rank, world_size, timeout or _FOR_STORES)
+    if store is None:  # torchrun serves one; or torch says what is missing
         dist.init_process_group(backend, timeout=timeout)
         return
     if rank is None or world_size is None:
         raise ValueError(f"rank={rank}, world_size={world_size}: a store needs both; pass them with it")
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _store_of(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """The store of the launcher's environment, which rank 0 serves; None where torchrun serves it."""
+    global _stores
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        listening = listen_as_master(os.environ) if rank == 0 else None
+        return dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            multi_tenant=True,
+            master_listen_fd=listening,
+        )
+    if address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    # Local workers. The command serves the store at this address, and may be killed; the ranks then save, which may
+    # need new groups. So they meet there, and use a store of their own.
+    _stores += 1
+    key = f"danling_conf/port-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_stores}"
+    met = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    if rank > 0:
+        port = int(met.get(key))
+        return dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    socket = listen(LOOPBACK, 0)
+    port = socket.getsockname()[1]
+    store = dist.TCPStore(
+        LOOPBACK, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=socket.detach()
+    )
+    met.set(key, str(port))
+    return store
 
 
 def tighten(section: CommConfig) -> None:

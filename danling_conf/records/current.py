@@ -6,7 +6,6 @@ the configuration only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,6 @@ class Current:
     ranks: RankEnvironment = SINGLE
     store: Any = None
     """The `torch.distributed.Store` of the rendezvous; None where there was none. `Any` keeps torch out of here."""
-    guard: Callable[[], None] = lambda: None
-    """Raises where a later start of the same job has taken over the run, see `RunLock.check`."""
     repeats_signals: bool = False
     """Whether the launcher repeats its signal while the run saves, and sends SIGKILL in the end, as Slurm does. A
     second signal must then not abort the save."""

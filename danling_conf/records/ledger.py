@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from danling_conf.records.reading import is_moment, is_number, read_fields, warn_of_damage
 from danling_conf.records.status import ENDED, Status, written_status
-from danling_conf.schema.files import ATTEMPTS, JOB_FILE, LEDGER, RESULT, Damaged, parse_object, read_regular
+from danling_conf.schema.files import ATTEMPTS, JOB_FILE, LEDGER, RESULT, Damaged, no_links, parse_object, read_regular
 
 
 @dataclass(kw_only=True)
@@ -171,9 +171,13 @@ class Ledger:
     @contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:
         # flock, not lockf: POSIX locks are dropped as soon as the process closes any descriptor of the file.
-        with open(self.path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
+        try:
+            with open(self.path, "ab+", opener=no_links) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
+        except OSError as error:
+            error.filename = error.filename or str(self.path)  # a failed write does not name its file
+            raise
 
     def records(self) -> dict[str, Record]:
         """All jobs by key, in the order in which they were planned. Reads what is new since the last call.

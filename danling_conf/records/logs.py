@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -13,6 +16,8 @@ from omegaconf import DictConfig
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _OURS = "danling_conf"
+_shown: set[int | None] = set()
+"""Kinds of errors that were shown."""
 _position: Callable[[], int] | None = None
 """Returns the current optimizer step of this process; None outside of training."""
 
@@ -47,6 +52,9 @@ def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str
         for handler in list(root.handlers):
             if isinstance(handler, logging.FileHandler) and handler is not handlers[0]:
                 root.removeHandler(handler)
+    for handler in (*root.handlers, *handlers):  # Hydra's are among them
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = partial(_show_unwritable, handler.baseFilename)  # type: ignore[method-assign]
     ours.propagate = False
     return handlers
 
@@ -57,8 +65,37 @@ def close_logs(handlers: list[logging.Handler]) -> None:
         for handler in handlers:
             logger.removeHandler(handler)
     for handler in handlers:
-        handler.close()
+        try:
+            handler.close()
+        except OSError as error:
+            show_unwritable(str(getattr(handler, "baseFilename", "log")), error)
     logging.getLogger(_OURS).propagate = True
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk takes no more: it is full, or read-only."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def show_unwritable(path: Path | str, error: OSError) -> None:
+    """Show that a record cannot be written, once in a process for each kind of error: a full disk fails every line of
+    every file."""
+    if error.errno in _shown:
+        return
+    _shown.add(error.errno)
+    try:
+        print(f"warning: {path}: {error.strerror}: records miss what cannot be written", file=sys.stderr, flush=True)
+    except OSError:  # standard error is a file on the same disk
+        return
+
+
+def _show_unwritable(path: str, record: logging.LogRecord) -> None:
+    """`Handler.handleError` of log files; logging's own prints a trace for every line."""
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError):
+        show_unwritable(path, error)
+    elif logging.raiseExceptions:
+        traceback.print_exc()
 
 
 def redirect_output(path: Path) -> None:

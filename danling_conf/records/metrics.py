@@ -15,7 +15,7 @@ from typing import Any
 
 from danling_conf.records.reading import is_moment, is_number, warn_of_damage
 from danling_conf.records.status import Status, written_status
-from danling_conf.schema.files import METRICS, Damaged, parse_object, read_regular
+from danling_conf.schema.files import METRICS, Damaged, no_links, parse_object, read_regular
 
 BASE = ("time", "attempt", "step", "epoch")
 """The keys that every line has."""
@@ -99,7 +99,7 @@ def end_metrics(run: Path, attempt: str, status: Status) -> None:
     if last is None or last["attempt"] != attempt or last.get(STATUS) == status:
         return
     line = {"time": time.time(), "attempt": attempt, "step": last["step"], "epoch": last["epoch"], STATUS: status}
-    with open(metrics_file(run), "ab+") as file:
+    with open(metrics_file(run), "ab+", opener=no_links) as file:
         # The attempt may have been killed within a line: without a newline both lines would be unreadable.
         file.seek(-1, os.SEEK_END)
         torn = file.read(1) != b"\n"

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,17 +23,19 @@ from typing import Any
 
 from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
-from danling_conf.records.metrics import end_metrics
-from danling_conf.records.run_lock import RunLock
+from danling_conf.records.logs import show_unwritable
+from danling_conf.records.metrics import end_metrics, metrics_file
+from danling_conf.records.run_lock import RunLock, check_token
 from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.schema.files import ATTEMPTS, RESULT, RUN_FILE, Damaged, read_object
+from danling_conf.schema.files import ATTEMPTS, RESERVE, RESULT, RUN_FILE, Damaged, no_links, read_object
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
 _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 _START_SETTINGS = ("pretrained", "checkpoint.exclude_from_loading")
 """Settings of what a run starts from. They have no effect on a resume, so a difference in them does not matter."""
+_RESERVED_BYTES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,8 @@ class Attempt:
     """The run's seed: as configured, or drawn when the run was created."""
     restore: Path | None = None
     """Run directory or checkpoint that this attempt resumes from; None for a fresh start."""
+    token: str = ""
+    """Fencing token that it drew when it took the run, see `RunLock`; empty where nothing was taken."""
     command: tuple[str, ...] = ()
     """Script and overrides that started it."""
     notes: tuple[str, ...] = ()
@@ -55,9 +61,16 @@ class Attempt:
     def run_id(self) -> str:
         return self.run_directory.name
 
+    def check_token(self) -> None:
+        """Called before every write to the run that a later attempt would see. Raises LostRun where one has taken the
+        run over."""
+        if self.token:
+            check_token(self.run_directory, self.token)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "run_directory": str(self.run_directory),
+            "token": self.token,
             "directory": str(self.directory),
             "seed": self.seed,
             "restore": str(self.restore) if self.restore else None,
@@ -70,6 +83,7 @@ class Attempt:
             run_directory=Path(content["run_directory"]),
             directory=Path(content["directory"]),
             seed=content["seed"],
+            token=content["token"],
             restore=Path(content["restore"]) if content["restore"] else None,
             command=tuple(content["command"]),
         )
@@ -112,7 +126,7 @@ def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[A
 
 def bind(config: RunnerConfig) -> Binding:
     """Find the run that this configuration resumes, or create one. Raises ConfigRefused like `claim`."""
-    with _writing(config):
+    with refusing_unwritable(config):
         return _bind(config)
 
 
@@ -134,7 +148,7 @@ def start(
     Raises:
         ConfigRefused: the run is live or cannot be written.
     """
-    with _writing(config):
+    with refusing_unwritable(config):
         run = binding.run_directory
         # Before the attempt: an attempt that then finds the run locked would be the newest, and look lost.
         lock = RunLock(run, fence)
@@ -146,18 +160,20 @@ def start(
             directory=_make_attempt(run),
             seed=read_run(run)["seed"],
             restore=restore,
+            token=lock.token,
             command=tuple(command),
             notes=binding.notes,
         ), lock
 
 
 @contextmanager
-def _writing(config: RunnerConfig) -> Iterator[None]:
+def refusing_unwritable(config: RunnerConfig) -> Iterator[None]:
     """Turns errors of the file system into a refusal of the workspace."""
     try:
         yield
-    except OSError as error:
-        rule = f"the run's directory cannot be made: {error.strerror}: {error.filename}"
+    except (OSError, Damaged) as error:
+        reason = str(error) if isinstance(error, Damaged) else f"{error.strerror}: {error.filename}"
+        rule = f"the run's directory cannot be written: {reason}"
         fix = "choose a directory to write to"
         raise ConfigRefused([Violation("workspace_root", config.workspace_root, rule, fix)]) from error
 
@@ -184,12 +200,12 @@ def _bind(config: RunnerConfig) -> Binding:
             parent = owner
             notes = (f"this is a new run, which resumes from {restore} of another one",)
     elif config.auto_resume:
-        run = newest_run(root, identity)
-        restore = run
+        run = restore = newest_run(root, identity)
         if run is None:
             notes = _runs_of_other_layouts(root, config)
     if run is None:
-        run = _make_run(root, identity, config, parent)
+        run, made = _make_run(root, identity, config, parent)
+        restore = restore if made else run
     return Binding(run_directory=run, restore=restore, notes=notes)
 
 
@@ -245,27 +261,43 @@ def _number_of(run: Path) -> int:
     return int(run.name.partition(".")[2] or 1)
 
 
-def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | None) -> Path:
+def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | None) -> tuple[Path, bool]:
+    """Create a run. Returns its directory, and whether this process made it: under `auto_resume`, another one that is
+    started at the same moment may have been first."""
     root.mkdir(parents=True, exist_ok=True)
-    number = 1
+    seed, number = _seed(config, parent), 1
     while True:
-        # mkdir is atomic, on NFS as well: two processes that start the same configuration get different numbers.
         run = root / (identity if number == 1 else f"{identity}.{number}")
-        try:
-            run.mkdir()
-            break
-        except FileExistsError:
-            number += 1
+        if not os.path.lexists(run) and _publish_run(run, identity, seed, config, parent):
+            return run, True
+        if config.auto_resume and config.resume is None and (run / RUN_FILE).is_file():
+            return run, False
+        number += 1
+
+
+def _publish_run(run: Path, identity: str, seed: int, config: RunnerConfig, parent: Path | None) -> bool:
+    """Make the directory of a run with its file. Returns False where there is one by now."""
     content = {
         "run_id": run.name,
         "config_id": identity,
-        "seed": _seed(config, parent),
+        "seed": seed,
         "parent": str(parent) if parent else None,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": semantic(config),
     }
-    write_whole(run / RUN_FILE, json.dumps(content, indent=1) + "\n")
-    return run
+    # Renamed when it is whole: nobody sees a run without its file. The rename is atomic, on NFS as well, and fails
+    # where the directory exists and is not empty.
+    staging = run.with_name(f".{run.name}.{os.uname().nodename}.{os.getpid()}")
+    staging.mkdir()
+    try:
+        write_whole(staging / RUN_FILE, json.dumps(content, indent=1) + "\n")
+        os.rename(staging, run)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            return False
+        raise
+    return True
 
 
 def _seed(config: RunnerConfig, parent: Path | None) -> int:
@@ -316,8 +348,35 @@ def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
         value: what the user's function returned.
     """
     content = {"status": outcome.status, "score": score_of(value), "error": outcome.message or None}
-    write_whole(attempt / RESULT, json.dumps(content) + "\n")
-    end_metrics(attempt.parent.parent, attempt.name, outcome.status)
+    try:
+        write_whole(attempt / RESULT, json.dumps(content) + "\n")
+        (attempt / RESERVE).unlink(missing_ok=True)
+    except OSError as error:
+        show_unwritable(attempt / RESULT, error)
+        if outcome.message:
+            content["error"] = outcome.message[: _RESERVED_BYTES // 16]  # JSON writes a letter as up to twelve bytes
+        _write_into_reserve(attempt, json.dumps(content).encode())
+    try:
+        end_metrics(attempt.parent.parent, attempt.name, outcome.status)
+    except OSError as error:
+        show_unwritable(metrics_file(attempt.parent.parent), error)
+
+
+def reserve_result(attempt: Path) -> None:
+    """Keep room on the disk for the result of an attempt."""
+    with open(attempt / RESERVE, "wb") as file:
+        file.write(b" " * _RESERVED_BYTES)
+        os.fsync(file.fileno())  # file systems may allocate blocks only now
+
+
+def _write_into_reserve(attempt: Path, content: bytes) -> None:
+    try:
+        with open(attempt / RESERVE, "r+b", buffering=0, opener=no_links) as file:
+            file.write(content)
+            file.truncate()
+        os.replace(attempt / RESERVE, attempt / RESULT)
+    except OSError as error:
+        show_unwritable(attempt / RESULT, error)
 
 
 def score_of(value: Any) -> float | None:
@@ -406,8 +465,12 @@ def write_whole(path: Path, text: str) -> None:
     # fsync before the rename: file systems may order the rename before the data, and leave an empty file after a crash.
     # The process id keeps two writers of the same file from sharing a temporary one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", opener=no_links) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -57,6 +57,20 @@ def early_signal() -> int:
     return _early
 
 
+_noted = False
+
+
+def note_stop() -> None:
+    """Remember that this process knows of a stop signal."""
+    global _noted
+    _noted = True
+
+
+def stop_is_noted() -> bool:
+    """Whether this process knows of a stop signal, so that another one would make it leave without saving."""
+    return _noted
+
+
 def is_stop(exit_code: int) -> bool:
     """Whether a process exited with the code of `Stopped`."""
     return signal_of_exit_code(exit_code) in {getattr(signal, name) for name in STOPPING if hasattr(signal, name)}

@@ -16,7 +16,7 @@ from typing import IO
 
 from danling_conf.records.reading import read_text
 from danling_conf.records.run_lock import is_held
-from danling_conf.schema.files import SWEEP_LOCK
+from danling_conf.schema.files import SWEEP_LOCK, Damaged, open_lock
 
 
 class SweepLock:
@@ -56,11 +56,11 @@ class SweepLock:
         if self._useless:
             return True
         # `_useless` means that no lock is possible here, and that the jobs are better off with a monitor than without.
-        if self._path.is_fifo():  # opening a FIFO for writing would block until somebody reads from it
+        try:
+            file = open(open_lock(self._path), "r+")  # noqa: SIM115  the lock lives as long as the file is open
+        except Damaged:
             self._useless = True
             return True
-        try:
-            file = open(self._path, "a+")  # noqa: SIM115  the lock lives as long as the file is open
         except OSError as error:
             # Without permission it is another user's sweep, which is only watched. A full disk, for instance, is no
             # reason to leave the jobs without a monitor.

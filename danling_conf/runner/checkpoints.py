@@ -92,7 +92,8 @@ class Checkpoints:
             layout=world.layout,
             layout_name=layout_name(world.layout),
             allow_degree_change=config.parallel.allow_degree_change,
-            check_token=world.check_token,
+            check_token=world.attempt.check_token,
+            token=world.attempt.token,
         )
 
     def restore(self) -> int:

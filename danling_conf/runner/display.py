@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from danling_conf.records.logs import show_unwritable
+
 _log = logging.getLogger("danling_conf.run")
 _SILENCE_SECONDS = 15.0
 _STATES = {
@@ -139,7 +141,10 @@ class Display:
             return
         if self._live is None:
             # Not by the console: it takes ten times as long, to lay out a line that needs no layout.
-            print(text, file=self.console.file, flush=True)
+            try:
+                print(text, file=self.console.file, flush=True)
+            except OSError as error:  # it is a file on a full disk
+                show_unwritable("standard output", error)
         elif live:
             self.console.print(text)
 

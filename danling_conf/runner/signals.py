@@ -15,7 +15,7 @@ import torch.distributed as distributed
 
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
-from danling_conf.records.stopped import STOPPING, early_signal
+from danling_conf.records.stopped import STOPPING, early_signal, note_stop
 
 END_REQUESTED = 1
 """What ranks agree on beside signals: the run is to end as if its budget were used up. Smaller than every number in
@@ -138,6 +138,7 @@ class StopRequest:
                 sys.stderr.flush()
                 os._exit(128 + number)
             self.number = number
+            note_stop()
         os.close(pipe)
 
 

@@ -360,7 +360,8 @@ class Runner:
             layout=self.world.layout,
             layout_name=layout_name(self.world.layout),
             allow_degree_change=self.config.parallel.allow_degree_change,
-            check_token=self.world.check_token,
+            check_token=self.world.attempt.check_token,
+            token=self.world.attempt.token,
         )
 
     def _listen_for_signals(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from danling_conf.parallel.device import device_type, local_device
 from danling_conf.records.current import Current, current
 from danling_conf.records.frozen import freeze_attempt
 from danling_conf.records.run_directory import Attempt, claim, warn
-from danling_conf.records.run_lock import RunLock
+from danling_conf.records.run_lock import RankLock, RunLock
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import data_rank, layout_of, random_stream
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
-from danling_conf.topology.rendezvous import rendezvous_variables
+from danling_conf.topology.rendezvous import keep_to_loopback, rendezvous_variables
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 
@@ -41,10 +40,8 @@ class World:
     stream: int
     """Of random numbers, see `topology.layout.random_stream`."""
     attempt: Attempt
-    lock: RunLock | None
-    """Of the run directory, where the runner itself claimed it; None where a launcher holds it."""
-    check_token: Callable[[], None]
-    """Compares fencing tokens: raises where another process has taken the run over, see `Current`."""
+    lock: RunLock | RankLock | None
+    """Of the run directory, or this rank's share of it, where the runner itself claimed it; None under a launcher."""
     repeats_signals: bool
     """Whether signals are sent again while a run saves, see `Current`."""
 
@@ -73,6 +70,7 @@ def join(config: RunnerConfig) -> World:
         torch.accelerator.set_device_index(device)
     if ranks.world_size > 1 or layout.fsdp:
         if not distributed.is_initialized():
+            keep_to_loopback(ranks, os.environ)
             store = started.store if started is not None else None
             rank, size = (ranks.rank, ranks.world_size) if store is not None else (None, None)
             if store is None and ranks.world_size > 1:
@@ -91,7 +89,6 @@ def join(config: RunnerConfig) -> World:
         stream=random_stream(layout, ranks.rank, sequence_parallel=config.parallel.sequence_parallel),
         attempt=attempt,
         lock=lock,
-        check_token=(started or Current(attempt=attempt)).guard,
         repeats_signals=started is not None and started.repeats_signals,
     )
 
@@ -106,7 +103,9 @@ def _wrong_size(layout: Layout, ranks: RankEnvironment) -> Violation:
     )
 
 
-def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | None) -> tuple[Attempt, RunLock | None]:
+def _claimed(
+    config: RunnerConfig, ranks: RankEnvironment, started: Current | None
+) -> tuple[Attempt, RunLock | RankLock | None]:
     """The attempt: the launcher's, else claimed by rank 0 for all ranks."""
     if started is not None:
         return started.attempt, None
@@ -124,7 +123,8 @@ def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | No
         distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], ConfigRefused):
         raise outcome[0]
-    return Attempt.from_json(outcome[0]), lock
+    attempt = Attempt.from_json(outcome[0])
+    return attempt, lock or RankLock(attempt.run_directory, attempt.token)
 
 
 def _compare(config: RunnerConfig, ranks: RankEnvironment) -> None:

@@ -16,12 +16,16 @@ RUN_FILE = "run.json"
 """In a run's directory: what the run is."""
 RUN_LOCK = "run.lock"
 """In a run's directory: held by the live attempt."""
+RANKS_LOCK = "ranks.lock"
+"""In a run's directory: shared by the ranks of the live attempt, which may outlive the command that started them."""
 ATTEMPTS = "attempts"
 """Folder of a run, with a folder for each attempt."""
 FROZEN = "frozen.json"
 """In an attempt: its configuration as every rank reads it."""
 RESULT = "result.json"
 """In an attempt: how it ended."""
+RESERVE = ".result.json"
+"""In an attempt that has not ended: room for its result, for a disk that is full by then."""
 DIFFERENCE = "difference.yaml"
 """In an attempt: the settings that differ from the defaults."""
 ENVIRONMENT = "environment.json"
@@ -104,6 +108,30 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
         raise Damaged(path, f"it cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)
+
+
+def no_links(path: str, flags: int) -> int:
+    """The `opener` with which records are opened for writing: not through a link, which may lead to any file.
+
+    Raises OSError: ELOOP for a link.
+    """
+    # Without O_NONBLOCK, opening a FIFO could block for ever.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file, which is made where there is none. Writes nothing.
+
+    Raises:
+        OSError: it cannot be opened for writing, see `no_links`.
+        Damaged: it is not a regular file.
+    """
+    descriptor = no_links(str(path), os.O_RDWR | os.O_CREAT)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise Damaged(path, f"it is {_kind(mode)}, not a file")
+    return descriptor
 
 
 def read_object(path: Path) -> dict[str, Any]:

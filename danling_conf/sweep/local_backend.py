@@ -10,9 +10,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from danling_conf.launch.parent import as_parent
 from danling_conf.records.job_file import JOB_VARIABLE, JobFile
 from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
+from danling_conf.schema.files import no_links
 from danling_conf.sweep.backend import Ending
 from danling_conf.topology.machine import count_devices
 
@@ -106,7 +108,7 @@ class LocalJobs:
             self._waiting.popleft()
 
     def _start(self, job: JobFile, devices: list[str], ranks_on_cpu: int) -> None:
-        environment = {**self._environment, JOB_VARIABLE: str(job.path)}
+        environment = {**self._environment, **as_parent(), JOB_VARIABLE: str(job.path)}
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         elif self._at_once > 1:
@@ -115,7 +117,7 @@ class LocalJobs:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         # Appending: a retried job keeps the output of its earlier attempts. `-u`: what a killed process printed must
         # not be lost in its buffer.
-        with open(job.folder / OUTPUT, "ab") as output:
+        with open(job.folder / OUTPUT, "ab", opener=no_links) as output:
             process = subprocess.Popen(
                 [sys.executable, "-u", *job.argv],
                 env=environment,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Ledger, Record
+from danling_conf.records.logs import is_full, show_unwritable
 from danling_conf.records.status import Status
 from danling_conf.sweep.backend import Backend, Ending
 
@@ -70,10 +71,22 @@ class Monitor:
         self._stopped = self._warned = False
 
     def run(self) -> list[Record]:
-        """Poll until every job has ended. Returns their records in the order of the sweep."""
-        while self.poll():
+        """Poll until every job has ended. Returns their records in the order of the sweep.
+
+        A full disk does not end the monitor: what it could not record, it records when the disk takes it.
+        """
+        while self._poll_on_any_disk():
             time.sleep(self._backend.interval)
         return list(self._records().values())
+
+    def _poll_on_any_disk(self) -> bool:
+        try:
+            return self.poll()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            show_unwritable(self._ledger.path, error)
+            return True
 
     def poll(self) -> bool:
         """Check all jobs once. Returns whether any has not ended yet."""

@@ -1,17 +1,67 @@
-"""Rendezvous address of ranks under a launcher that sets none, such as srun.
+"""Rendezvous address of ranks under a launcher that sets none, such as srun; and what ranks may listen on.
 
 Every rank derives the same address from Slurm's variables, since ranks cannot communicate before they have met.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from danling_conf.topology.rank_environment import RankEnvironment
+
+LOOPBACK = "127.0.0.1"
+_log = logging.getLogger(__name__)
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A listening socket at one address of this machine: torch's stores listen on all of them by themselves.
+
+    Args:
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: the address is not of this machine, or the port is taken.
+    """
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((address, port), family=family, backlog=socket.SOMAXCONN)
+
+
+def listen_as_master(environment: Mapping[str, str]) -> int | None:
+    """The descriptor of a socket that listens at MASTER_ADDR and MASTER_PORT, for the store that rank 0 serves.
+
+    None where torch's store has to listen on all addresses, as it does by itself: MASTER_ADDR is a name that others may
+    know under another address than this machine does, or an address that is translated on the way to this machine. Also
+    where the port is taken, as by an earlier store of this process.
+    """
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    try:
+        known = {found[4][0] for found in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)}
+        # Many machines have their own name at 127.0.1.1, where no other machine reaches them.
+        if address not in {*known, "localhost"} and (len(known) > 1 or known <= {LOOPBACK, "127.0.1.1", "::1"}):
+            return None
+        return listen(address, port).detach()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            _log.warning("%s: the store listens on all addresses of this machine: %s", address, error)
+        return None
+
+
+def keep_to_loopback(ranks: RankEnvironment, environment: MutableMapping[str, str]) -> None:
+    """Let the ranks of a run on one machine communicate over its loopback interface, unless the environment says
+    otherwise. Without this, gloo listens on the address of the machine's name."""
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    # The address as well: ranks whose launcher does not say how many are on a node count as being on one.
+    here = environment.get("MASTER_ADDR", LOOPBACK) in (LOOPBACK, "localhost", "::1")
+    if names and here and ranks.local_world_size == ranks.world_size:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environment.setdefault(variable, min(names))
 
 
 def rendezvous_variables(ranks: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:
@@ -28,13 +78,13 @@ def rendezvous_variables(ranks: RankEnvironment, environment: Mapping[str, str])
 def _master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT: the first node of the job, and a port that differs between jobs of a node."""
     if ranks.launcher == "submitit":
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(f"submitit {environment['SUBMITIT_LOCAL_JOB_ID']}")}
+        return {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": _port(f"submitit {environment['SUBMITIT_LOCAL_JOB_ID']}")}
     if ranks.launcher != "srun":
         return {}
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     if ranks.local_world_size == ranks.world_size:
         # All ranks are on one node. Its own name may not resolve there, and may lead through a firewall.
-        address = "127.0.0.1"
+        address = LOOPBACK
     elif shutil.which("scontrol"):
         address = _address_of(_scontrol("show", "hostnames", nodes).split()[0])
     else:

@@ -46,6 +46,10 @@ def show(value: Any) -> str:
     return str(value)
 
 
+class PlainError(RuntimeError):
+    """An error of nobody's code, such as a full disk: its message is all that a user needs, without a trace."""
+
+
 class SettingError(ValueError):
     """A builder cannot do what a setting requests. It carries the violation, and `str()` formats it.
 

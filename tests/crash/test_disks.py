@@ -48,3 +48,28 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
             # In the background it is noticed a step or two later.
             assert rank["step"] >= 3
             assert rank["again"] == [2, 6]
+
+
+@pytest.mark.skipif(not _can_mount(), reason="no mount namespaces here, so no small disk can be made")
+def test_a_disk_that_is_full_while_a_run_trains(tmp_path: Path) -> None:
+    """One line says so. Training goes on, or fails by the word of what it cannot do without; its end is recorded."""
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-m", "tests.crash.full", str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    goes_on, fails = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    for found in (goes_on, fails):
+        assert "Logging error" not in found["err"]
+        assert found["err"].count("records miss what cannot be written") == 1, found
+    assert (goes_on["code"], goes_on["state"]["status"]) == (0, "completed"), goes_on
+    assert "Traceback" not in goes_on["err"]
+    assert "step=60 " in goes_on["out"]
+    assert (fails["code"], fails["state"]["status"]) == (1, "failed")
+    assert "the checkpoint could not be written: No space left on device" in fails["state"]["error"]
+    assert "Traceback" not in fails["err"]
+    assert fails["err"].count("the checkpoint could not be written") == 1

@@ -15,6 +15,7 @@ import danling_conf
 from danling_conf import ConfigRefused
 from danling_conf.config.identity import config_id
 from danling_conf.records.run_directory import Attempt, claim, newest_run, owner_of, read_run, write_whole
+from danling_conf.records.run_lock import LostRun, RankLock, is_live
 from danling_conf.schema.files import RUN_FILE
 
 pytestmark = pytest.mark.composition
@@ -305,7 +306,7 @@ def test_a_root_that_is_a_file_is_refused(root, tmp_path):
         claim(blocked)
     (violation,) = caught.value.violations
     assert violation.path == "workspace_root"
-    assert "cannot be made" in violation.rule
+    assert "cannot be written" in violation.rule
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -319,3 +320,70 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, "new")
     assert path.read_text() == "old"
+
+
+def test_processes_that_auto_resume_at_once_make_one_run(root):
+    """Where no run exists: one of them has it, and the others say so."""
+    processes = [start(root, "auto_resume=true") for _ in range(8)]
+    try:
+        for process in processes:
+            go(process)
+        lines = [process.stdout.readline().split() for process in processes]
+        (made,) = root.rglob("run.json")
+        (holder,) = [process for process, line in zip(processes, lines, strict=True) if line]
+        assert [line[0] for line in lines if line] == [str(made.parent)]
+        assert [item.name for item in made.parent.parent.iterdir()] == [made.parent.name]
+        for process in processes:
+            if process is not holder:
+                _, err = process.communicate(timeout=60)
+                assert "the run is live" in err
+    finally:
+        for process in processes:
+            end(process)
+
+
+def test_ranks_that_outlive_their_command_keep_the_run(root):
+    """Until they end; and one that comes late, after another attempt has taken the run, is refused."""
+    attempt, lock = claim(config(root))
+    run, resumed = attempt.run_directory, config(root, f"resume={attempt.run_directory}")
+    share = RankLock(run, attempt.token)
+    lock.release()
+    assert is_live(run)
+    with pytest.raises(ConfigRefused, match="which is gone, have not ended yet"):
+        claim(resumed)
+    attempt.check_token()
+    share.release()
+    assert not is_live(run)
+    later, lock = claim(resumed)
+    with pytest.raises(LostRun, match="another attempt has taken over the run"):
+        RankLock(run, attempt.token)
+    with pytest.raises(LostRun):
+        attempt.check_token()
+    later.check_token()
+    lock.release()
+
+
+@pytest.mark.parametrize("name", ["run.lock", "ranks.lock"])
+def test_a_lock_is_not_written_through_a_link(root, name):
+    attempt, lock = claim(config(root))
+    lock.release()
+    path = attempt.run_directory / name
+    path.unlink()
+    path.symlink_to(root / "elsewhere")
+    with pytest.raises(ConfigRefused, match="symbolic links"):
+        claim(config(root, f"resume={attempt.run_directory}"))
+    assert not (root / "elsewhere").exists()
+
+
+def test_a_moved_run_is_resumed_from_another_working_directory(root, tmp_path, monkeypatch):
+    run = claimed(root).run_directory
+    moved = tmp_path / "moved" / run.name
+    moved.parent.mkdir()
+    run.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    again, lock = claim(config(root, f"resume=moved/{run.name}"))
+    assert again.run_directory == moved
+    again.check_token()
+    lock.release()
+    assert len(list((moved / "attempts").iterdir())) == 2
+    assert not list(root.rglob("run.json"))

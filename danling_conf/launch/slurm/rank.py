@@ -132,7 +132,7 @@ def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
         if several:
             store = meet(ranks)
             announce(store, (attempt.directory / FROZEN).read_text(), ranks.world_size)
-        current = Current(attempt=attempt, ranks=ranks, store=store, guard=lock.check, repeats_signals=True)
+        current = Current(attempt=attempt, ranks=ranks, store=store, repeats_signals=True)
         outcome = run_frozen(
             job.content["hydra"],
             job.content["config"],

@@ -16,6 +16,7 @@ from danling_conf._torch_private import outstanding_collective
 from danling_conf.parallel.waiting import waits_for
 from danling_conf.records.heartbeats import heartbeat_file
 from danling_conf.runner.observe.summary import used_bytes
+from danling_conf.schema.files import no_links
 from danling_conf.schema.observability import HeartbeatConfig
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Heartbeat:
         look: returns step, total_steps, epoch and last_step_time (seconds since 1970, or None) as they are now; called
             from the thread.
         limit: returns the time limit of collectives, in seconds; None where it is torch's own.
+        check_token: raises where another attempt has taken over the run; its ranks then write the heartbeats.
         overdue: called, from the thread, with a collective that has used up most of its limit, and the seconds that it
             has taken.
     """
@@ -50,6 +52,7 @@ class Heartbeat:
         facts: dict[str, Any],
         look: Callable[[], dict[str, Any]],
         limit: Callable[[], float | None] = lambda: None,
+        check_token: Callable[[], None] = lambda: None,
         overdue: Callable[[dict[str, Any], float], None] = lambda collective, waited: None,
     ) -> None:
         self.enabled = section.enabled
@@ -58,7 +61,7 @@ class Heartbeat:
         self._interval = section.interval_seconds
         self._folder = folder
         self._facts = {**facts, "host": platform.node(), "pid": os.getpid(), "interval": section.interval_seconds}
-        self._look, self._limit, self._overdue = look, limit, overdue
+        self._look, self._limit, self._overdue, self._check_token = look, limit, overdue, check_token
         self._late = 0.0
         self._path = heartbeat_file(folder, facts["rank"])
         self._state: tuple[str, float] = ("starting", time.time())
@@ -145,8 +148,10 @@ class Heartbeat:
     def _write(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
+            self._check_token()
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.content()) + "\n")
+            with open(temporary, "w", opener=no_links) as file:
+                file.write(json.dumps(self.content()) + "\n")
             os.replace(temporary, self._path)
         except Exception as error:  # a run must not fail for its heartbeat
             if not self._warned:

@@ -93,6 +93,7 @@ class Observers:
             facts=facts,
             look=self._look,
             limit=self._limit,
+            check_token=attempt.check_token,
             overdue=lambda collective, waited: _log.warning(
                 "%s", collective_timeout.late(attempt, self.config, ranks.world_size, collective, waited)
             ),

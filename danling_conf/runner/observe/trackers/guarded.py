@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from danling_conf.records.logs import is_full, show_unwritable
+from danling_conf.records.run_lock import LostRun
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts, Tracker
 
 _log = logging.getLogger(__name__)
@@ -82,12 +84,18 @@ class Guarded:
             self.call(partial(self.tracker.log, record))
 
     def call(self, call: Callable[[], None]) -> None:
-        """Do something with the tracker; an error is the last thing that it does."""
+        """Do something with the tracker; an error is the last thing that it does. Raises LostRun alone."""
         if self.failed:
             return
         try:
             call()
+        except LostRun:  # no fault of the tracker: this attempt must not write any more, and ends
+            self.failed = True
+            raise
         except Exception as error:
             self.failed = True
+            if isinstance(error, OSError) and is_full(error):
+                show_unwritable(self.tracker.name, error)
+                return
             _log.debug("%s failed", self.tracker.name, exc_info=True)
             self._say(f"{self.tracker.name} failed, and training goes on without it: {type(error).__name__}: {error}")

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from danling_conf.records.metrics import STATUS, metrics_file
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
-from danling_conf.schema.files import TEXTS
+from danling_conf.schema.files import TEXTS, no_links
 
 
 class JsonLines:
@@ -18,18 +18,19 @@ class JsonLines:
     name = "the run's metrics file"
 
     def __init__(self) -> None:
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._attempt = ""
         self._place = {"step": 0, "epoch": 0}
 
     def start(self, facts: RunFacts) -> None:
         path = metrics_file(facts.attempt.run_directory)
-        self._attempt = facts.attempt.directory.name
+        self._attempt, self._check_token = facts.attempt.directory.name, facts.attempt.check_token
         self._texts = facts.attempt.run_directory / TEXTS
         torn = _ends_within_a_line(path)
-        self._file = open(path, "a")  # noqa: SIM115  open for as long as the run lasts
+        # Without a buffer: what a full disk did not take would be written, and fail, again when the file is closed.
+        self._file = open(path, "ab", buffering=0, opener=no_links)  # noqa: SIM115  open for as long as the run lasts
         if torn:
-            self._file.write("\n")
+            self._file.write(b"\n")
 
     def begin(self, step: int, epoch: int, at: float) -> None:
         """Mark where the attempt starts."""
@@ -40,7 +41,8 @@ class JsonLines:
         if record.scalars or not record.texts:
             self._write({**place, **record.scalars})
         if record.texts:
-            with open(self._texts, "a") as file:
+            self._check_token()
+            with open(self._texts, "a", opener=no_links) as file:
                 for name, text in record.texts.items():
                     file.write(json.dumps({**place, "name": name, "text": text}) + "\n")
 
@@ -51,9 +53,9 @@ class JsonLines:
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._file is not None
+        self._check_token()
         self._place = {"step": line["step"], "epoch": line["epoch"]}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()  # so that it can be watched now
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def _ends_within_a_line(path: str | os.PathLike[str]) -> bool:

@@ -1,0 +1,41 @@
+"""An app whose disk becomes full while it trains: in its third step it fills that of its workspace."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import danling_conf
+
+
+def fill(folder: Path) -> None:
+    """Write until the disk takes no more."""
+    with open(folder / "ballast", "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 10, 1):
+            try:
+                while file.write(b"x" * size):
+                    pass
+            except OSError:
+                continue
+
+
+@danling_conf.main()
+def app(config: Any) -> float:
+    import torch
+
+    from tests.support.small import Net, Pairs, loss
+
+    torch.set_num_threads(1)
+    runner = danling_conf.Runner(config)
+    runner.prepare(Net, {"train": Pairs()}, loss=loss)
+    for batch in runner.batches("train"):
+        runner.step(batch)
+        logging.getLogger("mine").warning("a line at step %d, %s", runner.global_step, "x" * 500)
+        if runner.global_step == 3:
+            fill(Path(config.workspace_root))
+    return runner.finish()
+
+
+if __name__ == "__main__":
+    app()
