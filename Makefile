@@ -53,6 +53,7 @@ benchmark: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/checkpoints.py
 	$(VENV)/bin/python benchmarks/submission.py
 	$(VENV)/bin/python benchmarks/preflight.py
+	$(VENV)/bin/python benchmarks/growth.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python tests/run.py lint

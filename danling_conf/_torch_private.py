@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -429,21 +429,26 @@ def operators(found: object) -> list[Any]:
     return [found] if isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) else []
 
 
-def written_arguments(operator: Any) -> Iterator[tuple[int, str]]:
+@cache
+def written_arguments(operator: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operator writes to, by its schema.
 
     `_schema` is how torch's own modes read it. Without it no model can be built on the meta device.
     """
-    for position, argument in enumerate(operator._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield position, argument.name
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
+@cache
 def argument_names(operator: Any) -> list[str]:
     """The names of an operator's arguments, by its schema."""
     return [argument.name for argument in operator._schema.arguments]
 
 
+@cache
 def is_view(operator: Any) -> bool:
     """Whether an operator returns a view of its input, by its schema."""
     returns = operator._schema.returns

@@ -18,6 +18,7 @@ from torch import Tensor
 from danling_conf.checkpoint import durable, export
 from danling_conf.checkpoint.folder import EXPORT
 from danling_conf.checkpoint.loading import NothingSaved
+from danling_conf.checkpoint.manifest import SAFETENSORS
 from danling_conf.checkpoint.state import MODEL
 from danling_conf.checkpoint.weights import OpenWeights, opened
 from danling_conf.topology.violation import SettingError
@@ -81,7 +82,7 @@ def convert(source: Path, target: Path, *, best: bool = False, dtype: str | None
         except _Unknown as unknown:
             model, reason = None, str(unknown)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        facts = replace(found.facts, backend="safetensors", history=False, saved=now, files={})
+        facts = replace(found.facts, backend=SAFETENSORS, history=False, saved=now, files={})
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:

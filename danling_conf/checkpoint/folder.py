@@ -58,6 +58,9 @@ class Folder:
     def __init__(self, path: Path, check_token: Callable[[], None] = lambda: None, token: str = "") -> None:
         self.path = path
         self.check_token, self._token = check_token, token
+        self._seen: dict[str, tuple[tuple[int, int, int], int, bool]] = {}
+        """Of checkpoints that were read or written here: what tells their manifest's file, step, and `history`. With
+        thousands of ranks a manifest names thousands of files, and there may be hundreds of checkpoints."""
 
     def entries(self) -> list[Entry]:
         """All visible checkpoints, newest first. Those without a readable manifest come before all others."""
@@ -102,8 +105,12 @@ class Folder:
                 link.unlink()
         return left
 
-    def publish(self, staging: Path, name: str) -> Path:
-        """Make a complete staging folder visible, replacing one of the same name."""
+    def publish(self, staging: Path, name: str, facts: Manifest | None = None) -> Path:
+        """Make a complete staging folder visible, replacing one of the same name.
+
+        Args:
+            facts: its manifest, so that `prune` need not read it.
+        """
         self.check_token()
         final = self.path / name
         if final.exists():
@@ -118,6 +125,8 @@ class Folder:
         else:
             os.replace(staging, final)
             durable.sync(self.path)
+        if facts is not None:
+            self._seen[name] = _identity(final / FACTS), facts.step, facts.history
         return final
 
     def prune(self, keep: int) -> None:
@@ -128,20 +137,37 @@ class Folder:
         """
         self.check_token()
         named = {self.pointed(name) for name in (LATEST, BEST)}
-        readable = [entry for entry in self.entries() if entry.manifest is not None]
-        history = [entry.path for entry in readable if entry.manifest is not None and entry.manifest.history]
+        readable = self._steps()
+        history = [path for path, kept in readable if kept]
         kept = set(history if keep == 0 else history[:keep])
-        for entry in readable:
-            if entry.path in kept or entry.path.resolve() in named:
+        for path, _ in readable:
+            if path in kept or path.resolve() in named:
                 continue
-            with _locked(entry.path, wait=False) as free:
+            with _locked(path, wait=False) as free:
                 if not free:
-                    _log.info("%s is being read and is kept until the next save", entry.path)
+                    _log.info("%s is being read and is kept until the next save", path)
                     continue
                 # Rename, then remove: rmtree takes time, and a half-removed folder must not look like a checkpoint.
-                gone = self.path / f".{entry.path.name}{_GONE}"
-                os.replace(entry.path, gone)
+                gone = self.path / f".{path.name}{_GONE}"
+                os.replace(path, gone)
             shutil.rmtree(gone)
+
+    def _steps(self) -> list[tuple[Path, bool]]:
+        """The readable checkpoints, newest first, and whether each belongs to the history. Each manifest is read once,
+        and again only where its file has changed."""
+        found, before, self._seen = [], self._seen, {}
+        for path in sorted(self.path.glob(_VISIBLE), reverse=True):
+            try:
+                identity = _identity(path / FACTS)
+                known = before.get(path.name)
+                if known is None or known[0] != identity:
+                    facts = manifest.read(path)
+                    known = identity, facts.step, facts.history
+            except (OSError, Broken):
+                continue
+            self._seen[path.name] = known
+            found.append((known[1], path, known[2]))
+        return [(path, history) for _, path, history in sorted(found, key=lambda item: -item[0])]
 
     def _discard(self, path: Path) -> None:
         gone = path.with_name(path.name.removesuffix(_OLD) + _GONE)
@@ -182,6 +208,12 @@ def others(source: Path, dir_name: str) -> list[Path]:
     path = source / dir_name if (source / dir_name).is_dir() else source.resolve().parent
     readable = [entry.path for entry in Folder(path).entries() if entry.manifest is not None]
     return [found for found in readable if found.resolve() != named]
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What tells a file from another one in its place. Raises OSError."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Each rank reads only its own part. Every fault is raised on all ranks, before an
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from danling_conf.checkpoint import manifest, sources, state
 from danling_conf.checkpoint.folder import EXPORT, Folder, find, reading
 from danling_conf.checkpoint.gather import address
-from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
+from danling_conf.checkpoint.manifest import EXPORTED, SAFETENSORS, Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
 from danling_conf.checkpoint.safe_load import load_plain
 from danling_conf.checkpoint.several import class_of
@@ -147,7 +148,10 @@ class Loader:
         """Load only the model's weights: from a checkpoint, a run, an export, or safetensors. Raises as `restore`, and
         ImportError where the package safetensors is missing."""
         with ExitStack() as stack:
-            opened = self._on_all_ranks(lambda: self._open_weights(source, stack))
+            path, facts = self._on_all_ranks(lambda: self._find_weights(source, stack))
+            if facts is not None:
+                self._verify(path, facts, once_a_host=True)
+            opened = self._on_all_ranks(lambda: self._open_weights(path, facts))
             targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(source, targets, opened.known))
             self._on_all_ranks(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
@@ -246,29 +250,39 @@ class Loader:
         wanted = data_rank(self.layout, self.rank) % made_under.data_degree
         return next(rank for rank in range(made_under.world_size) if data_rank(made_under, rank) == wanted)
 
-    def _verify(self, path: Path, facts: Manifest) -> None:
-        """Verify the checksums of all files, each on one rank: every rank reading all would multiply the traffic."""
-        mine = sorted(facts.files)[self.rank :: self.layout.world_size]
+    def _verify(self, path: Path, facts: Manifest, *, once_a_host: bool = False) -> None:
+        """Verify the checksums of all files, each on one rank: every rank reading all would multiply the traffic.
+
+        Args:
+            once_a_host: on one rank of every host, since each may have a copy of its own.
+        """
+        ranks = list(range(self.layout.world_size))
+        if once_a_host:
+            hosts = gather_objects(socket.gethostname(), len(ranks)) if len(ranks) > 1 else [""]
+            ranks = [rank for rank in ranks if hosts[rank] == hosts[self.rank]]
+        mine = sorted(facts.files)[ranks.index(self.rank) :: len(ranks)]
         self._on_all_ranks(lambda: manifest.verify(path, facts, mine))
 
-    def _open_weights(self, source: Path, stack: ExitStack) -> Source:
+    def _find_weights(self, source: Path, stack: ExitStack) -> tuple[Path, Manifest | None]:
+        """Where the weights are, and their facts, which plain safetensors do not have."""
         found = find(source, self.dir_name) if source.is_dir() else None
         exported = source / self.dir_name / EXPORT
         if found is None and exported.is_dir():
             source = exported
         if found is None:
-            if (source / EXPORTED).is_file():
-                manifest.verify(source, manifest.read(source, EXPORTED))
-            plain = sources.safetensors(source)
-            if plain is not None:
-                return plain
-            raise NothingSaved(
-                f"{source}: there is no whole checkpoint in it, nor as its {self.dir_name}/latest, and no safetensors"
-            )
+            return source, manifest.read(source, EXPORTED) if (source / EXPORTED).is_file() else None
         stack.enter_context(reading(found))
-        facts = manifest.read(found)
-        manifest.verify(found, facts)
-        return open_tensors(found, facts)
+        return found, manifest.read(found)
+
+    def _open_weights(self, path: Path, facts: Manifest | None) -> Source:
+        if facts is not None and facts.backend != SAFETENSORS:
+            return open_tensors(path, facts)
+        plain = sources.safetensors(path)
+        if plain is not None:
+            return plain
+        raise NothingSaved(
+            f"{path}: there is no whole checkpoint in it, nor as its {self.dir_name}/latest, and no safetensors"
+        )
 
     def _check_model(self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
         theirs = {name: item.shape for name, item in known.items() if name.startswith(MODEL) and not self._skips(name)}

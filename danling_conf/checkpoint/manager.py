@@ -20,7 +20,7 @@ from danling_conf.checkpoint.background import Background, SaveFailed
 from danling_conf.checkpoint.folder import EXPORT, Folder, name_of
 from danling_conf.checkpoint.gather import address, gather, leads
 from danling_conf.checkpoint.loading import Loader, gather_objects, on_all_ranks
-from danling_conf.checkpoint.manifest import Manifest
+from danling_conf.checkpoint.manifest import SAFETENSORS, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
 from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.writing import Snapshot, Writer
@@ -171,7 +171,7 @@ class CheckpointManager:
                 return export.drain(tensors)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            facts = self._facts(step, epoch, False, optimizer, backend="safetensors")
+            facts = self._facts(step, epoch, False, optimizer, backend=SAFETENSORS)
             try:
                 export.write(staging, parts, tensors, facts, self.section.export_dtype)
             finally:

@@ -20,6 +20,8 @@ from danling_conf.schema.layout import Layout
 
 FACTS, EXPORTED = CHECKPOINT_FILE, EXPORT_FILE
 FORMAT = 2
+SAFETENSORS = "safetensors"
+"""Backend of an export."""
 
 
 class Broken(ValueError):
@@ -37,7 +39,7 @@ class Manifest:
     saved: str
     """Time of the save, as ISO 8601 with the offset from UTC."""
     backend: str
-    """`file` or `dcp`; `safetensors` for an export."""
+    """`file` or `dcp`; `SAFETENSORS` for an export."""
     layout: str
     """Name of the layout it was written under."""
     degrees: Mapping[str, int]

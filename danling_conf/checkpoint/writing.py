@@ -102,7 +102,7 @@ class Writer:
         if self.rank != 0:
             return {}
         with durable.create(staging / STATE) as file:
-            torch.save(snapshot.tensors, file)  # type: ignore[arg-type]
+            save_tensors(snapshot.tensors, file)
         return {STATE: file.sum}
 
     def _write_shards(self, snapshot: Snapshot, staging: Path) -> dict[str, Sum]:
@@ -125,7 +125,7 @@ class Writer:
         manifest.write(staging, facts)
         durable.sync(staging)
         durable.enter(durable.RENAMING)
-        final = self.folder.publish(staging, snapshot.name)
+        final = self.folder.publish(staging, snapshot.name, facts)
         for name in (LATEST, BEST) if snapshot.best else (LATEST,):
             self.folder.point(name, final)
         durable.enter(durable.PRUNING)
@@ -192,6 +192,17 @@ class _ShardWriter(FileSystemWriter):
         if missing:
             raise OSError(errno.EIO, f"{len(missing)} of {len(plan.items)} entries were not written", str(self.path))
         return future
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Any) -> None:
+    """`torch.save` without its own checksum of every record: `durable` takes one of the whole file, which loading
+    compares."""
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, file)
+    finally:
+        torch.serialization.set_crc32_options(computed)
 
 
 def _reason(error: Exception) -> str:

@@ -85,9 +85,9 @@ def _in_slurm(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: flo
     sweep.ledger.add_all([(record.key, {"told": Status.CANCELLED}) for record in chosen])
     try:
         backend.cancel(chosen)
-        for record in chosen:
-            if "slurm" not in record.facts:
-                sweep.ledger.settle(record.key, status=Status.CANCELLED, error=f"not started: cancelled {_BY}")
+        why = f"not started: cancelled {_BY}"
+        unsent = {record.key: (Status.CANCELLED, why) for record in chosen if "slurm" not in record.facts}
+        sweep.ledger.settle_all(unsent)
         return _wait(sweep, chosen, backend, wait_seconds)
     except SlurmUnavailable as error:
         fix = "cancel from a machine of the cluster"
@@ -155,12 +155,10 @@ def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _G
             return 0
         left = [records[key] for key in waiting]
         if isinstance(backend, _Gone):
-            for key, why in backend.ended(left).items():
-                if key in waiting:
-                    ledger.settle(key, status=Status.CANCELLED, error=why)
+            gone = backend.ended(left)
+            ledger.settle_all({key: (Status.CANCELLED, why) for key, why in gone.items() if key in waiting})
         else:
-            for key, ending in backend.endings(left).items():
-                ledger.settle(key, status=ending.status, error=ending.error)
+            ledger.settle_all({key: (end.status, end.error) for key, end in backend.endings(left).items()})
         if time.monotonic() > deadline:
             for record in sorted(left, key=lambda record: record.number):
                 print(f"#{record.number} was signalled to stop, and has not ended yet", flush=True)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from danling_conf.components.permutation import Identity, Permutation, permutation
+
 UNEVEN = "uneven"
 REPEAT = "repeat"
 DROP = "drop"
+_AHEAD = 1024
+"""Samples that are looked up at once."""
 
 
 class ShardedSampler(Sampler[int]):
     """Shards the order of an epoch over data ranks: rank `r` of `degree` takes the samples at `r`, `r + degree`, ...
 
     So the batches of all ranks at a step are, together, the batch that one process with a batch of `degree` times the
-    size would take. The order is that of `torch.utils.data.DistributedSampler`.
+    size would take. Up to 2^23 samples the order is that of `torch.utils.data.DistributedSampler`; a larger data set is
+    shuffled by a permutation that takes no memory (see `components.permutation`).
 
     The position is saved as the number of samples that all ranks together have taken, with the epoch; the rest of the
     epoch is sharded from there. So a state of any rank restores any other, and fits another degree: no sample is seen
@@ -56,6 +62,7 @@ class ShardedSampler(Sampler[int]):
         self.seed = seed
         self.remainder = remainder
         self.generator = generator
+        self._held: tuple[int, Permutation] | None = None
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -65,11 +72,7 @@ class ShardedSampler(Sampler[int]):
             self.generator.manual_seed(seed_of(self.seed, self.rank, epoch))
 
     def __len__(self) -> int:
-        if self.remainder == DROP:
-            return self.size // self.degree
-        if self.remainder == REPEAT:
-            return -(-self.size // self.degree)
-        return len(range(self.rank, self.size, self.degree))
+        return self.left(0)
 
     def begin_at(self, taken_by_all: int) -> None:
         """Let iterations begin after so many samples of all ranks together, until the next epoch is chosen."""
@@ -78,22 +81,31 @@ class ShardedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return _Position(self, self._begins_at)
 
-    def order(self, epoch: int, taken: int = 0) -> list[int]:
-        """The samples of this rank in an epoch, after the first `taken` of all ranks together."""
-        if self.shuffle:
-            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
-        else:
-            order = torch.arange(self.size)
-        rest = order[taken:]
-        if self.remainder == REPEAT and len(rest) % self.degree:
-            even = -(-len(rest) // self.degree) * self.degree
-            rest = torch.cat([rest, order.repeat(-(-even // self.size))[: even - len(rest)]])
-        own = rest[self.rank :: self.degree]
-        return (own[: len(rest) // self.degree] if self.remainder == DROP else own).tolist()
+    def samples(self, epoch: int, first: int, count: int, taken: int = 0) -> list[int]:
+        """So many samples of this rank in an epoch from its `first` on, after the first `taken` of all ranks
+        together."""
+        last = min(first + count, self.left(taken))
+        places = torch.arange(first, max(first, last)) * self.degree + self.rank + taken
+        if self.remainder == REPEAT:
+            places = torch.where(places < self.size, places, (places - self.size) % max(1, self.size))
+        return self._permutation(epoch).at(places).tolist()
 
     def left(self, taken: int) -> int:
         """Samples of this rank in an epoch, after the first `taken` of all ranks together."""
-        return len(self.order(0, taken))
+        rest = max(0, self.size - taken)
+        if self.remainder == DROP:
+            return rest // self.degree
+        if self.remainder == REPEAT:
+            return -(-rest // self.degree)
+        return len(range(self.rank, rest, self.degree))
+
+    def _permutation(self, epoch: int) -> Permutation:
+        if not self.shuffle:
+            return Identity()
+        # Drawn once an epoch, whoever asks: the iteration, a resume, or the record of a bad batch.
+        if self._held is None or self._held[0] != epoch:
+            self._held = epoch, permutation(self.size, self.seed + epoch)
+        return self._held[1]
 
 
 class _Position(Iterator[int]):
@@ -105,17 +117,19 @@ class _Position(Iterator[int]):
 
     def _start(self, epoch: int, taken_by_all: int) -> None:
         self._epoch, self._began = epoch, min(taken_by_all, self._sampler.size)
-        self._order = self._sampler.order(epoch, self._began)
         self._taken = 0
+        self._ahead: deque[int] = deque()
 
     def __iter__(self) -> _Position:
         return self
 
     def __next__(self) -> int:
-        if self._taken >= len(self._order):
-            raise StopIteration
+        if not self._ahead:
+            self._ahead.extend(self._sampler.samples(self._epoch, self._taken, _AHEAD, self._began))
+            if not self._ahead:
+                raise StopIteration
         self._taken += 1
-        return self._order[self._taken - 1]
+        return self._ahead.popleft()
 
     def state_dict(self) -> dict[str, Any]:
         # A rank that ran out one sample before the others is at the end of the data, as they are.

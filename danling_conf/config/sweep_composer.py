@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ class _Composed:
     """Whether Hydra reads, while composing, parts of its node that refer to settings. Then values matter to it."""
     refers_to_hydra: bool
     """Whether a setting refers to Hydra's node."""
+    bare: DictConfig
+    """The configuration without Hydra's node."""
+    pickled: bytes | None
+    """`bare`, since its bytes are read in a fifth of the time of a deep copy; None where a class cannot be pickled."""
 
 
 class SweepComposer:
@@ -98,12 +103,13 @@ class SweepComposer:
         return parsed, values, None if composed.depends else composed
 
     def _applied(self, composed: _Composed, values: Sequence[Override], *, hydra: bool = True) -> DictConfig:
-        left_out = {} if hydra else {id(composed.config._get_node("hydra")): AnyNode(None)}
-        # A copy, since values are applied in place. Through deepcopy's memo, an empty node replaces Hydra's.
-        config = copy.deepcopy(composed.config, left_out)
-        if not hydra:
-            with open_dict(config):
-                config.pop("hydra")
+        # A copy, since values are applied in place.
+        if hydra:
+            config = copy.deepcopy(composed.config)
+        elif composed.pickled is not None:
+            config = pickle.loads(composed.pickled)
+        else:
+            config = copy.deepcopy(composed.bare)
         for item in values:
             self._composing.apply(item, config)
         return config
@@ -112,12 +118,18 @@ class SweepComposer:
         if choices not in self._composed:
             config = self._composing.sweep_config(self._master, choices)
             settings = hydra_settings(config, None)
+            # Through deepcopy's memo, an empty node replaces Hydra's.
+            bare = copy.deepcopy(config, {id(config._get_node("hydra")): AnyNode(None)})
+            with open_dict(bare):
+                bare.pop("hydra")
             read = [settings["job"]["env_copy"], settings["job"]["config"]]
             self._composed[choices] = _Composed(
                 config=config,
                 settings=settings,
                 depends="${" in str(read),
                 refers_to_hydra=refers_to_hydra(config),
+                bare=bare,
+                pickled=_pickled(bare),
             )
         return self._composed[choices]
 
@@ -126,6 +138,14 @@ class SweepComposer:
         if text not in self._parsed:
             (self._parsed[text],) = self._parser.parse_overrides([text])
         return self._parsed[text]
+
+
+def _pickled(config: DictConfig) -> bytes | None:
+    """A configuration as bytes; None where a user's class is not one that a module has by its name."""
+    try:
+        return pickle.dumps(config, pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return None
 
 
 def _reaches_into_hydra(override: Override) -> bool:

@@ -71,12 +71,12 @@ def apply(model: nn.Module, section: ActivationCheckpointingConfig, names: Seque
     `names` are the blocks `chosen` of the whole model, where `model` is a stage of it. Raises SettingError as `chosen`
     does.
     """
-    names = chosen(model, section) if names is None else names
+    wanted = set(chosen(model, section) if names is None else names)
     options: dict[str, Any] = {"use_reentrant": False}
     if section.mode == "selective":
         kept = _operators(section.keep_ops)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept))
-    for block in (block for name, block in repeated_blocks(model) if name in names):
+    for block in (block for name, block in repeated_blocks(model) if name in wanted):
         block._recompute_options = options  # type: ignore[assignment]
         # A method of the block, so that a deep copy of the model has its own; and a Python function, so that dynamo,
         # which skips torch's own frames, has one to compile.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -31,12 +31,16 @@ def repeated_blocks(model: nn.Module, module_classes: Sequence[str] | None = Non
     return blocks
 
 
-def shares_parameters(model: nn.Module, block: nn.Module) -> bool:
-    """Whether a block has a parameter in common with the rest of the model. FSDP2 refuses one that two of its groups
-    would hold."""
-    inside = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
-    everywhere = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return any(everywhere[parameter] != count for parameter, count in inside.items())
+def sharing_parameters(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those blocks that have a parameter in common with the rest of the model. FSDP2 refuses a parameter that two of
+    its groups would hold."""
+    # The whole model is counted once, not once a block.
+    everywhere = _uses(model)
+    return {block for block in blocks if any(everywhere[item] != count for item, count in _uses(block).items())}
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def _collect(module: nn.Module, name: str, blocks: list[tuple[str, nn.Module]], seen: set[nn.Module]) -> None:

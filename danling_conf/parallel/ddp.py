@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from danling_conf import _torch_private
-from danling_conf.parallel.blocks import repeated_blocks, shares_parameters
+from danling_conf.parallel.blocks import repeated_blocks, sharing_parameters
 from danling_conf.parallel.mesh import axes_of, batch_mesh
 from danling_conf.parallel.process_group import is_distributed
 
@@ -58,6 +58,9 @@ def replicate_blocks(
         return model
     for name in experts if expert_mesh is not None else ():
         _torch_private.replicate(model.get_submodule(name), mesh=expert_mesh["replicate"])  # type: ignore[index]
-    for block in (block for _, block in reversed(repeated_blocks(model)) if not shares_parameters(model, block)):
-        _torch_private.replicate(block, mesh=batch)
+    blocks = [block for _, block in reversed(repeated_blocks(model))]
+    shared = sharing_parameters(model, blocks)
+    for block in blocks:
+        if block not in shared:
+            _torch_private.replicate(block, mesh=batch)
     return _torch_private.replicate(model, mesh=batch)

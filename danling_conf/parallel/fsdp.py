@@ -19,7 +19,7 @@ from danling_conf._torch_private import tree_map
 from danling_conf.components.batch import map_tensors
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.precision import dtype
-from danling_conf.parallel.blocks import repeated_blocks, shares_parameters
+from danling_conf.parallel.blocks import repeated_blocks, sharing_parameters
 from danling_conf.parallel.mesh import WEIGHTS, axes_of, axis, weights_mesh
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.topology.violation import SettingError
@@ -77,8 +77,9 @@ def shard(
         _shard_batch_norms(model, options)
     # Inner modules first: fully_shard takes the parameters of a module that no inner one has taken.
     blocks = [] if one_group else repeated_blocks(model, _classes(model, section, pipelined=pipelined))
+    shared = sharing_parameters(model, (block for _, block in blocks))
     for name, block in reversed(blocks):
-        if shares_parameters(model, block):
+        if block in shared:
             _log.warning("fsdp: %s shares a parameter with the rest of the model and is sharded with it", name)
             continue
         whole |= _of_other_dtypes(block, whole)
@@ -204,8 +205,10 @@ def _shard_batch_norms(model: nn.Module, options: dict[str, Any]) -> None:
     if policy.param_dtype in (None, torch.float32):
         return
     own = MixedPrecisionPolicy(torch.float32, policy.reduce_dtype or policy.param_dtype, policy.param_dtype)
-    for module in model.modules():
-        if isinstance(module, BATCH_NORMS) and module is not model and not shares_parameters(model, module):
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module is not model]
+    shared = sharing_parameters(model, norms)
+    for module in norms:
+        if module not in shared:
             fully_shard(module, **{**options, "mp_policy": own})
 
 

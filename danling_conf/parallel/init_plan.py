@@ -130,7 +130,8 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     to_meta(model)
     alive = weakref.ref(mode)
     del mode, recording
-    gc.collect()
+    if alive() is not None:
+        gc.collect()  # only where it matters: it walks all objects of the process
     if alive() is not None:
         raise NotReplayable(_kept(model))
     return Recorded(model=model, program=program, refs=refs, seed=seed)

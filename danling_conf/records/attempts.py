@@ -11,7 +11,7 @@ from typing import Any
 from danling_conf.config.identity import flatten
 from danling_conf.records.find import sweep_of
 from danling_conf.records.heartbeats import read_heartbeats
-from danling_conf.records.metrics import ends_in_metrics, read_lines
+from danling_conf.records.metrics import STATUS, read_lines
 from danling_conf.records.reading import Fields, read_fields, read_text, warn_of_damage
 from danling_conf.records.run_directory import attempts_in
 from danling_conf.records.state import RunState, state_of, written_end
@@ -50,30 +50,43 @@ def attempts_of(run: Path, state: RunState | None = None) -> list[AttemptFacts]:
     Args:
         state: state of the run, which is that of its newest attempt; `state_of(run)` when None.
     """
-    lines: dict[str, list[dict[str, Any]]] = {}
+    measured: dict[str, _Measured] = {}
     for line in read_lines(run):
-        lines.setdefault(line["attempt"], []).append(line)
+        measured.setdefault(line["attempt"], _Measured(line)).add(line)
     beats = list(read_heartbeats(run).values())
     folders = attempts_in(run)
-    ends = _ends(run, folders, lines)
+    ends = _ends(run, folders, measured)
     if folders:
         ends[folders[-1].name] = state or state_of(run)
     found = []
     for folder in folders:
         signs = [beat["written"] for beat in beats if beat["attempt"] == folder.name]
-        found.append(_facts(folder, lines.get(folder.name, []), signs, ends[folder.name]))
+        found.append(_facts(folder, measured.get(folder.name), signs, ends[folder.name]))
     return found
 
 
-def _ends(run: Path, folders: Sequence[Path], lines: dict[str, list[dict[str, Any]]]) -> dict[str, RunState]:
+class _Measured:
+    """What the lines of an attempt's metrics say of it."""
+
+    def __init__(self, line: dict[str, Any]) -> None:
+        self.begin = self.end = line["time"]
+        self.first_step = self.last_step = line["step"]
+        self.status: Status | None = None
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.begin, self.end = min(self.begin, line["time"]), max(self.end, line["time"])
+        self.first_step, self.last_step = min(self.first_step, line["step"]), max(self.last_step, line["step"])
+        self.status = line.get(STATUS, self.status)
+
+
+def _ends(run: Path, folders: Sequence[Path], measured: dict[str, _Measured]) -> dict[str, RunState]:
     """How each attempt ended, by name: from the sweep's ledger, else from its own result or metrics, else `lost`."""
     owner = sweep_of(run)
     in_ledger = {} if owner is None else owner[1].ends()
     found = {}
     for folder in folders:
-        state = written_end(folder) or RunState(
-            status=ends_in_metrics(lines.get(folder.name, [])).get(folder.name, Status.LOST)
-        )
+        own = measured.get(folder.name)
+        state = written_end(folder) or RunState(status=(own and own.status) or Status.LOST)
         if folder.name in in_ledger:
             status, error = in_ledger[folder.name]
             state = RunState(status=status, error=error, score=state.score)
@@ -81,12 +94,11 @@ def _ends(run: Path, folders: Sequence[Path], lines: dict[str, list[dict[str, An
     return found
 
 
-def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], state: RunState) -> AttemptFacts:
+def _facts(folder: Path, measured: _Measured | None, signs: list[float], state: RunState) -> AttemptFacts:
     frozen = read_fields(folder / FROZEN, "config")
     # No file holds an attempt's start and end for certain: SIGKILL writes nothing. So take the extremes of all signs.
-    times = [line["time"] for line in lines] + signs
+    times = signs if measured is None else [measured.begin, measured.end, *signs]
     times += [path.stat().st_mtime for path in (folder / FROZEN, folder / RESULT) if path.is_file()]
-    steps = [line["step"] for line in lines]
     return AttemptFacts(
         name=folder.name,
         begin=min(times, default=folder.stat().st_mtime),
@@ -94,8 +106,8 @@ def _facts(folder: Path, lines: list[dict[str, Any]], signs: list[float], state:
         status=state.status,
         error=state.error,
         score=state.score,
-        first_step=min(steps, default=0),
-        last_step=max(steps, default=0),
+        first_step=0 if measured is None else measured.first_step,
+        last_step=0 if measured is None else measured.last_step,
         ranks=sum(re.fullmatch(r"rank-[0-9]+\.log", path.name) is not None for path in folder.iterdir()),
         code_id=frozen.text("code_id"),
         command=frozen.table("attempt").texts("command"),

@@ -129,6 +129,7 @@ class Ledger:
         self.directory = directory
         self.path = directory / LEDGER
         self._records: dict[str, Record] = {}
+        self._known: dict[str, Record] = {}
         self._read_to = self._lines = 0
 
     def add(self, key: str, **facts: Any) -> None:
@@ -141,32 +142,31 @@ class Ledger:
             _append(file, lines)
 
     def settle(self, key: str, *, status: str, error: str | None = None) -> bool:
-        """Write the end of a job that did not write its own. Returns whether it was written.
+        """Write the end of one job, as `settle_all` does. Returns whether it was written."""
+        return key in self.settle_all({key: (status, error)})
 
-        Every command and monitor that finds an ended job calls this, so that all of them write the same:
+    def settle_all(self, ends: Mapping[str, tuple[str, str | None]]) -> set[str]:
+        """Write the ends of jobs that did not write their own. Returns the keys of those that were written.
+
+        Every command and monitor that finds ended jobs calls this, so that all of them write the same:
 
         - An end that is already in the ledger stays.
         - Where the attempt wrote `result.json` but was killed before it could append here, the result holds.
         - A job that failed or vanished after a stop was requested was cancelled.
 
         Args:
-            status: how it ended, as seen from outside.
-            error: why.
+            ends: by job key, how it ended as seen from outside, and why.
         """
-        # Read and append under one lock: the job itself may be writing its end at this moment.
+        if not ends:
+            return set()
+        # Read and append under one lock: a job itself may be writing its end at this moment. One lock, one read and one
+        # sync for all: a sweep of thousands may end at once.
         with self._locked() as file:
-            record = self.records()[key]
-            if record.ended:
-                return False
-            facts: dict[str, Any] = {"status": Status(status), "error": error}
-            result = None if record.attempt is None else read_fields(record.attempt / RESULT)
-            own = written_status(result.text("status")) if result else None
-            if status == Status.LOST and result and own in ENDED:
-                facts = {"status": own, "error": result.text("error"), "score": result.number("score")}
-            elif status in (Status.LOST, Status.FAILED) and record.stop_requested:
-                facts["status"] = Status.CANCELLED
-            _append(file, [(key, facts)])
-            return True
+            self._refresh()
+            unsettled = [key for key in ends if not self._known[key].ended]
+            if unsettled:
+                _append(file, [(key, _end_of(self._known[key], *ends[key])) for key in unsettled])
+        return set(unsettled)
 
     @contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:
@@ -185,13 +185,17 @@ class Ledger:
         A damaged line, or a damaged fact in a line, is skipped with a warning. A last line without a newline is still
         being written, and is read by the next call.
         """
+        return dict(self._known) if self._refresh() else {}
+
+    def _refresh(self) -> bool:
+        """Read what is new. Returns whether there is a ledger."""
         try:
             new = read_regular(self.path, limit=None, start=self._read_to)
         except FileNotFoundError:
-            return {}
+            return False
         except Damaged as damage:
             warn_of_damage(damage.path, damage.reason)
-            return {}
+            return False
         whole = new.rfind(b"\n") + 1
         self._read_to += whole
         for line in new[:whole].splitlines():
@@ -199,11 +203,14 @@ class Ledger:
             found = self._read(line)
             if found is not None:
                 key = found["key"]
-                self._records.setdefault(key, Record(key=key)).add(found)
+                record = self._records.setdefault(key, Record(key=key))
+                record.add(found)
+                # Skip jobs whose first line was torn: their number, run and overrides are not known.
+                if "job" in record.facts:
+                    self._known[key] = record
         if not self._records and whole and any(self.path.parent.glob(f"jobs/*/{JOB_FILE}")):
             warn_of_damage(self.path, "it has no line of any job, and the sweep has jobs")
-        # Skip jobs whose first line was torn: their number, run and overrides are not known.
-        return {key: record for key, record in self._records.items() if "job" in record.facts}
+        return True
 
     def _read(self, line: bytes) -> dict[str, Any] | None:
         try:
@@ -218,6 +225,18 @@ class Ledger:
         if "key" in wrong or "key" not in content:
             return None
         return {name: value for name, value in content.items() if name not in wrong}
+
+
+def _end_of(record: Record, seen: str, error: str | None) -> dict[str, Any]:
+    """The facts of the end of a job that did not write it itself."""
+    status = Status(seen)
+    result = None if record.attempt is None else read_fields(record.attempt / RESULT)
+    own = written_status(result.text("status")) if result else None
+    if status is Status.LOST and result and own in ENDED:
+        return {"status": own, "error": result.text("error"), "score": result.number("score")}
+    if status in (Status.LOST, Status.FAILED) and record.stop_requested:
+        status = Status.CANCELLED
+    return {"status": status, "error": error}
 
 
 def _append(file: IO[bytes], lines: list[tuple[str, dict[str, Any]]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ STATUS = "status"
 PRODUCTIVE = "train.productive_seconds"
 """Seconds since the previous line that were spent in steps, without evaluation, checkpoints and compilation."""
 _TAIL_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 20
 
 
 def metrics_file(run: Path) -> Path:
@@ -31,41 +33,93 @@ def metrics_file(run: Path) -> Path:
     return run / METRICS
 
 
-def read_lines(run: Path) -> list[dict[str, Any]]:
-    """All lines as they were written, including those of steps that were repeated; [] where there is no file.
+def read_lines(run: Path) -> Iterator[dict[str, Any]]:
+    """Yields all lines as they were written, including those of steps that were repeated; none where there is no file.
 
-    A damaged line is skipped with a warning. A last line without a newline is still being written, and is no damage.
+    A damaged line is skipped with a warning, given at the end. A last line without a newline is still being written,
+    and is no damage. Lines are read block by block: a long run has millions.
     """
     path = metrics_file(run)
+    bad: list[int] = []
+    number, torn = 0, b""
     try:
-        content = read_regular(path, limit=None)
+        for block in _blocks(path):
+            *lines, torn = (torn + block).split(b"\n")
+            for found in _parsed(lines):
+                number += 1
+                if isinstance(found, dict):
+                    yield found
+                elif found:
+                    bad.append(number)
     except FileNotFoundError:
-        return []
+        return
     except Damaged as damage:
         warn_of_damage(damage.path, damage.reason)
-        return []
-    lines, bad = [], []
-    whole = content.rfind(b"\n") + 1
-    for number, line in enumerate(content.splitlines(), 1):
-        found = parse_line(line)
-        if found is not None:
-            lines.append(found)
-        elif line.strip():
-            bad.append(number)
-    if bad and whole < len(content) and bad[-1] == content.count(b"\n") + 1:
-        bad.pop()
+        return
+    last = parse_line(torn)
+    if last is not None:
+        yield last
     if bad:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
         warn_of_damage(path, f"line {bad[0]}{more} cannot be read, and is left out")
-    return lines
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    start = 0
+    while block := read_regular(path, limit=None, start=start, most=_BLOCK_BYTES):
+        start += len(block)
+        yield block
+
+
+def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any] | bool]:
+    """For each line its record; for one that has none, whether there is anything in it."""
+    for found, line in zip(_at_once(lines), lines, strict=True):
+        if found is not None and _is_simple(found):
+            yield found
+        else:
+            record = parse_line(line)
+            yield bool(line.strip()) if record is None else record
+
+
+def _at_once(lines: list[bytes]) -> list[Any]:
+    """What is in lines as the runner writes them, parsed in one call; None for each of any other lines."""
+    try:
+        found = json.loads(b"[" + b",".join(lines) + b"]")
+    except (ValueError, RecursionError):
+        found = []
+    if len(found) != len(lines) or not all(line[:1] == b"{" and line[-1:] == b"}" for line in lines):
+        return [None] * len(lines)
+    return list(found)
+
+
+def _is_simple(found: dict[str, Any]) -> bool:
+    """Whether an object is a record as it stands: `parse_line` would change nothing."""
+    for name, value in found.items():
+        kind = type(value)
+        if kind is float:
+            if value - value != 0.0:
+                return False
+        elif kind is int:
+            if not -(1 << 63) < value < 1 << 63:
+                return False
+        elif value is not None and not (kind is str and name == "attempt" and value.isascii()):
+            return False
+    return (
+        is_moment(found.get("time"))
+        and type(found.get("attempt")) is str
+        and type(found.get("step")) is type(found.get("epoch")) is int
+    )
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The record in a line, without values that are not numbers; None for a line that is not a record."""
     try:
-        found = parse_object(line)
+        return _record(parse_object(line))
     except ValueError:
         return None
+
+
+def _record(found: dict[str, Any]) -> dict[str, Any] | None:
     attempt, step, epoch = found.get("attempt"), found.get("step"), found.get("epoch")
     if not is_moment(found.get("time")) or not isinstance(attempt, str):
         return None
@@ -106,9 +160,10 @@ def end_metrics(run: Path, attempt: str, status: Status) -> None:
         file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 
-def ends_in_metrics(lines: list[dict[str, Any]]) -> dict[str, Status]:
-    """The ends of attempts by name, for those whose last line has one."""
-    return {line["attempt"]: line[STATUS] for line in lines if STATUS in line}
+def end_in_metrics(run: Path, attempt: str) -> Status | None:
+    """How a run's newest attempt ended by its last record; None where that does not say."""
+    last = last_line(run)
+    return last.get(STATUS) if last is not None and last["attempt"] == attempt else None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -118,15 +173,22 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     earlier step, lines of previous attempts beyond that step are dropped: those steps were trained again.
     """
     by_step: dict[int, dict[str, Any]] = {}
-    attempt = None
+    attempt, highest, in_order = None, -1, True
     for line in read_lines(run):
         if line["attempt"] != attempt:
             attempt = line["attempt"]
             # A marker says "resumed after step n", so step n stays; a measurement at step n replaces step n itself.
             first = line["step"] - (1 if is_measurement(line) else 0)
-            by_step = {step: found for step, found in by_step.items() if step <= first}
+            # Steps were inserted in order, but for a few: all of them anew for each attempt would be quadratic.
+            while by_step and next(reversed(by_step)) > first:
+                by_step.popitem()
+            if highest > first and not in_order:
+                by_step = {step: found for step, found in by_step.items() if step <= first}
+            highest = first
         if is_measurement(line):
             step = line["step"]
+            in_order = in_order and (step >= highest or step in by_step)
+            highest = max(highest, step)
             measured = {name: value for name, value in line.items() if name != STATUS}
             by_step[step] = {**by_step.get(step, {}), **measured}
     return [by_step[step] for step in sorted(by_step)]
@@ -148,13 +210,22 @@ def goodput(run: Path) -> float | None:
     Wall time is summed over attempts, from the first line of each to its last; time between them (in a queue) does not
     count. Steps that were repeated after a restart count once.
     """
-    spans: dict[str, list[float]] = {}
+    wall = productive = 0.0
+    attempt, began, ended = None, 0.0, 0.0
+    steps: list[tuple[int, float]] = []  # in order: of each attempt's steps, those that later ones did not repeat
     for line in read_lines(run):
-        spans.setdefault(line["attempt"], []).append(line["time"])
-    wall = sum(max(times) - min(times) for times in spans.values())
-    return productive_seconds(run) / wall if wall > 0 else None
-
-
-def productive_seconds(run: Path) -> float:
-    """Seconds spent in the steps of a run's history."""
-    return sum(line.get(PRODUCTIVE) or 0.0 for line in read_metrics(run))
+        if line["attempt"] != attempt:
+            wall += ended - began
+            attempt, began, ended = line["attempt"], line["time"], line["time"]
+            first = line["step"] - (1 if is_measurement(line) else 0)
+            while steps and steps[-1][0] > first:
+                productive -= steps.pop()[1]
+        began, ended = min(began, line["time"]), max(ended, line["time"])
+        seconds = line.get(PRODUCTIVE)
+        if seconds:
+            if steps and steps[-1][0] == line["step"]:
+                productive -= steps.pop()[1]
+            steps.append((line["step"], seconds))
+            productive += seconds
+    wall += ended - began
+    return productive / wall if wall > 0 else None

@@ -78,7 +78,8 @@ def look_at(run: Path, now: float | None = None, state: RunState | None = None) 
         beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.name}
     world = next((int(beat["world_size"]) for beat in beats.values()), 0)
     live = state.status is Status.RUNNING
-    ranks = [_rank(beat, now, beats, live=live) for beat in beats.values()]
+    peers = _Peers.of(beats)
+    ranks = [_rank(beat, now, peers, live=live) for beat in beats.values()]
     missing = [rank for rank in range(world) if rank not in beats]
     stuck = [each.rank for each in ranks if each.stuck] + (missing if live else [])
     note = ""
@@ -99,7 +100,28 @@ def look_at(run: Path, now: float | None = None, state: RunState | None = None) 
     )
 
 
-def _rank(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]], *, live: bool) -> RankSeen:
+@dataclass(frozen=True)
+class _Peers:
+    """What a rank is judged by, gathered once: per rank it would be quadratic in the world size."""
+
+    count: int
+    lowest_step: int
+    waiting: int
+    """Ranks that wait for peers."""
+    longest_wait: float
+
+    @classmethod
+    def of(cls, beats: dict[int, dict[str, Any]]) -> _Peers:
+        waits = [beat["written"] - beat["state_since"] for beat in beats.values() if _waits(beat)]
+        lowest = min((beat["step"] for beat in beats.values()), default=0)
+        return cls(len(beats), lowest, len(waits), max(waits, default=0.0))
+
+
+def _waits(beat: dict[str, Any]) -> bool:
+    return bool(beat["state"].startswith("waiting"))
+
+
+def _rank(beat: dict[str, Any], now: float, peers: _Peers, *, live: bool) -> RankSeen:
     last = beat["last_step_time"]
     return RankSeen(
         rank=beat["rank"],
@@ -114,21 +136,20 @@ def _rank(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]], *,
         memory_bytes=beat["memory_bytes"],
         waiting_share=beat.get("waiting_share"),
         written_seconds_ago=max(0.0, now - beat["written"]),
-        stuck=_stuck(beat, now, beats) if live else "",
+        stuck=_stuck(beat, now, peers) if live else "",
     )
 
 
-def _stuck(beat: dict[str, Any], now: float, beats: dict[int, dict[str, Any]]) -> str:
+def _stuck(beat: dict[str, Any], now: float, peers: _Peers) -> str:
     """Why a rank counts as stuck: it is silent, or it is behind and busy while others wait for it. "" otherwise."""
     if is_silent(beat, now):
         return "" if beat["state"] == "stopping" else f"silent for {now - beat['written']:.0f} s: stopped, or gone"
-    others = [other for other in beats.values() if other["rank"] != beat["rank"]]
-    waiting = [other for other in others if other["state"].startswith("waiting")]
-    behind = others and beat["step"] <= min(other["step"] for other in others)
-    longest = max((other["written"] - other["state_since"] for other in waiting), default=0.0)
+    # A rank that is busy is none of those that wait, and none is behind one that is at the lowest step.
+    behind = peers.count > 1 and beat["step"] == peers.lowest_step
     patience = max(10.0, 2 * beat["interval"])
-    if behind and waiting and not beat["state"].startswith("waiting") and longest > patience:
-        return f"{len(waiting)} rank{'' if len(waiting) == 1 else 's'} have waited for it for {longest:.0f} s"
+    if behind and peers.waiting and not _waits(beat) and peers.longest_wait > patience:
+        ranks = f"{peers.waiting} rank{'' if peers.waiting == 1 else 's'}"
+        return f"{ranks} have waited for it for {peers.longest_wait:.0f} s"
     return ""
 
 
@@ -146,7 +167,7 @@ def _slowest(beats: dict[int, dict[str, Any]]) -> int | None:
     ahead = [beat for beat in every if beat["step"] > last["step"] + 1 and beat["written"] <= last["written"]]
     if ahead:
         return int(last["rank"])
-    busy = [beat for beat in every if not beat["state"].startswith("waiting")]
+    busy = [beat for beat in every if not _waits(beat)]
     if len(busy) == 1:
         return int(busy[0]["rank"])
     shares = sorted((beat["waiting_share"], beat["rank"]) for beat in every if beat.get("waiting_share") is not None)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import heapq
 import json
 import math
 import os
@@ -32,6 +33,8 @@ from danling_conf.schema.files import ATTEMPTS, RESERVE, RESULT, RUN_FILE, Damag
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
+_LOOKED_AT = 32
+"""Runs whose settings are read for a note on other layouts, of the thousands that there may be."""
 _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 _START_SETTINGS = ("pretrained", "checkpoint.exclude_from_loading")
 """Settings of what a run starts from. They have no effect on a resume, so a difference in them does not matter."""
@@ -250,27 +253,39 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def newest_run(root: Path, identity: str) -> Path | None:
     """The newest run of a configuration below `root`; None where there is none."""
-    # glob alone would also take `<identity>-copy` and the like.
-    runs = [folder for folder in root.glob(f"{identity}*") if re.fullmatch(rf"{identity}(\.[0-9]+)?", folder.name)]
-    runs = [folder for folder in runs if (folder / RUN_FILE).is_file()]
     # By number, not by time of change: reading tools and copies change times.
-    return max(runs, key=_number_of, default=None)
+    numbers = sorted(_numbers(root, identity), reverse=True)
+    return next((run for run in (_named(root, identity, item) for item in numbers) if (run / RUN_FILE).is_file()), None)
 
 
-def _number_of(run: Path) -> int:
-    return int(run.name.partition(".")[2] or 1)
+def _numbers(root: Path, identity: str) -> list[int]:
+    """The numbers of a configuration's runs, by the names in a directory alone: it may hold thousands of others."""
+    try:
+        names = [name for name in os.listdir(root) if name.startswith(identity)]
+    except FileNotFoundError:
+        return []
+    found = (re.fullmatch(rf"{identity}(?:\.([1-9][0-9]*))?", name) for name in names)
+    return [int(item[1] or 1) for item in found if item is not None]
+
+
+def _named(root: Path, identity: str, number: int) -> Path:
+    return root / (identity if number == 1 else f"{identity}.{number}")
 
 
 def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | None) -> tuple[Path, bool]:
     """Create a run. Returns its directory, and whether this process made it: under `auto_resume`, another one that is
     started at the same moment may have been first."""
     root.mkdir(parents=True, exist_ok=True)
-    seed, number = _seed(config, parent), 1
+    seed, numbers = _seed(config, parent), _numbers(root, identity)
+    resumes = config.auto_resume and config.resume is None
+    # Above all that exist: a run in the place of one that was removed would not be the newest. With auto_resume the
+    # newest is looked at again: it may be one that was started at the same moment.
+    number = max(numbers, default=1) if resumes else max(numbers, default=0) + 1
     while True:
-        run = root / (identity if number == 1 else f"{identity}.{number}")
+        run = _named(root, identity, number)
         if not os.path.lexists(run) and _publish_run(run, identity, seed, config, parent):
             return run, True
-        if config.auto_resume and config.resume is None and (run / RUN_FILE).is_file():
+        if resumes and (run / RUN_FILE).is_file():
             return run, False
         number += 1
 
@@ -445,8 +460,14 @@ def _layout_in(settings: dict[str, Any]) -> str:
 
 
 def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
+    """A note that names a run of the same configuration under another layout, among the newest that there are."""
     mine = semantic(config)
-    for run in sorted(root.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+    try:
+        with os.scandir(root) as entries:
+            newest = heapq.nlargest(_LOOKED_AT, entries, key=lambda entry: entry.stat().st_mtime)
+    except FileNotFoundError:
+        return ()
+    for run in (Path(entry.path) for entry in newest):
         if (run / RUN_FILE).is_file():
             try:
                 changed = differences(mine, read_run(run)["settings"])

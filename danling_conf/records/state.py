@@ -15,7 +15,7 @@ from typing import Any
 from danling_conf.records.find import sweep_of
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.ledger import Record
-from danling_conf.records.metrics import ends_in_metrics, read_lines
+from danling_conf.records.metrics import end_in_metrics
 from danling_conf.records.reading import read_fields, read_json, warn_of_damage
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.run_lock import holder_of, is_live
@@ -64,7 +64,7 @@ def state_of(run: Path, now: float | None = None) -> RunState:
         # No launcher started this attempt (a notebook, plain @hydra.main), so there is no result.json, and the runner's
         # last metrics line is the only record of its end. A launched attempt that has only this line was killed after
         # it: its function may have failed later.
-        status = ends_in_metrics(read_lines(run)).get(attempt.name)
+        status = end_in_metrics(run, attempt.name)
         if status is not None:
             return RunState(status=status)
     # Without a held lock and a written end, the process is gone if it was on this machine. On another machine it may

@@ -83,14 +83,15 @@ class SweepDirectory:
         ledger = self.ledger
         files: dict[str, JobFile] = {}
         lines: list[tuple[str, dict[str, Any]]] = []
-        owners = {record.run: record.number for record in ledger.records().values() if not record.ended}
+        known = ledger.records()
+        owners = {record.run: record.number for record in known.values() if not record.ended}
         for job in jobs:
             binding = bind(job.config)
             owner = owners.setdefault(binding.run_directory, job.number)
             if owner != job.number:
                 rule = f"job #{owner} and job #{job.number} would resume the same run, {binding.run_directory}"
                 raise ConfigRefused([Violation("sweep", " ".join(job.overrides), rule, "let them differ in a setting")])
-            key = _free_key(job.job_id, files, ledger.records())
+            key = _free_key(job.job_id, files, known)
             shape = None if shapes is None else shapes[job.number]
             files[key] = JobFile.write(self.path, key, job, binding, program, shape)
             facts = {

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,11 @@ from danling_conf.records.stopped import STOPPING, early_signal, note_stop
 END_REQUESTED = 1
 """What ranks agree on beside signals: the run is to end as if its budget were used up. Smaller than every number in
 `STOPPING`, so that a signal comes first."""
+ASK_SECONDS = 1.0
+"""Seconds between two agreements of the ranks: asked at every step, they would take a fifth of one that is tiny."""
+_MOST_STEPS = 64
+"""Most steps between two agreements. They are counted ahead, and steps may become slower: a signal must still be heard
+well within the time that a scheduler leaves to save."""
 _listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
 _NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name))
 
@@ -45,6 +51,12 @@ class StopRequest:
         self._wakeup = -1
         self._group: distributed.ProcessGroup | None = None
         self._reduction: tuple[torch.Tensor, Any] | None = None
+        self._steps = 0
+        """How often all ranks have been at a step's end."""
+        self._asks_at = 1
+        """The step's end at which they ask next; the same number on every rank."""
+        self._asked: tuple[int, float] = (0, time.monotonic())
+        """When they asked last: at which step's end, and at what time."""
 
     def install(self, timeout: timedelta | None = None) -> None:
         """Begin to listen. In the main thread only, where Python can; not in an interactive session, whose Ctrl-C is
@@ -88,23 +100,34 @@ class StopRequest:
         """The signal that any rank received, the same answer on every rank; `END_REQUESTED` where one asked for the end
         instead, 0 for neither. Collective.
 
-        With several ranks the answer is that of the reduction which the call before began, so that no rank waits for
-        it: a run stops one step after the signal.
+        To be called at the end of every step. Ranks ask about once in `ASK_SECONDS`, at a step that they agreed on when
+        they asked before; the first eight steps ask each, and no pause is longer than an eighth of the steps so far.
+        The answer is that of the reduction which the call before began, so that no rank waits for it.
         """
         if self._group is None:
             return self._own
+        self._steps += 1
         answer = 0
         if self._reduction is not None:
-            number, work = self._reduction
+            agreed, work = self._reduction
             with waiting("the ranks' agreement on signals"):
                 work.wait()
-            answer = int(number.item())
-        number = torch.tensor(self._own)
-        self._reduction = (
-            number,
-            distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._group, async_op=True),
-        )
-        return answer
+            self._reduction = None
+            answer, pause = agreed.tolist()
+            self._asks_at = self._steps - 1 - pause
+        if self._steps >= self._asks_at:
+            # The least of the ranks' pauses, so that the slowest rank decides.
+            asked = torch.tensor([self._own, -self._pause()])
+            work = distributed.all_reduce(asked, op=distributed.ReduceOp.MAX, group=self._group, async_op=True)
+            self._reduction = asked, work
+        return int(answer)
+
+    def _pause(self) -> int:
+        """Steps that this rank would let pass until the next agreement, at the pace since the last."""
+        (steps, began), now = self._asked, time.monotonic()
+        self._asked = self._steps, now
+        paced = ASK_SECONDS * (self._steps - steps) / max(now - began, 1e-6)
+        return max(1, min(int(paced), _MOST_STEPS, self._steps // 8))
 
     def remove(self, *, failing: bool) -> None:
         """Stop listening, and restore the handlers from before.

@@ -74,12 +74,13 @@ class Damaged(ValueError):
         super().__init__(f"{path}: {reason}")
 
 
-def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 0) -> bytes:
+def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 0, most: int | None = None) -> bytes:
     """The bytes of a regular file.
 
     Args:
         limit: the most bytes that are read; None for any number.
         start: number of bytes at the beginning to skip.
+        most: number of bytes to read at most, of a file of any size.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -103,7 +104,7 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
             raise Damaged(path, f"it has {found.st_size} bytes, and no more than {limit} are read")
         with open(descriptor, "rb", closefd=False) as file:
             file.seek(start)
-            return file.read() if limit is None else file.read(limit)
+            return file.read(-1 if limit is None else limit) if most is None else file.read(most)
     except OSError as error:
         raise Damaged(path, f"it cannot be read: {error.strerror}") from error
     finally:

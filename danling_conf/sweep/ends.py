@@ -102,16 +102,12 @@ def settle_ends(sweep: SweepDirectory) -> tuple[dict[str, Ending], list[str]]:
         backend = SlurmJobs(sweep.path)
     else:
         backend, notes = LeftLocalJobs(sweep.path), _on_other_hosts(unfinished)
-    unstarted = {}
     try:
         endings = backend.endings(unfinished)
     except SlurmUnavailable as error:
         return {}, [f"Slurm does not answer, so the ledger may be out of date: {error}"]
-    for key, ending in endings.items():
-        if ending.error == NOT_STARTED:
-            unstarted[key] = Ending(status=Status.NOT_STARTED)
-        else:
-            sweep.ledger.settle(key, status=ending.status, error=ending.error)
+    unstarted = {key: Ending(status=Status.NOT_STARTED) for key, end in endings.items() if end.error == NOT_STARTED}
+    sweep.ledger.settle_all({key: (end.status, end.error) for key, end in endings.items() if key not in unstarted})
     if unstarted:
         notes.append(f"{NOT_STARTED.removeprefix('not started: ')}: the jobs that it has not started will not start")
     return unstarted, notes
@@ -128,8 +124,7 @@ def live_jobs(sweep: SweepDirectory, backend: Backend) -> set[str]:
     if cluster_of(sweep) != "slurm":
         return _live_here(sweep)
     endings = backend.endings(unfinished)
-    for key, ending in endings.items():
-        sweep.ledger.settle(key, status=ending.status, error=ending.error)
+    sweep.ledger.settle_all({key: (end.status, end.error) for key, end in endings.items()})
     return {record.key for record in unfinished if record.key not in endings}
 
 
@@ -141,13 +136,15 @@ def _live_here(sweep: SweepDirectory) -> set[str]:
         running = running_here()
         records = [record for record in sweep.ledger.records().values() if not record.ended]
         live = {record.key: process_of(record, sweep.path, running) for record in records}
+        lost = {}
         for record in records:
             process = live[record.key]
             if process is None and record.status == Status.RUNNING and is_here(record):
-                sweep.ledger.settle(record.key, status=Status.LOST, error=GONE)
+                lost[record.key] = (Status.LOST, GONE)
             elif process is not None and record.key not in shown:
                 shown.add(record.key)
                 print(f"#{record.number} is still running (process {process}): waiting for it", flush=True)
+        sweep.ledger.settle_all(lost)
         here = {key for key, process in live.items() if process is not None}
         elsewhere = {record.key for record in records if record.status == Status.RUNNING and not is_here(record)}
         if not here or time.monotonic() > deadline:

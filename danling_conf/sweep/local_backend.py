@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from danling_conf.launch.parent import as_parent
 from danling_conf.records.job_file import JOB_VARIABLE, JobFile
-from danling_conf.records.ledger import Record
+from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.status import Status
 from danling_conf.schema.files import no_links
 from danling_conf.sweep.backend import Ending
@@ -49,11 +49,14 @@ class LocalJobs:
         self._waiting: deque[JobFile] = deque()
         self._running: dict[str, _Running] = {}
         self._ended: dict[str, Ending] = {}
+        self._ledger: Ledger | None = None
+        """Kept, so that it reads only what is new."""
         self._at_once = 1
 
     def submit(self, jobs: Sequence[JobFile]) -> None:
+        self._ledger = self._ledger or jobs[0].ledger
+        self._ledger.add_all([(job.key, {"status": Status.QUEUED}) for job in jobs])
         for job in jobs:
-            job.ledger.add(job.key, status=Status.QUEUED)
             self._ended.pop(job.key, None)
         self._waiting.extend(jobs)
         widest = max(job.world_size for job in jobs)
@@ -75,9 +78,10 @@ class LocalJobs:
 
     def cancel(self, records: Sequence[Record]) -> None:
         keys = {record.key for record in records}
-        for job in [job for job in self._waiting if job.key in keys]:
-            self._waiting.remove(job)
-            self._ended[job.key] = Ending(status=Status.CANCELLED, error="not started: the sweep was stopped")
+        for job in self._waiting:
+            if job.key in keys:
+                self._ended[job.key] = Ending(status=Status.CANCELLED, error="not started: the sweep was stopped")
+        self._waiting = deque(job for job in self._waiting if job.key not in keys)
         for running in self._running.values():
             if running.job.key in keys and running.process.poll() is None:
                 running.process.send_signal(signal.SIGTERM)
@@ -90,7 +94,8 @@ class LocalJobs:
     def _start_what_fits(self) -> None:
         while self._waiting and (self._most is None or len(self._running) < self._most):
             job = self._waiting[0]
-            if job.ledger.records()[job.key].status == Status.CANCELLED:  # `danling-conf cancel` while it waited
+            # `danling-conf cancel` while it waited
+            if self._ledger is not None and self._ledger.records()[job.key].status == Status.CANCELLED:
                 self._waiting.popleft()
                 continue
             on_cpu = not self._all_devices or job.content["config"]["parallel"]["mesh_device_type"] == "cpu"

@@ -116,6 +116,7 @@ class Monitor:
     def _settle(self, unfinished: Sequence[Record], endings: Mapping[str, Ending]) -> None:
         """Record the ends of jobs that have not recorded their own."""
         now = time.monotonic()
+        over: dict[str, tuple[str, str | None]] = {}
         for record in unfinished:
             ending = endings.get(record.key)
             if ending is None:
@@ -124,8 +125,9 @@ class Monitor:
             since = self._ended_since.setdefault(record.key, now)
             if now - since < self._backend.patience:
                 continue  # its own line may not be visible here yet
-            self._ledger.settle(record.key, status=ending.status, error=ending.error)
+            over[record.key] = ending.status, ending.error
             del self._ended_since[record.key]
+        self._ledger.settle_all(over)
 
     def _enact_policy(self) -> bool:
         """Retry failed jobs, or stop the others. Returns whether any retry is pending."""

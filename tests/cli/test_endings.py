@@ -15,7 +15,7 @@ from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.attempts import attempts_of
 from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
-from danling_conf.records.metrics import ends_in_metrics, read_lines
+from danling_conf.records.metrics import end_in_metrics
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.status import Status
@@ -53,7 +53,7 @@ def recorded(directory: Path) -> tuple[Status | None, Status | None]:
     attempt = newest_attempt(directory)
     assert attempt is not None
     result = read_fields(attempt / "result.json").text("status")
-    return (None if result is None else Status(result)), ends_in_metrics(read_lines(directory)).get(attempt.name)
+    return (None if result is None else Status(result)), end_in_metrics(directory, attempt.name)
 
 
 def command(root: Path, *more: str, app: Path = TRAINING) -> list[str | Path]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from danling_conf.parallel.blocks import repeated_blocks
+from danling_conf.parallel.blocks import repeated_blocks, sharing_parameters
 
 
 class Block(nn.Module):
@@ -73,3 +73,20 @@ def test_a_class_that_matches_nothing_is_refused_with_the_classes_there_are() ->
         ValueError, match=r"(?s)fsdp\.module_classes=.*no module of the class Blok\n.*fix: .*Block, Linear"
     ):
         repeated_blocks(tree(layers=nn.ModuleList([Block()])), ["Blok"])
+
+
+def test_the_parameters_of_the_whole_model_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tree(layers=nn.ModuleList([Block() for _ in range(20)]), head=nn.Linear(4, 4))
+    blocks = list(model.layers)
+    blocks[3].parts[0][0].weight = model.head.weight
+    blocks[5].parts[0][0].weight = blocks[5].parts[1][0].weight  # within one block
+    counted: list[nn.Module] = []
+    named = nn.Module.named_parameters
+
+    def recorded(self: nn.Module, *given: object, **options: object) -> object:
+        counted.append(self)
+        return named(self, *given, **options)
+
+    monkeypatch.setattr(nn.Module, "named_parameters", recorded)
+    assert sharing_parameters(model, blocks) == {blocks[3]}
+    assert counted == [model, *blocks]

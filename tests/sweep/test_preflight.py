@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer, hydra_settings, settings_in
 from danling_conf.config.job import Job
@@ -49,6 +51,20 @@ def test_accepted_jobs_are_numbered_and_shaped(composing: Composer) -> None:
     shapes = shapes_of(jobs, NODES)
     assert [(shapes[job.number].nodes, shapes[job.number].gpus_per_node) for job in jobs] == [(1, 8), (2, 8), (1, 3)]
     assert jobs[0].overrides == ("steps=3", "parallel=fsdp8")
+
+
+def test_jobs_of_the_same_choices_are_no_deep_copies(composing: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[type] = []
+    deepcopy = copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", lambda item, *memo: copied.append(type(item)) or deepcopy(item, *memo))
+    counts = []
+    for count in (1, 6):
+        copied.clear()
+        jobs, refused = checked(composing, *([f"optim.lr={number + 1}e-3"] for number in range(count)))
+        assert (len(jobs), refused) == (count, [])
+        assert [job.config.optim.lr for job in jobs] == [(number + 1) * 1e-3 for number in range(count)]
+        counts.append(copied.count(DictConfig))
+    assert counts[0] == counts[1]
 
 
 def test_settings_of_hydra_are_what_hydra_composes(composing: Composer, tmp_path: Path) -> None:

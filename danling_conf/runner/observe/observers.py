@@ -334,7 +334,7 @@ class Observers:
         sampler, size = loader.sampler, loader.batch_size
         if not isinstance(sampler, ShardedSampler) or size is None or not self.known_epoch:
             return None
-        return sampler.order(epoch)[micro_batch * size : (micro_batch + 1) * size]
+        return sampler.samples(epoch, micro_batch * size, size)
 
 
 def _finite(value: Any) -> Any:

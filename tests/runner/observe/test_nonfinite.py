@@ -49,7 +49,8 @@ def of_log(ours: Any) -> list[dict[str, Any]]:
 
 def bad_batch(ours: Any, batch_size: int, epoch: int = 0) -> tuple[int, list[int]]:
     """The micro-batch that holds the bad sample, and its samples."""
-    order = ours.loaders["train"].sampler.order(epoch)
+    sampler = ours.loaders["train"].sampler
+    order = sampler.samples(epoch, 0, len(sampler))
     number = order.index(BAD_SAMPLE) // batch_size
     return number, order[number * batch_size : (number + 1) * batch_size]
 
@@ -161,7 +162,8 @@ def on_ranks(root: str, mode: str, parallel: dict[str, Any]) -> dict[str, Any]:
     except NotFinite as found:
         error = str(found)
         ours.close()
-    order = ours.loaders["train"].sampler.order(0)
+    sampler = ours.loaders["train"].sampler
+    order = sampler.samples(0, 0, len(sampler))
     return {"error": error, "bad": ours.observers.nonfinite.steps, "has": BAD_SAMPLE in order, "log": of_log(ours),
             "finite": all(bool(parameter.isfinite().all()) for parameter in ours.model.parameters()),
             "batches": [order[4 * number : 4 * number + 4] for number in range(3)]}  # fmt: skip

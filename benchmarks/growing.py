@@ -1,0 +1,82 @@
+"""Rows of `growth.py`: a cost at three sizes, beside what it is compared with, and the exponent fitted to it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Times = tuple[float, float | None]
+"""CPU seconds of ours, and of what it is compared with."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement at several sizes."""
+
+    measure: Callable[[int, Path], Times]
+    sizes: tuple[int, ...]
+    unit: str
+    """What a size counts."""
+    other: str
+    """What it is compared with; "" for nothing."""
+    wanted: str
+
+
+ROWS: dict[str, Row] = {}
+ROUNDS = 3
+
+
+def row(name: str, sizes: tuple[int, ...], unit: str, *, wanted: str, other: str = "") -> Callable[[Any], Any]:
+    """Adds a function of a size and an empty folder to the rows."""
+
+    def add(measure: Callable[[int, Path], Times]) -> Callable[[int, Path], Times]:
+        ROWS[name] = Row(measure, sizes, unit, other, wanted)
+        return measure
+
+    return add
+
+
+def cpu(do: Callable[[], object]) -> float:
+    """CPU seconds of all threads of this process, and of the children that it has waited for."""
+    began = _used()
+    do()
+    return _used() - began
+
+
+def _used() -> float:
+    found = os.times()
+    return time.process_time() + found.children_user + found.children_system
+
+
+def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
+    """The slope of a straight line through the logarithms: 1 is linear, 2 quadratic, 0 flat."""
+    x, y = [math.log(size) for size in sizes], [math.log(max(value, 1e-6)) for value in seconds]
+    return statistics.linear_regression(x, y).slope
+
+
+def show(name: str, each: Row) -> None:
+    """Measure a row and print it. Each size is measured three times, in turns, and the least counts: what disturbs a
+    measurement adds to it."""
+    measured: dict[int, list[Times]] = {size: [] for size in each.sizes}
+    for _ in range(ROUNDS):
+        for size in each.sizes:
+            folder = Path(tempfile.mkdtemp())
+            try:
+                measured[size].append(each.measure(size, folder))
+            finally:
+                shutil.rmtree(folder)
+    seconds = [min(mine for mine, _ in measured[size]) for size in each.sizes]
+    print(f"{name}: CPU seconds by {each.unit}" + (f", and of {each.other}" if each.other else ""))
+    for size, mine in zip(each.sizes, seconds, strict=True):
+        others = [other for _, other in measured[size] if other is not None]
+        ratio = f"{min(others):12.4f}   ratio {mine / min(others):.2f}" if others else ""
+        print(f"{size:12,}{mine:12.4f}{ratio}")
+    print(f"    exponent {exponent(each.sizes, seconds):.2f}; wanted: {each.wanted}\n", flush=True)
