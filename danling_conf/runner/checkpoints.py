@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from danling_conf.checkpoint.background import SaveFailed
-from danling_conf.checkpoint.loading import LayoutDiffers, Loaded, NothingSaved
+from danling_conf.checkpoint.loading import LayoutDiffers, Loaded
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.checkpoint.several import Optimizers
+from danling_conf.checkpoint.weight_sources import NothingSaved
 from danling_conf.components.samplers import seed_of
 from danling_conf.config.identity import layout_name, plain
 from danling_conf.runner import process
@@ -93,6 +94,7 @@ class Checkpoints:
             layout_name=layout_name(world.layout),
             allow_degree_change=config.parallel.allow_degree_change,
             check_token=world.check_token,
+            on_node=(world.ranks.local_rank, world.ranks.local_world_size),
         )
 
     def restore(self) -> int:

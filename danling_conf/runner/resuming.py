@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danling_conf.checkpoint.fit import ModelDiffers
 from danling_conf.checkpoint.folder import others
-from danling_conf.checkpoint.loading import LayoutDiffers, Loaded, ModelDiffers, NothingSaved
+from danling_conf.checkpoint.loading import LayoutDiffers, Loaded
 from danling_conf.checkpoint.manager import CheckpointManager
+from danling_conf.checkpoint.weight_sources import NothingSaved
 from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler, seed_of
 from danling_conf.config.identity import differences, plain

@@ -358,6 +358,7 @@ class Runner:
             layout_name=layout_name(self.world.layout),
             allow_degree_change=self.config.parallel.allow_degree_change,
             check_token=self.world.check_token,
+            on_node=(self.world.ranks.local_rank, self.world.ranks.local_world_size),
         )
 
     def _listen_for_signals(self) -> None:
