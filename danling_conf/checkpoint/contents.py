@@ -5,7 +5,8 @@ A fitting checksum says that a file is as it was written, not that a run has wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from danling_conf.checkpoint.manifest import Broken
 from danling_conf.checkpoint.safe_load import load_plain
 from danling_conf.checkpoint.state import Known
+from danling_conf.topology.violation import ConfigRefused, SettingError
 
 _Check = Callable[[Any], bool]
 _MOST_STEPS = 1 << 62
@@ -45,6 +47,18 @@ def own(path: Path) -> dict[str, Any]:
     for name in found:
         _require(path, found, name, lambda value: value is None or _is_named(value), "a table or nothing")
     return found
+
+
+@contextmanager
+def as_saved(path: Path, what: str) -> Iterator[None]:
+    """Raise Broken where a part of a file cannot be taken over: it is not what a run has saved there."""
+    try:
+        yield
+    except (Broken, SettingError, ConfigRefused):
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise Broken(f"{path}: its {what} is not what was saved of a run: {reason}") from error
 
 
 def tensors_of(options: Mapping[str, Any]) -> dict[str, Known] | None:

@@ -79,7 +79,8 @@ def differing_ties(
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(_local(left).nan_to_num(), _local(right).nan_to_num())
+    mine, theirs = (_local(item).contiguous().reshape(-1).view(torch.uint8) for item in (left, right))
+    return torch.equal(mine, theirs)  # bits, since NaN differs from itself
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -170,6 +171,26 @@ def check_optimizer(
                 wrong.append(f"{full} {_named(found.dtype)} for {_named(parameter.dtype)}")
     if wrong:
         raise ModelDiffers(path, f"state of the optimizer of another shape or dtype: {listed(wrong)}")
+
+
+def check_options(path: Path, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises Broken where an option that was saved of a group is of another kind than the optimizer's: it would fail in
+    the first step, or in the first product."""
+    for group in groups:
+        for name, value in group["options"].items():
+            mine = [item[name] for item in optimizer.param_groups if name in item]
+            if mine and not any(_alike(value, item) for item in mine):
+                raise Broken(f"{path}: the optimizer's {name} in it is {str(value)[:40]!r}, where {mine[0]!r} may be")
+
+
+def _alike(saved: Any, current: Any) -> bool:
+    """Whether two options are of one kind: numbers, or as many numbers."""
+    if isinstance(current, (list, tuple)) and isinstance(saved, (list, tuple)):
+        return len(saved) == len(current) and all(map(_alike, saved, current))
+    if current is None or saved is None:
+        return True
+    numbers = (int, float, complex, Tensor)
+    return isinstance(saved, numbers) if isinstance(current, numbers) else isinstance(saved, type(current))
 
 
 def _reduced(shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danling_conf.checkpoint import contents, manifest, sources, state
+from danling_conf.checkpoint.contents import as_saved
 from danling_conf.checkpoint.fit import (
     ModelDiffers,
     OptimizerDiffers,
     check_extra,
     check_optimizer,
+    check_options,
     differing_ties,
     listed,
     misfit,
@@ -139,7 +141,7 @@ class Loader:
         ImportError where the package safetensors is missing."""
         with ExitStack() as stack:
             found = self._open_weights(source, stack)
-            opened = found.tensors
+            opened = self._on_all_ranks(lambda: found.for_model(parts[0]))
             targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
             self._on_all_ranks(lambda: self._check_model(found.path, targets, opened.known, exact=False))
             self._on_all_ranks(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
@@ -178,6 +180,7 @@ class Loader:
                 made = contents.tensors_of(options)
                 made = None if made is None else {name: item for name, item in made.items() if not self._skips(name)}
                 self._on_all_ranks(lambda: check_optimizer(path, parts, optimizer, wanted, made))
+                self._on_all_ranks(lambda: check_options(path / SHARED, optimizer, options["groups"]))
                 targets |= state.optimizer_targets(parts, optimizer, wanted)
             owners = {_owner(name) for name in opened.known}
             more = {name: item for name, item in extra.items() if _owner(name) in owners}
@@ -185,8 +188,10 @@ class Loader:
             opened.load(targets | more)
         if not self._skips("optimizer"):
             kept = {name: value for name, value in options["values"].items() if not self._skips(f"optimizer.{name}")}
-            state.load_optimizer(parts, optimizer, targets, {**options, "values": kept})
-        state.load_extra(parts, {name: item for name, item in options["extra"].items() if not self._skips(name)})
+            with as_saved(path / SHARED, "optimizer"):
+                state.load_optimizer(parts, optimizer, targets, {**options, "values": kept})
+        with as_saved(path / SHARED, "extra state"):
+            state.load_extra(parts, {name: item for name, item in options["extra"].items() if not self._skips(name)})
         return Loaded(path=path, facts=facts, shared=shared, own=own, notes=notes)
 
     def _small_parts(
@@ -320,7 +325,7 @@ class Loader:
         if self.rank == 0:
             try:
                 outcome = [find_all(), None]
-            except ValueError as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 outcome = [None, error]
         with waiting("the checkpoint that rank 0 chooses"):
             distributed.broadcast_object_list(outcome, src=0)

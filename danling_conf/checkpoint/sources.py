@@ -57,10 +57,16 @@ class Source:
 
     Attributes:
         known: shape and dtype of each tensor, by name.
+        content: tensors, or what reads a slice of one, by name; None for shards.
     """
 
-    def __init__(self, reader: StorageReader, described: Mapping[str, TensorStorageMetadata]) -> None:
-        self._reader = reader
+    def __init__(
+        self,
+        reader: StorageReader,
+        described: Mapping[str, TensorStorageMetadata],
+        content: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._reader, self.content = reader, content
         self.known = {name: Known(tuple(item.size), item.properties.dtype) for name, item in described.items()}
 
     def load(self, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
@@ -89,15 +95,19 @@ def open_tensors(path: Path, facts: Manifest) -> Source:
 
 def one_file(path: Path) -> Source:
     """The tensors of a file of `torch.save`. Raises Broken."""
-    reader = _WholeReader(_tensors_in(path))
-    return Source(reader, reader.described)
+    return of_content(_tensors_in(path))
+
+
+def of_content(content: Mapping[str, Any]) -> Source:
+    """Whole tensors by name, or what reads slices of them."""
+    reader = _WholeReader(content)
+    return Source(reader, reader.described, content)
 
 
 def plain_file(path: Path) -> Source:
     """The tensors of someone else's file of `torch.save`, a state dict or a table with one, as a model's. Raises
     Broken."""
-    reader = _WholeReader({f"{MODEL}{name}": item for name, item in _tensors_in(path, nested=True).items()})
-    return Source(reader, reader.described)
+    return of_content({f"{MODEL}{name}": item for name, item in _tensors_in(path, nested=True).items()})
 
 
 def _tensors_in(path: Path, *, nested: bool = False) -> dict[str, Tensor]:
@@ -154,8 +164,7 @@ def safetensors(path: Path, facts: Manifest | None = None) -> Source | None:
                 raise Broken(f"{file}: it holds {name}, and so does {holders[name].name}: which is meant is not known")
             holders[name] = file
             content[f"{MODEL}{name}"] = opened.get_slice(name)
-    reader = _WholeReader(content)
-    return Source(reader, reader.described)
+    return of_content(content)
 
 
 def safetensors_files(path: Path) -> dict[Path, set[str]]:
@@ -223,17 +232,16 @@ class _WholeReader(StorageReader):
 
 
 def _describe(item: Any) -> TensorStorageMetadata:
-    if isinstance(item, Tensor):
-        size, dtype = item.size(), item.dtype
-    else:
-        size, dtype = torch.Size(item.get_shape()), _dtype_of(item)
+    size, dtype = shape_and_dtype(item)
     chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
     return TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=[chunk])
 
 
-def _dtype_of(item: Any) -> torch.dtype:
-    """The dtype of a slice of safetensors."""
+def shape_and_dtype(item: Any) -> tuple[torch.Size, torch.dtype]:
+    """Of a tensor, or of what reads slices of one: that of safetensors has methods of its own. Raises Broken."""
+    if not hasattr(item, "get_dtype"):
+        return item.shape, item.dtype
     found = _DTYPES.get(item.get_dtype())
     if found is None:
         raise Broken(f"a tensor of dtype {item.get_dtype()} is not read from safetensors")
-    return found
+    return torch.Size(item.get_shape()), found

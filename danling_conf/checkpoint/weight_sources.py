@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from danling_conf.checkpoint import contents, manifest, sources
+from torch import nn
+
+from danling_conf.checkpoint import contents, disk_names, manifest, sources
 from danling_conf.checkpoint.folder import BEST, EXPORT, Folder, reading, real
 from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
 from danling_conf.checkpoint.sources import Source
@@ -43,6 +45,11 @@ class OpenWeights:
     def known(self) -> dict[str, Known]:
         """Shape and dtype of every tensor of the model, by name."""
         return {name: item for name, item in self.tensors.known.items() if name.startswith(MODEL)}
+
+    def for_model(self, model: nn.Module) -> Source:
+        """The tensors by the names of a model, which those of transformers write otherwise. Raises Broken."""
+        of_ours = self.facts is not None and self.facts.backend != "safetensors"
+        return self.tensors if of_ours else disk_names.in_memory(self.tensors, self.path, model)
 
 
 def candidates(source: Path, best: bool = False) -> list[Path]:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,13 +70,14 @@ def load_weights(
     on_meta = [name.removeprefix(MODEL) for name, item in tensors.items() if item.is_meta]
     if on_meta:
         raise ValueError(f"{on_meta[0]} is on the meta device, which holds no values: build the model on a real device")
-    with opened(Path(source).expanduser(), best=best) as found:
+    with opened(Path(source).expanduser(), best=best) as on_disk:
+        found = replace(on_disk, tensors=on_disk.for_model(module))
         known, targets = found.known, without_tied(tensors, found.known)
         extra = state.extra_names(module)
         missing = sorted({*targets, *extra} - {*known, *found.extra})
         unexpected = sorted({*known, *found.extra} - {*tensors, *extra})
         shared = {name: item for name, item in targets.items() if name in known}
-        _check(module, found, shared, missing if strict else [], unexpected if strict else [], cast=cast)
+        _check(found, shared, missing if strict else [], unexpected if strict else [], cast=cast)
         differing = differing_ties(shared, ties(shared), found.tensors, alone=True)
         if differing:
             raise ModelDiffers(found.path, f"the model ties {listed(differing)}, whose values differ in it")
@@ -116,7 +117,6 @@ def _first_whole(found: list[Path], stack: ExitStack) -> OpenWeights:
 
 
 def _check(
-    module: nn.Module,
     found: OpenWeights,
     shared: Mapping[str, Tensor],
     missing: list[str],
@@ -140,9 +140,6 @@ def _check(
         hint = "" if cast else " (cast=True converts)"
         faults.append(f"of another dtype {', '.join(differing[:3])}{more}{hint}")
     if any(faults):
-        own_loader = callable(getattr(module, "from_pretrained", None)) and (found.path / "config.json").is_file()
-        if own_loader and (missing or unexpected):
-            faults.append(f"{type(module).__name__}.from_pretrained reads its folder by its own names")
         raise ModelDiffers(found.path, "; ".join(fault for fault in faults if fault))
 
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from danling_conf.checkpoint.background import SaveFailed
+from danling_conf.checkpoint.contents import as_saved
 from danling_conf.checkpoint.loading import LayoutDiffers, Loaded
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.checkpoint.several import Optimizers
@@ -147,10 +148,12 @@ class Checkpoints:
             item.load_state_dict(others[name])
         degree = loaded.facts.made_under.data_degree
         if self._batches is not None and loaded.own.get("loader") is not None:
-            self._batches.load_state_dict(loaded.own["loader"], data_degree=degree)
+            with as_saved(loaded.path, "loader"):
+                self._batches.load_state_dict(loaded.own["loader"], data_degree=degree)
         generators = loaded.own.get("generators")
         if generators is not None and degree == world.data_degree:
-            process.restore_generators(generators, world.device)
+            with as_saved(loaded.path, "generators"):
+                process.restore_generators(generators, world.device)
         else:  # other generators, which repeat nothing
             process.seed_rank(seed_of(world.attempt.seed, 0, loaded.facts.step), world.stream)
 
