@@ -117,7 +117,7 @@ def _twin(model: Any) -> Any:
     all that a stage of a pipeline lacks. The model itself where its class wants more than a configuration."""
     from torch.distributed.fsdp import FSDPModule
 
-    kind = next(item for item in type(model).__mro__ if not issubclass(item, FSDPModule))
+    kind: Any = next(item for item in type(model).__mro__ if not issubclass(item, FSDPModule))
     try:
         with torch.device("meta"):
             return kind(copy.deepcopy(model.config))

@@ -28,11 +28,6 @@ from tests.support.small import DropoutNet, Net, equal, loss
 
 STEPS = 3
 BACKENDS = ("file", "dcp")
-FILES = {
-    "file": ("checkpoint.json", "state.pt", "shared.pt", "rank-0.pt"),
-    "dcp": ("checkpoint.json", ".metadata", "__0_0.distcp", "shared.pt", "rank-0.pt"),
-    "export": ("export.json", "model.safetensors"),
-}
 LIMIT = 20
 """Seconds after which a road hangs."""
 
@@ -121,12 +116,20 @@ def watched() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """A run of each backend, with a checkpoint of every step and an export of the last."""
-    saving = {"interval": 1, "export_dtype": "fp32"}
-    return {
-        backend: train(tmp_path_factory.mktemp(backend), {"steps": STEPS, "checkpoint": {**saving, "backend": backend}})
-        for backend in BACKENDS
-    }
+    """A run of each backend, with a checkpoint of every step and an export of the last; `good` are its weights by
+    step."""
+    found = {}
+    for backend in BACKENDS:
+        saving = {"interval": 1, "export_dtype": "fp32", "backend": backend}
+        done = train(tmp_path_factory.mktemp(backend), {"steps": STEPS, "checkpoint": saving})
+        good = {}
+        for step in range(1, STEPS + 1):
+            model = Net()
+            load_weights(model, done["run"] / "checkpoints" / f"ckpt-s{step:08d}")
+            good[step] = dict(model.state_dict())
+        assert equal(good[STEPS], done["weights"])
+        found[backend] = {**done, "good": good}
+    return found
 
 
 class Roads:
@@ -204,23 +207,17 @@ def roads(runs: dict[str, dict[str, Any]], tmp_path: Path) -> Callable[[str], Ro
     def of(backend: str) -> Roads:
         run = tmp_path / "lin" / "exp" / runs[backend]["run"].name
         shutil.copytree(runs[backend]["run"], run, symlinks=True)
-        good = {}
-        for step in range(1, STEPS + 1):
-            model = Net()
-            load_weights(model, runs[backend]["run"] / "checkpoints" / f"ckpt-s{step:08d}")
-            good[step] = dict(model.state_dict())
-        return Roads(run, tmp_path, good)
+        return Roads(run, tmp_path, runs[backend]["good"])
 
     return of
 
 
 CASES = [
-    (backend, place, file)
-    for backend in BACKENDS
-    for place, kind in ((f"ckpt-s{STEPS:08d}", backend), ("export", "export"))
-    for file in FILES[kind]
-    if backend == "file" or place != "export"
+    *(("file", f"ckpt-s{STEPS:08d}", file) for file in ("checkpoint.json", "state.pt", "shared.pt", "rank-0.pt")),
+    *(("file", "export", file) for file in ("export.json", "model.safetensors")),
+    *(("dcp", f"ckpt-s{STEPS:08d}", file) for file in (".metadata", "__0_0.distcp")),
 ]
+"""Backend, folder and file; what both backends write alike is damaged in one of them."""
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda item: item.__name__)
