@@ -17,10 +17,10 @@ from torch import Tensor
 
 from danling_conf.checkpoint import durable, export
 from danling_conf.checkpoint.folder import EXPORT
-from danling_conf.checkpoint.loading import NothingSaved
 from danling_conf.checkpoint.manifest import SAFETENSORS
 from danling_conf.checkpoint.state import MODEL
-from danling_conf.checkpoint.weights import OpenWeights, opened
+from danling_conf.checkpoint.weight_sources import NothingSaved, OpenWeights
+from danling_conf.checkpoint.weights import opened
 from danling_conf.topology.violation import SettingError
 
 _READ_BYTES = 1_000_000_000

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danling_conf.schema.files import open_regular
+
 _CHUNK = 1 << 22
 _phases = logging.getLogger("danling_conf.checkpoint.phase")
 
@@ -103,10 +105,19 @@ def write_file(path: Path, content: bytes) -> Sum:
     return file.sum
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a regular file. Raises FileNotFoundError, or Damaged for anything that is none."""
+    descriptor = open_regular(path)
+    try:
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
 def sum_of(path: Path) -> Sum:
-    """Size and checksum of a file as it is read. Raises OSError."""
+    """Size and checksum of a regular file as it is read. Raises OSError, or Damaged for anything that is none."""
     size, crc = 0, 0
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         while block := file.read(_CHUNK):
             crc = zlib.crc32(block, crc)
             size += len(block)

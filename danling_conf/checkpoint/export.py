@@ -36,7 +36,7 @@ def write(
 
     Raises OSError.
     """
-    model = _bare(parts[0])
+    model = bare(parts[0])
     whole = len(parts) == 1 and facts.degrees["pipeline"] == 1
     write_model(staging, model if is_of_transformers(model) else None, tensors, facts, cast, whole=whole)
 
@@ -64,9 +64,11 @@ def write_model(
         _plainly(staging, named)
         if model is not None:
             model.config.save_pretrained(staging)
-    files = {path.name: durable.sum_of(path) for path in sorted(staging.iterdir())}
-    for name in files:
-        durable.sync(staging / name)
+    written = sorted(path for path in staging.rglob("*") if path.is_file())
+    for path in written:
+        durable.sync(path)
+    # Below it lie further adapters of peft only, which nobody loads from here.
+    files = {path.name: durable.sum_of(path) for path in written if path.parent == staging}
     manifest.write(staging, replace(facts, files=files), EXPORTED)
     durable.sync(staging)
 
@@ -76,6 +78,8 @@ def _by_transformers(staging: Path, model: Any, state: dict[str, Tensor]) -> Non
     held = {item.dtype for item in state.values() if item.is_floating_point()}
     model.save_pretrained(staging, state_dict=state, is_main_process=True)
     config = staging / "config.json"
+    if not config.is_file():
+        return  # an adapter of peft, alone: the model that it belongs to has its configuration elsewhere
     content = json.loads(config.read_text())
     # transformers records the dtype of the live model, but loads in the recorded dtype: record what was written.
     if len(held) == 1:
@@ -121,7 +125,8 @@ def _cast(tensor: Tensor, name: str | None) -> Tensor:
     return tensor if kind is None or not tensor.is_floating_point() else tensor.to(kind)
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
+    """A model without the wrappers of DDP and of compilation."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     return without_compile(inner)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from danling_conf.checkpoint import durable, manifest
 from danling_conf.checkpoint.manifest import FACTS, Broken, Manifest
+from danling_conf.schema.files import Damaged, open_regular
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Folder:
 
     def pointed(self, name: str) -> Path | None:
         """The checkpoint that `latest` or `best` points to; None where there is none."""
-        target = (self.path / name).resolve()
-        return target if target.is_dir() and target.parent == self.path.resolve() else None
+        target = real(self.path / name)
+        return target if target.is_dir() and target.parent == real(self.path) else None
 
     def unfinished(self) -> list[Path]:
         """Staging folders of unfinished saves."""
@@ -141,7 +142,7 @@ class Folder:
         history = [path for path, kept in readable if kept]
         kept = set(history if keep == 0 else history[:keep])
         for path, _ in readable:
-            if path in kept or path.resolve() in named:
+            if path in kept or real(path) in named:
                 continue
             with _locked(path, wait=False) as free:
                 if not free:
@@ -187,27 +188,34 @@ class Folder:
         durable.sync(self.path)
 
 
+def real(path: Path) -> Path:
+    """A path without links; that of a loop of links stays as it is, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
 def find(source: Path, dir_name: str) -> Path | None:
     """The checkpoint that a path names: the path itself, or the latest one of a run; None where there is none.
 
-    If a run's `latest` points to nothing, the newest readable checkpoint is taken.
+    If a run's `latest` points to nothing, or to an older one since a save was killed before it moved, the newest
+    readable checkpoint is taken.
     """
-    if (source / FACTS).is_file() or source.resolve().name.startswith("ckpt-"):
-        return source.resolve()
+    if (source / FACTS).is_file() or real(source).name.startswith("ckpt-"):
+        return real(source)
     folder = Folder(source / dir_name)
-    latest = folder.pointed(LATEST)
-    if latest is not None:
-        return latest
-    entries = [entry for entry in folder.entries() if entry.manifest is not None]
-    return entries[0].path.resolve() if entries else None
+    latest, entries = folder.pointed(LATEST), folder.entries()
+    steps = {real(entry.path): entry.step for entry in entries if entry.manifest is not None}
+    if latest is not None and latest not in steps:
+        return latest  # it is broken, which whoever reads it says
+    newest = max(steps, key=lambda path: (steps[path], path == latest), default=None)
+    return newest
 
 
 def others(source: Path, dir_name: str) -> list[Path]:
     """The other readable checkpoints of the run that a path names, newest first."""
     named = find(source, dir_name)
-    path = source / dir_name if (source / dir_name).is_dir() else source.resolve().parent
+    path = source / dir_name if (source / dir_name).is_dir() else real(source).parent
     readable = [entry.path for entry in Folder(path).entries() if entry.manifest is not None]
-    return [found for found in readable if found.resolve() != named]
+    return [found for found in readable if real(found) != named]
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
@@ -221,9 +229,11 @@ def reading(checkpoint: Path) -> Iterator[None]:
     """Keep a checkpoint from being removed by the run that owns it. Raises Broken when it is gone."""
     path = checkpoint / FACTS
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise Broken(f"{path}: there is no such file, so the checkpoint is not whole ({error.strerror})") from None
+        descriptor = open_regular(path)
+    except FileNotFoundError:
+        raise Broken(f"{path}: there is no such file, so the checkpoint is not whole") from None
+    except Damaged as damage:
+        raise Broken(f"{path}: it cannot be read: {damage.reason}") from damage
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         # The writer may have renamed the folder between open and flock: then the lock is on a file without a name.

@@ -5,7 +5,6 @@ Each rank reads only its own part. Every fault is raised on all ranks, before an
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,15 +16,29 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from danling_conf.checkpoint import manifest, sources, state
-from danling_conf.checkpoint.folder import EXPORT, Folder, find, reading
-from danling_conf.checkpoint.gather import address
-from danling_conf.checkpoint.manifest import EXPORTED, SAFETENSORS, Broken, Manifest
+from danling_conf.checkpoint import contents, manifest, sources, state
+from danling_conf.checkpoint.contents import as_saved
+from danling_conf.checkpoint.fit import (
+    ModelDiffers,
+    OptimizerDiffers,
+    check_extra,
+    check_optimizer,
+    check_options,
+    differing_ties,
+    listed,
+    misfit,
+    other_dtypes,
+    ties,
+    without_tied,
+)
+from danling_conf.checkpoint.folder import Folder, find, reading
+from danling_conf.checkpoint.manifest import Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
 from danling_conf.checkpoint.safe_load import load_plain
 from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.sources import Source
-from danling_conf.checkpoint.state import MODEL, Known, is_whole
+from danling_conf.checkpoint.state import MODEL, Known
+from danling_conf.checkpoint.weight_sources import NothingSaved, OpenWeights, candidates, open_one
 from danling_conf.checkpoint.writing import SHARED, rank_file
 from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.checkpoint import LOADED_PARTS, CheckpointConfig, excluded
@@ -33,15 +46,7 @@ from danling_conf.schema.layout import Layout
 from danling_conf.topology.layout import data_rank
 from danling_conf.topology.violation import SettingError
 
-_SHOWN = 20
-_SHARED_PARTS = ("optimizer", "scheduler", "scaler", "runner", "settings")
-_OWN_PARTS = ("loader", "generators")
-
 Found = TypeVar("Found")
-
-
-class NothingSaved(ValueError):
-    """There is no checkpoint, not even a broken one."""
 
 
 class LayoutDiffers(ValueError):
@@ -53,28 +58,6 @@ class LayoutDiffers(ValueError):
 
     def __reduce__(self) -> tuple[object, ...]:  # one rank's error is sent to the others
         return type(self), (self.path, self.saved, self.current)
-
-
-class OptimizerDiffers(ValueError):
-    """A checkpoint was written with another class of optimizer."""
-
-    def __init__(self, path: Path, saved: str, current: str) -> None:
-        self.path, self.saved, self.current = path, saved, current
-        super().__init__(f"{path}: it was made with the optimizer {saved}, and this run's is {current}")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.path, self.saved, self.current)
-
-
-class ModelDiffers(ValueError):
-    """The weights of a checkpoint do not fit the model, in names or shapes."""
-
-    def __init__(self, path: Path, difference: str) -> None:
-        self.path, self.difference = path, difference
-        super().__init__(f"{path}: its weights do not fit the model: {difference}")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.path, self.difference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +74,15 @@ class Loaded:
 
 
 class Loader:
-    """Loads checkpoints into the model of this run. Everything is collective, and fails on all ranks or on none."""
+    """Loads checkpoints into the model of this run. Everything is collective, and fails on all ranks or on none.
+
+    Args:
+        section: `checkpoint` of the configuration.
+        rank, layout, layout_name: of this process, and of all ranks.
+        allow_degree_change: whether checkpoints of other layouts may be loaded.
+        replica: states of loaders that come before those in a checkpoint.
+        on_node: index of this rank among those of its node, and their number.
+    """
 
     def __init__(
         self,
@@ -102,10 +93,11 @@ class Loader:
         layout_name: str,
         allow_degree_change: bool,
         replica: ReplicaFolder | None,
+        on_node: tuple[int, int] = (0, 1),
     ) -> None:
         self.dir_name, self.excluded = section.dir_name, excluded(section)
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
-        self.allow_degree_change, self.replica = allow_degree_change, replica
+        self.allow_degree_change, self.replica, self.on_node = allow_degree_change, replica, on_node
 
     def restore(
         self,
@@ -148,13 +140,12 @@ class Loader:
         """Load only the model's weights: from a checkpoint, a run, an export, or safetensors. Raises as `restore`, and
         ImportError where the package safetensors is missing."""
         with ExitStack() as stack:
-            path, facts = self._on_all_ranks(lambda: self._find_weights(source, stack))
-            if facts is not None:
-                self._verify(path, facts, once_a_host=True)
-            opened = self._on_all_ranks(lambda: self._open_weights(path, facts))
+            found = self._open_weights(source, stack)
+            opened = self._on_all_ranks(lambda: found.for_model(parts[0]))
             targets = without_tied(self._kept(state.model_tensors(parts)), opened.known)
-            self._on_all_ranks(lambda: self._check_model(source, targets, opened.known))
+            self._on_all_ranks(lambda: self._check_model(found.path, targets, opened.known, exact=False))
             self._on_all_ranks(lambda: self._check_excluded([*opened.known, *state.model_tensors(parts)]))
+            self._check_ties(found.path, targets, opened)
             opened.load(targets)
 
     def _candidates(self, source: Path, choose: bool) -> list[Path]:
@@ -175,25 +166,32 @@ class Loader:
             facts = self._on_all_ranks(lambda: manifest.read(path))
             self._verify(path, facts)
             shared, own, notes = self._on_all_ranks(lambda: self._small_parts(path, facts, optimizer))
-            opened = self._on_all_ranks(lambda: open_tensors(path, facts))
+            opened = self._on_all_ranks(lambda: sources.open_tensors(path, facts))
             options = shared.pop("optimizer")
             left_out = options.get("frozen", {})
             self._check_frozen(path, left_out, parts)
             saved = {name: item for name, item in state.model_tensors(parts).items() if name not in left_out}
             targets = without_tied(self._kept(saved), opened.known)
-            self._on_all_ranks(lambda: self._check_model(path, targets, opened.known))
+            self._on_all_ranks(lambda: self._check_model(path, targets, opened.known, exact=True))
             self._on_all_ranks(lambda: self._check_excluded(opened.known))
+            self._check_ties(path, targets, opened)
             wanted = {name: item for name, item in opened.known.items() if not self._skips(name)}
             if not self._skips("optimizer"):
+                made = contents.tensors_of(options)
+                made = None if made is None else {name: item for name, item in made.items() if not self._skips(name)}
+                self._on_all_ranks(lambda: check_optimizer(path, parts, optimizer, wanted, made))
+                self._on_all_ranks(lambda: check_options(path / SHARED, optimizer, options["groups"]))
                 targets |= state.optimizer_targets(parts, optimizer, wanted)
             owners = {_owner(name) for name in opened.known}
             more = {name: item for name, item in extra.items() if _owner(name) in owners}
-            self._on_all_ranks(lambda: _check_extra(path, more, opened.known))
+            self._on_all_ranks(lambda: check_extra(path, more, opened.known))
             opened.load(targets | more)
         if not self._skips("optimizer"):
             kept = {name: value for name, value in options["values"].items() if not self._skips(f"optimizer.{name}")}
-            state.load_optimizer(parts, optimizer, targets, {**options, "values": kept})
-        state.load_extra(parts, {name: item for name, item in options["extra"].items() if not self._skips(name)})
+            with as_saved(path / SHARED, "optimizer"):
+                state.load_optimizer(parts, optimizer, targets, {**options, "values": kept})
+        with as_saved(path / SHARED, "extra state"):
+            state.load_extra(parts, {name: item for name, item in options["extra"].items() if not self._skips(name)})
         return Loaded(path=path, facts=facts, shared=shared, own=own, notes=notes)
 
     def _small_parts(
@@ -201,13 +199,9 @@ class Loader:
     ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         """The parts in small files: state that all ranks share, state of this rank, and notes."""
         self._check_origin(path, facts, optimizer)
-        shared = load_plain(path / SHARED)
-        if not (isinstance(shared, dict) and shared.keys() >= set(_SHARED_PARTS)):
-            raise Broken(f"{path / SHARED}: it is not what was saved of a run, which holds {', '.join(_SHARED_PARTS)}")
-        file = path / rank_file(self._rank_to_read(facts.made_under))
-        own = load_plain(file)
-        if not (isinstance(own, dict) and own.keys() >= set(_OWN_PARTS)):
-            raise Broken(f"{file}: it is not a rank's part of a checkpoint, which holds {', '.join(_OWN_PARTS)}")
+        file = rank_file(self._rank_to_read(facts.made_under))
+        manifest.check_listed(path, facts, [SHARED, file])
+        shared, own = contents.shared(path / SHARED), contents.own(path / file)
         notes = self._take_replica(path, facts, own)
         if self._skips("dataloaders"):
             own.pop("loader")
@@ -250,60 +244,56 @@ class Loader:
         wanted = data_rank(self.layout, self.rank) % made_under.data_degree
         return next(rank for rank in range(made_under.world_size) if data_rank(made_under, rank) == wanted)
 
-    def _verify(self, path: Path, facts: Manifest, *, once_a_host: bool = False) -> None:
-        """Verify the checksums of all files, each on one rank: every rank reading all would multiply the traffic.
-
-        Args:
-            once_a_host: on one rank of every host, since each may have a copy of its own.
-        """
-        ranks = list(range(self.layout.world_size))
-        if once_a_host:
-            hosts = gather_objects(socket.gethostname(), len(ranks)) if len(ranks) > 1 else [""]
-            ranks = [rank for rank in ranks if hosts[rank] == hosts[self.rank]]
-        mine = sorted(facts.files)[ranks.index(self.rank) :: len(ranks)]
+    def _verify(self, path: Path, facts: Manifest) -> None:
+        """Verify the checksums of all files, each on one rank: every rank reading all would multiply the traffic."""
+        mine = sorted(facts.files)[self.rank :: self.layout.world_size]
         self._on_all_ranks(lambda: manifest.verify(path, facts, mine))
 
-    def _find_weights(self, source: Path, stack: ExitStack) -> tuple[Path, Manifest | None]:
-        """Where the weights are, and their facts, which plain safetensors do not have."""
-        found = find(source, self.dir_name) if source.is_dir() else None
-        exported = source / self.dir_name / EXPORT
-        if found is None and exported.is_dir():
-            source = exported
-        if found is None:
-            return source, manifest.read(source, EXPORTED) if (source / EXPORTED).is_file() else None
-        stack.enter_context(reading(found))
-        return found, manifest.read(found)
+    def _open_weights(self, source: Path, stack: ExitStack) -> OpenWeights:
+        path = self._on_main_rank(lambda: candidates(source)[0])
+        return self._on_all_ranks(lambda: open_one(path, stack, self._verify_on_node))
 
-    def _open_weights(self, path: Path, facts: Manifest | None) -> Source:
-        if facts is not None and facts.backend != SAFETENSORS:
-            return open_tensors(path, facts)
-        plain = sources.safetensors(path)
-        if plain is not None:
-            return plain
-        raise NothingSaved(
-            f"{path}: there is no whole checkpoint in it, nor as its {self.dir_name}/latest, and no safetensors"
-        )
+    def _verify_on_node(self, path: Path, facts: Manifest) -> None:
+        """Verify this rank's share of the files that the ranks of a node verify together: a node may have a copy of its
+        own."""
+        index, number = self.on_node
+        manifest.verify(path, facts, sorted(facts.files)[index::number])
 
-    def _check_model(self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
+    def _check_model(
+        self, path: Path, targets: Mapping[str, Tensor], known: Mapping[str, Known], *, exact: bool
+    ) -> None:
         theirs = {name: item.shape for name, item in known.items() if name.startswith(MODEL) and not self._skips(name)}
         mine = {name: tuple(item.shape) for name, item in targets.items()}
         everywhere = set(mine)
         if self.layout.pipeline > 1:
             everywhere = set().union(*gather_objects(set(mine), self.layout.world_size))
-        difference = misfit(mine, theirs, everywhere)
-        if difference is not None:
-            raise ModelDiffers(path, difference)
+        differences = [misfit(mine, theirs, everywhere), other_dtypes(targets, known, exact=exact)]
+        if any(differences):
+            raise ModelDiffers(path, "; ".join(item for item in differences if item))
+
+    def _check_ties(self, path: Path, targets: Mapping[str, Tensor], opened: Source) -> None:
+        groups = ties(targets)
+        everywhere = gather_objects(groups, self.layout.world_size) if self.layout.world_size > 1 else [groups]
+        if not any(everywhere):
+            return
+        differing = differing_ties(targets, groups, opened)
+
+        def check() -> None:
+            if differing:
+                raise ModelDiffers(path, f"the model ties {listed(differing)}, whose values differ in it")
+
+        self._on_all_ranks(check)
 
     def _check_frozen(self, path: Path, left_out: Mapping[str, int], parts: Sequence[nn.Module]) -> None:
         """Refuse frozen weights that are not those which a checkpoint was made with, and leaves out."""
         mine = {f"{MODEL}{name}": item for name, item in state.named_parameters(parts)}
         found = state.digests({name: mine[name] for name in left_out if name in mine and not self._skips(name)})
-        differing = [_short(name) for name, digest in found.items() if digest != left_out[name]]
+        differing = [name.removeprefix(MODEL) for name, digest in found.items() if digest != left_out[name]]
 
         def check() -> None:
             if differing:
                 rule = f"{path} leaves frozen weights out, and those of this run are others: "
-                rule += ", ".join(differing[:_SHOWN]) + _more(differing)
+                rule += listed(differing)
                 fix = "pass the model and the pretrained weights that it was made with, and the same seed"
                 raise SettingError("checkpoint.save_frozen", False, rule, fix)
 
@@ -335,7 +325,7 @@ class Loader:
         if self.rank == 0:
             try:
                 outcome = [find_all(), None]
-            except ValueError as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 outcome = [None, error]
         with waiting("the checkpoint that rank 0 chooses"):
             distributed.broadcast_object_list(outcome, src=0)
@@ -372,52 +362,6 @@ def gather_objects(item: Any, world_size: int) -> list[Any]:
 
 def _owner(name: str) -> str:
     return ".".join(name.split(".", 2)[:2])
-
-
-def _check_extra(path: Path, mine: Mapping[str, Tensor], known: Mapping[str, Known]) -> None:
-    wrong = [name for name, item in mine.items() if name not in known or known[name].shape != tuple(item.shape)]
-    if wrong:
-        raise ModelDiffers(path, f"absent or of another shape: {', '.join(wrong[:_SHOWN])}{_more(wrong)}")
-
-
-def open_tensors(path: Path, facts: Manifest) -> Source:
-    """The tensors of a checkpoint, by the backend that wrote it. Raises Broken."""
-    return sources.shards(path) if facts.backend == "dcp" else sources.one_file(path / sources.STATE)
-
-
-def without_tied(tensors: Mapping[str, Tensor], known: Mapping[str, Known]) -> dict[str, Tensor]:
-    """Drop tied weights that a checkpoint has under another name only: other libraries save them once."""
-    held = {_identity(item) for name, item in tensors.items() if name in known}
-    return {name: item for name, item in tensors.items() if name in known or _identity(item) not in held}
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return address(tensor), tensor.storage_offset() if is_whole(tensor) else 0, tensor.shape
-
-
-def misfit(
-    mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], everywhere: set[str]
-) -> str | None:
-    """How a saved model differs from that of this rank, in names and shapes; None where it fits."""
-    facts = {
-        "it lacks": [_short(name) for name in mine if name not in theirs],
-        "the model lacks": [_short(name) for name in theirs if name not in everywhere],
-        "of another shape": [
-            f"{_short(name)} {theirs[name]} for {shape}"
-            for name, shape in mine.items()
-            if theirs.get(name, shape) != shape
-        ],
-    }
-    shown = [f"{what} {', '.join(names[:_SHOWN])}" + _more(names) for what, names in facts.items() if names]
-    return "; ".join(shown) or None
-
-
-def _short(name: str) -> str:
-    return name.removeprefix(MODEL)
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
 
 
 def _without(tree: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

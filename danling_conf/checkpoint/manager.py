@@ -44,6 +44,7 @@ class CheckpointManager:
         layout, layout_name: layout of the ranks, and its name.
         allow_degree_change: whether checkpoints of other layouts may be loaded.
         check_token, token: see `Folder`.
+        on_node: see `Loader`.
 
     Attributes:
         enabled: whether checkpoints are written.
@@ -63,6 +64,7 @@ class CheckpointManager:
         allow_degree_change: bool = False,
         check_token: Callable[[], None] = lambda: None,
         token: str = "",
+        on_node: tuple[int, int] = (0, 1),
     ) -> None:
         self.section, self.enabled = section, not section.load_only
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
@@ -85,6 +87,7 @@ class CheckpointManager:
             layout_name=layout_name,
             allow_degree_change=allow_degree_change,
             replica=self.replica,
+            on_node=on_node,
         )
         self.unfinished: list[str] = []
         if self.enabled and rank == 0 and self.folder.path.is_dir():

@@ -59,6 +59,11 @@ class Manifest:
         return Layout(**self.degrees, fsdp=self.fsdp)
 
     @property
+    def time(self) -> datetime:
+        """Time of the save."""
+        return datetime.fromisoformat(self.saved).astimezone()
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(item.size for item in self.files.values())
@@ -96,36 +101,66 @@ def read(folder: Path, name: str = FACTS) -> Manifest:
     try:
         content["files"] = {name: Sum(**item) for name, item in content["files"].items()}
         found = Manifest(**{item.name: content[item.name] for item in fields(Manifest)})
-        found.made_under  # noqa: B018  raises for invalid degrees
-        datetime.fromisoformat(found.saved)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _check_types(found)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise Broken(f"{path}: it cannot be read: {type(error).__name__}: {error}") from error
     # A checkpoint may come from someone else: its names must not lead out of its folder.
     for file in found.files:
         if "/" in file or file in ("", ".", "..", name):
             raise Broken(f"{path}: it cannot be read: it names a file outside of its folder, {file!r}")
+    if name == FACTS and len(found.files) < found.made_under.world_size:
+        raise Broken(f"{path}: it names fewer files than the {found.made_under.world_size} ranks that wrote one each")
     return found
+
+
+def _check_types(found: Manifest) -> None:
+    """Raises ValueError or TypeError where a fact is not what the field says: a fitting checksum does not tell."""
+    counts = [found.step, found.epoch, *found.degrees.values()]
+    for item in found.files.values():
+        counts += [item.size, item.crc32]
+    wrong: list[Any] = [item for item in counts if type(item) is not int or item < 0]
+    wrong += [item for item in (found.backend, found.layout, found.optimizer) if not isinstance(item, str)]
+    wrong += [item for item in (found.history, found.fsdp) if not isinstance(item, bool)]
+    if wrong:
+        raise ValueError(f"{str(wrong[0])[:40]!r} is of another type than what is written there")
+    found.made_under  # noqa: B018  raises for invalid degrees
+    found.time  # noqa: B018  raises for what is no time
 
 
 def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Compare files with their checksums: all, or those named. Raises Broken with the first that differs."""
     for name in manifest.files if names is None else names:
-        path, expected = folder / name, manifest.files[name]
+        check_size(folder, manifest, name)
+        path = folder / name
         try:
             found = durable.sum_of(path)
-        except FileNotFoundError:
-            raise Broken(f"{path}: there is no such file, so the checkpoint is not whole") from None
         except OSError as error:
             raise Broken(f"{path}: it cannot be read: {error.strerror}") from error
-        if found.size != expected.size:
-            rule = (
-                "it is empty" if not found.size else f"it has {found.size} bytes and was written with {expected.size}"
-            )
-            raise Broken(f"{path}: it cannot be read: {rule}")
-        if found != expected:
+        if found != manifest.files[name]:
             raise Broken(
                 f"{path}: it cannot be read: its checksum differs: it was changed or damaged after it was written"
             )
+
+
+def check_size(folder: Path, manifest: Manifest, name: str) -> None:
+    """Compare the size of a file with that in the manifest. Raises Broken where it differs, or is no regular file."""
+    path, expected = folder / name, manifest.files[name].size
+    try:
+        size = durable.size_of(path)
+    except FileNotFoundError:
+        raise Broken(f"{path}: there is no such file, so the checkpoint is not whole") from None
+    except Damaged as damage:
+        raise Broken(f"{path}: it cannot be read: {damage.reason}") from damage
+    if size != expected:
+        rule = "it is empty" if not size else f"it has {size} bytes and was written with {expected}"
+        raise Broken(f"{path}: it cannot be read: {rule}")
+
+
+def check_listed(folder: Path, manifest: Manifest, names: Iterable[str], listed_by: str = FACTS) -> None:
+    """Raises Broken where the manifest has no checksum of a file that is about to be read."""
+    for name in names:
+        if name not in manifest.files:
+            raise Broken(f"{folder / listed_by}: it has no checksum of {name}, which is part of the checkpoint")
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

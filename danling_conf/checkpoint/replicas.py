@@ -14,6 +14,7 @@ from danling_conf.checkpoint import durable
 from danling_conf.checkpoint.durable import Sum
 from danling_conf.checkpoint.manifest import Broken
 from danling_conf.schema.checkpoint import CheckpointConfig
+from danling_conf.schema.files import read_object
 
 VARIABLE = "FT_REPLICA_ID"
 
@@ -49,7 +50,7 @@ class ReplicaFolder:
         """The file with the state that belongs to a checkpoint. Raises Broken when it is missing or damaged."""
         data, facts = self._files(checkpoint)
         try:
-            expected = Sum(**json.loads(facts.read_text()))
+            expected = Sum(**read_object(facts))
             found = durable.sum_of(data)
         except (OSError, ValueError, TypeError) as error:
             raise Broken(f"{data}: it cannot be read: {error}") from error

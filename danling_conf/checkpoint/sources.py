@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from danling_conf.checkpoint.manifest import Broken
-from danling_conf.checkpoint.safe_load import SafeReader, TensorPlanner, load_plain, ordinary_errors
+from danling_conf.checkpoint import manifest
+from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
+from danling_conf.checkpoint.safe_load import SafeReader, TensorPlanner, load_plain, not_plain, ordinary_errors
 from danling_conf.checkpoint.state import MODEL, Known
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
+from danling_conf.schema.files import Damaged, open_regular, read_object
 
 STATE = "state.pt"
 _DTYPES = {
@@ -44,6 +46,10 @@ _DTYPES = {
 }
 """dtypes by the names that safetensors uses."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN = (".pt", ".pth", ".bin")
+"""Endings of files of `torch.save`, by habit."""
+_STATE_DICTS = ("state_dict", "model", "model_state_dict")
+"""Names under which a training script keeps its model in a larger table, by habit."""
 
 
 class Source:
@@ -51,10 +57,16 @@ class Source:
 
     Attributes:
         known: shape and dtype of each tensor, by name.
+        content: tensors, or what reads a slice of one, by name; None for shards.
     """
 
-    def __init__(self, reader: StorageReader, described: Mapping[str, TensorStorageMetadata]) -> None:
-        self._reader = reader
+    def __init__(
+        self,
+        reader: StorageReader,
+        described: Mapping[str, TensorStorageMetadata],
+        content: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._reader, self.content = reader, content
         self.known = {name: Known(tuple(item.size), item.properties.dtype) for name, item in described.items()}
 
     def load(self, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
@@ -67,61 +79,115 @@ class Source:
             load(tensors, storage_reader=self._reader, planner=TensorPlanner(), no_dist=alone)
 
 
-def shards(folder: Path) -> Source:
-    """The shards that `torch.distributed.checkpoint` wrote. Raises Broken."""
-    reader = SafeReader(folder)
+def shards(folder: Path, listed: Collection[str]) -> Source:
+    """The shards that `torch.distributed.checkpoint` wrote, in files that have a checksum. Raises Broken."""
+    reader = SafeReader(folder, listed)
     return Source(reader, reader.tensors())
+
+
+def open_tensors(path: Path, facts: Manifest) -> Source:
+    """The tensors of a checkpoint, by the backend that wrote it. Raises Broken."""
+    if facts.backend == "dcp":
+        return shards(path, facts.files)
+    manifest.check_listed(path, facts, [STATE])
+    return one_file(path / STATE)
 
 
 def one_file(path: Path) -> Source:
     """The tensors of a file of `torch.save`. Raises Broken."""
-    content = load_plain(path, mapped=True)
-    if not (isinstance(content, dict) and all(isinstance(item, Tensor) for item in content.values())):
-        raise Broken(f"{path}: it cannot be read as a checkpoint: it is not a mapping from names to tensors")
+    return of_content(_tensors_in(path))
+
+
+def of_content(content: Mapping[str, Any]) -> Source:
+    """Whole tensors by name, or what reads slices of them."""
     reader = _WholeReader(content)
-    return Source(reader, reader.described)
+    return Source(reader, reader.described, content)
 
 
-def safetensors(path: Path) -> Source | None:
+def plain_file(path: Path) -> Source:
+    """The tensors of someone else's file of `torch.save`, a state dict or a table with one, as a model's. Raises
+    Broken."""
+    return of_content({f"{MODEL}{name}": item for name, item in _tensors_in(path, nested=True).items()})
+
+
+def _tensors_in(path: Path, *, nested: bool = False) -> dict[str, Tensor]:
+    content = load_plain(path, mapped=True)
+    if nested and isinstance(content, dict):
+        inner = [content[name] for name in _STATE_DICTS if isinstance(content.get(name), dict)]
+        if len(inner) == 1:  # a checkpoint of a training, beside its optimizer
+            content = inner[0]
+    if not (isinstance(content, dict) and content):
+        raise Broken(f"{path}: it cannot be read as a checkpoint: it is not a mapping from names to tensors")
+    for name, item in content.items():
+        fault = "its name is no text" if not isinstance(name, str) else not_plain(item)
+        if fault:
+            rule = "it is not a mapping from names to tensors"
+            raise Broken(f"{path}: it cannot be read as a checkpoint: {rule}: {str(name)[:80]}: {fault}")
+    return content
+
+
+def safetensors(path: Path, facts: Manifest | None = None) -> Source | None:
     """The tensors of a safetensors file, or of a folder of them, as a model's; None where there are none.
 
+    Args:
+        facts: of an export of ours, which has a checksum of each of its files.
+
     Raises:
-        Broken: a file is missing or damaged.
+        Broken: a file is missing or damaged, or two of them hold a tensor of the same name.
         ImportError: the package safetensors is not installed.
     """
-    files = safetensors_files(path)
-    if not files:
+    places = safetensors_files(path)
+    if not places:
         return None
     from safetensors import SafetensorError, safe_open
 
     content: dict[str, Any] = {}
-    for file in files:
+    holders: dict[str, Path] = {}
+    for file, expected in places.items():
+        if facts is not None:
+            manifest.check_listed(path, facts, [file.name], EXPORTED)
         try:
+            os.close(open_regular(file))
             opened: Any = safe_open(file, framework="pt", device="cpu")
-            content |= {f"{MODEL}{name}": opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            names = list(opened.keys())
         except FileNotFoundError:
             raise Broken(f"{file}: there is no such file, and {INDEX} names it") from None
+        except Damaged as damage:
+            raise Broken(f"{file}: it cannot be read as safetensors: {damage.reason}") from damage
         except (OSError, SafetensorError) as error:
             raise Broken(f"{file}: it cannot be read as safetensors: {error}") from error
-    reader = _WholeReader(content)
-    return Source(reader, reader.described)
+        absent = sorted(expected - set(names))
+        if absent:
+            raise Broken(f"{file}: it has no {absent[0]}, and {INDEX} says so")
+        for name in names:
+            if name in holders:
+                raise Broken(f"{file}: it holds {name}, and so does {holders[name].name}: which is meant is not known")
+            holders[name] = file
+            content[f"{MODEL}{name}"] = opened.get_slice(name)
+    return of_content(content)
 
 
-def safetensors_files(path: Path) -> list[Path]:
-    """The files that hold a model's safetensors: a file, those that a folder's index names, or all in the folder."""
-    if path.is_file():
-        return [path] if path.suffix == ".safetensors" else []
+def safetensors_files(path: Path) -> dict[Path, set[str]]:
+    """The files that hold a model's safetensors, with the names that each must have: the file itself, those that a
+    folder's index names, or all in the folder. Raises Broken."""
+    if not path.is_dir():
+        return {path: set()} if path.suffix == ".safetensors" else {}
     index = path / INDEX
-    if not index.is_file():
-        return [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+    if not os.path.lexists(index):
+        found = [path / SINGLE] if os.path.lexists(path / SINGLE) else sorted(path.glob("*.safetensors"))
+        return {file: set() for file in found}
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Broken(f"{index}: it cannot be read: {type(error).__name__}: {error}") from error
-    outside = [name for name in names if not isinstance(name, str) or "/" in name]
-    if outside:
-        raise Broken(f"{index}: it cannot be read: it names a file outside of its folder, {outside[0]}")
-    return [path / name for name in names]
+        weights = read_object(index)["weight_map"].items()
+    except Damaged as damage:
+        raise Broken(f"{index}: it cannot be read: {damage.reason}") from damage
+    except (KeyError, AttributeError, FileNotFoundError):
+        raise Broken(f"{index}: it cannot be read: it has no weight_map from names to files") from None
+    places: dict[Path, set[str]] = {}
+    for name, file in sorted(weights, key=str):
+        if not isinstance(file, str) or "/" in file or file in ("", ".", ".."):
+            raise Broken(f"{index}: it cannot be read: it names a file outside of its folder, {file}")
+        places.setdefault(path / file, set()).add(name)
+    return places
 
 
 class _WholeReader(StorageReader):
@@ -166,17 +232,16 @@ class _WholeReader(StorageReader):
 
 
 def _describe(item: Any) -> TensorStorageMetadata:
-    if isinstance(item, Tensor):
-        size, dtype = item.size(), item.dtype
-    else:
-        size, dtype = torch.Size(item.get_shape()), _dtype_of(item)
+    size, dtype = shape_and_dtype(item)
     chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
     return TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=[chunk])
 
 
-def _dtype_of(item: Any) -> torch.dtype:
-    """The dtype of a slice of safetensors."""
+def shape_and_dtype(item: Any) -> tuple[torch.Size, torch.dtype]:
+    """Of a tensor, or of what reads slices of one: that of safetensors has methods of its own. Raises Broken."""
+    if not hasattr(item, "get_dtype"):
+        return item.shape, item.dtype
     found = _DTYPES.get(item.get_dtype())
     if found is None:
         raise Broken(f"a tensor of dtype {item.get_dtype()} is not read from safetensors")
-    return found
+    return torch.Size(item.get_shape()), found

@@ -60,16 +60,22 @@ def options_of(parts: Sequence[nn.Module], optimizer: Optimizer) -> dict[str, An
         for group in optimizer.param_groups
     ]
     extra = {name: value for name, value in _model_state(parts).items() if not isinstance(value, Tensor)}
-    return {"groups": groups, "values": values, "extra": extra}
+    # So that a tensor that is missing is missed: an optimizer has no state yet of a parameter without a gradient.
+    tensors = {
+        name: [list(item.shape), str(item.dtype).removeprefix("torch.")]
+        for name, item in optimizer_tensors(parts, optimizer).items()
+    }
+    return {"groups": groups, "values": values, "extra": extra, "tensors": tensors}
 
 
 def merged_options(all_of: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The options of all ranks, merged. Ranks of one stage have equal ones."""
-    merged: dict[str, Any] = {"groups": [], "values": {}, "extra": {}, "frozen": {}}
+    merged: dict[str, Any] = {"groups": [], "values": {}, "extra": {}, "frozen": {}, "tensors": {}}
     for options in all_of:
         merged["groups"] += [group for group in options["groups"] if group not in merged["groups"]]
         merged["values"] |= options["values"]
         merged["extra"] |= options["extra"]
+        merged["tensors"] |= options["tensors"]
         merged["frozen"] |= options.get("frozen", {})
     return merged
 
@@ -108,7 +114,7 @@ def optimizer_targets(
     parts: Sequence[nn.Module], optimizer: Optimizer, known: Mapping[str, Known]
 ) -> dict[str, Tensor]:
     """Empty tensors for the optimizer state of this rank's parameters in a checkpoint, sharded like the parameters."""
-    keys = _keys_by_parameter(known)
+    keys = keys_by_parameter(known)
     steppable = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {
         f"{OPTIMIZER}{name}.{key}": _empty(parameter, known[f"{OPTIMIZER}{name}.{key}"])
@@ -124,7 +130,7 @@ def load_optimizer(
     """Load the tensors that were read, and the options, into the optimizer. Parameters without saved state get none."""
     saved = {name: group["options"] for group in options["groups"] for name in group["names"]}
     names = {id(parameter): name for name, parameter in named_parameters(parts)}
-    keys = _keys_by_parameter(tensors)
+    keys = keys_by_parameter(tensors)
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
@@ -160,7 +166,7 @@ def load_extra(parts: Sequence[nn.Module], extra: Mapping[str, Any]) -> None:
             set_model_state_dict(part, bare, options=StateDictOptions(strict=False))
 
 
-def _keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
+def keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
     """The keys of optimizer state by parameter, from names such as `optimizer.first.weight.exp_avg`."""
     keys: dict[str, list[str]] = {}
     for name in names:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from danling_conf.checkpoint import durable, manifest
 from danling_conf.checkpoint.background import SaveFailed
@@ -101,14 +102,14 @@ class Writer:
     def _write_state(self, snapshot: Snapshot, staging: Path) -> dict[str, Sum]:
         if self.rank != 0:
             return {}
-        with durable.create(staging / STATE) as file:
-            save_tensors(snapshot.tensors, file)
+        with durable.create(staging / STATE) as file, _without_inner_checksums():
+            torch.save(snapshot.tensors, file)  # type: ignore[arg-type]
         return {STATE: file.sum}
 
     def _write_shards(self, snapshot: Snapshot, staging: Path) -> dict[str, Sum]:
         writer = _ShardWriter(staging)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with ordinary_errors("shards"), waiting("the shards of a checkpoint"):
+        with ordinary_errors("shards"), waiting("the shards of a checkpoint"), _without_inner_checksums():
             save(
                 snapshot.tensors,
                 storage_writer=writer,
@@ -160,6 +161,18 @@ class Writer:
         )
 
 
+@contextmanager
+def _without_inner_checksums() -> Iterator[None]:
+    """Let `torch.save` write no checksum of each tensor: that of the file covers every byte, and is compared when it is
+    loaded, which torch's are not."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
 class _Files(FileSystem):
     """File system of DCP's writer that takes the checksum of every file."""
 
@@ -192,17 +205,6 @@ class _ShardWriter(FileSystemWriter):
         if missing:
             raise OSError(errno.EIO, f"{len(missing)} of {len(plan.items)} entries were not written", str(self.path))
         return future
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Any) -> None:
-    """`torch.save` without its own checksum of every record: `durable` takes one of the whole file, which loading
-    compares."""
-    computed = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(tensors, file)
-    finally:
-        torch.serialization.set_crc32_options(computed)
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from danling_conf.checkpoint import manifest
-from danling_conf.checkpoint.folder import BEST, EXPORT, LATEST, Entry, Folder, reading
+from danling_conf.checkpoint.folder import BEST, EXPORT, LATEST, Entry, Folder, reading, real
 from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.reading import read_fields
@@ -43,7 +43,7 @@ def _of_run(run: Path, check: bool) -> tuple[list[str], bool]:
     rows, faults = [], []
     for entry in entries:
         fault = _fault(entry, check)
-        names = [name for name, target in named.items() if target == entry.path.resolve()]
+        names = [name for name, target in named.items() if target == real(entry.path)]
         rows.append(_row(entry.path.name, entry.manifest, fault, names, check))
         if fault:
             faults.append(fault)
@@ -99,12 +99,8 @@ def _compare(path: Path, facts: Manifest, check: bool) -> None:
     if check:
         manifest.verify(path, facts)
         return
-    for name, expected in facts.files.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found is None:
-            raise Broken(f"{path / name}: there is no such file, so the checkpoint is not whole")
-        if found != expected.size:
-            raise Broken(f"{path / name}: it has {found} bytes and was written with {expected.size}")
+    for name in facts.files:
+        manifest.check_size(path, facts, name)
 
 
 def _row(name: str, facts: Manifest | None, fault: str, names: list[str], check: bool) -> tuple[str, ...]:

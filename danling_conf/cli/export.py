@@ -23,7 +23,7 @@ def export(source: str, directory: str, *, best: bool, dtype: str | None) -> int
     """
     # Here, since it imports torch, which no other command needs.
     from danling_conf.checkpoint.convert import convert
-    from danling_conf.checkpoint.loading import NothingSaved
+    from danling_conf.checkpoint.weight_sources import NothingSaved
 
     try:
         written = convert(Path(source).expanduser(), Path(directory).expanduser(), best=best, dtype=dtype)

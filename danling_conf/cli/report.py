@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from danling_conf.checkpoint.folder import BEST, LATEST, Folder
+from danling_conf.checkpoint.folder import BEST, LATEST, Folder, real
 from danling_conf.cli.checkpoints import folder_of, readable_size
 from danling_conf.cli.pages.charts import Bar, Series, line_chart, timeline
 from danling_conf.cli.pages.page import (
@@ -213,7 +213,7 @@ def _checkpoints(run: Path) -> Html:
     named = {name: folder.pointed(name) for name in (LATEST, BEST)}
     rows = []
     for entry in entries:
-        names = [badge(name) for name, target in named.items() if target == entry.path.resolve()]
+        names = [badge(name) for name, target in named.items() if target == real(entry.path)]
         made = entry.manifest
         rows.append(
             [

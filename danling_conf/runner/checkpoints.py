@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from danling_conf.checkpoint.background import SaveFailed
-from danling_conf.checkpoint.loading import LayoutDiffers, Loaded, NothingSaved
+from danling_conf.checkpoint.contents import as_saved
+from danling_conf.checkpoint.loading import LayoutDiffers, Loaded
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.checkpoint.several import Optimizers
+from danling_conf.checkpoint.weight_sources import NothingSaved
 from danling_conf.components.samplers import seed_of
 from danling_conf.config.identity import layout_name, plain
 from danling_conf.runner import process
@@ -94,6 +96,7 @@ class Checkpoints:
             allow_degree_change=config.parallel.allow_degree_change,
             check_token=world.attempt.check_token,
             token=world.attempt.token,
+            on_node=(world.ranks.local_rank, world.ranks.local_world_size),
         )
 
     def restore(self) -> int:
@@ -146,10 +149,12 @@ class Checkpoints:
             item.load_state_dict(others[name])
         degree = loaded.facts.made_under.data_degree
         if self._batches is not None and loaded.own.get("loader") is not None:
-            self._batches.load_state_dict(loaded.own["loader"], data_degree=degree)
+            with as_saved(loaded.path, "loader"):
+                self._batches.load_state_dict(loaded.own["loader"], data_degree=degree)
         generators = loaded.own.get("generators")
         if generators is not None and degree == world.data_degree:
-            process.restore_generators(generators, world.device)
+            with as_saved(loaded.path, "generators"):
+                process.restore_generators(generators, world.device)
         else:  # other generators, which repeat nothing
             process.seed_rank(seed_of(world.attempt.seed, 0, loaded.facts.step), world.stream)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danling_conf.checkpoint.contents import as_saved
+from danling_conf.checkpoint.fit import ModelDiffers
 from danling_conf.checkpoint.folder import others
-from danling_conf.checkpoint.loading import LayoutDiffers, Loaded, ModelDiffers, NothingSaved
+from danling_conf.checkpoint.loading import LayoutDiffers, Loaded
 from danling_conf.checkpoint.manager import CheckpointManager
+from danling_conf.checkpoint.manifest import Broken
+from danling_conf.checkpoint.weight_sources import NothingSaved
 from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler, seed_of
 from danling_conf.config.identity import differences, plain
@@ -34,6 +39,8 @@ class RankState:
     generators: dict[str, Any] | None
     data_degree: int
     """How many data ranks there were."""
+    path: Path
+    """The checkpoint."""
 
     @property
     def exhausted(self) -> bool:
@@ -107,7 +114,8 @@ class Resumption:
         if found.exhausted:
             return found
         if found.loader is not None:
-            dataloader.resume(loader, found.loader, data_degree=found.data_degree)
+            with self._taking_over(found.path, "loader"):
+                dataloader.resume(loader, found.loader, data_degree=found.data_degree)
         else:
             self.state.epoch_step = 0
         return found
@@ -118,7 +126,8 @@ class Resumption:
         Call it once the loader's iterator is made: making it may draw from the generators.
         """
         if found.generators is not None and found.data_degree == self.world.data_degree:
-            process.restore_generators(found.generators, self.world.device)
+            with self._taking_over(found.path, "generators"):
+                process.restore_generators(found.generators, self.world.device)
         else:
             process.seed_rank(seed_of(self.world.attempt.seed, 0, self.state.step), self.world.stream)
 
@@ -132,12 +141,13 @@ class Resumption:
         optimizer = self.setup.optimizer
         mine = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         loaded = self._load_checkpoint(source)
-        changed = differences(plain(self.config), loaded.shared["settings"])
+        with self._taking_over(loaded.path, "settings"):
+            changed = differences(plain(self.config), loaded.shared["settings"])
         same_schedule = not any(path.startswith(("scheduler.", "optim.")) for path in changed)
         if not same_schedule:
             for group, options in zip(optimizer.param_groups, mine, strict=True):
                 group.update(options)
-        self._load_state(loaded.shared, same_schedule=same_schedule)
+        self._load_state(loaded.path, loaded.shared, same_schedule=same_schedule)
         self._load_rank_state(loaded)
         lines = self.callbacks.load_state(loaded.shared.get("callbacks", {}))
         if self.callbacks.load is not None:
@@ -172,19 +182,27 @@ class Resumption:
         except _LOADING_ERRORS as error:
             raise self._unusable("pretrained", source, error) from error
 
-    def _load_state(self, shared: Mapping[str, Any], *, same_schedule: bool) -> None:
+    def _load_state(self, path: Path, shared: Mapping[str, Any], *, same_schedule: bool) -> None:
         saved, setup = shared.get("runner", {}), self.setup
-        self.state.load_state_dict(saved)
-        if "score" in saved:
-            setup.score.load_state_dict(saved["score"])
+        with self._taking_over(path, "runner"):
+            self.state.load_state_dict(saved)
+            if "score" in saved:
+                setup.score.load_state_dict(saved["score"])
         if same_schedule and "scheduler" in shared:
-            setup.schedule.load_state_dict(shared["scheduler"])
+            with self._taking_over(path, "scheduler"):
+                setup.schedule.load_state_dict(shared["scheduler"])
         if setup.scaler is not None and shared.get("scaler") is not None:
-            setup.scaler.load_state_dict(shared["scaler"])
+            with self._taking_over(path, "scaler"):
+                setup.scaler.load_state_dict(shared["scaler"])
 
     def _load_rank_state(self, loaded: Loaded) -> None:
         degree, train = loaded.facts.made_under.data_degree, self.setup.loaders["train"]
-        found = RankState(loader=loaded.own.get("loader"), generators=loaded.own.get("generators"), data_degree=degree)
+        found = RankState(
+            loader=loaded.own.get("loader"),
+            generators=loaded.own.get("generators"),
+            data_degree=degree,
+            path=loaded.path,
+        )
         if degree != self.world.data_degree and found.loader is not None and not found.exhausted:
             if not isinstance(train.sampler, ShardedSampler):
                 raise SettingError(
@@ -195,7 +213,8 @@ class Resumption:
                     "resume with as many, or exclude dataloaders (checkpoint.exclude_from_loading), which begins the "
                     "epoch anew",
                 )
-            self.state.epoch_step = self._steps_before(train, found.loader, degree)
+            with self._taking_over(loaded.path, "loader"):
+                self.state.epoch_step = self._steps_before(train, found.loader, degree)
         self._rank_state = found
 
     def _steps_before(self, loader: Any, saved: Mapping[str, Any], data_degree: int) -> int:
@@ -217,6 +236,16 @@ class Resumption:
             if before not in (None, now):
                 notes.append(f"the attempt before this one ran other code: {before}, and this one runs {now}")
         return notes
+
+    @contextmanager
+    def _taking_over(self, path: Path, part: str) -> Iterator[None]:
+        """Refuse a part of a checkpoint that is not what a run has saved."""
+        try:
+            with as_saved(path, part):
+                yield
+        except Broken as error:
+            source = self.world.attempt.restore or path
+            raise self._unusable("resume" if self._named else "auto_resume", source, error) from error
 
     def _unusable(self, key: str, source: Path, error: Exception) -> ConfigRefused:
         """The refusal of a checkpoint that cannot be loaded."""

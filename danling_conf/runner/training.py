@@ -362,6 +362,7 @@ class Runner:
             allow_degree_change=self.config.parallel.allow_degree_change,
             check_token=self.world.attempt.check_token,
             token=self.world.attempt.token,
+            on_node=(self.world.ranks.local_rank, self.world.ranks.local_world_size),
         )
 
     def _listen_for_signals(self) -> None:

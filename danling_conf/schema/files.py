@@ -86,6 +86,22 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
         FileNotFoundError: there is nothing at `path`.
         Damaged: it is not a regular file, is larger than `limit`, or cannot be read.
     """
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if limit is not None and size > limit:
+            raise Damaged(path, f"it has {size} bytes, and no more than {limit} are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            file.seek(start)
+            return file.read(-1 if limit is None else limit) if most is None else file.read(most)
+    except OSError as error:
+        raise Damaged(path, f"it cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, for reading; the caller closes it. Raises as `read_regular` does."""
     try:
         # Without O_NONBLOCK, opening a FIFO blocks until a writer comes, which may be never.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -95,20 +111,12 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except OSError as error:
         raise Damaged(path, f"it cannot be read: {error.strerror}") from error
-    try:
-        # fstat on the open file: a check of the path before opening could see another file.
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise Damaged(path, f"it is {_kind(found.st_mode)}, not a file")
-        if limit is not None and found.st_size > limit:
-            raise Damaged(path, f"it has {found.st_size} bytes, and no more than {limit} are read")
-        with open(descriptor, "rb", closefd=False) as file:
-            file.seek(start)
-            return file.read(-1 if limit is None else limit) if most is None else file.read(most)
-    except OSError as error:
-        raise Damaged(path, f"it cannot be read: {error.strerror}") from error
-    finally:
+    # fstat on the open file: a check of the path before opening could see another file.
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
+        raise Damaged(path, f"it is {_kind(mode)}, not a file")
+    return descriptor
 
 
 def no_links(path: str, flags: int) -> int:

@@ -87,8 +87,9 @@ class RunnerConfig:
     """Resume the run that `resume` names although settings that change its result differ. They are reported, and the
     optimizer's options and the schedule are then those of this configuration."""
     pretrained: Optional[str] = None
-    """Weights that are the start of a new run: of a checkpoint, a run, an export, or a folder of safetensors. Unset:
-    weights are initialised."""
+    """Weights that are the start of a new run: of a checkpoint, a run, an export, a folder of safetensors as
+    `save_pretrained` writes it, or a file: safetensors, or a state dict by `torch.save`. Unset: weights are
+    initialised."""
 
     log: bool = setting(True, semantic=False)
     """Write the main process's log to a file, beside the log of each rank."""

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,7 @@ import pytest
 import torch
 
 from danling_conf import ConfigRefused
-from danling_conf.checkpoint import durable, loading, manifest, writing
-from danling_conf.checkpoint.loading import Loader
-from danling_conf.schema import Layout
-from danling_conf.schema.checkpoint import CheckpointConfig
+from danling_conf.checkpoint import durable, manifest
 from tests.runner.test_scheduler import Scripted
 from tests.support.resumed_runs import checkpoints, pointed, splits, start, train
 from tests.support.small import DropoutNet, Net, Pairs, loss
@@ -352,34 +348,3 @@ def test_a_save_reads_no_manifest_but_once(tmp_path: Path, monkeypatch: pytest.M
     assert seen[1] == names(2, 4, 6)
     assert seen[2:] == [[]] * 6
     assert checkpoints(runner.world.attempt.run_directory)[:7] == names(2, 4, 6, 8, 10, 12, 14)
-
-
-def test_the_bytes_of_a_file_have_one_checksum(tmp_path: Path) -> None:
-    """Our own, of the whole file; torch would take one of every record besides."""
-    with durable.create(tmp_path / "state.pt") as file:
-        writing.save_tensors({"a": torch.arange(8.0)}, file)
-    with zipfile.ZipFile(tmp_path / "state.pt") as archive:
-        (record,) = (item for item in archive.infolist() if item.filename.endswith("data/0"))
-        expected = zlib.crc32(torch.arange(8.0).numpy().tobytes())
-        assert expected != record.CRC
-    assert durable.sum_of(tmp_path / "state.pt") == file.sum
-    assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True)["a"], torch.arange(8.0))
-    assert torch.serialization.get_crc32_options()
-
-
-def test_weights_are_verified_once_on_each_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train(tmp_path, SAVED, model=Net)["run"]
-    hosts = ["a", "a", "a", "b"]
-    read: list[str] = []
-    monkeypatch.setattr(loading, "gather_objects", lambda item, size: hosts if isinstance(item, str) else [item] * size)
-    sum_of = durable.sum_of
-    monkeypatch.setattr(durable, "sum_of", lambda path: read.append(path.name) or sum_of(path))
-    of_hosts: dict[str, list[str]] = {"a": [], "b": []}
-    for rank, host in enumerate(hosts):
-        loader = Loader(CheckpointConfig(), rank=rank, layout=Layout(replicate=4), layout_name="ddp4",
-                        allow_degree_change=False, replica=None)  # fmt: skip
-        loader.load_weights(run, [Net()])
-        of_hosts[host] += read
-        read.clear()
-    facts = manifest.read(run / "checkpoints" / "latest")
-    assert [sorted(found) for found in of_hosts.values()] == [sorted(facts.files)] * 2

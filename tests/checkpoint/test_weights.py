@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from danling_conf import load_weights
-from danling_conf.checkpoint.loading import ModelDiffers, NothingSaved
+from danling_conf.checkpoint.fit import ModelDiffers
 from danling_conf.checkpoint.manifest import EXPORTED, Broken
+from danling_conf.checkpoint.weight_sources import NothingSaved
 from danling_conf.cli.main import main
 from tests.support.resumed_runs import train
 from tests.support.small import Net, Tensor, equal
@@ -130,7 +131,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     (tmp_path / "model.pt").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(NothingSaved, match="no safetensors"):
+    with pytest.raises(Broken, match=r"model\.pt: it cannot be read as a checkpoint: it holds other objects"):
         load_weights(Net(), tmp_path / "model.pt")
     assert not (tmp_path / "executed").exists()
 
@@ -207,7 +208,8 @@ def test_a_model_of_transformers_becomes_a_folder_of_its_own(
 def test_a_target_of_a_checkpoint_is_not_called(run: Path, tmp_path: Path) -> None:
     """What a configuration in someone's checkpoint names is not executed."""
     from danling_conf.checkpoint import convert
-    from danling_conf.checkpoint.weights import OpenWeights, opened
+    from danling_conf.checkpoint.weight_sources import OpenWeights
+    from danling_conf.checkpoint.weights import opened
 
     with opened(run) as found:
         for target in ("os.mkdir", "transformers.utils.import_utils.os.mkdir", "transformers.pipeline"):

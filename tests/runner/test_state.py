@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from danling_conf.checkpoint.loading import LayoutDiffers, ModelDiffers, OptimizerDiffers
+from danling_conf.checkpoint.fit import ModelDiffers, OptimizerDiffers
+from danling_conf.checkpoint.loading import LayoutDiffers
 from danling_conf.parallel.waiting import waiting, waits_for
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.training import NotPrepared

@@ -73,10 +73,10 @@ def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violati
         marks = [folder / is_run, folder / CHECKPOINT_FILE, *checkpoints.glob(f"[!.]*/{CHECKPOINT_FILE}")]
         if key == "pretrained":
             marks += [*folder.glob(_WEIGHTS), *(checkpoints / "export").glob(_WEIGHTS)]
-            marks += [folder] if folder.suffix == ".safetensors" else []
+            marks += [folder]  # a file of weights: loading says what is wrong with it
         if not folder.exists():
             yield Violation(key, source, "there is no such file or directory", "give a run's directory or a checkpoint")
         elif not inside and not any(mark.is_file() for mark in marks):
             rule = f"there is no checkpoint in it, nor in its {config.checkpoint.dir_name}/"
-            more = ", or a folder of safetensors" if key == "pretrained" else ""
+            more = ", a folder of safetensors, or a file of weights" if key == "pretrained" else ""
             yield Violation(key, source, rule, f"give a run's directory or a checkpoint{more}")
