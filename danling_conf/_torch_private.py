@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import json
 import logging
 import os
@@ -43,6 +44,7 @@ __all__ = [
     "all_gather",
     "all_to_all",
     "argument_names",
+    "as_no_view",
     "compile_settings_restored",
     "default_store",
     "dump_memory_snapshot",
@@ -52,6 +54,7 @@ __all__ = [
     "flatten_mesh",
     "forget_compiled_code",
     "forget_meshes",
+    "gather_in_methods",
     "is_fake",
     "is_operator",
     "is_view",
@@ -77,6 +80,7 @@ __all__ = [
     "shut_down_workers",
     "split_mesh",
     "storage_identity",
+    "sum_over_ranks",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -180,6 +184,35 @@ class _AllToAll(torch.autograd.Function):
         received, sent = ctx.sizes
         back = functional.all_to_all_single(gradient.contiguous(), sent, received, ctx.group)
         return functional.wait_tensor(back), None, None, None
+
+
+def sum_over_ranks(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The sum of the group's tensors. Differentiable: gradients are summed too.
+
+    The public one, of `torch.distributed.nn`, warns at each call that it is deprecated for this one. Without it
+    `parallel.sync_batch_norm` fails on the CPU.
+    """
+    return _SumOverRanks.apply(tensor, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: ProcessGroup) -> Any:
+        ctx.group = group
+        return functional.wait_tensor(functional.all_reduce(tensor.contiguous(), "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return functional.wait_tensor(functional.all_reduce(gradient.contiguous(), "sum", ctx.group)), None
+
+
+def as_no_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that autograd takes for no view, so that it may be changed in place; what `to_local`
+    returns is a view made by a custom function, of which torch refuses that. Only where nothing else uses the memory.
+
+    Without `_unsafe_view`, tensor parallelism fails; a copy does the same.
+    """
+    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
 
 
 # Meshes and wrappers.
@@ -305,6 +338,56 @@ def whole_parameters(model: nn.Module) -> dict[int, torch.Tensor]:
         for item in group.fsdp_params
         if hasattr(item, "_unsharded_param")  # a module that no forward has passed yet has none
     }
+
+
+def gather_in_methods(module: Any, enter: Callable[[], None]) -> None:
+    """Let a module under FSDP2 have its parameters whole in any method of its class that the model's forward calls, as
+    in its own forward.
+
+    The public `register_fsdp_forward_method` does so for one method by name, also where the module's own forward calls
+    it: a second pass through FSDP2's hooks, which would end the first one's gradients too early.
+
+    Without `_pre_forward`, `_post_forward` or the states of 2.13, a model that calls such a method fails.
+
+    Args:
+        enter: called before parameters are gathered.
+    """
+    state = module._get_fsdp_state()
+
+    def whole_in(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # Compiled code is inside of the module's forward. Outside of a pass through the model nothing is gathered.
+            if torch.compiler.is_compiling() or state._training_state.name != "IDLE" or not _in_forward(state):
+                return method(*args, **kwargs)
+            enter()
+            args, kwargs = state._pre_forward(module, args, kwargs)
+            return state._post_forward(module, args, method(*args, **kwargs))
+
+        return run
+
+    for name in _own_methods(type(module)):
+        setattr(module, name, whole_in(getattr(module, name)))
+
+
+def _in_forward(state: Any) -> bool:
+    return state._is_root is False and state._state_ctx.iter_forward_root is not None
+
+
+def _own_methods(kind: type) -> list[str]:
+    """Names of the methods that a class of modules adds to `nn.Module`."""
+    known = {*dir(nn.Module), *dir(FSDPModule)}
+    found = {
+        name: value
+        for base in reversed(kind.__mro__)
+        if base is not FSDPModule and base is not nn.Module
+        for name, value in vars(base).items()
+    }
+    return [
+        name
+        for name, value in found.items()
+        if name not in known and not name.startswith("__") and inspect.isfunction(value)
+    ]
 
 
 @contextmanager

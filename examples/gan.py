@@ -4,9 +4,9 @@
     python examples/gan.py parallel=fsdp2 dataloader.batch_size=32 accum_steps=2
     python examples/gan.py resume=experiments/lin/exp/<run id> steps=600
 
-A resumed run continues bit by bit. The training does not depend on the layout: the same global batch under `ddp2` or
-`fsdp2` leads to the same weights as in one process. What only the Runner does (evaluation, trackers, loss scaling for
-fp16, ...) has no effect here.
+A run that a signal stops saves first and says how to resume it; a resumed run continues bit by bit. The training does
+not depend on the layout: the same global batch under `ddp2` or `fsdp2` leads to the same weights as in one process.
+What only the Runner does (evaluation, trackers, loss scaling for fp16, ...) has no effect here.
 """
 
 from __future__ import annotations

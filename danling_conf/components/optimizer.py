@@ -233,8 +233,12 @@ def _no_match(path: str, expression: re.Pattern[str], everywhere: Sequence[tuple
 
 
 def _one_by_one(entry: Entry, options: dict[str, Any], named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Let the optimizer step parameters one by one where some are sharded and some are not (tensor parallelism alone):
-    torch's foreach and fused versions take lists of one kind. On an accelerator they would be its default."""
+    """Let the optimizer step parameters one by one where some are sharded and some are not:
+    torch's foreach and fused versions take lists of one kind. On an accelerator they would be its default.
+
+    Those that are not sharded have no dimension or another dtype, or no place in the tensor plan. In groups of their
+    own they would let the others be stepped at once; but groups are in checkpoints, and would not be those of another
+    layout."""
     if len({isinstance(parameter, DTensor) for _, parameter in named}) < 2:
         return
     for name in ("foreach", "fused"):

@@ -113,6 +113,8 @@ class Passes:
         if self._check_attention is not None:
             self._check_attention(self.forward, batch)
             self._check_attention = None
+        if self.model.buffers is not None:
+            self.model.buffers.begin()
         with self._inside(self.model.sharded_logits):
             if self.model.pipeline is not None:
                 with self._refused_at_first():
@@ -141,6 +143,8 @@ class Passes:
         """
         if self.model.gradients is not None:
             self.model.gradients.finish()
+        if self.model.buffers is not None:
+            self.model.buffers.finish()
         if self._weighted is None:
             self._weighted = self._agreed(self._counted is not None)
         if not self._weighted:

@@ -19,14 +19,13 @@ from danling_conf._torch_private import tree_map
 from danling_conf.components.batch import map_tensors
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.precision import dtype
+from danling_conf.parallel.batch_norm import BATCH_NORMS
 from danling_conf.parallel.blocks import repeated_blocks, sharing_parameters
 from danling_conf.parallel.mesh import WEIGHTS, axes_of, axis, weights_mesh
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.topology.violation import SettingError
 
 _log = logging.getLogger(__name__)
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def shard(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,17 +21,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from danling_conf import _torch_private
 from danling_conf.parallel import activation_checkpointing as recomputation
+from danling_conf.parallel import batch_norm, data_gradients, ddp, hugging_face
 from danling_conf.parallel import compile as compilation
 from danling_conf.parallel import context as context_axis
-from danling_conf.parallel import data_gradients, ddp, hugging_face
 from danling_conf.parallel import expert as expert_axis
 from danling_conf.parallel import fsdp as sharding
 from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import tensor as tensor_axis
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
+from danling_conf.parallel.buffers import SharedBuffers
 from danling_conf.parallel.context import ContextParallel
 from danling_conf.parallel.data_gradients import DataGradients
+from danling_conf.parallel.gathered_blocks import GatheredBlocks
 from danling_conf.parallel.init_plan import Source, build, make_contiguous, meta_copy, named_tensors, refuse_meta
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
@@ -73,6 +76,10 @@ class Assembled:
     """Of FSDP; None without it."""
     gradients: DataGradients | None = None
     """Completes gradients over the data ranks; None in a pipeline, and without DDP and FSDP."""
+    blocks: GatheredBlocks | None = None
+    """Blocks that FSDP gathers one by one; None in a pipeline, whose schedule passes each."""
+    buffers: SharedBuffers | None = None
+    """Shares buffers over the data ranks; None where there is one, and under DDP, which does that itself."""
 
     def run(self, function: Callable[[nn.Module], torch.Tensor | None], *, training: bool) -> torch.Tensor | None:
         """What `function` returns for the model: a loss, or nothing. It runs inside of the wrapped model's forward, so
@@ -82,7 +89,8 @@ class Assembled:
             # In evaluation DDP's forward would synchronise buffers, which it does not change.
             return module.run_inside(function) if training else function(module.module)
         if isinstance(module, FSDPModule):
-            return _torch_private.run_inside_fsdp(module, lambda: function(module))
+            with nullcontext() if self.blocks is None or not training else self.blocks.forward():
+                return _torch_private.run_inside_fsdp(module, lambda: function(module))
         return function(module)
 
     def inputs(self, batch: object) -> object:
@@ -179,14 +187,13 @@ def assemble(
 
     stages = _cut(whole, layout, parallel, example, forward)
     parts = {0: whole} if stages is None else dict(stages.parts)
-    if layout.data_degree > 1:
-        _warn_of_local_statistics(whole)
     pipelined = stages is not None
 
     unused = parallel.unused_parameters == data_gradients.ALLOW
     compilation.configure(compile)  # before DDP wraps: `python_reducer` changes what it sets up
     sharded_logits = per_block = False
     for part in parts.values():
+        batch_norm.apply(part, mesh, device, synchronise=parallel.sync_batch_norm)
         experts, sharded = _lay_out(part, layout, mesh, expert_mesh, parallel, plan, context, pipelined=pipelined)
         sharded_logits = sharded_logits or sharded
         recomputation.apply(part, activation_checkpointing, recomputed)
@@ -219,6 +226,8 @@ def assemble(
         check_attention=check_attention,
         policy=_policy(fsdp, precision),
         gradients=None if pipelined else _gradients(parts[0], parallel, fsdp, mesh),
+        blocks=None if pipelined else _blocks(parts[0], fsdp, batch_mesh(mesh)),
+        buffers=_buffers(list(parts.values()), batch_mesh(mesh), by_ddp=by_ddp),
     )
 
 
@@ -260,14 +269,6 @@ def _check_layout(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> 
         )
         for name in absent
     )
-
-
-def _warn_of_local_statistics(model: nn.Module) -> None:
-    """Batch normalisation over several data ranks is not that of one process: each rank uses its own samples."""
-    local = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    found = next((name for name, module in model.named_modules() if isinstance(module, local)), None)
-    if found is not None:
-        _log.warning("batch normalisation %s uses the samples of its own rank, not of the whole batch", found)
 
 
 def _whole_model(
@@ -354,7 +355,7 @@ def _cut(
         stages_of.check_used(model, names, trial)
         rehearse(trial, names, blocks, forward, batch)
 
-    normalised = [name for name, module in model.named_modules() if isinstance(module, sharding.BATCH_NORMS)]
+    normalised = [name for name, module in model.named_modules() if isinstance(module, batch_norm.BATCH_NORMS)]
     if normalised:
         _log.warning("pipeline: %s normalises over the samples of a microbatch, not of a batch", normalised[0])
     trial = None
@@ -469,6 +470,14 @@ def _gradients(
         return None
     whole = sharding.whole_parameters(model) if fsdp.enabled else []
     return DataGradients(model, unused=parallel.unused_parameters, replicated=whole, mesh=batch_mesh(mesh))
+
+
+def _blocks(model: nn.Module, fsdp: FsdpConfig, batch: DeviceMesh | None) -> GatheredBlocks | None:
+    return GatheredBlocks(model, batch) if fsdp.enabled and batch is not None else None
+
+
+def _buffers(parts: Sequence[nn.Module], batch: DeviceMesh | None, *, by_ddp: bool) -> SharedBuffers | None:
+    return None if by_ddp or batch is None or batch.size() == 1 else SharedBuffers(parts, batch)
 
 
 def _pipeline(

@@ -382,6 +382,8 @@ def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
     microbatch = work.microbatches[work.current]
     assert work.forward is not None  # set before each pass
     stage.sent = sent
+    if sent is not None and sent.requires_grad:
+        sent.register_hook(torch.Tensor.contiguous)  # its gradient is sent back, and gloo sends nothing permuted
     with work.autocast():
         output = work.forward(_StandIn(self, stage), microbatch)
         stage.sent = None

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from danling_conf._torch_private import as_no_view
 from danling_conf.parallel import hugging_face
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.inside_step import sharded_logits
@@ -119,6 +120,8 @@ def parallelize(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, 
             # An output that a collective is still filling, fed to a compiled block under FSDP2, makes the gradient of
             # this module exactly 0 (torch 2.13): a copy is an ordinary tensor.
             module.register_forward_hook(copied)
+        elif not is_head:
+            module.register_forward_hook(_may_be_changed)
     _tie(model, ties)
     return sharded
 
@@ -212,6 +215,11 @@ def copied(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.clone()
 
 
+def _may_be_changed(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A hook that lets what follows a sharded layer work in place (`ReLU(inplace=True)`, `add_`)."""
+    return as_no_view(output) if isinstance(output, Tensor) and not isinstance(output, DTensor) else output
+
+
 def _from_parts(part: Tensor, mesh: DeviceMesh) -> DTensor:
     joined = part if isinstance(part, DTensor) else DTensor.from_local(part, mesh, [_SEQUENCE], run_check=False)
     return joined.redistribute(placements=[Replicate()])
@@ -220,7 +228,7 @@ def _from_parts(part: Tensor, mesh: DeviceMesh) -> DTensor:
 def _whole(output: Any) -> Any:
     if not isinstance(output, DTensor):
         return output
-    return output.redistribute(placements=[Replicate()]).to_local()
+    return as_no_view(output.redistribute(placements=[Replicate()]).to_local())
 
 
 def _check_sequence(tokens: Tensor, degree: int) -> None:

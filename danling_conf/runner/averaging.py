@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from danling_conf.checkpoint.state import named_parameters
+from danling_conf.checkpoint.state import MODEL, model_tensors, named_parameters
 from danling_conf.runner.callbacks import Callback, TrainingRun
 
 
@@ -20,7 +20,7 @@ class EMA(Callback):
 
     Evaluations use the average, and so do the score and the export; training goes on with the weights themselves, which
     are what a checkpoint holds as its model. The average is in the checkpoint too, sharded as the weights are, and
-    fits another layout as they do. Buffers (running statistics) are not averaged.
+    fits another layout as they do.
 
     Args:
         decay: share of the average that a step keeps, from 0 to 1.
@@ -28,6 +28,8 @@ class EMA(Callback):
         every: optimizer steps between two updates.
         evaluate: whether evaluations use the average.
         export: whether the export of the model alone holds the average.
+        use_buffers: whether saved buffers of floating point (running statistics of batch normalisation) are averaged
+            and used with the weights, as in torch's `AveragedModel`. Otherwise the model's own are used.
         name: key in the checkpoint. None: `EMA`.
 
     Attributes:
@@ -45,13 +47,14 @@ class EMA(Callback):
         every: int = 1,
         evaluate: bool = True,
         export: bool = True,
+        use_buffers: bool = False,
         name: str | None = None,
     ) -> None:
         if start_step < 1 or every < 1:
             raise ValueError(f"start_step and every must be at least 1, not {start_step} and {every}")
         self.name = name
         self.decay, self.start_step, self.every = decay, start_step, every
-        self.evaluate, self.export = evaluate, export
+        self.evaluate, self.export, self.use_buffers = evaluate, export, use_buffers
         self.averaged = 0
         self._update: Any = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self._weights: dict[str, Tensor] = {}
@@ -60,7 +63,7 @@ class EMA(Callback):
         self._swapped = False
 
     def setup(self, runner: TrainingRun) -> None:
-        self._weights = {name: item for name, item in named_parameters(runner.parts) if item.requires_grad}
+        self._find(runner)
         self._average = {name: item.detach().clone() for name, item in self._weights.items()}
         # torch's update takes lists of plain tensors of one kind. Average and weight are sharded alike, so that each
         # rank can update what it holds.
@@ -69,11 +72,23 @@ class EMA(Callback):
             groups.setdefault((weight.dtype, weight.device), []).append(name)
         self._groups = list(groups.values())
 
+    def _find(self, runner: TrainingRun) -> None:
+        self._weights = {name: item for name, item in named_parameters(runner.parts) if item.requires_grad}
+        if self.use_buffers:
+            parameters = {name for name, _ in named_parameters(runner.parts)}
+            self._weights |= {
+                name: item
+                for full_name, item in model_tensors(runner.parts).items()
+                if (name := full_name.removeprefix(MODEL)) not in parameters and item.is_floating_point()
+            }
+
     @torch.no_grad()
     def on_step_end(self, runner: TrainingRun) -> None:
         step = runner.global_step
         if step < self.start_step or (step - self.start_step) % self.every:
             return
+        if self.use_buffers:  # a forward may have put others in their place
+            self._find(runner)
         for averages, weights in self._held():
             if self.averaged:
                 self._update(averages, weights, self.averaged)

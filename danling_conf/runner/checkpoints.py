@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,9 +26,12 @@ from danling_conf.checkpoint.several import Optimizers
 from danling_conf.checkpoint.weight_sources import NothingSaved
 from danling_conf.components.samplers import seed_of
 from danling_conf.config.identity import layout_name, plain
+from danling_conf.records.stopped import Stopped
 from danling_conf.runner import process
 from danling_conf.runner.batches import Batches
 from danling_conf.runner.cadence import cadence_of
+from danling_conf.runner.conclusion import resume_stopped_command
+from danling_conf.runner.signals import StopRequest
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation, refused
@@ -48,9 +52,10 @@ class Stateful(Protocol):
 class Checkpoints:
     """Saves and resumes a loop that counts optimizer steps. A context manager: leaving it waits for the last save.
 
-    Everything is collective. Signals are not listened for: a process that is ended loses the steps since the last save.
-    The options of the optimizers' groups are resumed as well. Models and optimizers are saved whole under any layout
-    without a pipeline. Names in the checkpoint are `<model>.<parameter>`.
+    Everything is collective. A signal that asks the run to stop (SIGTERM, SIGINT, SIGUSR1, SIGUSR2) is agreed on by all
+    ranks in `after_step`, which saves and leaves; with several ranks, one step after it arrived. The options of the
+    optimizers' groups are resumed as well. Models and optimizers are saved whole under any layout without a pipeline.
+    Names in the checkpoint are `<model>.<parameter>`.
 
     Args:
         config: the whole configuration: it is saved, and compared when the run is resumed.
@@ -98,6 +103,7 @@ class Checkpoints:
             token=world.attempt.token,
             on_node=(world.ranks.local_rank, world.ranks.local_world_size),
         )
+        self._stop_request = StopRequest(second_ends=not world.repeats_signals)
 
     def restore(self) -> int:
         """Load what the run resumes from (`resume`, `auto_resume`), else weights alone (`pretrained`); then set the
@@ -159,17 +165,36 @@ class Checkpoints:
             process.seed_rank(seed_of(world.attempt.seed, 0, loaded.facts.step), world.stream)
 
     def after_step(self, step: int) -> None:
-        """Save where a checkpoint is due after this step: every `checkpoint.interval` steps, and after the last.
+        """Save where a checkpoint is due after this step (every `checkpoint.interval` steps, and after the last), and
+        where a signal asked the run to stop.
 
         Args:
             step: optimizer steps done.
 
-        Raises SaveFailed, also for an earlier save in the background.
+        Raises:
+            SaveFailed: also for an earlier save in the background.
+            Stopped: a signal asked for it, and the step is saved.
         """
         self.manager.check()
         every, last = self._cadence.save_every, step == self._config.steps
-        if last or (every is not None and step % every == 0):
+        due = last or (every is not None and step % every == 0)
+        if due:
             self.save(step, history=self._cadence.keeps_history and not last)
+        number = self._stop_request.signal_on_any_rank()
+        if number and not last:
+            self._leave(step, number, saved=due)
+
+    def _leave(self, step: int, number: int, *, saved: bool) -> None:
+        enabled = self.manager.enabled
+        if enabled and not saved:
+            self.save(step, history=False)
+        self.manager.drain()
+        stopped, world = Stopped(number), self._world
+        if world.ranks.main:
+            print(f"{stopped}; {f'saved at step {step}' if enabled else 'nothing is saved'}", flush=True)
+            if enabled:
+                print(f"to resume: {resume_stopped_command(world.attempt, world.ranks)}", flush=True)
+        raise stopped
 
     def save(self, step: int, *, history: bool = True, best: bool = False) -> None:
         """Save everything as it is now.
@@ -206,20 +231,24 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
+        limit = self._config.comm.init_timeout_seconds
+        self._stop_request.install(None if limit is None else timedelta(seconds=limit))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        failing = error is not None and not isinstance(error, Stopped)
         try:
             if self._batches is not None:
                 self._batches.close()
-            self.manager.drain(None if error is None else _FAILING_SECONDS)
+            self.manager.drain(_FAILING_SECONDS if failing else None)
         except SaveFailed as failure:
-            if error is None:
+            if not failing:
                 raise
             _log.warning("%s", failure)  # the loop fails by something else, which is what is shown
         finally:
+            self._stop_request.remove(failing=failing)
             self.manager.close()
 
 

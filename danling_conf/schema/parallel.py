@@ -120,6 +120,10 @@ class ParallelConfig:
     names them; FSDP takes those that no rank uses, as one process does. `allow`: they may be others in each step and on
     each rank, and stay as they are in steps where no rank uses them. That costs a search of the graph in each step, and
     FSDP gathers the whole model at once, since ranks may pass different blocks."""
+    sync_batch_norm: bool = setting(False, read_by="danling_conf.parallel.batch_norm")
+    """Let batch normalisation use the samples of all data ranks, as one process with the whole batch does, at the cost
+    of two sums over the ranks for each module. `false`: each rank uses its own samples, which a warning says, and rank
+    0's running statistics are evaluated and saved. Not in a pipeline, which passes microbatches."""
     use_device_mesh: bool = setting(True, semantic=False)
     """Describe the ranks by a `DeviceMesh`. Without one, they are the default process group: enough for DDP only."""
     mesh_device_type: Optional[str] = setting(None, semantic=False, choices=("cpu", "cuda", "xpu", "mps", "hpu", "npu"))

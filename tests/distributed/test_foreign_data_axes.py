@@ -6,6 +6,7 @@ Momentum and weight decay are on: a parameter that has a gradient of zeros moves
 from __future__ import annotations
 
 import functools
+import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.nn.utils import parametrizations
 
 from danling_conf import ConfigRefused
 from danling_conf.components import optimizer as optimizers
+from danling_conf.parallel import batch_norm
 from danling_conf.parallel.forward_backward import Passes
 from danling_conf.parallel.mesh import data_rank_and_degree, make
 from danling_conf.parallel.model import assemble
@@ -30,7 +32,7 @@ from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.schema.optim import OptimConfig
 from danling_conf.schema.parallel import ParallelConfig
-from tests.support.spawn import run
+from tests.support.spawn import RankFailed, run
 
 pytestmark = pytest.mark.slow
 
@@ -174,6 +176,21 @@ class Buffers(Model):
     block = BufferBlock
 
 
+class NormBlock(Block):
+    """Batch normalisation of features, and of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.plain = nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(1, momentum=None, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.plain(self.norm(x)[:, None] + 1)[:, 0])
+
+
+class Norm(Model):
+    block = NormBlock
+
+
 class Unused(Model):
     def __init__(self) -> None:
         super().__init__()
@@ -207,6 +224,47 @@ class BranchesBySample(Model):
             chosen = 0 if half[0, 0] < 0 else 1
             outputs.append(self.head(self.blocks[chosen](half) * self.scale[chosen]))
         return torch.cat(outputs)
+
+
+class Alternating(Model):
+    """Ranks pass their two blocks in different orders, in the first step or later; all parameters are used."""
+
+    def __init__(self, since: int = 0) -> None:
+        super().__init__()
+        self.since, self.step = since, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        parts = x.chunk(2) if len(x) == BATCH else (x,)
+        for rank, part in enumerate(parts, 0 if len(parts) == 2 else dist.get_rank()):
+            for block in list(self.blocks)[:: -1 if rank and self.step >= self.since else 1]:
+                part = block(part)
+            outputs.append(self.head(part))
+        self.step += 1
+        return torch.cat(outputs)
+
+
+class MethodBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def mix(self, x: Tensor, *, scale: float) -> Tensor:
+        return self(self.feed(x)) * scale
+
+    def feed(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+class BlockMethods(Model):
+    """Calls methods of its blocks, which call each other and the block."""
+
+    block = MethodBlock
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.mix(block.feed(x), scale=0.5)
+        return self.head(x)
 
 
 class WithLoss(Model):
@@ -274,6 +332,8 @@ class Kind:
     forward: Callable[[Any, Any], Any] = lambda model, batch: model(batch["x"])
     loss: Callable[[Any, Any], Any] = squares
     unused: str = "refuse"
+    synchronise: bool = False
+    """Batch normalisation."""
     compile: str | None = None
     """The scope of compilation."""
     accumulate: int = 1
@@ -302,11 +362,18 @@ KINDS = {
     "tied weights": Kind(Tied),
     "parametrizations": Kind(Parametrized),
     "buffers": Kind(Buffers),
+    "batch normalisation": Kind(Norm, synchronise=True),
+    "methods of blocks": Kind(BlockMethods),
+    "methods of blocks, compiled": Kind(BlockMethods, compile="block"),
     "an unused layer": Kind(Unused, refused={"ddp2": "b.weight, b.bias"}),
     "an unused layer, allowed": Kind(Unused, unused="allow"),
     "branches by step, allowed": Kind(BranchesByStep, unused="allow"),
-    "branches by step": Kind(BranchesByStep, refused={"ddp2": "other.weight", "fsdp2": "other.weight",
-                                                      "hsdp2x1": "other.weight"}),
+    "branches by step": Kind(
+        BranchesByStep, refused={"ddp2": "other.weight", "fsdp2": "passes blocks.1 where it passes blocks.0",
+                                 "hsdp2x1": "passes blocks.1 where it passes blocks.0"}),
+    "blocks in another order": Kind(
+        Alternating, refused=dict.fromkeys(("fsdp2", "hsdp2x1"), "blocks.1 on some ranks where it passes blocks.0")),
+    "blocks in another order, allowed": Kind(Alternating, unused="allow"),
     "branches by sample, allowed": Kind(BranchesBySample, unused="allow"),
     "a method": Kind(WithLoss, by_method, as_is),
     "a method, accumulated": Kind(WithLoss, by_method, as_is, accumulate=2),
@@ -318,6 +385,10 @@ KINDS = {
     "T5": Kind(t5, lambda model, batch: model(input_ids=batch["ids"], labels=batch["labels"]), own_loss),
     "Whisper": Kind(whisper, lambda model, batch: model(input_features=batch["mel"], labels=batch["labels"]), own_loss),
 }  # fmt: skip
+
+
+OF_RANKS = {"batch normalisation of each rank": Kind(Norm)}
+"""What no data axis trains as one process does."""
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -339,6 +410,10 @@ def full(tensor: Tensor) -> Tensor:
 
 def train(kind: Kind, layout: Layout, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Gradients of the first step and weights after the last, in full; or the refusal."""
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(batch_norm.__name__).addHandler(handler)
     assembled = assemble(
         kind.model,
         layout=layout,
@@ -348,8 +423,9 @@ def train(kind: Kind, layout: Layout, mesh: DeviceMesh | None) -> dict[str, Any]
         fsdp=FsdpConfig(enabled=layout.fsdp),
         compile=CompileConfig(enable=kind.compile is not None, backend="aot_eager", scope=kind.compile or "block"),
         activation_checkpointing=ActivationCheckpointingConfig(),
-        parallel=ParallelConfig(unused_parameters=kind.unused),
+        parallel=ParallelConfig(unused_parameters=kind.unused, sync_batch_norm=kind.synchronise),
     )
+    logging.getLogger(batch_norm.__name__).removeHandler(handler)
     section = OptimConfig(type="SGD", lr=0.1)
     section.momentum, section.weight_decay = 0.9, 0.1
     optimizer = optimizers.make(assembled.module, section)
@@ -369,12 +445,19 @@ def train(kind: Kind, layout: Layout, mesh: DeviceMesh | None) -> dict[str, Any]
             optimizer.zero_grad()
     except ConfigRefused as error:
         return {"refused": str(error)}
+    buffers = {name.removeprefix("module."): item.clone() for name, item in assembled.module.named_buffers()}
     measured = passes.evaluate({name: value.chunk(degree)[rank] for name, value in batch.items()}, largest=BATCH,
                                counts=True)  # fmt: skip
     total = measured.mean.float()
     if degree > 1:
         dist.all_reduce(total)
-    return {**result, "weights": {name: full(item) for name, item in named}, "loss": {"loss": total / degree}}
+    return {
+        **result,
+        "weights": {name: full(item) for name, item in named},
+        "buffers": buffers,
+        "warnings": warnings,
+        "loss": {"loss": total / degree},
+    }
 
 
 def train_all(names: list[str], layouts: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -384,17 +467,31 @@ def train_all(names: list[str], layouts: list[str]) -> dict[tuple[str, str], dic
     for name in names:
         for layout in layouts:
             try:
-                results[name, layout] = train(KINDS[name], LAYOUTS[layout], meshes[layout])
+                results[name, layout] = train((KINDS | OF_RANKS)[name], LAYOUTS[layout], meshes[layout])
             except Exception:  # of a cell; the others are looked at all the same
                 results[name, layout] = {"error": traceback.format_exc()}
             torch._dynamo.reset()
     return results
 
 
+def order_of_later() -> None:
+    """Two steps, in the second of which rank 1 passes its blocks in another order."""
+    layout = LAYOUTS["fsdp2"]
+    assembled = assemble(
+        functools.partial(Alternating, since=1), layout=layout, mesh=make(layout, "cpu"), device=torch.device("cpu"),
+        seed=7, fsdp=FsdpConfig(enabled=True), compile=CompileConfig(),
+        activation_checkpointing=ActivationCheckpointingConfig(),
+    )  # fmt: skip
+    passes = Passes(assembled, Kind(Alternating).forward, squares, layout, torch.device("cpu"))
+    for batch in batches()[:2]:
+        passes.train({name: value.chunk(2)[dist.get_rank()] for name, value in batch.items()})
+        passes.finish(assembled.module.parameters())
+
+
 @functools.cache
 def trained() -> list[dict[tuple[str, str], dict[str, Any]]]:
     """The results of all cells, by rank: one world for all of them."""
-    return run(train_all, 2, list(KINDS), list(LAYOUTS), timeout=500, collectives=60)
+    return run(train_all, 2, [*KINDS, *OF_RANKS], list(LAYOUTS), timeout=500, collectives=60)
 
 
 @functools.cache
@@ -415,10 +512,29 @@ def test_a_model_is_what_one_process_makes(name: str, layout: str) -> None:
             assert "parallel.unused_parameters=allow" in found["refused"]
             continue
         assert "refused" not in found, found["refused"]
-        for part in ("gradients", "weights", "loss"):
+        for part in ("gradients", "weights", "buffers", "loss"):
             assert found[part].keys() == expected[part].keys(), part
             for key, value in expected[part].items():
                 assert_close(found[part][key], value, f"{part} {key}")
+
+
+def test_statistics_of_each_rank_are_warned_of_and_the_first_rank_gives_its_own_to_all() -> None:
+    first, second = trained()
+    for layout in LAYOUTS:
+        found = first["batch normalisation of each rank", layout]
+        assert len(found["warnings"]) == 1
+        assert found["warnings"][0].startswith("batch normalisation blocks.0.norm uses the samples of its own rank")
+        assert first["batch normalisation", layout]["warnings"] == []
+        if layout == "ddp2":  # before each forward
+            continue
+        for name, value in second["batch normalisation of each rank", layout]["buffers"].items():
+            assert torch.equal(value, found["buffers"][name]), name
+            assert value.dtype == torch.int64 or value.abs().sum() > 0
+
+
+def test_blocks_in_another_order_later_are_refused() -> None:
+    with pytest.raises(RankFailed, match=r"(?s)rank 1 failed:.*blocks\.1 where it passes blocks\.0 in the first"):
+        run(order_of_later, 2)
 
 
 def assert_close(found: Tensor, expected: Tensor, what: str) -> None:

@@ -60,7 +60,7 @@ def test_ranks_train_as_one_process_does(tmp_path: Path, accumulate: int) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["single", "ddp2", "fsdp2"])
-def test_a_killed_run_resumes_bit_by_bit(tmp_path: Path, layout: str) -> None:
+def test_a_run_that_is_killed_and_then_stopped_resumes_bit_by_bit(tmp_path: Path, layout: str) -> None:
     """Adam's moments, the place in the second epoch, and the steps of the budget."""
     ranks = 1 if layout == "single" else 2
     size = 128 // ranks  # eleven micro-batches an epoch, so that a step takes its two from two epochs
@@ -69,7 +69,12 @@ def test_a_killed_run_resumes_bit_by_bit(tmp_path: Path, layout: str) -> None:
     whole = on_ranks(trained, ranks, str(tmp_path / "whole"), settings)
     killed = on_ranks(trained, ranks, str(tmp_path / "killed"), settings, 6)
     assert all(isinstance(item, Died) for item in killed)
-    resumed = on_ranks(trained, ranks, str(tmp_path / "killed"), [*settings, "auto_resume=true"])
+    settings.append("auto_resume=true")
+    stopped = on_ranks(trained, ranks, str(tmp_path / "killed"), settings, None, 7)
+    assert all("SIGTERM" in words for words in stopped)
+    latest = (run_of(tmp_path / "killed") / "checkpoints" / "latest").resolve().name
+    assert latest == f"ckpt-s{7 if ranks == 1 else 8:08d}"
+    resumed = on_ranks(trained, ranks, str(tmp_path / "killed"), settings)
     assert resumed == whole
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(found[name], expected[name]) for name in expected)

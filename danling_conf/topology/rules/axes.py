@@ -104,6 +104,17 @@ def whole_graphs(config: RunnerConfig, context: Context) -> Iterator[Violation]:
         )
 
 
+def whole_statistics(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Sums over the ranks inside of batch normalisation are outside of compiled code."""
+    if config.compile.enable and config.compile.fullgraph and config.parallel.sync_batch_norm:
+        yield Violation(
+            "compile.fullgraph",
+            True,
+            "synchronised batch normalisation breaks the graph of each block",
+            "compile.fullgraph=null",
+        )
+
+
 def _degrees(config: RunnerConfig) -> Layout:
     return layout_of(config)
 

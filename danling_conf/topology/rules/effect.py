@@ -41,6 +41,9 @@ def settings_without_axis(config: RunnerConfig, context: Context) -> Iterator[In
             for name in names:
                 if getattr(section, name) != getattr(default, name):
                     yield Ineffective(f"parallel.{name}", f"the {axis} degree is 1")
+    axes = section.axes
+    if section.sync_batch_norm and {axes.replicate, axes.shard, axes.context} <= {0, 1}:
+        yield Ineffective("parallel.sync_batch_norm", "there is one data rank")
     if section.axes.context > 1 and section.context_method == "ulysses" and not section.context_balance:
         yield Ineffective("parallel.context_balance", "ulysses is balanced anyway")
 

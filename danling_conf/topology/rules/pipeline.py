@@ -108,6 +108,17 @@ def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Viol
         )
 
 
+def local_statistics(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A stage sees one microbatch at a time, so that no sum over ranks gives the statistics of a batch."""
+    if config.parallel.sync_batch_norm and config.parallel.axes.pipeline > 1:
+        yield Violation(
+            "parallel.sync_batch_norm",
+            True,
+            "a pipeline normalises over the samples of a microbatch, whatever other ranks have",
+            "parallel.sync_batch_norm=false, or a layout without a pipeline",
+        )
+
+
 def split_backward(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Gradients of inputs and of weights cannot be computed separately in compiled code."""
     schedule = config.parallel.pipeline_schedule

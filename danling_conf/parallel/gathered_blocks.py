@@ -1,0 +1,103 @@
+"""Blocks that FSDP gathers one by one: in the same order on every rank, whichever of their methods is called.
+
+A gather takes whatever the other ranks send at that moment. Ranks that pass different blocks wait for each other until
+the timeout, or, where shards have one size, compute with parts of two blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from danling_conf._torch_private import gather_in_methods
+from danling_conf.topology.violation import ConfigRefused, Violation
+
+_PATH = "parallel.unused_parameters"
+_END = -1
+"""In the place of a block: the forward is over."""
+
+
+class GatheredBlocks:
+    """Holds the order in which the first forward passes blocks, which all ranks agree on block by block, and refuses
+    another one in a later forward.
+
+    Args:
+        model: under FSDP, sharded block by block.
+        mesh: the ranks that train it.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        self.group, self.device = mesh.get_group(), torch.device(mesh.device_type)
+        found: list[tuple[str, Any]] = [
+            (name, module) for name, module in model.named_modules() if name and isinstance(module, FSDPModule)
+        ]
+        self.names = [name for name, _ in found]
+        self._order: list[int] = []
+        self._agreed = False
+        """Whether the first forward came to its end."""
+        self._passed: int | None = None
+        """Blocks passed by the forward under way; None outside of one."""
+        for index, (_, module) in enumerate(found):
+            # In front of FSDP's own hook, which gathers.
+            module.register_forward_pre_hook(partial(_enter, self, index), prepend=True)
+            gather_in_methods(module, partial(self.enter, index))
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Context of a forward that is trained on: blocks that recompute in the backward pass are not looked at.
+        Collective in the first one.
+
+        Raises:
+            ConfigRefused: ranks pass different blocks; in the first forward on all ranks, later on those whose order is
+                another one than before.
+        """
+        self._passed = 0
+        if not self._agreed:  # the one before may have failed, and been survived
+            self._order = []
+        try:
+            yield
+            self.enter(_END)
+            self._agreed = True
+        finally:
+            self._passed = None
+
+    def enter(self, index: int) -> None:
+        """Pass a block, before its parameters are gathered."""
+        if self._passed is None or not self.names:
+            return
+        if not self._agreed:
+            self._agree(index)
+            self._order.append(index)
+        elif self._passed >= len(self._order) or self._order[self._passed] != index:
+            before = self._order[self._passed] if self._passed < len(self._order) else _END
+            raise _refusal(f"the forward {self._at(index)} where it {self._at(before)} in the first step")
+        self._passed += 1
+
+    def _agree(self, index: int) -> None:
+        extremes = torch.tensor([index, -index], device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+        most, least = extremes.tolist()
+        if most != -least:
+            raise _refusal(f"the forward {self._at(most)} on some ranks where it {self._at(-least)} on others")
+
+    def _at(self, index: int) -> str:
+        return "ends" if index == _END else f"passes {self.names[index]}"
+
+
+@torch.compiler.disable
+def _enter(blocks: GatheredBlocks, index: int, module: nn.Module, args: object) -> None:
+    blocks.enter(index)
+
+
+def _refusal(what: str) -> ConfigRefused:
+    rule = f"{what}: FSDP gathers block by block, which all ranks must pass in one order"
+    fix = f"pass the same blocks on every rank and in each step, or let ranks differ: {_PATH}=allow"
+    return ConfigRefused([Violation(_PATH, "refuse", rule, fix)])
