@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from danling_conf.checkpoint import contents, disk_names, manifest, sources
+from danling_conf.checkpoint import contents, danling_files, disk_names, manifest, sources
 from danling_conf.checkpoint.folder import BEST, EXPORT, Folder, reading, real
 from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known
 from danling_conf.checkpoint.writing import SHARED
+from danling_conf.schema.files import danling_checkpoint
 
 Verify = Callable[[Path, Manifest], None]
 
@@ -54,6 +55,9 @@ class OpenWeights:
 
 def candidates(source: Path, best: bool = False) -> list[Path]:
     """What may be loaded, the newest first. Raises NothingSaved."""
+    foreign = danling_checkpoint(source)
+    if foreign is not None and not best:
+        return [foreign]
     itself = source.is_file() or _is_one(source) or _is_plain(source)
     if best and itself:
         raise NothingSaved(f"{source}: the best is chosen among the checkpoints of a run, and this is no run")
@@ -104,6 +108,9 @@ def open_one(path: Path, stack: ExitStack, verify: Verify = manifest.verify) -> 
         stack: keeps the run, which may be alive, from removing the checkpoint.
         verify: compares checksums.
     """
+    foreign = danling_checkpoint(path)
+    if foreign is not None:
+        return OpenWeights(path=foreign, facts=None, tensors=danling_files.weights(foreign))
     if path.is_file() and path.suffix != ".safetensors":
         return OpenWeights(path=path, facts=None, tensors=sources.plain_file(path))
     if path.name == EXPORT or os.path.lexists(path / EXPORTED) or not _is_one(path):

@@ -54,7 +54,8 @@ def load_weights(
     Args:
         module: on any device except meta. It may be compiled.
         source: a run's directory, which means its newest whole checkpoint or export; a checkpoint's or an export's
-            folder; a folder of safetensors; a safetensors file; or a state dict that `torch.save` wrote.
+            folder; a folder of safetensors; a safetensors file; a state dict that `torch.save` wrote; or what DanLing
+            0.4 saved.
         best: the run's best checkpoint in place of its newest.
         strict: refuse names that only one of both has. False: load what they share, and return the others.
         cast: convert between floating-point dtypes. False: refuse a dtype that differs.
