@@ -91,7 +91,7 @@ def _shards(path: Path) -> Source:
 
 def _reader(path: Path) -> SafeReader:
     # DanLing keeps no checksums, so every shard beside the description may be read.
-    return SafeReader(path, [file.name for file in path.glob("*.distcp")])
+    return SafeReader(path, [file.name for file in path.glob("*.distcp")], objects=True)
 
 
 def _cleaned(name: str) -> str:

@@ -73,11 +73,12 @@ class SafeReader(FileSystemReader):
 
     Args:
         listed: the files that have a checksum; no other is read.
+        objects: whether the folder may hold other objects than tensors, which are not read.
     """
 
-    def __init__(self, path: Path, listed: Collection[str]) -> None:
+    def __init__(self, path: Path, listed: Collection[str], *, objects: bool = False) -> None:
         super().__init__(path)
-        self._listed = listed
+        self._listed, self._objects = listed, objects
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / METADATA
@@ -116,6 +117,8 @@ class SafeReader(FileSystemReader):
             if start < 0 or length < 0 or (file == after and start + length > begin):
                 raise Broken(f"{path}: it names bytes of {file} twice, or none that are in it")
         for name, item in metadata.state_dict_metadata.items():
+            if not isinstance(item, TensorStorageMetadata) and self._objects:
+                continue
             if not isinstance(item, TensorStorageMetadata):
                 raise Broken(f"{self.path}: it cannot be read: {name} is no tensor")
             fault = uncovered(item)
