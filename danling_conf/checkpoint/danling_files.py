@@ -55,7 +55,10 @@ def weights(path: Path) -> Source:
     """
     if path.is_dir():
         return _shards(path)
-    model = _file(path).get("model")
+    try:
+        model = _file(path).get("model")
+    except Broken:
+        model = None
     if not isinstance(model, Mapping):
         return sources.plain_file(path)  # a state dict of somebody else's, or a sentence
     tensors = {_cleaned(f"{MODEL}{name}"): item for name, item in model.items() if isinstance(item, Tensor)}

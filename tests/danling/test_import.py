@@ -125,7 +125,7 @@ CASES = [
     ({"fsdp": {"enabled": True}}, "fsdp.enabled", False, "no effect there without stack=parallel"),
     ({**EXPERT, "fsdp.mp_policy": {"param_dtype": "torch.bfloat16"}}, "fsdp.mp_policy.param_dtype", "bf16", ""),
     ({**EXPERT, "fsdp.offload_policy": {}}, "fsdp.offload_policy.enabled", True, ""),
-    ({**EXPERT, "parallel.axes.expert": 4}, "parallel.axes.shard", 8, "as many ranks as before"),
+    ({**EXPERT, "parallel.axes.expert": 4}, "parallel.axes.shard", 8, "as many ranks are needed as before"),
     ({**EXPERT, "parallel.axes.expert": 4, "dataloader.batch_size": 8}, "dataloader.batch_size", 2, "global batch"),
     ({**EXPERT, "parallel.axes.expert": 2, "parallel.axes.expert_tensor": 2, "parallel.axes.tensor": 2},
      "parallel.axes.expert_tensor", 2, "parallel.axes.expert_tensor=2"),

@@ -112,7 +112,7 @@ def _fsdp(section: dict[str, Any], made: Translation) -> None:
     policy = section.pop("mp_policy", None)
     if isinstance(policy, Mapping) and policy:
         section["mp_policy"] = {
-            key: dtype_name(value) if key.endswith("dtype_name") and value is not None else value
+            key: dtype_name(value) if key.endswith("_dtype") and value is not None else value
             for key, value in policy.items()
         }
     elif policy not in (None, {}):
