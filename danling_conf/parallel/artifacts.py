@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from danling_conf._torch_private import forget_compiled_code
-from danling_conf.parallel.compile import CACHE_DIRECTORY
+from danling_conf.parallel.compile import CACHE_DIRECTORY, TRITON_DIRECTORY
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.files import ARTIFACT_FACTS, ARTIFACT_NAME
 from danling_conf.schema.layout import WORLD_AXES, Layout
@@ -71,6 +71,7 @@ class Artifact:
         """Let inductor work in `directory`, with what the artifact holds. What is compiled from now on stays there."""
         self.directory.mkdir(parents=True, exist_ok=True)
         os.environ[CACHE_DIRECTORY] = str(self.directory)
+        os.environ[TRITON_DIRECTORY] = str(self.directory / "triton")
         forget_compiled_code()
         try:
             self._packed = unpack(self.file, self.directory, self.facts)
@@ -88,14 +89,18 @@ class Artifact:
         does not end this one."""
         if not self._writes:
             return
-        names = frozenset(_names(self.directory))
-        if not names or (self._packed is not None and names <= self._packed):
-            return
+        folder, days = self.file.parent, self._section.precompile_artifact_max_days
+        limit = int(self._section.precompile_artifact_max_gb * 1e9)
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            names = frozenset(_names(self.directory))
+            if not names or (self._packed is not None and names <= self._packed):
+                return
+            size = sum((self.directory / name).stat().st_size for name in names)
+            if size > limit:
+                raise OSError(f"its {size} bytes are more than compile.precompile_artifact_max_gb allows")
+            folder.mkdir(parents=True, exist_ok=True)
             self._packed = pack(self.directory, self.file, self.facts)
-            folder, days = self.file.parent, self._section.precompile_artifact_max_days
-            prune(folder, keep=self.file, days=days, bytes=int(self._section.precompile_artifact_max_gb * 1e9))
+            prune(folder, keep=self.file, days=days, bytes=limit)
             _prune_directories(self.directory.parent, keep=self.directory, days=days)
         except OSError as error:
             _log.warning("compile artifact %s is not written: %s", self.file, error)

@@ -24,6 +24,8 @@ from danling_conf.topology.violation import ABSENT, SettingError
 _OPTIONS = ("backend", "fullgraph", "dynamic", "mode", "options")
 CACHE_DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
 """Inductor reads it whenever it looks for compiled code."""
+TRITON_DIRECTORY = "TRITON_CACHE_DIR"
+"""Set by inductor, once in a process, to a folder of its own directory, if it is not set."""
 _POLICIES = {"default": 1.0, "eager": 1.0, "full": 0.0}
 """Budgets of the memory policies that have a name, as a share of what torch would keep."""
 
@@ -108,16 +110,17 @@ def configure(section: CompileConfig) -> None:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """What `configure` sets, and the cache directory, are as before afterwards."""
-    before = os.environ.get(CACHE_DIRECTORY)
+    """What `configure` sets, and the cache directories, are as before afterwards."""
+    before = {name: os.environ.get(name) for name in (CACHE_DIRECTORY, TRITON_DIRECTORY)}
     try:
         with compile_settings_restored():
             yield
     finally:
-        if before is None:
-            os.environ.pop(CACHE_DIRECTORY, None)
-        else:
-            os.environ[CACHE_DIRECTORY] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def use_shared_cache() -> None:

@@ -209,7 +209,14 @@ def test_one_rank_writes_and_all_read(inductor: Path, tmp_path: Path, caplog: py
         late = begin(replace(section, precompile_artifact_dir=str(blocked / "kept")), model, layout=layout)
         (late.directory / "new.py").write_text("1")
         late.save()
-    assert ["not written" in message for message in caplog.messages][-1:] == [True]
+    assert "not written" in caplog.messages[-1]
+
+    with caplog.at_level(logging.WARNING):
+        small = begin(replace(section, precompile_artifact_max_gb=1e-9), model, layout=layout, batch_size=9)
+        (small.directory / "new.py").write_text("12")
+        small.save()
+    assert "precompile_artifact_max_gb" in caplog.messages[-1]
+    assert not small.file.exists()
 
 
 def _archive(content: dict[str, bytes]) -> bytes:
