@@ -174,7 +174,7 @@ def bind(count: int, folder: Path) -> Times:
     from danling_conf import compose
     from danling_conf.records import run_directory
 
-    given = [f"workspace_root={folder}", "auto_resume=true"]
+    given = ["steps=1", f"workspace_root={folder}", "auto_resume=true"]
     config, fresh = compose([*given, "seed=1"]), compose([*given, "seed=2"])
     run = run_directory.bind(config).run_directory
     content = (run / "run.json").read_text()

@@ -103,6 +103,7 @@ def _steps(rank: int, ranks: int, port: int, folder: str) -> None:
     from danling_conf.components import dataloader
 
     torch.set_num_threads(1)
+    sys.stdout = open(Path(folder, f"{rank}.txt"), "w")  # noqa: SIM115  of this process, to its end
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -164,7 +165,7 @@ def first_step(ranks: int, folder: Path) -> Times:
 
 @row("accepted", (1, 5, 25), "overrides", other="the smallest Hydra app", wanted="1.15 on both Hydras")
 def accepted(count: int, folder: Path) -> Times:
-    given = [f"+data.x{number}=1" for number in range(count)]
+    given = ["steps=1", *(f"+data.x{number}=1" for number in range(1, count))]
     return _starts(folder, given, [item.replace("data.", "") for item in given], (0, 0))
 
 

@@ -74,7 +74,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any] | bool]:
     """For each line its record; for one that has none, whether there is anything in it."""
     for found, line in zip(_at_once(lines), lines, strict=True):
-        if found is not None and _is_simple(found):
+        if isinstance(found, dict) and _is_simple(found):
             yield found
         else:
             record = parse_line(line)

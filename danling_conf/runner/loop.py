@@ -194,7 +194,7 @@ class Loop:
             # Not the backward pass alone: a model that is sharded or cut into stages communicates in its forward too.
             with waiting("forward and backward"):
                 loss = self._train(batch, last=last)
-            state.training_loss.append(loss)
+            state.training_loss.append(loss, last=last)
             self.observers.micro_batch(loss.total, state.epoch_step * count + state.micro_batches - 1)
             if last:
                 rescale, state.micro_batches = count / state.micro_batches, 0

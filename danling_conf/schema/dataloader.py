@@ -21,7 +21,8 @@ class SplitDataloaderConfig:
     batch_size: Optional[int] = setting(None, at_least=1)
     """Local batch size: samples per data rank and microbatch. Unset: 1."""
     shuffle: Optional[bool] = None
-    """Draw samples in a new order each epoch. Unset: train shuffles, other splits do not."""
+    """Draw samples in a new order each epoch: up to 2^23 samples that of torch (`DistributedSampler`), beyond it one
+    that is computed and takes no memory. Unset: train shuffles, other splits do not."""
     drop_last: Optional[bool] = None
     """Drop the incomplete last batch. Unset: train drops it, other splits keep it."""
     num_workers: Optional[int] = setting(None, at_least=0, semantic=False)

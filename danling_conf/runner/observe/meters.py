@@ -22,11 +22,11 @@ class LossMeter:
         self._step_total: Tensor | None = None
         self._step_count: Tensor | float = 0.0
 
-    def append(self, loss: Measured) -> None:
-        """Take the loss of a micro-batch. It is not kept: the output of a CUDA graph is overwritten by the next
-        step."""
+    def append(self, loss: Measured, *, last: bool = False) -> None:
+        """Take the loss of a micro-batch. Unless it is the `last` of its step, it is not kept: the output of a CUDA
+        graph is overwritten by the next micro-batch."""
         if self._step_total is None:
-            self._step_total = loss.total.to(torch.float64, copy=True)
+            self._step_total = loss.total if last else loss.total.to(torch.float64, copy=True)
         else:
             self._step_total += loss.total
         self._step_count = self._step_count + loss.weight
@@ -34,7 +34,10 @@ class LossMeter:
     def commit(self) -> None:
         """Take the losses of the step under way into the mean."""
         if self._step_total is not None:
-            self._total = self._step_total if self._total is None else self._total + self._step_total
+            if self._total is None:
+                self._total = self._step_total.to(torch.float64, copy=True)
+            else:
+                self._total += self._step_total
             self._count = self._count + self._step_count
         self.drop()
 
