@@ -20,6 +20,7 @@ from danling_conf.schema.layout import Layout
 
 FACTS, EXPORTED = CHECKPOINT_FILE, EXPORT_FILE
 FORMAT = 2
+_BACKENDS = ("file", "dcp", "safetensors")
 
 
 class Broken(ValueError):
@@ -117,10 +118,11 @@ def _check_types(found: Manifest) -> None:
     for item in found.files.values():
         counts += [item.size, item.crc32]
     wrong: list[Any] = [item for item in counts if type(item) is not int or item < 0]
-    wrong += [item for item in (found.backend, found.layout, found.optimizer) if not isinstance(item, str)]
+    wrong += [item for item in (found.layout, found.optimizer) if not isinstance(item, str)]
+    wrong += [found.backend] if found.backend not in _BACKENDS else []
     wrong += [item for item in (found.history, found.fsdp) if not isinstance(item, bool)]
     if wrong:
-        raise ValueError(f"{str(wrong[0])[:40]!r} is of another type than what is written there")
+        raise ValueError(f"{str(wrong[0])[:40]!r} is another value than what is written there")
     found.made_under  # noqa: B018  raises for invalid degrees
     found.time  # noqa: B018  raises for what is no time
 
