@@ -44,9 +44,17 @@ def shared(path: Path) -> dict[str, Any]:
 def own(path: Path) -> dict[str, Any]:
     """The state of one rank. Raises Broken."""
     found = _table(path, ("loader", "generators"), "a rank's part of a checkpoint")
-    for name in found:
-        _require(path, found, name, lambda value: value is None or _is_named(value), "a table or nothing")
+    _require(path, found, "generators", lambda value: value is None or _is_state(value), "a table or nothing")
+    _require(path, found, "loader", lambda value: value is None or _is_loader(value), "the state of a loader")
     return found
+
+
+def loader(path: Path) -> dict[str, Any]:
+    """The state of a loader in a file of its own. Raises Broken."""
+    found = load_plain(path)
+    if not _is_loader(found):
+        raise Broken(f"{path}: it is not the state of a loader")
+    return found  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -59,6 +67,23 @@ def as_saved(path: Path, what: str) -> Iterator[None]:
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise Broken(f"{path}: its {what} is not what was saved of a run: {reason}") from error
+
+
+def alike(saved: Any, current: Any) -> bool:
+    """Whether a saved value is of the kind of the present one: a number, as many numbers, a table with its names. One
+    of another kind would fail in the first step, or in the first product."""
+    if current is None or saved is None:
+        return current is None
+    if isinstance(current, dict):
+        return isinstance(saved, dict) and all(
+            name in saved and alike(saved[name], value) for name, value in current.items()
+        )
+    if isinstance(current, (list, tuple)):
+        if not isinstance(saved, (list, tuple)):
+            return False
+        return not current or (len(saved) == len(current) and all(map(alike, saved, current)))
+    numbers = (int, float, complex, torch.Tensor)
+    return isinstance(saved, numbers) if isinstance(current, numbers) else isinstance(saved, type(current))
 
 
 def tensors_of(options: Mapping[str, Any]) -> dict[str, Known] | None:
@@ -94,6 +119,29 @@ def _require(path: Path, table: Mapping[str, Any], name: str, fits: _Check, call
 
 def _is_named(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def _is_state(value: Any) -> bool:
+    # An empty one, a loader takes without a word, and begins its epoch anew.
+    return _is_named(value) and len(value) > 0
+
+
+_LOADER_COUNTS = (
+    "epoch", "taken_by_all", "samples_yielded", "_num_yielded", "_sampler_iter_yielded", "_steps_since_snapshot",
+    "_num_workers",
+)  # fmt: skip
+_LOADER_TABLES = ("loader", "_snapshot", "_main_snapshot", "_sampler_iter_state", "sampler_iter_state")
+
+
+def _is_loader(value: Any) -> bool:
+    """Whether a value can be the state of a loader. What a data set of the user's saves in it may be anything."""
+    if not _is_state(value) or not all(_is_count(value[name]) for name in _LOADER_COUNTS if name in value):
+        return False
+    if "sampler_iter_state" in value and "samples_yielded" not in value:
+        return False
+    if "taken_by_all" in value and "epoch" not in value:
+        return False
+    return all(value[name] is None or _is_loader(value[name]) for name in _LOADER_TABLES if name in value)
 
 
 def _is_table_of(fits: _Check) -> _Check:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from danling_conf.checkpoint import state
+from danling_conf.checkpoint.contents import alike
 from danling_conf.checkpoint.manifest import Broken
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, OPTIMIZER, Known
@@ -174,23 +175,12 @@ def check_optimizer(
 
 
 def check_options(path: Path, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises Broken where an option that was saved of a group is of another kind than the optimizer's: it would fail in
-    the first step, or in the first product."""
+    """Raises Broken where an option that was saved of a group is of another kind than the optimizer's."""
     for group in groups:
         for name, value in group["options"].items():
             mine = [item[name] for item in optimizer.param_groups if name in item]
-            if mine and not any(_alike(value, item) for item in mine):
+            if mine and value is not None and not any(alike(value, item) for item in mine):
                 raise Broken(f"{path}: the optimizer's {name} in it is {str(value)[:40]!r}, where {mine[0]!r} may be")
-
-
-def _alike(saved: Any, current: Any) -> bool:
-    """Whether two options are of one kind: numbers, or as many numbers."""
-    if isinstance(current, (list, tuple)) and isinstance(saved, (list, tuple)):
-        return len(saved) == len(current) and all(map(_alike, saved, current))
-    if current is None or saved is None:
-        return True
-    numbers = (int, float, complex, Tensor)
-    return isinstance(saved, numbers) if isinstance(current, numbers) else isinstance(saved, type(current))
 
 
 def _reduced(shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:

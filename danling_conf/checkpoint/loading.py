@@ -34,7 +34,6 @@ from danling_conf.checkpoint.fit import (
 from danling_conf.checkpoint.folder import Folder, find, reading
 from danling_conf.checkpoint.manifest import Broken, Manifest
 from danling_conf.checkpoint.replicas import ReplicaFolder
-from danling_conf.checkpoint.safe_load import load_plain
 from danling_conf.checkpoint.several import class_of
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known
@@ -232,7 +231,7 @@ class Loader:
         if self.replica is None or facts.made_under != self.layout:
             return []
         try:
-            own["loader"] = load_plain(self.replica.read(path.name))
+            own["loader"] = contents.loader(self.replica.read(path.name))
         except Broken as error:
             return [f"the loader continues from the checkpoint, since the replica has no state of its own: {error}"]
         return []

@@ -22,6 +22,7 @@ FACTS, EXPORTED = CHECKPOINT_FILE, EXPORT_FILE
 FORMAT = 2
 SAFETENSORS = "safetensors"
 """Backend of an export."""
+_BACKENDS = ("file", "dcp", SAFETENSORS)
 
 
 class Broken(ValueError):
@@ -119,10 +120,11 @@ def _check_types(found: Manifest) -> None:
     for item in found.files.values():
         counts += [item.size, item.crc32]
     wrong: list[Any] = [item for item in counts if type(item) is not int or item < 0]
-    wrong += [item for item in (found.backend, found.layout, found.optimizer) if not isinstance(item, str)]
+    wrong += [item for item in (found.layout, found.optimizer) if not isinstance(item, str)]
+    wrong += [found.backend] if found.backend not in _BACKENDS else []
     wrong += [item for item in (found.history, found.fsdp) if not isinstance(item, bool)]
     if wrong:
-        raise ValueError(f"{str(wrong[0])[:40]!r} is of another type than what is written there")
+        raise ValueError(f"{str(wrong[0])[:40]!r} is another value than what is written there")
     found.made_under  # noqa: B018  raises for invalid degrees
     found.time  # noqa: B018  raises for what is no time
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danling_conf.checkpoint.contents import as_saved
+from danling_conf.checkpoint.contents import alike, as_saved
 from danling_conf.checkpoint.danling_files import not_taken
 from danling_conf.checkpoint.fit import ModelDiffers
 from danling_conf.checkpoint.folder import others
@@ -196,6 +196,9 @@ class Resumption:
                 setup.score.load_state_dict(saved["score"])
         if same_schedule and "scheduler" in shared:
             with self._taking_over(path, "scheduler"):
+                present = setup.schedule.state_dict()
+                if present is not None and not alike(shared["scheduler"], present):
+                    raise Broken(f"{path}: its scheduler is not what was saved of one of {self.config.scheduler.type}")
                 setup.schedule.load_state_dict(shared["scheduler"])
         if setup.scaler is not None and shared.get("scaler") is not None:
             with self._taking_over(path, "scaler"):
