@@ -31,7 +31,8 @@ def run_local_job(app: App, path: Path) -> Any:
     value: Any = None
     try:
         config, attempt, lock = open_job(job, app.script)
-        value = run_attempt(app, partial(run_frozen, job.content["hydra"], job.content["config"]), config, attempt)
+        settings = job.content["hydra"], job.content["config"]
+        value = run_attempt(app, partial(run_frozen, *settings, directory=attempt.directory), config, attempt)
     except BaseException as error:  # SystemExit and KeyboardInterrupt are ends of the job too
         outcome = outcome_of(error)
         facts: dict[str, Any] = {}
