@@ -13,7 +13,14 @@ from typing import Any
 from hydra.types import RunMode
 
 from danling_conf.config.check import check, compose_or_refuse
-from danling_conf.config.hydra_adapter import VERSION_BASE, Composer, ConfigSearch, composer, parse_arguments
+from danling_conf.config.hydra_adapter import (
+    VERSION_BASE,
+    Composer,
+    ConfigSearch,
+    as_in_main,
+    composer,
+    parse_arguments,
+)
 from danling_conf.launch.app import App, refuse
 from danling_conf.launch.workers import FROZEN_VARIABLE
 from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE
@@ -46,8 +53,15 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
     parsed = parse_arguments(arguments)
     if inspector is not None:
         return inspector(app, app.search(parsed), list(parsed.overrides))
+    shown = [flag for flag in ("cfg", "info", "shell_completion") if getattr(parsed, flag)]
+    if parsed.multirun and shown:
+        flag = f"--{shown[0].replace('_', '-')}"
+        rule = (
+            f"it shows one configuration, and -m makes several jobs of it: danling-conf check {app.script.name} -m ..."
+        )
+        refuse(ConfigRefused([Violation(flag, getattr(parsed, shown[0]), rule, "leave out -m")]))
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
-        return _hand_to_hydra(app)
+        return _hand_to_hydra(app, app.search(parsed))
     try:
         if parsed.experimental_rerun is not None:
             raise ConfigRefused([_no_rerun(parsed.experimental_rerun)])
@@ -57,7 +71,7 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
 
             return run_joined(app, app.search(parsed), parsed, ranks)
         with composer(app.search(parsed)) as composing:
-            if parsed.multirun:
+            if parsed.multirun or composing.asks_for_sweep(parsed.overrides):
                 return _sweep(composing, app, parsed.overrides)
             composed = compose_or_refuse(composing, parsed.overrides)
             if composed.hydra.mode == RunMode.MULTIRUN:
@@ -97,10 +111,11 @@ def _sweep(composing: Composer, app: App, overrides: list[str]) -> Any:
     return run_sweep(app, composing, overrides)
 
 
-def _hand_to_hydra(app: App) -> None:
+def _hand_to_hydra(app: App, search: ConfigSearch) -> None:
     """Let Hydra handle flags that only show something, such as --help and --cfg."""
     import hydra
 
     path = app.config_path
     decorated = hydra.main(config_path=path, config_name=app.config_name, **VERSION_BASE)(app.function)
-    decorated()
+    with as_in_main(search):
+        decorated()

@@ -17,6 +17,7 @@ from torch import nn
 
 from danling_conf.config.resolve import merge_leaves
 from danling_conf.config.typed import check_declarations
+from danling_conf.schema.open_mapping import plain_values
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError
 
@@ -83,7 +84,7 @@ def from_target(section: Mapping[str, Any], where: str) -> Any:
         # 1.4 calls only what the caller permits. These are the targets that the user's own configuration names.
         options["_execution_whitelist_"] = sorted(set(_targets(section)))
     try:
-        return instantiate(OmegaConf.create(dict(section)), **options)
+        return instantiate(OmegaConf.create(plain_values(section)), **options)
     except InstantiationException as error:
         cause = error.__cause__ or error
         why = " ".join(str(cause).split())

@@ -6,14 +6,15 @@ faults at once, before torch is imported and before anything starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.faults import all_faults
+from danling_conf.config.faults import all_faults, in_files
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
-from danling_conf.config.resolve import declared_kind, inspect
-from danling_conf.schema import RunnerConfig
+from danling_conf.config.resolve import declared_kind, given_in, inspect
+from danling_conf.schema import RunnerConfig, notes_of
 from danling_conf.topology.machine import Machine, this_machine
 from danling_conf.topology.rules import Context, ineffective_settings
 from danling_conf.topology.violation import ConfigRefused, Violation
@@ -64,7 +65,10 @@ class Checker:
 
 def check(composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> RunnerConfig:
     """Check a single run. Raises ConfigRefused with all violations."""
-    return Checker(composing).check(composed, context_of(overrides))
+    try:
+        return Checker(composing).check(composed, context_of(overrides))
+    except ConfigRefused as refusal:
+        raise ConfigRefused(in_files(composing, overrides, refusal.violations)) from refusal
 
 
 def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
@@ -83,16 +87,19 @@ def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun
         raise ConfigRefused(all_faults(composing, suspects, context_of(overrides), error)) from error
 
 
-def context_of(overrides: Sequence[str], machine: Machine | None = None) -> Context:
-    """The context of the rules: the machine, and the settings on the command line.
+def context_of(
+    overrides: Sequence[str], machine: Machine | None = None, choices: Mapping[str, Any] | None = None
+) -> Context:
+    """The context of the rules: the machine, the settings on the command line, and the choices of groups.
 
     Args:
         machine: machine on which the run would start; this one when None.
+        choices: read from the composed configuration when None.
     """
-    given = frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
-    return Context(machine=machine or this_machine(), given=given)
+    return Context(machine=machine or this_machine(), given=given_in(overrides), choices=choices or {})
 
 
 def warnings_of(config: RunnerConfig) -> list[str]:
-    """The settings that have no effect, one sentence each."""
-    return [str(item) for item in ineffective_settings(config, Context(machine=this_machine()))]
+    """The settings that were set aside or have no effect, one sentence each."""
+    ineffective = ineffective_settings(config, Context(machine=this_machine()))
+    return [*notes_of(config), *map(str, ineffective)]

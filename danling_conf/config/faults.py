@@ -18,13 +18,20 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
 from danling_conf.config.job import PREFIX, launcher_in
 from danling_conf.config.resolve import declared_kind, inspect, merge_leaves
-from danling_conf.config.typed import unknown_key, wrong_type
+from danling_conf.config.typed import NO_SUCH_SETTING, setting_paths, unknown_key, wrong_type
 from danling_conf.groups.layout_names import GRAMMAR, LayoutNameError, looks_like_layout, parse_layout
 from danling_conf.groups.source import LAYOUTS
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.topology.rules import Context
 from danling_conf.topology.violation import ABSENT, Violation, unique
+
+_OTHERS = {
+    "optim": "; any class of torch.optim by optim.type=NAME, and your own by optim.type=package.Class",
+    "scheduler": "; any class of torch.optim.lr_scheduler by scheduler.type=NAME, and your own by "
+    "scheduler.type=package.Class",
+}
+"""Where what a group does not name comes from."""
 
 
 def all_faults(
@@ -61,7 +68,19 @@ def all_faults(
     violations += _faults_of_values(composer, command_line.values, config, kind, {item.path for item in violations})
     faulty = {item.path for item in violations}
     violations += [item for item in _faults_of_settings(config, kind, context, also) if item.path not in faulty]
-    return unique(violations) or [_composition_fault(composer, refusal)]
+    return unique(in_files(composer, command_line.choices, violations)) or [_composition_fault(composer, refusal)]
+
+
+def in_files(composer: Composer, overrides: Sequence[str], violations: Sequence[Violation]) -> list[Violation]:
+    """Violations in which misspelt settings at the root name the file that has them."""
+    if not any(item.rule == NO_SUCH_SETTING for item in violations):
+        return list(violations)
+    found = []
+    merged = composer.defaults([item for item in overrides if composer.group_exists(item.lstrip("+~").split("=")[0])])
+    for item in violations:
+        files = [source for source, content in merged if item.rule == NO_SUCH_SETTING and item.path in content]
+        found.append(replace(item, rule=f"{item.rule} (in {files[-1]}.yaml)") if files else item)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,12 +204,16 @@ def _choice_fault(composer: Composer, override: Override) -> Violation | None:
 
 def _apply(composer: Composer, override: Override, config: DictConfig, kind: type) -> list[Violation]:
     path = override.key_or_group
+    if override.is_delete() and not _exists(config, path):
+        return [_nothing_to_remove(config, path, kind)]
     null = _null_mapping(config, path)
     try:
         composer.apply(override, config)
         return []
     except HydraException as error:
         cause = error.__cause__
+        if override.is_delete():
+            return [Violation(f"~{path}", ABSENT, "it is unset already", "leave it out")]
         if null is not None:
             rule = "a mapping that is null cannot take keys"
             return [Violation(null, None, rule, "give it an empty one as its default: field(default_factory=dict)")]
@@ -199,6 +222,18 @@ def _apply(composer: Composer, override: Override, config: DictConfig, kind: typ
         if isinstance(cause, OmegaConfBaseException):
             return [wrong_type(path, override.value(), cause)]
         return [Violation(path, ABSENT, _first_line(error), "fix the override")]
+
+
+def _exists(config: DictConfig, path: str) -> bool:
+    owner, _, key = path.rpartition(".")
+    found = OmegaConf.select(config, owner, throw_on_missing=False) if owner else config
+    return OmegaConf.is_dict(found) and key in found
+
+
+def _nothing_to_remove(config: DictConfig, path: str, kind: type) -> Violation:
+    near = re.search(r"did you mean ([^?]+)", _unknown(config, path, kind).fix)
+    fix = f"did you mean ~{near[1]}?" if near else "leave it out"
+    return Violation(f"~{path}", ABSENT, "there is no such setting to remove", fix)
 
 
 def _null_mapping(config: DictConfig, path: str) -> str | None:
@@ -223,11 +258,25 @@ def _unknown(config: DictConfig, path: str, kind: type) -> Violation:
     parts = path.split(".")
     for index, part in enumerate(parts):
         declared = OmegaConf.get_type(owner) if OmegaConf.is_dict(owner) else None
+        if OmegaConf.is_dict(owner) and part not in owner and declared is dict and index:
+            return _undeclared(owner, ".".join(parts[: index + 1]), path)
+        if index == 0 and part not in owner:
+            near = get_close_matches(part, map(str, owner), n=1, cutoff=0.6)
+            if near and near[0] not in setting_paths(kind):
+                return replace(unknown_key(kind, part, kind), fix=f"did you mean {near[0]}?")
         if not OmegaConf.is_dict(owner) or part not in owner:
             section = declared if isinstance(declared, type) and declared is not dict else kind
             return unknown_key(section, ".".join(parts[: index + 1]), kind)
         owner = owner._get_node(part)
     return unknown_key(kind, path, kind)
+
+
+def _undeclared(owner: DictConfig, unknown: str, path: str) -> Violation:
+    """The fault of a key that no file declares, below a mapping of the app's own."""
+    prefix, _, key = unknown.rpartition(".")
+    near = get_close_matches(key, map(str, owner), n=1, cutoff=0.6)
+    fix = f"did you mean {prefix}.{near[0]}? To add it, write +{path}=..." if near else f"to add it, write +{path}=..."
+    return Violation(unknown, ABSENT, "no file declares such a key", fix)
 
 
 def _unparsed(text: str) -> Violation:
@@ -259,6 +308,12 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
     if twice := re.search(r"Multiple values for ([^\s.]+)\.", text):
         fix = f"write {twice[1]}=NAME without + on a command line, 'override {twice[1]}: NAME' in a defaults list"
         return Violation(twice[1], ABSENT, "it is chosen already", fix)
+    if other := re.search(r"Merge error: (\w+) is not a subclass of (RunnerConfig)", text):
+        rule = (
+            f"two classes declare the whole configuration, {other[2]} and {other[1]}, and the second is no {other[2]}"
+        )
+        fix = f"derive {other[1]} from danling_conf.RunnerConfig and pass it to danling_conf.register"
+        return Violation("defaults", other[1], rule, fix)
     if choice := re.search(r"Could not find '([^']+)/([^']+)'", text):
         return _no_such_choice(composer, choice[1], choice[2], " (in a defaults list)")
     if layout := re.match(r"layout '([^']*)': ", text):
@@ -268,6 +323,12 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
         return Violation(
             "--config-name", primary[1], "there is no such config", "name a file among the configs, or danling"
         )
+    if scalar := re.search(r"config '([^']+)' must be a (?:DictConfig|Config)", text):
+        return Violation(
+            f"{scalar[1]}.yaml", ABSENT, "a config file holds a mapping of settings", "write KEY: VALUE in it"
+        )
+    if listless := re.match(r"Invalid defaults list in '([^']+)', (.*)", text):
+        return Violation(f"{listless[1]}.yaml", ABSENT, listless[2], "write one entry a line: - danling")
     where = re.search(r"In '([^']+)'", text)
     key = re.search(r"full_key: (\S+)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "raised while" not in line]
@@ -278,8 +339,8 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
 
 def _no_such_choice(composer: Composer, group: str, name: str, where: str = "") -> Violation:
     options = composer.options(group)
-    near = get_close_matches(name, options, n=1, cutoff=0.5)
-    listed = GRAMMAR if group == LAYOUTS else ", ".join(options)
+    near = get_close_matches(name, options, n=1, cutoff=0.6 if group in _OTHERS else 0.5)
+    listed = GRAMMAR if group == LAYOUTS else f"{', '.join(options)}{_OTHERS.get(group, '')}"
     fix = f"did you mean {group}={near[0]}? " if near else ""
     return Violation(group, name, f"there is no such choice{where}", f"{fix}Choices: {listed}")
 

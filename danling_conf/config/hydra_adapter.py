@@ -11,11 +11,13 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra._internal import config_loader_impl
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -24,18 +26,23 @@ from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job, setup_globals
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from danling_conf.config.defects import circle_from, defect_of
+from danling_conf.config.typed_text import restore_typed, restore_written, written_in
+from danling_conf.groups.source import LAUNCHER_GROUP, SUBMITIT, NameSource
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.setting import OUTPUT_DIRECTORY
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 # Hydra 1.3 warns without a version_base; 1.4 warns at every run that passes one.
@@ -43,6 +50,14 @@ VERSION_BASE: dict[str, Any] = {"version_base": None} if hydra.__version__.start
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """Errors of composing for a faulty command line or configuration file."""
+
+
+_SHIPPED = {
+    "run.dir": "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}",
+    "sweep.dir": "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}",
+    "sweep.subdir": "${hydra.job.num}",
+}
+"""Hydra's own directories (`hydra/output=default`), in place of which a run and a sweep have ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +73,11 @@ class ConfigSearch:
     job_name: str = "app"
     """Name of the script, for log files."""
 
+    @property
+    def without_files(self) -> str | None:
+        """The primary config where the app has no files, and its primary config so is a base config; None otherwise."""
+        return self.config_name if self.config_path is None and self.config_dir is None else None
+
 
 class Composer:
     """Composes the configurations of one app."""
@@ -69,18 +89,51 @@ class Composer:
     def compose(self, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
         """The composed configuration, Hydra's own `hydra` node included. Raises Hydra's errors."""
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-        with _named_defects():
-            return self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
+        circle = circle_from(self.loader.repository, self.search.config_name)
+        if circle is not None:
+            raise ConfigRefused([circle])
+        with self._files_named(overrides):
+            config = self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
+        self._restore_text(config, overrides)
+        return config
+
+    @contextmanager
+    def _files_named(self, overrides: Sequence[str]) -> Iterator[None]:
+        """Turn errors of config files that name no file into refusals that do."""
+        try:
+            with _named_defects():
+                yield
+        except (RecursionError, UnicodeDecodeError, OSError) as error:
+            if isinstance(error, HydraException):  # some of Hydra's are OSErrors
+                raise
+            found = defect_of(self.loader.repository, self.search.config_name, overrides, error)
+            raise ConfigRefused([found]) from error
 
     def apply(self, override: Override, config: DictConfig) -> None:
         """Apply one value override, as composing does. Raises ConfigCompositionException."""
         with _named_defects():
             ConfigLoaderImpl._apply_overrides_to_config([override], config)
+            restore_typed(config, [override])
 
     def sweep_config(self, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
         """The configuration of one job of a sweep, as Hydra's own launchers compose it. Raises Hydra's errors."""
-        with _named_defects():
-            return self.loader.load_sweep_config(master, list(overrides))
+        with self._files_named(overrides):
+            config = self.loader.load_sweep_config(master, list(overrides))
+        self._restore_text(config, [*map(str, master.hydra.overrides.hydra), *overrides])
+        return config
+
+    def _restore_text(self, config: DictConfig, overrides: Sequence[str]) -> None:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        restore_typed(config, parsed)
+        given = frozenset(item.key_or_group for item in parsed)
+        restore_written(config, given, lambda paths: self._written(paths, parsed))
+
+    def _written(self, paths: Sequence[str], overrides: Sequence[Override]) -> dict[str, tuple[Any, Any]]:
+        """For settings, what YAML made of them in the last file that has them, and their text there."""
+        single = [item for item in overrides if not item.is_sweep_override()]
+        choices = [str(item.input_line) for item in single if self.group_exists(item.key_or_group)]
+        merged = self.loader.compute_defaults_list(self.search.config_name, choices, RunMode.RUN).defaults
+        return written_in(self.loader.repository, merged, paths)
 
     def classifier(self, master: DictConfig) -> Callable[[Sequence[Override]], list[Override]]:
         """A function that selects the overrides of a job that Hydra applies as values, after composing.
@@ -133,6 +186,21 @@ class Composer:
         with _batches_unvalidated():
             return self._hydra.multirun(self.search.config_name, task, list(overrides))
 
+    def asks_for_sweep(self, overrides: Sequence[str]) -> bool:
+        """Whether a command line without `-m` is a sweep: `hydra.mode=MULTIRUN`, there or in a file."""
+        if not any("hydra.mode" in item for item in overrides) and not self._has_several_values(overrides):
+            return False  # whatever a file says is seen once the single run is composed
+        try:
+            return bool(self.compose(overrides, multirun=True).hydra.mode == RunMode.MULTIRUN)
+        except (*COMPOSITION_ERRORS, ConfigRefused):
+            return False
+
+    def _has_several_values(self, overrides: Sequence[str]) -> bool:
+        try:
+            return any(item.is_sweep_override() for item in OverridesParser.create().parse_overrides(list(overrides)))
+        except HydraException:
+            return False
+
     def sweep_jobs(self, master: DictConfig) -> list[list[str]]:
         """The jobs that Hydra's own sweeper makes, each as a list of overrides. Raises Hydra's errors."""
         parameters = master.hydra.sweeper.get("params") or {}
@@ -168,11 +236,13 @@ def run_frozen(settings: Mapping[str, Any], config: Mapping[str, Any], task: Any
 
 
 def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, loader: Any) -> Any:
+    single = _is_single(config.hydra.job)
     with open_dict(config):
         config.hydra.run.dir = str(directory)
-        config.hydra.mode = RunMode.RUN
+        config.hydra.mode = RunMode.RUN if single else RunMode.MULTIRUN
     callbacks = Callbacks(config)
-    callbacks.on_run_start(config=config, config_name=name)
+    if single:  # the jobs of a sweep have the callbacks of a job only
+        callbacks.on_run_start(config=config, config_name=name)
     result = run_job(
         hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
         task_function=task,
@@ -180,8 +250,15 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
         job_dir_key="hydra.run.dir",  # also for a job of a sweep: its directory is that of its run
         job_subdir_key=None,
     )
-    callbacks.on_run_end(config=config, config_name=name, job_return=result)
+    if single:
+        callbacks.on_run_end(config=config, config_name=name, job_return=result)
     return result
+
+
+def _is_single(job: Mapping[str, Any]) -> bool:
+    """Whether Hydra's job is not one of a sweep: those have numbers."""
+    missing = OmegaConf.is_missing(job, "num") if isinstance(job, DictConfig) else job.get("num") == "???"
+    return missing or job.get("num") is None
 
 
 def knows_all_jobs(master: DictConfig) -> bool:
@@ -217,7 +294,7 @@ def _named_defects() -> Iterator[None]:
     """Turn bare builtin errors of Hydra and OmegaConf into Hydra's own errors, and YAML errors into refusals."""
     try:
         yield
-    except YAMLError as error:
+    except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}: " if mark else ""
         name = Path(mark.name).name if mark else "a configuration file"
@@ -249,11 +326,39 @@ def composer(search: ConfigSearch) -> Iterator[Composer]:
             )
         path.prepend("command-line", f"file://{directory}", anchor=SearchPathQuery(provider="schema"))
     try:
-        yield Composer(search, Hydra.create_main_hydra2(search.job_name, path))
+        with as_in_main(search):
+            yield Composer(search, Hydra.create_main_hydra2(search.job_name, path))
     finally:
         GlobalHydra.instance().clear()
         if previous is not None:
             GlobalHydra.instance().initialize(previous)
+
+
+@contextmanager
+def as_in_main(search: ConfigSearch) -> Iterator[None]:
+    """Let Hydra compose as it does for an app of our `main`: an app without files may put any key below `model` and
+    `data`, and `hydra/launcher=submitit_slurm` and `submitit_local` name our launchers.
+
+    hydra-submitit-launcher keeps its own in Hydra's ConfigStore. Ours take their places while an app is composed: Hydra
+    1.3 merges a config of any other source with the one of that name in the store.
+    """
+    Plugins.instance()  # imports that package, if it is not yet
+    stored: Any = ConfigStore.instance().repo
+    for name in LAUNCHER_GROUP.split("/"):
+        stored = stored.setdefault(name, {})
+    before = {f"{name}.yaml": stored.get(f"{name}.yaml") for name in SUBMITIT}
+    for name, kind in SUBMITIT.items():
+        ConfigStore.instance().store(group=LAUNCHER_GROUP, name=name, node=kind)
+    free, NameSource.free = NameSource.free, search.without_files
+    try:
+        yield
+    finally:
+        NameSource.free = free
+        for file, node in before.items():
+            if node is None:
+                del stored[file]
+            else:
+                stored[file] = node
 
 
 def _set_version_base() -> None:
@@ -286,7 +391,38 @@ def settings_of_job(settings: Mapping[str, Any], *, task: Sequence[str] | None =
 def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Hydra's settings for a job that runs in `directory`."""
     run, runtime = {**settings["run"], "dir": str(directory)}, {**settings["runtime"], "output_dir": str(directory)}
-    return {**settings, "mode": RunMode.RUN.name, "run": run, "runtime": runtime}
+    mode = RunMode.RUN if _is_single(settings["job"]) else RunMode.MULTIRUN
+    return {**settings, "mode": mode.name, "run": run, "runtime": runtime}
+
+
+def job_directory(composed: DictConfig, attempt: Path) -> Path:
+    """Where a single run is Hydra's job, with `.hydra` and the job's log: `hydra.run.dir` where it is set, else the
+    directory of the attempt."""
+    if _as_shipped(composed, "run.dir"):
+        return attempt
+    return Path(str(composed.hydra.run.dir)).absolute()
+
+
+def sweep_directory_chosen(master: DictConfig) -> bool:
+    """Whether an app or a command line sets `hydra.sweep.dir`."""
+    return not _as_shipped(master, "sweep.dir")
+
+
+def refused_in_sweep(master: DictConfig) -> list[Violation]:
+    """Faults of Hydra's own settings in a sweep."""
+    if _as_shipped(master, "sweep.subdir"):
+        return []
+    written: Any = OmegaConf.to_container(master.hydra.sweep)
+    rule = "a job has no directory in its sweep: it writes to that of its run, which another sweep may continue"
+    fix = "leave it out; `danling-conf runs` shows which job made which run"
+    return [Violation("hydra.sweep.subdir", written["subdir"], rule, fix)]
+
+
+def _as_shipped(composed: DictConfig, path: str) -> bool:
+    """Whether a setting of Hydra has the value that Hydra ships."""
+    written: Any = OmegaConf.to_container(composed.hydra)
+    section, _, key = path.partition(".")
+    return bool(written[section][key] == _SHIPPED[path])
 
 
 def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[str, Any]:
@@ -341,17 +477,41 @@ def hydra_of(composed: DictConfig) -> Iterator[None]:
 
     instance = HydraConfig.instance()
     previous = instance.cfg
-    instance.set_config(copy.deepcopy(composed))  # a copy: `set_config` makes its argument read-only
+    given = copy.deepcopy(composed)  # a copy: `set_config` makes its argument read-only
+    if OmegaConf.is_missing(given.hydra.runtime, "output_dir"):
+        with read_write(given), open_dict(given):
+            given.hydra.runtime.output_dir = OUTPUT_DIRECTORY  # known once the run has its directory
+    instance.set_config(given)
     try:
         yield
     finally:
         instance.cfg = previous
 
 
+def running_job() -> tuple[list[str], dict[str, Any]]:
+    """The overrides and the choices of groups of the Hydra job that this process runs; empty outside of one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    node: Any = HydraConfig.instance().cfg
+    if node is None:
+        return [], {}
+    return [str(item) for item in node.hydra.overrides.task], dict(node.hydra.runtime.choices)
+
+
+def output_directory() -> str | None:
+    """The output directory of the Hydra job that this process runs; None outside of one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    node: Any = HydraConfig.instance().cfg
+    if node is None or OmegaConf.is_missing(node.hydra.runtime, "output_dir"):
+        return None
+    return str(node.hydra.runtime.output_dir)
+
+
 def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Violation]:
     """Faults of config folders that are named like a setting: Hydra reads `name=value` as a choice from the folder."""
     violations = []
-    for item in fields(kind):
+    for item in fields_of(kind):
         if item.name.startswith("_") or item.default is MISSING:  # a section may have a folder of its name
             continue
         if composer.group_exists(item.name):

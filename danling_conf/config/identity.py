@@ -8,20 +8,22 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
+from danling_conf.config.readonly import replaced
 from danling_conf.groups.layout_names import name_of
 from danling_conf.schema import Layout, RunnerConfig, declared_class, defaults_of, facts_of, open_keys
+from danling_conf.schema.setting import OUTPUT_DIRECTORY, PLACED
 
 _DIGITS = 12
 
 
 def plain(config: Any) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values, open keys included, hydra's `_target_`s left out."""
-    return _section(config, semantic_only=False)
+    return _unplaced(config, _section(config, semantic_only=False))
 
 
 def semantic(config: Any) -> dict[str, Any]:
     """The part of `plain` that changes the result of training."""
-    return _section(config, semantic_only=True)
+    return _unplaced(config, _section(config, semantic_only=True))
 
 
 def job_id(config: RunnerConfig) -> str:
@@ -69,6 +71,15 @@ def difference_from_defaults(config: RunnerConfig) -> dict[str, Any]:
     """Settings that differ from the defaults of the configuration's class."""
     changed = differences(plain(config), plain(defaults_of(declared_class(config))))
     return {path: mine for path, (mine, _) in changed.items()}
+
+
+def _unplaced(config: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """A plain form in which Hydra's output directory, which each attempt has another of, is a placeholder again."""
+    directory = vars(config).get(PLACED)
+    if directory is None:
+        return tree
+    form: dict[str, Any] = replaced(tree, directory, OUTPUT_DIRECTORY)
+    return form
 
 
 def _section(section: Any, semantic_only: bool) -> dict[str, Any]:

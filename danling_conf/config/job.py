@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from danling_conf.config.identity import config_id, job_id
 from danling_conf.config.resolve import merge_leaves
 from danling_conf.config.typed import check_declarations
-from danling_conf.groups.source import LAUNCHERS
+from danling_conf.groups.source import LAUNCHERS, SUBMITIT
 from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.schema.launcher import LauncherConfig
+from danling_conf.schema.launcher import REFUSED_OF_SUBMITIT, LauncherConfig
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import Violation, unique
 
@@ -58,7 +58,8 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
         settings: plain values, interpolations resolved.
     """
     target = settings.get("_target_")
-    kind = next((kind for kind in LAUNCHERS.values() if getattr(kind, "_target_", None) == target), None)
+    kinds = (LAUNCHERS | SUBMITIT).values()
+    kind = next((kind for kind in kinds if getattr(kind, "_target_", None) == target), None)
     if kind is None:
         return None, []
     node = OmegaConf.structured(kind)
@@ -66,6 +67,13 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
     violations += check_declarations(node, kind, PREFIX)
     typed = OmegaConf.to_object(node)
     assert isinstance(typed, LauncherConfig)
+    if kind in SUBMITIT.values():
+        declared = {item.name: item.default for item in fields(kind)}
+        violations += [
+            Violation(PREFIX + name, getattr(typed, name), rule, fix)
+            for name, (rule, fix) in REFUSED_OF_SUBMITIT.items()
+            if declared[name] in (None, False) and getattr(typed, name) != declared[name]
+        ]
     return typed, unique(violations)
 
 

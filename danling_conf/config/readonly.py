@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import is_dataclass, make_dataclass
 from functools import cache
 from typing import Any
 
-from danling_conf.schema.setting import READONLY, declared_class, open_keys
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.open_mapping import plain_values, read_only
+from danling_conf.schema.setting import OUTPUT_DIRECTORY, PLACED, READONLY, declared_class, open_keys
+
+_PACKAGE = __name__.partition(".")[0] + "."
 
 
 def freeze(config: Any) -> Any:
@@ -17,16 +22,52 @@ def freeze(config: Any) -> Any:
 
     Undeclared keys of open sections become fields, so that `dataclasses.fields`, `asdict` and `hydra.utils.instantiate`
     see them. The object stays an instance of its class. Copies by `dataclasses.replace` are writable. The user's own
-    mappings and lists (`model`, `data`) stay plain `dict` and `list`, which libraries expect.
+    mappings (`model`, `data`, keys of the app) become `OpenMapping`s, which are dicts; lists stay lists.
     """
-    for value in vars(config).values():
+    ours = not isinstance(config, RunnerConfig) and type(config).__module__.startswith(_PACKAGE)
+    opened = open_keys(config)
+    for name, value in list(vars(config).items()):
         if is_dataclass(value) and not isinstance(value, type):
             freeze(value)
+        elif (not ours or name in opened) and not name.startswith("_"):
+            config.__dict__[name] = read_only(value)
     # The class is swapped and not the object, so that references from other objects stay valid.
-    kind = _readonly_class(declared_class(config), tuple(open_keys(config)))
+    kind = _readonly_class(declared_class(config), tuple(opened))
     object.__setattr__(config, "__class__", kind)
     config.__dict__[READONLY] = True
     return config
+
+
+def place_output(config: Any, directory: str) -> None:
+    """Replace what stands for Hydra's output directory in the settings of an app by the directory, in place."""
+    if OUTPUT_DIRECTORY not in str(vars(config)):
+        return
+    config.__dict__[PLACED] = directory
+    for name, value in list(vars(config).items()):
+        if is_dataclass(value) and not isinstance(value, type):
+            place_output(value, directory)
+        elif not name.startswith("_"):
+            config.__dict__[name] = replaced(value, OUTPUT_DIRECTORY, directory)
+
+
+def replaced(value: Any, old: str, new: str) -> Any:
+    """A value with one text in place of another in all strings in it."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, Mapping):
+        return type(value)({key: replaced(inner, old, new) for key, inner in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, list):
+        return [replaced(inner, old, new) for inner in value]
+    return value
+
+
+def writable(config: Any) -> Any:
+    """A copy of a configuration object whose mappings are plain dicts, which OmegaConf reads."""
+    made: Any = object.__new__(type(config))
+    for name, value in vars(config).items():
+        is_section = is_dataclass(value) and not isinstance(value, type)
+        made.__dict__[name] = writable(value) if is_section else plain_values(value)
+    return made
 
 
 def _set(self: Any, name: str, value: Any) -> None:

@@ -7,22 +7,24 @@ methods are private in OmegaConf; public access would resolve interpolations, wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from omegaconf import AnyNode, DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import hydra_of
+from danling_conf.config.hydra_adapter import hydra_of, running_job
 from danling_conf.config.identity import plain
-from danling_conf.config.readonly import freeze
-from danling_conf.config.typed import check_declarations, unknown_key, wrong_type
-from danling_conf.schema import RunnerConfig
+from danling_conf.config.precedence import give_way
+from danling_conf.config.readonly import freeze, writable
+from danling_conf.config.typed import check_declarations, section_type, unknown_key, wrong_type
+from danling_conf.schema import RunnerConfig, declared_class, facts_of
+from danling_conf.schema.open_mapping import plain_values
 from danling_conf.schema.open_sections import open_sections
-from danling_conf.schema.setting import READONLY
+from danling_conf.schema.setting import READONLY, add_notes
 from danling_conf.topology.layout import fill, layout_of
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rules import Context, violations_of
@@ -74,7 +76,7 @@ def inspect(
         The configuration, which is usable only without violations, and None where settings are missing; and the
         violations.
     """
-    context = context or Context(machine=this_machine())
+    context = _with_choices(context or Context(machine=this_machine()), config)
     node, violations = _typed_copy(config, kind, spent)
     violations += check_declarations(node, OmegaConf.get_type(node) or kind)
     if _refers(node):
@@ -82,13 +84,60 @@ def inspect(
     if _has_missing(node):
         return None, unique(violations)
     faulty = {item.path for item in violations}
+    notes = give_way(node, context)
     resolved: Any = OmegaConf.to_object(node)
+    add_notes(resolved, notes)
     # A setting that broke its declaration was reset to its default, so violations of rules by it are spurious.
     violations += [item for item in violations_of(resolved, context) if item.path not in faulty]
     if not violations:
         _derive(resolved, context)
         freeze(resolved)
     return resolved, unique(violations)
+
+
+def _with_choices(context: Context, config: Any) -> Context:
+    """A context with the choices of groups that a composed configuration records, and outside of our `main` with what
+    was on Hydra's command line."""
+    if context.choices or not isinstance(config, DictConfig):
+        return context
+    if "hydra" in config:
+        return replace(context, choices=dict(config.hydra.runtime.choices))
+    given, choices = running_job()
+    return replace(context, given=context.given or given_in(given), choices=choices)
+
+
+def given_in(overrides: Iterable[str]) -> frozenset[str]:
+    """The paths of the settings in overrides."""
+    return frozenset(item.partition("=")[0].lstrip("+~") for item in overrides)
+
+
+def typed_node(given: Mapping[str, Any], kind: type[Any], sections: Mapping[str, type]) -> DictConfig:
+    """A mapping that was a configuration as a typed node again.
+
+    Args:
+        sections: classes of sections that `kind` does not declare, by path.
+    """
+    node = OmegaConf.structured(kind)
+    open_sections(node)
+    for path, section in sections.items():
+        OmegaConf.update(node, path, OmegaConf.structured(section), force_add=True)
+    merge_leaves(node, given, kind)
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def own_sections(config: Any, prefix: str = "") -> dict[str, type]:
+    """Classes of the sections that a configuration's class does not declare, by path: those of Hydra's ConfigStore."""
+    declared = {
+        item.name for item in fields(declared_class(config)) if section_type(item) or facts_of(item).shape is not None
+    }
+    found: dict[str, type] = {}
+    for name, value in vars(config).items():
+        if is_dataclass(value) and not isinstance(value, type) and not name.startswith("_"):
+            if name not in declared:
+                found[prefix + name] = declared_class(value)
+            found |= own_sections(value, f"{prefix}{name}.")
+    return found
 
 
 def declared_kind(config: DictConfig) -> type[RunnerConfig] | None:
@@ -124,11 +173,11 @@ def _typed_copy(config: Any, kind: type[RunnerConfig], spent: bool) -> tuple[Dic
             return node, []
         given: Any = OmegaConf.to_container(node)
     elif is_dataclass(config) and not isinstance(config, type):
-        node = OmegaConf.structured(config)
+        node = OmegaConf.structured(writable(config))
         open_sections(node)
         return node, []
     elif isinstance(config, Mapping):
-        given = dict(config)
+        given = plain_values(config)
     else:
         raise TypeError(f"resolve takes a composed configuration, a mapping or a RunnerConfig, not {type(config)}")
     node = OmegaConf.structured(kind)

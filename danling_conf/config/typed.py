@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
+from decimal import Decimal
 from difflib import get_close_matches
 from keyword import iskeyword
 from typing import Any
@@ -17,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from danling_conf.schema import Facts, facts_of
 from danling_conf.schema.setting import fraction_in
 from danling_conf.topology.violation import ABSENT, Violation, show
+
+NO_SUCH_SETTING = "there is no such setting"
 
 
 def check_declarations(node: DictConfig, kind: type, prefix: str = "") -> list[Violation]:
@@ -44,9 +47,9 @@ def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
             fix = f"{prefix} has {', '.join(siblings)}"
         else:
             close = get_close_matches(path, setting_paths(root or kind), n=1, cutoff=0.6)
-            own = "put your own settings below model or data, or in a subclass of RunnerConfig"
+            own = f"to add a key of your own, write +{path}=..., or declare it in a file"
             fix = f"did you mean {close[0]}?" if close else own
-    return Violation(path, ABSENT, "there is no such setting", fix)
+    return Violation(path, ABSENT, NO_SUCH_SETTING, fix)
 
 
 def setting_paths(kind: type, prefix: str = "") -> list[str]:
@@ -74,6 +77,12 @@ def section_type(item: Field[Any]) -> type | None:
 def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violation]:
     declared = {item.name: item for item in fields(kind)}
     open_to = getattr(kind, "open_to", None)
+    for name in declared.keys() - set(node.keys()):
+        if not name.startswith("_"):
+            fix = f"leave it out, or write {prefix}{name}=null" if declared[name].default is None else "leave it out"
+            yield Violation(f"~{prefix}{name}", ABSENT, "a setting that a class declares cannot be removed", fix)
+            with open_dict(node):
+                _reset(node, declared[name])
     for key in list(node.keys()):
         path = f"{prefix}{key!s}"
         # `_get_node` and `_is_` are private, and a third of the time of the public access to each of 170 settings.
@@ -89,6 +98,8 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
                 path, ABSENT, "a name here needs letters, digits and underscores, and no Python keyword", "rename it"
             )
             _remove(node, key)
+        elif isinstance(open_to, str) and not prefix:
+            yield from _check_own(node, str(key), kind)
         elif isinstance(open_to, type):
             if OmegaConf.is_dict(node[key]):
                 yield from _check_shape(node, key, open_to, path, sparse=True)
@@ -98,6 +109,39 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
         elif open_to is None:
             yield unknown_key(kind, path)
             _remove(node, key)
+
+
+def _check_own(node: DictConfig, key: str, kind: type) -> Iterator[Violation]:
+    """Check a key of the app itself, at the root: it must not be a misspelt one of ours."""
+    broken = _broken_value(node, key, key)
+    if broken is not None:
+        yield broken
+        _remove(node, key)
+        return
+    value = node[key]
+    meant = _misspelt(key, value, kind)
+    if meant is not None:
+        yield Violation(key, ABSENT, NO_SUCH_SETTING, f"did you mean {meant}? A key of your own needs another name")
+        _remove(node, key)
+    elif OmegaConf.is_dict(value):
+        yield from _check_mapping(value, f"{key}.")
+
+
+def _misspelt(key: str, value: Any, kind: type) -> str | None:
+    """The setting at the root that an undeclared key is meant as; None for a key of the app's own.
+
+    Apps have their own `models/` and `logger/` beside our `model` and `log`: a mapping is a misspelt section only if
+    all of its keys are settings of that section.
+    """
+    known = {item.name: item for item in fields(kind) if not item.name.startswith("_")}
+    near = get_close_matches(key, known, n=1, cutoff=0.8)
+    if not near or abs(len(near[0]) - len(key)) > 1:
+        return None
+    section = section_type(known[near[0]])
+    if OmegaConf.is_dict(value):
+        inside = {item.name for item in fields(section)} if section is not None else set()
+        return near[0] if value and set(value) <= inside else None
+    return None if OmegaConf.is_list(value) and section is not None else near[0]
 
 
 def _can_be_name(key: str) -> bool:
@@ -125,8 +169,8 @@ def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) ->
         return
     elif facts.shape is not None:
         yield from _check_shape(node, item.name, facts.shape, path)
-    elif facts.kinds is None and isinstance(value, DictConfig) and OmegaConf.get_type(value) is dict:
-        yield from _check_free_form(value, f"{path}.")
+    elif facts.kinds is None and isinstance(value, DictConfig):
+        yield from _check_mapping(value, f"{path}.")
     else:
         fault = value_fault(facts, value)
         if fault is not None:
@@ -136,15 +180,26 @@ def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) ->
             node[item.name] = facts.aliases[str(value)]
 
 
-def _check_free_form(node: DictConfig, prefix: str) -> Iterator[Violation]:
-    """Check the user's own mapping: only its interpolations can be wrong."""
+def _check_mapping(node: DictConfig, prefix: str) -> Iterator[Violation]:
+    """Check a mapping of the user's own: by its dataclass where it has one, such as one in Hydra's ConfigStore."""
+    kind = OmegaConf.get_type(node)
+    if is_dataclass(kind):
+        yield from _check_section(node, kind, prefix)
+        return
     for key in list(node.keys()):
-        broken = _broken_interpolation(node, key, f"{prefix}{key!s}")
+        broken = _broken_value(node, key, f"{prefix}{key!s}")
         if broken is not None:
             yield broken
             _remove(node, key)
         elif OmegaConf.is_dict(node[key]):
-            yield from _check_free_form(node[key], f"{prefix}{key!s}.")
+            yield from _check_mapping(node[key], f"{prefix}{key!s}.")
+
+
+def _broken_value(node: DictConfig, key: Any, path: str) -> Violation | None:
+    """The fault of a value that cannot be read: it is missing, or its interpolation does not resolve."""
+    if OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+        return Violation(path, ABSENT, "it must be given", f"set {path}=...")
+    return _broken_interpolation(node, key, path)
 
 
 def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | None:
@@ -152,8 +207,10 @@ def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | 
         return None
     try:
         node[key]
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error, RecursionError) or "Recursive" in reason:
+            reason = "it comes back to itself through other settings"
         return Violation(path, _unresolved(node, key), reason, "fix the interpolation")
     return None
 
@@ -234,7 +291,7 @@ def wrong_type(path: str, value: Any, error: Exception) -> Violation:
     for message, rule, fix in _REFUSALS:
         if message in reason:
             if isinstance(value, float) and value.is_integer() and "Integer" in message:
-                fix = f"write {int(value)}"
+                fix = f"write {int(Decimal(repr(value)))}"  # int(1e23) is not 10**23
             if isinstance(value, list) and "ListConfig" in message:
                 rule, fix = "it must be a list of lists", "write [[one],[another]]"
             return Violation(path, value, rule, fix.replace("PATH", path))
@@ -277,7 +334,7 @@ def _plain(value: Any) -> Any:
 
 def _remove(node: DictConfig, key: Any) -> None:
     with open_dict(node):
-        node.pop(key)
+        del node[key]  # not `pop`, which reads the value
 
 
 def _fill(node: DictConfig, item: Field[Any]) -> None:

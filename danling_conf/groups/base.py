@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,8 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.schema.open_sections import open_sections
 
 BASE_NAME = "danling"
+SECTIONS = "danling/section"
+"""Group of the typed sections that presets bring along in an app without a base config."""
 
 _registered: dict[str, type[RunnerConfig]] = {BASE_NAME: RunnerConfig}
 
@@ -54,17 +56,36 @@ def base_names() -> list[str]:
     return sorted(_registered)
 
 
-def base_config(name: str) -> DictConfig:
-    """A base config as a typed node with its defaults list. Raises KeyError for an unknown name."""
+def base_config(name: str, *, free: bool = False) -> DictConfig:
+    """A base config as a typed node with its defaults list. Raises KeyError for an unknown name.
+
+    Args:
+        free: of `open_sections`.
+    """
     kind: Any = _registered[name]  # for mypy, a class is as unhashable as its objects
-    return copy.deepcopy(_base_config(kind))
+    return copy.deepcopy(_base_config(kind, free))
+
+
+def section_kinds() -> dict[str, type]:
+    """The dataclasses of all sections, by name."""
+    factories: dict[str, Any] = {item.name: item.default_factory for item in fields(RunnerConfig)}
+    return {name: kind for name, kind in factories.items() if isinstance(kind, type) and is_dataclass(kind)}
 
 
 # Cached, since a sweep composes twice a job, and a copy takes a fifth of the time of a new node.
 @cache
-def _base_config(kind: Any) -> DictConfig:
+def _base_config(kind: Any, free: bool) -> DictConfig:
     node: DictConfig = OmegaConf.structured(kind)
-    open_sections(node)
+    open_sections(node, free=free)
     with open_dict(node):
-        node["defaults"] = ListConfig(["_self_", *({group: choice} for group, choice in DEFAULT_CHOICES.items())])
+        # Presets bring no sections here. Hydra refuses to override what is not chosen, so nothing is chosen first.
+        nothing = [f"{SECTIONS}@{name}" for name in DEFAULT_CHOICES if name in section_kinds()]
+        node["defaults"] = ListConfig(
+            [
+                "_self_",
+                *({group: choice} for group, choice in DEFAULT_CHOICES.items()),
+                *({section: None} for section in nothing),
+                *({f"override {section}": None} for section in nothing),
+            ]
+        )
     return node

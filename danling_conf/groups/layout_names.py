@@ -6,6 +6,7 @@ import re
 from difflib import get_close_matches
 
 from danling_conf.schema.layout import FILL, Layout
+from danling_conf.schema.parallel import MOST_RANKS
 
 _DATA_TOKENS = ("ddp", "fsdp", "hsdp")
 _AXIS_TOKENS = {"tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "expert", "etp": "expert_tensor"}
@@ -130,4 +131,8 @@ def _split(name: str, token: str) -> tuple[str, str]:
 def _degree(name: str, token: str, text: str) -> int:
     if not _DEGREE.fullmatch(text):
         raise LayoutNameError(f"layout {name!r}: {text!r} in {token!r} is not a degree; write a whole number from 1 up")
+    if len(text) > len(str(MOST_RANKS)) or int(text) > MOST_RANKS:
+        raise LayoutNameError(
+            f"layout {name!r}: {token[:20]!r} is more than {MOST_RANKS} ranks; write a smaller degree"
+        )
     return int(text)

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.hydra_adapter import Composer, hydra_settings, settings_in
+from danling_conf.config.hydra_adapter import Composer, hydra_settings, job_directory, settings_in
 from danling_conf.launch.app import App
 from danling_conf.launch.rank import run_rank
 from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
@@ -50,7 +50,8 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
     """
     attempt, lock = open_attempt(app, composed, config)
     try:
-        return run_attempt(app, partial(composing.run_job, composed), config, attempt)
+        run_job = partial(composing.run_job, composed, directory=job_directory(composed, attempt.directory))
+        return run_attempt(app, run_job, config, attempt)
     except (ConfigRefused, SystemExit):
         raise
     except (Exception, KeyboardInterrupt) as error:
@@ -63,9 +64,10 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, RunLock]:
     """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`."""
     attempt, lock = claim(config)
+    directory = job_directory(composed, attempt.directory)
     with refusing_unwritable(config):
         reserve_result(attempt.directory)
-        freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
+        freeze_attempt(config, attempt, app.script, hydra_settings(composed, directory))
     warn(attempt, config)
     return attempt, lock
 
@@ -119,7 +121,7 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
     """Run an opened attempt as Hydra's job, in this process or in one worker for each rank of the layout.
 
     Args:
-        run_job: runs a task as Hydra's job in a directory: `Composer.run_job` or `hydra_adapter.run_frozen`.
+        run_job: runs a task as Hydra's job in its directory: `Composer.run_job` or `hydra_adapter.run_frozen`.
 
     Raises:
         WorkersFailed, WorkersInterrupted: from the workers.
@@ -143,7 +145,7 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
             raise
         return read_fields(attempt.directory / RESULT).number("score")
 
-    outcome = run_job(task=task, directory=attempt.directory)
+    outcome = run_job(task=task)
     # Not `outcome.return_value`, which prints Hydra's own report of the error before it raises it.
     if isinstance(outcome._return_value, Exception):
         raise outcome._return_value

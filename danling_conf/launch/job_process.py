@@ -33,7 +33,8 @@ def run_local_job(app: App, path: Path) -> Any:
     value: Any = None
     try:
         config, attempt, lock = open_job(job, app.script)
-        value = run_attempt(app, partial(run_frozen, job.content["hydra"], job.content["config"]), config, attempt)
+        settings = job.content["hydra"], job.content["config"]
+        value = run_attempt(app, partial(run_frozen, *settings, directory=attempt.directory), config, attempt)
         attempt.check_token()
     except LostRun as error:  # the attempt that has taken the run over writes to the ledger from now on
         print(error, file=sys.stderr)

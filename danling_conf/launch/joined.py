@@ -8,8 +8,10 @@ import sys
 import traceback
 from typing import Any
 
+from hydra.types import RunMode
+
 from danling_conf.config.check import check, compose_or_refuse
-from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.hydra_adapter import ConfigSearch, composer, job_directory
 from danling_conf.launch.app import App, refuse
 from danling_conf.launch.execute import open_attempt
 from danling_conf.launch.rank import leave_at_once, run_rank
@@ -29,9 +31,7 @@ def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks
     """
     try:
         if parsed.multirun:
-            raise ConfigRefused(
-                [Violation("--multirun", ABSENT, f"{ranks.launcher} started ranks of one run", "sweep without it")]
-            )
+            raise ConfigRefused([_no_sweep("--multirun", ranks)])
         return _lead(app, search, parsed, ranks) if ranks.main else _follow(app, ranks)
     except ConfigRefused as refusal:
         if ranks.main:
@@ -45,10 +45,16 @@ def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks
         leave_at_once(outcome_of(error).exit_code)
 
 
+def _no_sweep(what: str, ranks: RankEnvironment) -> Violation:
+    return Violation(what, ABSENT, f"{ranks.launcher} started ranks of one run", "sweep without it")
+
+
 def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
     with composer(search) as composing:
         try:
             composed = compose_or_refuse(composing, parsed.overrides)
+            if composed.hydra.mode == RunMode.MULTIRUN:
+                raise ConfigRefused([_no_sweep("hydra.mode", ranks)])
             config = check(composing, composed, parsed.overrides)
             attempt, lock = open_attempt(app, composed, config)
         except ConfigRefused:
@@ -60,7 +66,9 @@ def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: Ran
         start = Current(attempt=attempt, ranks=ranks, store=store)
         try:
             outcome = composing.run_job(
-                composed, lambda _: run_rank(app.function, config, start, search.job_name), attempt.directory
+                composed,
+                lambda _: run_rank(app.function, config, start, search.job_name),
+                job_directory(composed, attempt.directory),
             )
         finally:
             lock.release()

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from danling_conf.config.hydra_adapter import output_directory
+from danling_conf.config.readonly import place_output
 from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.workers import RAISED_AT, REASON, STATUS
 from danling_conf.records import current
@@ -44,6 +46,9 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     handlers = open_logs(attempt.directory, ranks, log=config.log, job_name=job_name)
     _log.info("%s", _place_of(ranks))
     current.enter(start)
+    directory = output_directory()
+    if directory is not None:
+        place_output(config, directory)
     try:
         value = function(config)
         if ranks.main:

@@ -240,5 +240,9 @@ def offloads(section: FsdpConfig) -> bool:
 
 
 def from_keywords(**keywords: Any) -> partial[nn.Module]:
-    """`fsdp` as `hydra.utils.instantiate` reads it: a partial that waits for the model and `mesh=`."""
+    """`fsdp` as `hydra.utils.instantiate` reads it: a partial that waits for the model and `mesh=`.
+
+    Without `enabled` it shards: an app without our base config chose a policy, and no layout that says otherwise.
+    """
+    keywords.setdefault("enabled", True)
     return partial(shard, section=section_from(FsdpConfig, keywords, path="fsdp"))

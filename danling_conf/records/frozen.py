@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from danling_conf.config.hydra_adapter import take_part
 from danling_conf.config.identity import canonical, difference_from_defaults, job_id, plain
 from danling_conf.config.readonly import freeze
-from danling_conf.config.resolve import inspect, save
+from danling_conf.config.resolve import inspect, own_sections, save, typed_node
 from danling_conf.records.code import code_identity
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_directory import Attempt, attempt_order, attempts_in, write_whole
@@ -57,7 +57,8 @@ def frozen_job(config: RunnerConfig, hydra: Mapping[str, Any] | None) -> dict[st
     kind = declared_class(config)
     return {
         "job_id": job_id(config),
-        "class": [kind.__module__, kind.__qualname__],
+        "class": _name_of(kind),
+        "sections": {path: _name_of(section) for path, section in own_sections(config).items()},
         "config": plain(config),
         "hydra": hydra,
     }
@@ -77,7 +78,9 @@ def thaw_job(frozen: Mapping[str, Any], kind: type[RunnerConfig] | None = None) 
     """The configuration of `frozen_job`. Raises ValueError as `thaw`."""
     kind = kind or _class_of(*frozen["class"])
     # The rules were applied where the command ran. This node may have other devices, so an empty machine stands in.
-    config, _ = inspect(frozen["config"], kind=kind, context=Context(machine=Machine()))
+    sections = {path: _class_of(*name) for path, name in frozen.get("sections", {}).items()}
+    node = typed_node(frozen["config"], kind, sections)
+    config, _ = inspect(node, kind=kind, context=Context(machine=Machine()), spent=True)
     config = freeze(config)
     # Catches a node with another version of the app's class, whose new defaults would train something else.
     if job_id(config) != frozen["job_id"]:
@@ -107,10 +110,13 @@ def code_of(attempt: Attempt) -> str | None:
     return read_fields(attempt.directory / FROZEN).text("code_id")
 
 
-def _class_of(module: str, qualname: str) -> type[RunnerConfig]:
+def _name_of(kind: type) -> list[str]:
+    return [kind.__module__, kind.__qualname__]
+
+
+def _class_of(module: str, qualname: str) -> Any:
     # `__main__` is in sys.modules under that name only; importing it by name would run the script a second time.
     found: Any = sys.modules.get(module) or importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
-    kind: type[RunnerConfig] = found
-    return kind
+    return found

@@ -2,7 +2,7 @@
 
 from danling_conf.schema.layout import FILL, Layout
 from danling_conf.schema.runner import RunnerConfig
-from danling_conf.schema.setting import Facts, declared_class, defaults_of, facts_of, open_keys, setting
+from danling_conf.schema.setting import Facts, declared_class, defaults_of, facts_of, notes_of, open_keys, setting
 
 __all__ = [
     "FILL",
@@ -12,6 +12,7 @@ __all__ = [
     "declared_class",
     "defaults_of",
     "facts_of",
+    "notes_of",
     "open_keys",
     "setting",
 ]

@@ -105,3 +105,50 @@ class SlurmLauncherConfig(LauncherConfig):
     """Further arguments of `srun`."""
     additional_parameters: Dict[str, Any] = setting(factory=dict)
     """Any other option of `sbatch`, by its long name: `{mail-type: END}`. They come last and win."""
+
+
+@dataclass(kw_only=True)
+class SubmititSlurmConfig(SlurmLauncherConfig):
+    """`hydra/launcher=submitit_slurm`: the settings of hydra-submitit-launcher, for our launcher under our `main`."""
+
+    _target_: str = f"{_PLUGIN}.slurm_launcher.SubmititSlurmLauncher"
+    submitit_folder: Optional[str] = None
+    """Refused: submitit's files are in the sweep's directory."""
+    stderr_to_stdout: bool = False
+    """Refused: the two streams stay apart."""
+
+
+@dataclass(kw_only=True)
+class SubmititLocalConfig(LocalLauncherConfig):
+    """`hydra/launcher=submitit_local`: the settings of hydra-submitit-launcher, for our launcher under our `main`."""
+
+    _target_: str = f"{_PLUGIN}.local_launcher.SubmititLocalLauncher"
+    name: str = "${hydra.job.name}"
+    """No effect on this machine."""
+    nodes: int = setting(1, at_least=1, at_most=1)
+    """Only 1: this machine is one node."""
+    tasks_per_node: Optional[int] = setting(None, at_least=1)
+    """Ranks of each job, which must be those of its layout. Unset: the layout's."""
+    gpus_per_node: Optional[int] = setting(None, at_least=0)
+    """Devices of each job, which must be one a rank, or 0 on the CPU. Unset: one a rank."""
+    cpus_per_task: Optional[int] = None
+    """No effect on this machine, as with submitit."""
+    mem_gb: Optional[float] = None
+    """No effect on this machine, as with submitit."""
+    timeout_min: Optional[int] = None
+    """Refused: jobs on this machine have no time limit."""
+    submitit_folder: Optional[str] = None
+    """Refused: submitit's files are in the sweep's directory."""
+    stderr_to_stdout: bool = False
+    """Refused: the two streams stay apart."""
+
+
+REFUSED_OF_SUBMITIT = {
+    "submitit_folder": ("a sweep keeps submitit's files in its own directory", "leave it out, or set hydra.sweep.dir"),
+    "stderr_to_stdout": (
+        "the streams stay apart: what srun prints to stderr names the rank that died first",
+        "leave it out",
+    ),
+    "timeout_min": ("jobs on this machine have no time limit", "leave it out, or hydra/launcher=submitit_slurm"),
+}
+"""Settings of hydra-submitit-launcher that have no meaning here, with the reason and what to do."""

@@ -7,6 +7,9 @@ from typing import Any, ClassVar, List, Optional
 
 from danling_conf.schema.setting import setting
 
+MOST_RANKS = 1 << 20
+"""A larger degree is a typing error: no machine has as many devices."""
+
 SINGLE_STAGE_SCHEDULES = ("1F1B", "GPipe")
 """Schedules of one stage a rank."""
 
@@ -54,16 +57,16 @@ class AxesConfig:
 
     read_by: ClassVar[str] = "danling_conf.topology.layout"
 
-    replicate: int = setting(1, at_least=-1)
+    replicate: int = setting(1, at_least=-1, at_most=MOST_RANKS)
     """Data-replication degree: ranks that hold the same weights and see different data (DDP, HSDP's outer axis)."""
-    shard: int = setting(1, at_least=-1)
+    shard: int = setting(1, at_least=-1, at_most=MOST_RANKS)
     """Data-sharding degree (FSDP2): ranks that share one copy of the weights. One axis may be -1: filled from the
     world size."""
-    context: int = setting(1, at_least=-1)
+    context: int = setting(1, at_least=-1, at_most=MOST_RANKS)
     """Context-parallel degree: ranks that share the sequence dimension of a sample."""
-    pipeline: int = setting(1, at_least=-1)
+    pipeline: int = setting(1, at_least=-1, at_most=MOST_RANKS)
     """Pipeline-parallel degree: ranks that hold consecutive parts of the model."""
-    tensor: int = setting(1, at_least=-1)
+    tensor: int = setting(1, at_least=-1, at_most=MOST_RANKS)
     """Tensor-parallel degree: ranks that share each weight matrix."""
     expert: int = setting(1, at_least=1)
     """Expert-parallel degree of mixture-of-experts blocks; borrows ranks from shard x context x tensor."""

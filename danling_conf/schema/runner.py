@@ -25,6 +25,7 @@ class RunnerConfig:
     """Every setting of a run. Subclass it for settings of your own and pass the subclass to `danling_conf.register`."""
 
     read_by: ClassVar[str] = "danling_conf.runner"
+    open_to: ClassVar[str] = "settings of the app"
 
     stack: str = setting(
         "auto", choices=("auto", "ddp", "parallel", "graph", "deepspeed"), aliases={"torch": "ddp", "ds": "deepspeed"}

@@ -78,6 +78,26 @@ READONLY = "_danling_locked"
 """Attribute that marks the class of a read-only section. On an instance, it tells whether it is locked."""
 
 
+OUTPUT_DIRECTORY = "<hydra.runtime.output_dir>"
+"""Stands in settings for Hydra's output directory, which is not known before the run has its own. It is in the records
+and in the identity of a run too, so that both are the same for each attempt."""
+PLACED = "_danling_output_directory"
+"""Attribute of a configuration in which `OUTPUT_DIRECTORY` has been replaced: by what."""
+
+_NOTES = "_danling_notes"
+
+
+def notes_of(config: Any) -> list[str]:
+    """What was set aside when a configuration was resolved, one sentence each."""
+    return list(vars(config).get(_NOTES, ()))
+
+
+def add_notes(config: Any, notes: Sequence[str]) -> None:
+    """Note what was set aside, for `notes_of`. Notes are no settings: they are not saved."""
+    if notes:
+        vars(config)[_NOTES] = tuple(notes)
+
+
 def declared_class(section: Any) -> type:
     """The dataclass that declares a section; for a read-only one, the class that it had before it was frozen."""
     return next(kind for kind in type(section).__mro__ if READONLY not in vars(kind))

@@ -19,8 +19,8 @@ from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
 from danling_conf.config.identity import layout_name
 from danling_conf.config.job import Job, check_launcher, launcher_in
 from danling_conf.config.sweep_composer import SweepComposer
-from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.schema.launcher import LauncherConfig, SlurmLauncherConfig
+from danling_conf.schema import FILL, Layout, RunnerConfig, notes_of
+from danling_conf.schema.launcher import LauncherConfig, SlurmLauncherConfig, SubmititLocalConfig
 from danling_conf.sweep.monitor import parse_on_failure
 from danling_conf.topology.layout import fill
 from danling_conf.topology.machine import Machine, this_machine
@@ -112,9 +112,11 @@ class Preflight:
         except COMPOSITION_ERRORS as error:
             raise ConfigRefused(self._all_faults(overrides, error)) from error
         capacity, unanswered = self._capacity(launcher)
-        context = context_of(overrides, self._machine(launcher, capacity))
+        context = context_of(overrides, self._machine(launcher, capacity), hydra["runtime"]["choices"])
 
         def faults_of_job(config: RunnerConfig | None) -> list[Violation]:
+            if config is not None and isinstance(launcher, SubmititLocalConfig):
+                return faults + _local_faults(config, launcher)
             if config is None or capacity is None or unanswered:
                 return faults + unanswered
             return faults + _shape_faults(config, context, capacity, launcher)
@@ -236,6 +238,39 @@ def _shape(
     on_cpu = config.parallel.mesh_device_type == "cpu"
     settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
     return shape_of(layout, on_cpu=on_cpu, capacity=capacity, launcher=settings, name=layout_name(layout))
+
+
+def _local_faults(config: RunnerConfig, launcher: SubmititLocalConfig) -> list[Violation]:
+    """Resources that `submitit_local` would give to a job, where its layout takes others."""
+    layout = known_layout(config)
+    if layout is None or FILL in layout.degrees().values():
+        return []
+    size = layout.world_size
+    allowed = {"tasks_per_node": (size,), "gpus_per_node": (size, 0)}
+    return [
+        Violation(
+            f"hydra.launcher.{name}",
+            value,
+            f"the layout {layout_name(layout)} has {size} rank{'s' if size > 1 else ''}, and each takes one device",
+            f"leave it out, or write {size}",
+        )
+        for name, fitting in allowed.items()
+        if (value := getattr(launcher, name)) is not None and value not in fitting
+    ]
+
+
+def notes_of_job(job: Job) -> list[str]:
+    """What was set aside of an accepted job's settings, and settings of its launcher without an effect."""
+    launcher = check_launcher(job.launcher)[0]
+    unused = ("cpus_per_task", "mem_gb") if isinstance(launcher, SubmititLocalConfig) else ()
+    return [
+        *notes_of(job.config),
+        *(
+            f"hydra.launcher.{name} has no effect: jobs on this machine share its memory and cores"
+            for name in unused
+            if getattr(launcher, name) is not None
+        ),
+    ]
 
 
 def own(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -22,7 +22,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.check import check, compose_or_refuse
-from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, knows_all_jobs
+from danling_conf.config.hydra_adapter import (
+    COMPOSITION_ERRORS,
+    Composer,
+    knows_all_jobs,
+    refused_in_sweep,
+    sweep_directory_chosen,
+)
 from danling_conf.config.job import Job
 from danling_conf.launch.app import App
 from danling_conf.launch.slurm.queries import SlurmUnavailable
@@ -34,7 +40,7 @@ from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.hydra_launcher import JobsLauncher, LaunchesJobs
-from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, own, shapes_of
+from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, notes_of_job, own, shapes_of
 from danling_conf.sweep.preflight_tables import SweepRefused, fault_table, shape_table
 from danling_conf.sweep.slurm_backend import capacity_for, frozen_shape
 from danling_conf.sweep.supervise import backend_for, supervise
@@ -78,6 +84,8 @@ class Sweep(LaunchesJobs):
         if refused:
             print("\n".join(fault_table(refused, of=len(jobs))), file=sys.stderr)
             print("skipping them, since hydra.launcher.skip_refused is true", file=sys.stderr)
+        for note in dict.fromkeys(note for job in accepted for note in notes_of_job(job)):
+            print(f"warning: {note}", file=sys.stderr)
         directory = SweepDirectory(path=Path(master.hydra.sweep.dir).absolute())
         started = start_jobs(self, directory, accepted, cluster)
         records = dict(zip([job.number for job in accepted], started, strict=True))
@@ -91,7 +99,7 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     """Run a sweep. Exits with 1 when a job failed; raises ConfigRefused when one is refused."""
     arguments = list(overrides)
     arguments += _launcher(composing, arguments)
-    if not any(item.startswith("hydra.sweep.dir=") for item in arguments):
+    if not _directory_chosen(composing, arguments):
         arguments.append(_DIRECTORY.format(stamp=datetime.now().strftime("%Y%m%d-%H%M%S-%f")))
     sweep = Sweep(app=app, composing=composing, arguments=["-m", *overrides])
     try:
@@ -104,6 +112,19 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
         raise
     except JobFailed:
         sys.exit(1)
+
+
+def _directory_chosen(composing: Composer, arguments: list[str]) -> bool:
+    """Whether the app or the command line names the sweep's directory. Raises ConfigRefused for settings of Hydra that
+    mean nothing here."""
+    try:
+        master = composing.compose(arguments, multirun=True)
+    except COMPOSITION_ERRORS:
+        return any(item.startswith("hydra.sweep.dir=") for item in arguments)
+    faults = refused_in_sweep(master)
+    if faults:
+        raise ConfigRefused(faults)
+    return sweep_directory_chosen(master)
 
 
 def _launcher(composing: Composer, arguments: list[str]) -> list[str]:

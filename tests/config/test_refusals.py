@@ -143,18 +143,19 @@ FILE_WITH_EPOCHS = {"train": "defaults:\n  - danling\n  - _self_\nepochs: 100\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "files", "argument", "mend"),
+    ("files", "argument", "said"),
     [
-        ("epochs_against_steps_of_a_file", FILE_WITH_STEPS, "epochs=2", "steps=null"),
-        ("steps_against_epochs_of_a_file", FILE_WITH_EPOCHS, "steps=2", "epochs=null"),
+        (FILE_WITH_STEPS, "epochs=2", "steps None epochs 2 "),
+        (FILE_WITH_EPOCHS, "steps=2", "steps 2 epochs None "),
     ],
 )
-def test_the_mend_keeps_what_the_command_line_set(tmp_path, name, files, argument, mend):
-    """And it mends."""
+def test_a_budget_on_the_command_line_wins_over_the_other_kind_in_a_file(tmp_path, files, argument, said):
+    """And says so."""
     write_configs(tmp_path, files)
-    app = write_app(tmp_path, config_path="conf", config_name="train")
-    assert f"fix: add {mend}" in refused(name, tmp_path, argument)
-    assert run(app, argument, mend).code == 0
+    done = run(write_app(tmp_path, config_path="conf", config_name="train"), argument)
+    assert (done.code, done.out.startswith(said)) == (0, True), done
+    other = "steps" if argument.startswith("epochs") else "epochs"
+    assert f"warning: {argument} is on the command line, so {other}=100 of a file is set to null" in done.err
 
 
 def test_layout_against_the_started_world(tmp_path):

@@ -216,12 +216,21 @@ def test_a_frozen_configuration_that_was_edited_is_noticed(config, tmp_path):
 def test_a_saved_configuration_loads_as_it_was(config, tmp_path):
     danling_conf.save(config, tmp_path / "config.yaml")
     assert plain(danling_conf.load(tmp_path / "config.yaml", OwnConfig)) == plain(config)
-    with pytest.raises(ConfigRefused, match="width"):
-        danling_conf.load(tmp_path / "config.yaml")
+    assert danling_conf.load(tmp_path / "config.yaml").width == config.width  # then a key of the app
 
 
-def test_mappings_and_lists_of_ones_own_are_plain():
-    """What a model is made of must pass wherever a dict does: OmegaConf, JSON, keyword arguments."""
+def test_mappings_of_ones_own_are_read_only_dicts_with_attributes():
+    """What a model is made of must pass wherever a dict does: `instantiate`, JSON, keyword arguments, pickle."""
     made = danling_conf.compose(["steps=3", "model.width=3", "+model.blocks.names=[a,b]"])
-    assert (type(made.model), type(made.model["blocks"]["names"])) == (dict, list)
-    assert OmegaConf.create(made.model) == made.model == json.loads(json.dumps(made.model))
+    for config in (made, pickle.loads(pickle.dumps(made)), copy.deepcopy(made), danling_conf.resolve(replace(made))):
+        assert config.model.width == config.model["width"] == dict(**config.model)["width"] == 3
+        assert config.model.blocks.names == ["a", "b"]
+        assert config.model == json.loads(json.dumps(config.model)) == instantiate(config.model)
+    with pytest.raises(AttributeError, match="read-only"):
+        made.model.width = 4
+    for change in (lambda: made.model.update(a=1), lambda: made.model.blocks.pop("names"), made.model.clear):
+        with pytest.raises(TypeError, match="read-only"):
+            change()
+    with pytest.raises(AttributeError, match="did you mean width"):
+        made.model.widht  # noqa: B018
+    assert not hasattr(made.data, "width")

@@ -14,15 +14,9 @@ def one_budget(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     if config.steps is None and config.epochs is None:
         yield Violation("steps", None, "a run needs a budget: steps or epochs", "set steps=1000 or epochs=10")
     elif config.steps is not None and config.epochs is not None:
-        # The fix keeps the one on the command line: that one the user has just typed, the other comes from a file.
-        epochs_typed = "epochs" in context.given and "steps" not in context.given
-        keep, drop = ("epochs", "steps") if epochs_typed else ("steps", "epochs")
-        yield Violation(
-            keep,
-            getattr(config, keep),
-            f"steps and epochs exclude each other, and {drop}={getattr(config, drop)} is set as well",
-            f"add {drop}=null",
-        )
+        # One on the command line against one of a file is settled before: the typed one wins.
+        rule = f"steps and epochs exclude each other, and epochs={config.epochs} is set as well"
+        yield Violation("steps", config.steps, rule, "add epochs=null")
 
 
 def monitored_metric(config: RunnerConfig, context: Context) -> Iterator[Violation]:

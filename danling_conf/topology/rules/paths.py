@@ -11,6 +11,8 @@ from danling_conf.schema.files import CHECKPOINT_FILE, RUN_FILE, danling_checkpo
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
+_LONGEST_NAME = 255
+"""Of file systems in use."""
 _WEIGHTS = "*.safetensors"
 
 
@@ -54,6 +56,8 @@ def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     for path, name in names.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             yield Violation(path, name, "it must be the name of one folder", "use a name without slashes")
+        elif len(os.fsencode(name)) > _LONGEST_NAME:
+            yield Violation(path, name, f"the name of a folder has at most {_LONGEST_NAME} bytes", "shorten it")
     if config.experiment == "sweeps":
         yield Violation(
             "experiment", "sweeps", "that name is reserved for the directories of sweeps", "choose another name"

@@ -5,7 +5,7 @@ An effect rule returns settings that are allowed but have no effect. The package
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,7 +21,9 @@ class Context:
 
     machine: Machine = field(default_factory=Machine)
     given: frozenset[str] = frozenset()
-    """Paths of the settings on the command line, so that a fix can name what the user typed."""
+    """Paths of the settings on the command line: they win over files and presets, and a fix names what was typed."""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """Choices of groups, by group."""
 
     def on_cpu(self, config: RunnerConfig) -> bool:
         """Whether ranks run on the CPU: there is no accelerator, or the mesh is not to use it."""
