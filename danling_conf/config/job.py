@@ -18,6 +18,7 @@ from danling_conf.groups.source import LAUNCHERS
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.schema.launcher import LauncherConfig
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.rules.launcher import launcher_faults
 from danling_conf.topology.violation import Violation, unique
 
 PREFIX = "hydra.launcher."
@@ -66,6 +67,8 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
     violations += check_declarations(node, kind, PREFIX)
     typed = OmegaConf.to_object(node)
     assert isinstance(typed, LauncherConfig)
+    faulty = {item.path for item in violations}
+    violations += [item for item in launcher_faults(typed) if item.path not in faulty]
     return typed, unique(violations)
 
 
