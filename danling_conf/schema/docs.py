@@ -56,7 +56,7 @@ def describe(kind: type, path: str) -> Described | None:
     for index, part in enumerate(parts):
         item = next((item for item in fields(owner) if item.name == part and not part.startswith("_")), None)
         if item is None:
-            split = getattr(owner, "open_to", None)
+            split: Any = getattr(owner, "open_to", None)
             # A name of the user's own, such as a split's; one that is like a setting's is a misspelling.
             own = isinstance(split, type) and part.isidentifier() and not part.startswith("_")
             if not own or nearest(part, [item.name for item in fields(owner)], cutoff=0.7):

@@ -81,7 +81,8 @@ HOSTILE = st.one_of(
     st.text("[]{}(),:'\"\\$=~+ \n\t", max_size=16),
     st.sampled_from([
         "", "null", "???", "1e400", "-1", "nan", "inf", "1e3", "0x10", "1_000", "${steps}", "${nope}", "${data}",
-        "${.}", "${oc.env:NOPE}", "${oc.env:HOME}", "${hydra:job.name}", "${now:%s}", "[1,2]", "{a:1}", "{a:{b:[1,{c:2}]}}",
+        "${.}", "${oc.env:NOPE}", "${oc.env:HOME}", "${hydra:job.name}", "${now:%s}", "[1,2]",
+        "{a:1}", "{a:{b:[1,{c:2}]}}",
         "1,2", "range(3)", "range(0,1e9)", "glob(*)", "choice(1)", "sort(1,2)", "int(3)", "str(3)", "'a\nb'", "\x1b[2J",
         "\udcff", "\u202e", "9" * 400, "a" * 5000, "[" * 60 + "]" * 60, "os.system", "on", "off", "no", "~",
         "../..", "/",
