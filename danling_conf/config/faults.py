@@ -292,9 +292,8 @@ def _unparsed(text: str) -> Violation:
     if not re.fullmatch(r"[+~]{0,2}[\w./@:$-]+", key):
         return Violation(text, ABSENT, "it cannot be read as KEY=VALUE", "a key is a path such as optim.lr")
     opened = f"close what is open in {value}, or " if re.search(r"[\[{(]", value) else ""
-    return Violation(
-        key.lstrip("+~"), value, "the value cannot be read", f"{opened}write it in quotes: '{key}=\"{value}\"'"
-    )
+    fix = f"{opened}write it in quotes: '{key}=\"{value}\"'"
+    return Violation(key.lstrip("+~"), value, "the value cannot be read", fix)
 
 
 def _several_values(override: Override, text: str) -> Violation:

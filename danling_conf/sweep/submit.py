@@ -147,7 +147,9 @@ def check_directory(composing: Composer, arguments: Sequence[str]) -> None:
         rule = str(error).strip().splitlines()[0]
         raise ConfigRefused([Violation("hydra.sweep.dir", ABSENT, rule, "fix the interpolation")]) from error
     path = Path(given).absolute()
-    fault = unwritable(path) or (unprintable(str(path)) and "its name has characters that are not printable")
+    fault = unwritable(path)
+    if unprintable(str(path)):
+        fault = "its name has characters that are not printable"
     if not fault and path.is_dir():
         found = {item.name for item in path.iterdir()} - {"multirun.yaml"}
         fault = f"{path} has files of something else" if found and LEDGER not in found else None

@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     "nested value": (("++data.x=" + "[" * 95 + "]" * 95,), "data.x[0]", "levels deep"),
     "no memory": ((*SLURM, "hydra.launcher.mem_gb=1e400"), "hydra.launcher.mem_gb=inf", "finite"),
     "memory in words": ((*SLURM, "hydra.launcher.mem_per_gpu='80 gigs'"), "hydra.launcher.mem_per_gpu=80 gigs", "or T"),
-    "partition without a name": ((*SLURM, "hydra.launcher.partition=''"), "hydra.launcher.partition=''", "names nothing"),
+    "no partition": ((*SLURM, "hydra.launcher.partition=''"), "hydra.launcher.partition=''", "names nothing"),
     "line break in a comment": (
         (*SLURM, "hydra.launcher.comment='a\ntouch x'"), r"hydra.launcher.comment=a\ntouch x", "line of a script",
     ),
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
         (*SLURM, "hydra.launcher.srun_args=['a\nb']"), r"hydra.launcher.srun_args[0]=a\nb", "line of a script",
     ),
     "name that is no option": (
-        (*SLURM, "hydra.launcher.additional_parameters={x y: 3}"), "hydra.launcher.additional_parameters.x y", "long name",
+        (*SLURM, "hydra.launcher.additional_parameters={x y: 3}"), "hydra.launcher.additional_parameters.x y", "long n",
     ),
     "large seed": (("seed=18446744073709551616",), "seed=18446744073709551616", "64 bits"),
     "large value of one's own": (("++data.x=" + "9" * 30,), "data.x=999", "64 bits"),
