@@ -81,7 +81,7 @@ def _parts(seen: Seen, histories: Mapping[str, list[dict[str, Any]]]) -> list[_P
         found.setdefault((row.sweep, _metric(row, histories.get(str(row.run), []))), []).append(row)
     _join_unscored(found)
     several_metrics = len({metric for _, metric in found}) > 1
-    places = {sweep.path: place for place, sweep in enumerate(seen.sweeps)}
+    places: dict[Path | None, int] = {sweep.path: place for place, sweep in enumerate(seen.sweeps)}
     parts = []
     for (sweep, metric), rows in sorted(found.items(), key=lambda item: places.get(item[0][0], len(places))):
         name = "Runs" if sweep is None else f"Sweep {sweep.name}"
@@ -158,7 +158,7 @@ def _table(part: _Part) -> Html:
     names = part.settings
     columns: list[tuple[str, bool, list[object]]] = [
         ("job", False, [row.number for row in part.rows]),
-        *((name, _numeric(name, part.rows), [value_of(row.settings.get(name)) for row in part.rows]) for name in names),
+        *((name, _numeric(name, part.rows), _shown(name, part.rows)) for name in names),
         ("state", False, [badge(row.state, KINDS.get(row.state, "bad")) for row in part.rows]),
         ("step", True, [step_of(row) for row in part.rows]),
         (part.metric, True, [None if row.score is None else f"{row.score:.6g}" for row in part.rows]),
@@ -173,6 +173,10 @@ def _table(part: _Part) -> Html:
     right = [place for place, (_, numeric, _) in enumerate(kept) if numeric]
     heading = part.heading("Jobs" if part.rows[0].sweep else "Runs")
     return section(heading, table([name for name, _, _ in kept], rows, numeric=right))
+
+
+def _shown(name: str, rows: Sequence[Row]) -> list[object]:
+    return [value_of(row.settings.get(name)) for row in rows]
 
 
 def _numeric(name: str, rows: Sequence[Row]) -> bool:
