@@ -287,6 +287,8 @@ def _unknown(config: DictConfig, path: str, kind: type) -> Violation:
 
 def _unparsed(text: str) -> Violation:
     key, equals, value = text.partition("=")
+    if not text.strip():
+        return Violation(repr(text), ABSENT, "it is empty", "leave it out, or write KEY=VALUE")
     if not equals:
         return Violation(text, ABSENT, "it cannot be read as KEY=VALUE", f"write {text}=VALUE")
     if not re.fullmatch(r"[+~]{0,2}[\w./@:$-]+", key):

@@ -82,7 +82,6 @@ class Composer:
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         with _named_defects():
             composed = self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
-        with _named_defects():
             _check_hydra(composed)
         return composed
 
@@ -162,6 +161,10 @@ class Composer:
 
     def check_size(self, master: DictConfig) -> None:
         """Raises ConfigRefused where Hydra's own sweeper would make no job, or too many, and Hydra's errors."""
+        batch = master.hydra.sweeper.get("max_batch_size")
+        if batch is not None and batch < 1:
+            fix = "leave it out: hydra.launcher decides how many jobs run at once"
+            raise ConfigRefused([Violation("hydra.sweeper.max_batch_size", batch, "it must be at least 1", fix)])
         _check_size(self._parsed(_given_to_sweeper(master)))
 
     def _parsed(self, overrides: Sequence[str]) -> list[Override]:
@@ -277,10 +280,12 @@ def _values_in(override: Override) -> float:
     values = override.value()
     if not isinstance(values, RangeSweep):
         return sum(1 for _ in override.sweep_iterator())
-    numbers = [float(item or 0) for item in (values.start, values.stop, values.step)]
-    if not all(map(math.isfinite, numbers)):
+    try:
+        start, stop, step = (float(item or 0) for item in (values.start, values.stop, values.step))
+    except OverflowError:
         return math.inf
-    start, stop, step = numbers
+    if not all(map(math.isfinite, (start, stop, step))):
+        return math.inf
     return max(0, math.ceil((stop - start) / step)) if step else math.inf
 
 

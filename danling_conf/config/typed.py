@@ -160,9 +160,10 @@ def _check_free_form(node: DictConfig | ListConfig, prefix: str, depth: int = 1)
     of_list = isinstance(node, ListConfig)
     for key in reversed(range(len(node))) if of_list else list(node.keys()):
         path = f"{prefix}[{key}]" if of_list else f"{prefix}.{key}"
-        broken = _broken_interpolation(node, key, path)
-        if broken is None:
-            broken = _unstorable(node[key], path, depth)
+        if OmegaConf.is_missing(node, key):
+            broken: Violation | None = Violation(path, ABSENT, "it must be given", f"set {path}=...")
+        else:
+            broken = _broken_interpolation(node, key, path) or _unstorable(node[key], path, depth)
         if broken is not None:
             yield broken
             _remove(node, key)

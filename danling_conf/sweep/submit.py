@@ -40,6 +40,7 @@ from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, own, sh
 from danling_conf.sweep.preflight_tables import SweepRefused, fault_table, shape_table
 from danling_conf.sweep.slurm_backend import capacity_for, frozen_shape
 from danling_conf.sweep.supervise import backend_for, supervise
+from danling_conf.topology.rules.launcher import folder_faults
 from danling_conf.topology.rules.paths import unwritable
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
@@ -186,6 +187,8 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     """
     shapes = None
     if cluster == "slurm":
+        if faults := list(folder_faults(directory.path)):
+            raise ConfigRefused(faults)
         found = shapes_of(jobs, capacity_for)
         print("\n".join(shape_table(jobs, found)), flush=True)
         shapes = {job.number: frozen_shape(found[job.number], job.launcher) for job in jobs}

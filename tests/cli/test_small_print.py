@@ -11,7 +11,7 @@ import pytest
 
 from danling_conf.cli.main import main
 from danling_conf.schema.launcher import SlurmLauncherConfig
-from danling_conf.topology.rules.launcher import launcher_faults
+from danling_conf.topology.rules.launcher import folder_faults, launcher_faults
 from tests.support.command_line import write_app, write_configs
 
 pytestmark = pytest.mark.composition
@@ -62,6 +62,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     "name that is no option": (
         (*SLURM, "hydra.launcher.additional_parameters={x y: 3}"), "hydra.launcher.additional_parameters.x y", "long n",
     ),
+    "batches of no jobs": (
+        ("-m", "hydra.sweeper.max_batch_size=0", "seed=1,2"), "hydra.sweeper.max_batch_size=0", "at least 1",
+    ),
+    "nothing": (("",), "''", "it is empty"),
+    "value left out in a mapping": (("++data.x=???",), "data.x", "must be given"),
     "large seed": (("seed=18446744073709551616",), "seed=18446744073709551616", "64 bits"),
     "large value of one's own": (("++data.x=" + "9" * 30,), "data.x=999", "64 bits"),
     "large degree": (("parallel=fsdp100000000000000000000",), "parallel.axes.shard=1000", "64 bits"),
@@ -165,6 +170,11 @@ def test_settings_of_a_split_are_explained(key: str, expected: str, capsys: pyte
 )
 def test_what_a_script_for_sbatch_can_hold(settings: dict[str, Any], paths: list[str]) -> None:
     assert [item.path for item in launcher_faults(SlurmLauncherConfig(**settings))] == paths
+
+
+@pytest.mark.parametrize(("folder", "fine"), [("/data/my runs", True), ("/data/100%j", False), ("/data/a\nb", False)])
+def test_a_folder_that_slurm_would_misread(folder: str, fine: bool) -> None:
+    assert [item.path for item in folder_faults(Path(folder))] == ([] if fine else ["workspace_root"])
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a mount of its own")

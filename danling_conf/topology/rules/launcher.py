@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from danling_conf.schema.launcher import LauncherConfig
@@ -40,6 +41,16 @@ def launcher_faults(launcher: LauncherConfig) -> Iterator[Violation]:
             yield Violation(path, value, "it is not the long name of an option of sbatch", "write {mail-type: END}")
         elif not isinstance(value, (str, int, float)):
             yield Violation(path, value, "an option of sbatch takes one value", "write a text, a number, true or false")
+
+
+def folder_faults(folder: Path) -> Iterator[Violation]:
+    """A folder whose path `sbatch` would misread where it names the output of jobs."""
+    mark = "%" if "%" in str(folder) else unprintable(str(folder))
+    if mark:
+        rule = f"Slurm writes the output of jobs below it, and reads {mark} in a path as something else"
+        yield Violation(
+            "workspace_root", str(folder), rule, "choose a directory, a lineage and an experiment without it"
+        )
 
 
 def _text_faults(path: str, value: Any, allowed: str) -> Iterator[Violation]:
