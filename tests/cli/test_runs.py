@@ -90,7 +90,8 @@ def test_the_page_needs_nothing_from_elsewhere(swept: Path, tmp_path: Path, caps
     assert "src=" not in content
     assert "loss over optim.lr" in content
     assert "optim.lr (log)" in content  # two decades
-    assert "loss over data.do" in content
+    assert "loss over data.do" not in content  # it does not vary among those with a score
+    assert "loss by all that varies" in content
     assert content.count('<span class="badge good">completed</span>') == 2
     assert "RuntimeError: the gate is shut" in content
 
