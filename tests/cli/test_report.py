@@ -158,7 +158,7 @@ const first = () => table.tBodies[0].rows[0].textContent;
 const before = first(); table.tHead.rows[0].cells[0].click(); table.tHead.rows[0].cells[0].click();
 document.getElementById('found').textContent = JSON.stringify({
   wide: document.documentElement.scrollWidth, tip: tipped, zoom,
-  charts: [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),
+  charts: [...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),
   first: before, sorted: first(), external: performance.getEntriesByType('resource').length});
 </script>"""
 
