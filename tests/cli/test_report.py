@@ -124,7 +124,7 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     page = tmp_path / "run.html"
     page.write_text(report(run), encoding="utf-8")
     document = dom_of(page, tmp_path)
-    assert document.count('<svg viewBox') == 7
+    assert document.count("<svg viewBox") == 7
     assert document.count('class="path"') == 9  # two losses, learning rate, norm, speed, three of a step's, memory
     # A page that asks itself: what is drawn where, and what a pointer and a click do.
     probe = tmp_path / "probe.html"
@@ -158,7 +158,8 @@ const first = () => table.tBodies[0].rows[0].textContent;
 const before = first(); table.tHead.rows[0].cells[0].click(); table.tHead.rows[0].cells[0].click();
 document.getElementById('found').textContent = JSON.stringify({
   wide: document.documentElement.scrollWidth, tip: tipped, zoom,
-  charts: [...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),
+  charts: [...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect())
+    .map(b => [b.width, b.height]),
   first: before, sorted: first(), external: performance.getEntriesByType('resource').length});
 </script>"""
 
