@@ -89,7 +89,7 @@ def _preset(group: str, name: str) -> list[str]:
         raise ConfigRefused([Violation(group, name, "there is no such group of presets", fix)])
     if name not in GROUPS[group]:
         near, choices = nearest(name, GROUPS[group]), ", ".join(GROUPS[group])
-        fix = f"did you mean {group}={near}?" if near else f"choose among {choices}"
+        fix = (f"did you mean {group}={near}? Or " if near else "") + f"choose among {choices}"
         raise ConfigRefused([Violation(group, name, "there is no such preset", fix)])
     preset = GROUPS[group][name]
     shown = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
