@@ -132,14 +132,15 @@ class Folder:
 
     def prune(self, keep: int) -> None:
         """Remove checkpoints that are neither linked nor among the newest `keep` of the history (0 keeps all of it).
+        What `latest` points to counts as one of them.
 
         A folder without a readable manifest stays, for a person to look at. So does one that is being read, until the
         next save.
         """
         self.check_token()
         named = {self.pointed(name) for name in (LATEST, BEST)}
-        readable = self._steps()
-        history = [path for path, kept in readable if kept]
+        readable, latest = self._steps(), self.pointed(LATEST)
+        history = [path for path, kept in readable if kept or real(path) == latest]
         kept = set(history if keep == 0 else history[:keep])
         for path, _ in readable:
             if path in kept or real(path) in named:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.faults import all_faults, in_files
+from danling_conf.config.faults import all_faults, faults_of_sweep, in_files
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
 from danling_conf.config.resolve import declared_kind, given_in, inspect
 from danling_conf.schema import RunnerConfig, notes_of
@@ -83,8 +83,9 @@ def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun
     except ConfigRefused:
         raise
     except COMPOSITION_ERRORS as error:
-        suspects = [item for item in overrides if not multirun or item.lstrip("+~").startswith("hydra")]
-        raise ConfigRefused(all_faults(composing, suspects, context_of(overrides), error)) from error
+        if multirun:
+            raise ConfigRefused(faults_of_sweep(composing, overrides, error)) from error
+        raise ConfigRefused(all_faults(composing, overrides, context_of(overrides), error)) from error
 
 
 def context_of(

@@ -18,6 +18,7 @@ from danling_conf.groups.source import LAUNCHERS, SUBMITIT
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.schema.launcher import REFUSED_OF_SUBMITIT, LauncherConfig
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.rules.launcher import launcher_faults
 from danling_conf.topology.violation import Violation, unique
 
 PREFIX = "hydra.launcher."
@@ -74,6 +75,8 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
             for name, (rule, fix) in REFUSED_OF_SUBMITIT.items()
             if declared[name] in (None, False) and getattr(typed, name) != declared[name]
         ]
+    faulty = {item.path for item in violations}
+    violations += [item for item in launcher_faults(typed) if item.path not in faulty]
     return typed, unique(violations)
 
 

@@ -8,18 +8,23 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from decimal import Decimal
-from difflib import get_close_matches
 from keyword import iskeyword
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, ValueNode, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, ValueNode, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.schema import Facts, facts_of
+from danling_conf.schema.files import DEEPEST, LARGEST_INTEGER
+from danling_conf.schema.nearest import nearest
 from danling_conf.schema.setting import fraction_in
 from danling_conf.topology.violation import ABSENT, Violation, show
 
 NO_SUCH_SETTING = "there is no such setting"
+_LARGEST = 1 << 63
+"""The first integer that a seed, a step or a size cannot be: torch counts in 64 bits, with a sign."""
+_OUTER_LEVELS = 10
+"""Levels that a record has around a mapping of the user's own."""
 
 
 def check_declarations(node: DictConfig, kind: type, prefix: str = "") -> list[Violation]:
@@ -35,20 +40,21 @@ def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
     """The violation of an undeclared key, with the nearest declared one as its fix."""
     prefix, _, key = path.rpartition(".")
     siblings = [item.name for item in fields(kind) if not item.name.startswith("_")]
-    near = get_close_matches(key, siblings, n=1, cutoff=0.6)
+    near = nearest(key, siblings, cutoff=0.6)
     where = f"{prefix}." if prefix else ""
     if near:
-        fix = f"did you mean {where}{near[0]}?"
+        fix = f"did you mean {where}{near}?"
     else:
-        elsewhere = [known for known in setting_paths(root or kind) if known.rpartition(".")[2] == key]
+        elsewhere = [known for known in setting_paths(root or kind) if known.rpartition(".")[2] == key.casefold()]
         if elsewhere:
             fix = f"did you mean {' or '.join(elsewhere)}?"
         elif prefix:
             fix = f"{prefix} has {', '.join(siblings)}"
         else:
-            close = get_close_matches(path, setting_paths(root or kind), n=1, cutoff=0.6)
+            of_root = [item.name for item in fields(root or kind) if not item.name.startswith("_")]
+            close = nearest(path, [*of_root, *setting_paths(root or kind)], cutoff=0.6)
             own = f"to add a key of your own, write +{path}=..., or declare it in a file"
-            fix = f"did you mean {close[0]}?" if close else own
+            fix = f"did you mean {close}?" if close else own
     return Violation(path, ABSENT, NO_SUCH_SETTING, fix)
 
 
@@ -91,6 +97,8 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
         if broken is not None:
             yield broken
             _reset(node, declared[str(key)]) if key in declared else _remove(node, key)
+        elif key in declared and str(key).startswith("_") and "read_by" in vars(kind):
+            yield from _check_door(node, declared[key], path)
         elif key in declared:
             yield from _check_setting(node, child, declared[key], path)
         elif open_to is not None and not _can_be_name(str(key)):
@@ -124,7 +132,7 @@ def _check_own(node: DictConfig, key: str, kind: type) -> Iterator[Violation]:
         yield Violation(key, ABSENT, NO_SUCH_SETTING, f"did you mean {meant}? A key of your own needs another name")
         _remove(node, key)
     elif OmegaConf.is_dict(value):
-        yield from _check_mapping(value, f"{key}.")
+        yield from _check_free_form(value, key)
 
 
 def _misspelt(key: str, value: Any, kind: type) -> str | None:
@@ -134,14 +142,23 @@ def _misspelt(key: str, value: Any, kind: type) -> str | None:
     all of its keys are settings of that section.
     """
     known = {item.name: item for item in fields(kind) if not item.name.startswith("_")}
-    near = get_close_matches(key, known, n=1, cutoff=0.8)
-    if not near or abs(len(near[0]) - len(key)) > 1:
+    near = nearest(key, known, cutoff=0.8)
+    if near is None or abs(len(near) - len(key)) > 1:
         return None
-    section = section_type(known[near[0]])
+    section = section_type(known[near])
     if OmegaConf.is_dict(value):
         inside = {item.name for item in fields(section)} if section is not None else set()
-        return near[0] if value and set(value) <= inside else None
-    return None if OmegaConf.is_list(value) and section is not None else near[0]
+        return near if value and set(value) <= inside else None
+    return None if OmegaConf.is_list(value) and section is not None else near
+
+
+def _check_door(node: DictConfig, item: Field[Any], path: str) -> Iterator[Violation]:
+    """`_target_` and `_recursive_` of our sections are for `instantiate`; a run builds them itself."""
+    if node[item.name] != item.default:
+        rule = f"a run builds this section itself, as {show(item.default)}"
+        fix = "leave it out; model and callbacks take a _target_ of your own"
+        yield Violation(path, node[item.name], rule, fix)
+        _reset(node, item)
 
 
 def _can_be_name(key: str) -> bool:
@@ -159,6 +176,12 @@ def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) ->
     if isinstance(value, ValueNode):
         value = value._value()
     inner = section_type(item)
+    if inner is None and isinstance(value, DictConfig | ListConfig):
+        broken = list(_check_free_form(value, path))
+        if broken:
+            yield from broken
+            _reset(node, item)
+            return
     if inner is not None:
         if value is None:
             yield Violation(path, None, "a section cannot be null", "leave it out")
@@ -170,7 +193,7 @@ def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) ->
     elif facts.shape is not None:
         yield from _check_shape(node, item.name, facts.shape, path)
     elif facts.kinds is None and isinstance(value, DictConfig):
-        yield from _check_mapping(value, f"{path}.")
+        return
     else:
         fault = value_fault(facts, value)
         if fault is not None:
@@ -180,42 +203,56 @@ def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) ->
             node[item.name] = facts.aliases[str(value)]
 
 
-def _check_mapping(node: DictConfig, prefix: str) -> Iterator[Violation]:
-    """Check a mapping of the user's own: by its dataclass where it has one, such as one in Hydra's ConfigStore."""
+def _check_free_form(node: DictConfig | ListConfig, prefix: str, depth: int = 1) -> Iterator[Violation]:
+    """Check a mapping of the user's own: by its dataclass where it has one, such as one in Hydra's ConfigStore; else its
+    interpolations, and that a record can hold it."""
     kind = OmegaConf.get_type(node)
-    if is_dataclass(kind):
-        yield from _check_section(node, kind, prefix)
+    if isinstance(node, DictConfig) and is_dataclass(kind):
+        yield from _check_section(node, kind, f"{prefix}.")
         return
-    for key in list(node.keys()):
-        broken = _broken_value(node, key, f"{prefix}{key!s}")
+    of_list = isinstance(node, ListConfig)
+    for key in reversed(range(len(node))) if of_list else list(node.keys()):
+        path = f"{prefix}[{key}]" if of_list else f"{prefix}.{key}"
+        broken = _broken_value(node, key, path) or _unstorable(node[key], path, depth)
         if broken is not None:
             yield broken
             _remove(node, key)
-        elif OmegaConf.is_dict(node[key]):
-            yield from _check_mapping(node[key], f"{prefix}{key!s}.")
+        elif OmegaConf.is_config(node[key]):
+            yield from _check_free_form(node[key], path, depth + 1)
 
 
-def _broken_value(node: DictConfig, key: Any, path: str) -> Violation | None:
+def _broken_value(node: DictConfig | ListConfig, key: Any, path: str) -> Violation | None:
     """The fault of a value that cannot be read: it is missing, or its interpolation does not resolve."""
     if OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
         return Violation(path, ABSENT, "it must be given", f"set {path}=...")
     return _broken_interpolation(node, key, path)
 
 
-def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | None:
+def _unstorable(value: Any, path: str, depth: int) -> Violation | None:
+    """The fault of a value that its run's records could not hold, or could not be read with."""
+    if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+        return Violation(path, value, "an integer has at most 64 bits", "write it as a text, or as a float")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return Violation(path, value, "it is not UTF-8", "write it in UTF-8")
+    if depth >= DEEPEST - _OUTER_LEVELS:
+        return Violation(path, ABSENT, f"it is nested more than {depth} levels deep", "make it flatter")
+    return None
+
+
+def _broken_interpolation(node: DictConfig | ListConfig, key: Any, path: str) -> Violation | None:
     if not OmegaConf.is_interpolation(node, key):
         return None
     try:
         node[key]
     except (OmegaConfBaseException, RecursionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or "Recursive").splitlines()[0]
         if isinstance(error, RecursionError) or "Recursive" in reason:
             reason = "it comes back to itself through other settings"
         return Violation(path, _unresolved(node, key), reason, "fix the interpolation")
     return None
 
 
-def _unresolved(node: DictConfig, key: Any) -> Any:
+def _unresolved(node: DictConfig | ListConfig, key: Any) -> Any:
     raw: Any = OmegaConf.to_container(node, resolve=False)
     return raw[key]
 
@@ -234,8 +271,8 @@ def _choice_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
         if fraction_in(str(value), facts.fraction) is not None:
             return None
         named.append(f"{facts.fraction}:X with X from 0 to 1")
-    near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-    return f"it must be one of {', '.join(named)}", f"did you mean {near[0]}?" if near else "choose one of them"
+    near = nearest(str(value), allowed)
+    return f"it must be one of {', '.join(named)}", f"did you mean {near}?" if near else "choose one of them"
 
 
 def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
@@ -248,6 +285,8 @@ def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
 def _range_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return "an integer has at most 64 bits", f"choose {_LARGEST - 1} or less"
     if facts.at_least is not None and value < facts.at_least:
         return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
     if facts.at_most is not None and value > facts.at_most:
@@ -332,9 +371,9 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _remove(node: DictConfig, key: Any) -> None:
+def _remove(node: DictConfig | ListConfig, key: Any) -> None:
     with open_dict(node):
-        del node[key]  # not `pop`, which reads the value
+        del node[key]  # `pop` would resolve it
 
 
 def _fill(node: DictConfig, item: Field[Any]) -> None:

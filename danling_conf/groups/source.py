@@ -89,7 +89,9 @@ class NameSource(ConfigSource):
             # No package: a primary config is placed at the root. Presets name theirs, as `@package` in a file does.
             return self._result(base_config(name, free=name == self.free), None)
         if group == LAUNCHER_GROUP and name in LAUNCHERS:
-            return self._result(OmegaConf.structured(LAUNCHERS[name]), "hydra.launcher")
+            node = OmegaConf.structured(LAUNCHERS[name])
+            open_sections(node)
+            return self._result(node, "hydra.launcher")
         if group in GROUPS and name in GROUPS[group]:
             preset = GROUPS[group][name]
             if preset.package is None:

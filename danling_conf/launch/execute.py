@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN, RESULT
+from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.rank_environment import SINGLE
 from danling_conf.topology.violation import ConfigRefused, PlainError, Violation
@@ -65,11 +67,21 @@ def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[
     """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`."""
     attempt, lock = claim(config)
     directory = job_directory(composed, attempt.directory)
-    with refusing_unwritable(config):
+    with releasing(lock), refusing_unwritable(config):
         reserve_result(attempt.directory)
         freeze_attempt(config, attempt, app.script, hydra_settings(composed, directory))
     warn(attempt, config)
     return attempt, lock
+
+
+@contextmanager
+def releasing(lock: RunLock) -> Iterator[None]:
+    """Give the run's lock back where what follows fails."""
+    try:
+        yield
+    except BaseException:
+        lock.release()
+        raise
 
 
 def open_job(
@@ -96,7 +108,7 @@ def open_job(
     if submitted != now:
         note = f"the code was {submitted} when this job was submitted, and is {now}"
         attempt = replace(attempt, notes=(*attempt.notes, note))
-    with refusing_unwritable(config):
+    with releasing(lock), refusing_unwritable(config):
         reserve_result(attempt.directory)
         freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
     host = os.uname().nodename
@@ -145,7 +157,8 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
             raise
         return read_fields(attempt.directory / RESULT).number("score")
 
-    outcome = run_job(task=task)
+    with refusing_unwritable(config):  # Hydra's own files; what the task raises is in its outcome
+        outcome = run_job(task=task)
     # Not `outcome.return_value`, which prints Hydra's own report of the error before it raises it.
     if isinstance(outcome._return_value, Exception):
         raise outcome._return_value
@@ -171,4 +184,4 @@ def show_error(error: BaseException, run: Path) -> None:
         lines = [outcome.message, f"the run so far: {run}"]
     else:
         lines = [outcome.message]
-    print("\n".join(lines), file=sys.stderr)
+    print(printable_lines("\n".join(lines)), file=sys.stderr)

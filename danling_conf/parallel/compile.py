@@ -97,8 +97,7 @@ def configure(section: CompileConfig) -> None:
     if not section.enable:
         return
     use_shared_cache()
-    if section.optimize_ddp is not None:
-        optimize_ddp(section.optimize_ddp)
+    optimize_ddp(section.optimize_ddp)
     policy = section.memory_policy
     if policy is not None:
         budget = _POLICIES.get(policy, fraction_in(policy, BUDGET))

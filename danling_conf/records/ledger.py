@@ -18,8 +18,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from danling_conf.records.reading import is_moment, is_number, read_fields, warn_of_damage
+from danling_conf.records.rebuilding import jobs_with_files, lost_lines
 from danling_conf.records.status import ENDED, Status, written_status
-from danling_conf.schema.files import ATTEMPTS, JOB_FILE, LEDGER, RESULT, Damaged, no_links, parse_object, read_regular
+from danling_conf.schema.files import (
+    ATTEMPTS,
+    LEDGER,
+    RESULT,
+    SWEEP_FILE,
+    Damaged,
+    no_links,
+    parse_object,
+    read_regular,
+)
 
 
 @dataclass(kw_only=True)
@@ -130,6 +140,7 @@ class Ledger:
         self.path = directory / LEDGER
         self._records: dict[str, Record] = {}
         self._known: dict[str, Record] = {}
+        self._lost: set[str] = set()
         self._read_to = self._lines = 0
 
     def add(self, key: str, **facts: Any) -> None:
@@ -192,7 +203,7 @@ class Ledger:
         try:
             new = read_regular(self.path, limit=None, start=self._read_to)
         except FileNotFoundError:
-            return False
+            new = b""
         except Damaged as damage:
             warn_of_damage(damage.path, damage.reason)
             return False
@@ -205,12 +216,35 @@ class Ledger:
                 key = found["key"]
                 record = self._records.setdefault(key, Record(key=key))
                 record.add(found)
-                # Skip jobs whose first line was torn: their number, run and overrides are not known.
                 if "job" in record.facts:
                     self._known[key] = record
-        if not self._records and whole and any(self.path.parent.glob(f"jobs/*/{JOB_FILE}")):
-            warn_of_damage(self.path, "it has no line of any job, and the sweep has jobs")
+        self._rebuild()
         return True
+
+    def _rebuild(self) -> None:
+        """Take what lost lines told from the files of the jobs. A job whose first line is lost, which says what it is, and
+        whose files do not say so either is left out."""
+        if self._known and len(self._known) + len(self._lost) == len(self._records):
+            return
+        lost = [key for key in self._records if key not in self._known and key not in self._lost]
+        # The request is written after the ledger: without it, the sweep is only being planned.
+        if not self._known and (self.directory / SWEEP_FILE).exists():
+            lost = list(dict.fromkeys([*jobs_with_files(self.directory), *lost]))
+        rebuilt = []
+        for key in lost:
+            lines = [*lost_lines(self.directory, key)]
+            if lines:
+                later = self._records[key].history if key in self._records else []
+                self._known[key] = self._records[key] = Record(key=key)
+                for line in [*(lines[:1] if later else lines), *later]:
+                    self._records[key].add(line)
+                rebuilt.append(key)
+        if rebuilt:
+            jobs = "1 job" if len(rebuilt) == 1 else f"{len(rebuilt)} jobs"
+            warn_of_damage(self.path, f"it lost what it said of {jobs}, which are shown as their own files have them")
+        elif lost:
+            warn_of_damage(self.path, f"it lost what it said of {', '.join(lost[:5])}, and their files do not tell")
+        self._lost |= {key for key in lost if key in self._records} - set(rebuilt)
 
     def _read(self, line: bytes) -> dict[str, Any] | None:
         try:

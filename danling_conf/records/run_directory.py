@@ -26,11 +26,13 @@ from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
 from danling_conf.records.logs import show_unwritable
 from danling_conf.records.metrics import end_metrics, metrics_file
+from danling_conf.records.reading import read_fields
 from danling_conf.records.run_lock import RunLock, check_token
 from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.schema.files import (
     ATTEMPTS,
+    FROZEN,
     RESERVE,
     RESULT,
     RUN_FILE,
@@ -39,6 +41,7 @@ from danling_conf.schema.files import (
     no_links,
     read_object,
 )
+from danling_conf.schema.printable import printable_lines, shell_line
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
@@ -180,13 +183,16 @@ def start(
 
 @contextmanager
 def refusing_unwritable(config: RunnerConfig) -> Iterator[None]:
-    """Turns errors of the file system into a refusal of the workspace."""
+    """Turns errors of the file system, such as a full disk, into a refusal of the workspace."""
     try:
         yield
     except (OSError, Damaged) as error:
-        reason = str(error) if isinstance(error, Damaged) else f"{error.strerror}: {error.filename}"
+        reason = str(error)
+        if isinstance(error, OSError):
+            where = "" if error.filename is None else f": {error.filename}"
+            reason = f"{error.strerror or error}{where}"
         rule = f"the run's directory cannot be written: {reason}"
-        fix = "choose a directory to write to"
+        fix = "make room there, or choose another directory"
         raise ConfigRefused([Violation("workspace_root", config.workspace_root, rule, fix)]) from error
 
 
@@ -218,10 +224,23 @@ def _bind(config: RunnerConfig) -> Binding:
         run = restore = newest_run(root, identity)
         if run is None:
             notes = _runs_of_other_layouts(root, config)
+    if run is not None:
+        _refuse_other_folder(config, run)
     if run is None:
         run, made = _make_run(root, identity, config, parent)
         restore = restore if made else run
     return Binding(run_directory=run, restore=restore, notes=notes)
+
+
+def _refuse_other_folder(config: RunnerConfig, run: Path) -> None:
+    """Refuse to resume a run whose checkpoints are in a folder of another name: it would start from nothing."""
+    newest, mine = newest_attempt(run), config.checkpoint.dir_name
+    theirs = read_fields(newest / FROZEN).table("config").table("checkpoint").text("dir_name") if newest else None
+    if theirs is None or theirs == mine or any((run / mine).glob("ckpt-*")):
+        return
+    if "/" not in theirs and any((run / theirs).glob("ckpt-*")):
+        rule = f"the run {run.name} keeps its checkpoints in {theirs}"
+        raise ConfigRefused([Violation("checkpoint.dir_name", mine, rule, f"checkpoint.dir_name={theirs}")])
 
 
 def owner_of(path: Path) -> Path | None:
@@ -415,7 +434,7 @@ def score_of(value: Any) -> float | None:
 def warn(attempt: Attempt, config: RunnerConfig) -> None:
     """Print warnings about an accepted configuration and the run that it was bound to."""
     for line in (*attempt.notes, *warnings_of(config)):
-        print(f"warning: {line}", file=sys.stderr)
+        print(printable_lines(f"warning: {line}"), file=sys.stderr)
 
 
 def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
@@ -488,7 +507,7 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
             if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
                 return (
                     f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
-                    f"(resume={run} parallel.allow_degree_change=true resumes it)",
+                    f"({shell_line(f'resume={run}')} parallel.allow_degree_change=true resumes it)",
                 )
     return ()
 

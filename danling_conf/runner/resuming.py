@@ -27,7 +27,9 @@ from danling_conf.runner.setup import Setup
 from danling_conf.runner.state import EXHAUSTED, TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.checkpoint import excluded
 from danling_conf.schema.files import danling_checkpoint
+from danling_conf.schema.printable import shell_line
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
 
 _LOADING_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
@@ -195,11 +197,13 @@ class Resumption:
             if "score" in saved:
                 setup.score.load_state_dict(saved["score"])
         if same_schedule and "scheduler" in shared:
+            # Without the optimizer, its groups have the initial rates.
+            fresh = any(part.partition(".")[0] == "optimizer" for part in excluded(self.config.checkpoint))
             with self._taking_over(path, "scheduler"):
                 present = setup.schedule.state_dict()
                 if present is not None and not alike(shared["scheduler"], present):
                     raise Broken(f"{path}: its scheduler is not what was saved of one of {self.config.scheduler.type}")
-                setup.schedule.load_state_dict(shared["scheduler"])
+                setup.schedule.load_state_dict(shared["scheduler"], rates=fresh)
         if setup.scaler is not None and shared.get("scaler") is not None:
             with self._taking_over(path, "scaler"):
                 setup.scaler.load_state_dict(shared["scaler"])
@@ -265,7 +269,8 @@ class Resumption:
             fix = "pip install safetensors"
         elif key == "auto_resume":
             value = True
-            fix = f"resume={found[0]}, or auto_resume=false" if found else "auto_resume=false starts another run"
+            other = f"{shell_line(f'resume={found[0]}')}, or " if found else ""
+            fix = f"{other}auto_resume=false starts another run"
         elif isinstance(error, ModelDiffers):
             fix += ", or checkpoint.exclude_from_loading=[model.NAME] leaves a part of it as it is"
         return ConfigRefused([Violation(key, value, str(error), fix)])
