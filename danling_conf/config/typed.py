@@ -187,7 +187,8 @@ def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) ->
             yield Violation(path, None, "a section cannot be null", "leave it out")
             _reset(node, item)
         else:
-            yield from _check_section(value, OmegaConf.get_type(value) or inner, f"{path}.")
+            section: Any = value
+            yield from _check_section(section, OmegaConf.get_type(section) or inner, f"{path}.")
     elif value is None:
         return
     elif facts.shape is not None:
@@ -204,8 +205,8 @@ def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) ->
 
 
 def _check_free_form(node: DictConfig | ListConfig, prefix: str, depth: int = 1) -> Iterator[Violation]:
-    """Check a mapping of the user's own: by its dataclass where it has one, such as one in Hydra's ConfigStore; else its
-    interpolations, and that a record can hold it."""
+    """Check a mapping of the user's own: by its dataclass where it has one, such as one in Hydra's ConfigStore; else
+    its interpolations, and that a record can hold it."""
     kind = OmegaConf.get_type(node)
     if isinstance(node, DictConfig) and is_dataclass(kind):
         yield from _check_section(node, kind, f"{prefix}.")

@@ -222,8 +222,8 @@ class Ledger:
         return True
 
     def _rebuild(self) -> None:
-        """Take what lost lines told from the files of the jobs. A job whose first line is lost, which says what it is, and
-        whose files do not say so either is left out."""
+        """Take what lost lines told from the files of the jobs. A job whose first line, which says what it is, is lost,
+        and whose files do not say so either, is left out."""
         if self._known and len(self._known) + len(self._lost) == len(self._records):
             return
         lost = [key for key in self._records if key not in self._known and key not in self._lost]
