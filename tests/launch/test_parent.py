@@ -33,7 +33,7 @@ from danling_conf.records.stopped import note_stop
 count, limit = 0, time.monotonic() + 60
 def told(number, frame):
     global count, limit
-    count, limit = count + 1, time.monotonic() + 1.0
+    count, limit = count + 1, time.monotonic() + 0.5
 
 signal.signal(signal.SIGTERM, told)
 end_with_parent()
@@ -42,7 +42,7 @@ if sys.argv[1] == "stopping":
 print("ready", flush=True)
 while time.monotonic() < limit and not (sys.argv[1] == "stopping" and os.getppid() != int(sys.argv[2])):
     time.sleep(0.01)
-time.sleep(1.0)
+time.sleep(0.5)
 print(sys.argv[1], count, flush=True)
 """
 PARENT = """
