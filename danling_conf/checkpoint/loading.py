@@ -198,6 +198,9 @@ class Loader:
     ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         """The parts in small files: state that all ranks share, state of this rank, and notes."""
         self._check_origin(path, facts, optimizer)
+        ranks = facts.made_under.world_size
+        if len(facts.files) < ranks:
+            raise Broken(f"{path / manifest.FACTS}: it names fewer files than the {ranks} ranks that wrote one each")
         file = rank_file(self._rank_to_read(facts.made_under))
         manifest.check_listed(path, facts, [SHARED, file])
         shared, own = contents.shared(path / SHARED), contents.own(path / file)
