@@ -45,7 +45,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     "long path": (("++data." + ".".join("k" * 400) + "=1",), "data.k.k", "255 bytes"),
     "long name": (("experiment=" + "a" * 300,), "experiment=aaa", "the name of one folder"),
     "deep value": (("++data.x=" + "[" * 500 + "]" * 500,), "data.x", "cannot be read"),
-    "nested value": (("++data.x=" + "[" * 95 + "]" * 95,), "data.x[0]", "levels deep"),
+    "nested value": (("++data.x=" + "[" * 95 + "]" * 95,), "data.x", "nested"),
     "no memory": ((*SLURM, "hydra.launcher.mem_gb=1e400"), "hydra.launcher.mem_gb=inf", "finite"),
     "memory in words": ((*SLURM, "hydra.launcher.mem_per_gpu='80 gigs'"), "hydra.launcher.mem_per_gpu=80 gigs", "or T"),
     "no partition": ((*SLURM, "hydra.launcher.partition=''"), "hydra.launcher.partition=''", "names nothing"),

@@ -28,7 +28,7 @@ from tests.support.command_line import write_app
 from tests.support.settings import given as value_at
 from tests.support.settings import settings as declared
 
-pytestmark = [pytest.mark.composition, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 LINES, COMMANDS = 500, 60
 SETTINGS = dict(declared())
