@@ -82,6 +82,8 @@ def alike(saved: Any, current: Any) -> bool:
         if not isinstance(saved, (list, tuple)):
             return False
         return not current or (len(saved) == len(current) and all(map(alike, saved, current)))
+    if isinstance(saved, torch.Tensor) and not isinstance(current, torch.Tensor) and saved.numel() != 1:
+        return False
     numbers = (int, float, complex, torch.Tensor)
     return isinstance(saved, numbers) if isinstance(current, numbers) else isinstance(saved, type(current))
 
@@ -140,6 +142,8 @@ def _is_loader(value: Any) -> bool:
     if "sampler_iter_state" in value and "samples_yielded" not in value:
         return False
     if "taken_by_all" in value and "epoch" not in value:
+        return False
+    if "_sampler_iter_state" in value and "_index_sampler_state" not in value:
         return False
     return all(value[name] is None or _is_loader(value[name]) for name in _LOADER_TABLES if name in value)
 

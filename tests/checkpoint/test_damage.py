@@ -375,6 +375,7 @@ SAMPLE = [
     ("rank-0.pt", ("loader", "_sampler_iter_state", "samples_yielded"), "nothing"),
     ("rank-0.pt", ("loader", "_sampler_iter_state", "sampler_iter_state", "taken_by_all"), "bytes"),
     ("shared.pt", ("scheduler", "_step_count"), "nothing"),
+    ("shared.pt", ("scheduler", "_step_count"), "a tensor"),
     ("shared.pt", ("scheduler", "base_lrs"), "bytes"),
     ("rank-0.pt", ("generators",), "empty table"),
     ("rank-0.pt", ("generators", "torch"), "text"),
