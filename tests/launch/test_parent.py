@@ -39,11 +39,11 @@ signal.signal(signal.SIGTERM, told)
 end_with_parent()
 if sys.argv[1] == "stopping":
     note_stop()
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 while time.monotonic() < limit and not (sys.argv[1] == "stopping" and os.getppid() != int(sys.argv[2])):
     time.sleep(0.01)
 time.sleep(0.5)
-print(sys.argv[1], count, flush=True)
+os.write(1, f"{sys.argv[1]} {count}\\n".encode())  # in one piece: all children write to this pipe
 """
 PARENT = """
 import os, subprocess, sys, threading, time
