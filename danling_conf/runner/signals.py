@@ -101,7 +101,7 @@ class StopRequest:
         instead, 0 for neither. Collective.
 
         To be called at the end of every step. Ranks ask about once in `ASK_SECONDS`, at a step that they agreed on when
-        they asked before; the first eight steps ask each, and no pause is longer than an eighth of the steps so far.
+        they asked before. The first 16 steps ask each, and no pause is longer than an eighth of the steps so far.
         The answer is that of the reduction which the call before began, so that no rank waits for it.
         """
         if self._group is None:

