@@ -17,7 +17,7 @@ from danling_conf.config.identity import flatten, plain
 from danling_conf.config.typed import setting_paths
 from danling_conf.groups.layout_names import EXAMPLES, GRAMMAR, LayoutNameError, parse_layout
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
-from danling_conf.groups.source import LAUNCHERS, LAYOUTS, layout_settings
+from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, LAYOUTS, layout_settings
 from danling_conf.launch.app import App
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.docs import Described, describe, field_docs
@@ -26,7 +26,6 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, sh
 
 _MISSING = object()
 _WIDTH = 100
-_LAUNCHER_GROUP = "hydra/launcher"
 _LAUNCHER_SECTION = "hydra.launcher"
 
 
@@ -38,6 +37,48 @@ def explain(key: str, script: str | None, overrides: list[str]) -> list[str]:
     if script is None:
         return _explain(key, RunnerConfig)
     return inspect_app(script, overrides, lambda app, search, given: _in_app(key, app, search, given))
+
+
+def overview() -> list[str]:
+    """Groups with their choices, and all settings by section with their types and defaults."""
+    lines = ["groups (GROUP=NAME; danling-conf explain GROUP)"]
+    groups = {LAYOUTS: [*EXAMPLES[:6], "..."], **{group: list(presets) for group, presets in GROUPS.items()}}
+    for group, names in {**groups, LAUNCHER_GROUP: list(LAUNCHERS)}.items():
+        lines += _hanging(f"  {group}: ", ", ".join(names))
+    lines += ["", "settings (danling-conf explain SETTING)"]
+    paths = setting_paths(RunnerConfig)
+    for section in dict.fromkeys(path.rpartition(".")[0] for path in sorted(paths, key=lambda path: "." in path)):
+        lines.append(f"  {section or 'at the root'}")
+        for path in paths:
+            owner, _, name = path.rpartition(".")
+            found = describe(RunnerConfig, path) if owner == section else None
+            if found is not None:
+                lines.append(f"    {name}: {found.type} = {_default(found)}")
+    return [*lines, "", "  of the launchers: danling-conf explain hydra/launcher=NAME"]
+
+
+def search(word: str) -> list[str]:
+    """The settings and presets whose name or doc has a word, each with its doc. Raises ConfigRefused for none."""
+    wanted = word.casefold()
+    lines: list[str] = []
+    of_launchers = {
+        f"{_LAUNCHER_SECTION}.{item}": found
+        for launcher in LAUNCHERS.values()
+        for item in _launcher_settings(launcher)
+        if (found := describe(launcher, item)) is not None
+    }
+    settings = {path: found for path in setting_paths(RunnerConfig) if (found := describe(RunnerConfig, path))}
+    for path, found in (settings | of_launchers).items():
+        if wanted in f"{path} {' '.join(found.doc.split())} {' '.join(found.facts.choices or ())}".casefold():
+            lines += [f"{path}: {found.type} = {_default(found)}", *_paragraph(found.doc)]
+    for group, presets in GROUPS.items():
+        for name, preset in presets.items():
+            if wanted in f"{group}={name} {preset.doc}".casefold():
+                lines += [f"{group}={name}", *_paragraph(preset.doc)]
+    if not lines:
+        rule = "no setting and no preset has it in its name or meaning"
+        raise ConfigRefused([Violation("--search", word, rule, "danling-conf explain shows all")])
+    return lines
 
 
 def _explain(key: str, kind: type[RunnerConfig]) -> list[str]:
@@ -176,17 +217,17 @@ def _below(path: str, key: str) -> bool:
 def _explain_launcher(key: str) -> list[str]:
     """Lines that explain a launcher or one of its settings. Raises ConfigRefused for any other key."""
     group, equals, name = key.partition("=")
-    if equals and group == _LAUNCHER_GROUP:
+    if equals and group == LAUNCHER_GROUP:
         if name not in LAUNCHERS:
             near = get_close_matches(name, LAUNCHERS, n=1, cutoff=0.5)
-            fix = f"did you mean {_LAUNCHER_GROUP}={near[0]}?" if near else f"choose among {', '.join(LAUNCHERS)}"
-            raise ConfigRefused([Violation(_LAUNCHER_GROUP, name, "there is no such launcher of ours", fix)])
+            fix = f"did you mean {LAUNCHER_GROUP}={near[0]}?" if near else f"choose among {', '.join(LAUNCHERS)}"
+            raise ConfigRefused([Violation(LAUNCHER_GROUP, name, "there is no such launcher of ours", fix)])
         return _launcher(name)
-    if key in (_LAUNCHER_GROUP, _LAUNCHER_SECTION):
-        lines = [f"launchers ({_LAUNCHER_GROUP}=NAME)"]
+    if key in (LAUNCHER_GROUP, _LAUNCHER_SECTION):
+        lines = [f"launchers ({LAUNCHER_GROUP}=NAME)"]
         for other, kind in LAUNCHERS.items():
             lines += [f"  {other}", *_paragraph(kind.__doc__ or "", indent=4)]
-        return [*lines, f"  settings of each: danling-conf explain {_LAUNCHER_GROUP}=NAME"]
+        return [*lines, f"  settings of each: danling-conf explain {LAUNCHER_GROUP}=NAME"]
     setting = key.removeprefix(f"{_LAUNCHER_SECTION}.")
     lines = []
     if setting != key:
@@ -195,7 +236,7 @@ def _explain_launcher(key: str) -> list[str]:
             if found is not None:
                 # Settings that both launchers have are shown once.
                 lines = lines or _setting_lines(replace(found, path=key))
-                lines.append(f"  of       {_LAUNCHER_GROUP}={name}")
+                lines.append(f"  of       {LAUNCHER_GROUP}={name}")
     if lines:
         return lines
     known = sorted({f"{_LAUNCHER_SECTION}.{item}" for kind in LAUNCHERS.values() for item in _launcher_settings(kind)})
@@ -203,19 +244,19 @@ def _explain_launcher(key: str) -> list[str]:
     fix = (
         f"did you mean {near[0]}?"
         if near
-        else f"write {_LAUNCHER_GROUP}, or a setting of a launcher: {_LAUNCHER_SECTION}.nodes"
+        else f"write {LAUNCHER_GROUP}, or a setting of a launcher: {_LAUNCHER_SECTION}.nodes"
     )
     raise ConfigRefused([Violation(key, ABSENT, "there is no such setting of ours", fix)])
 
 
 def _launcher(name: str) -> list[str]:
     kind = LAUNCHERS[name]
-    lines = [f"{_LAUNCHER_GROUP}={name}", *_paragraph(kind.__doc__ or ""), "  settings:"]
+    lines = [f"{LAUNCHER_GROUP}={name}", *_paragraph(kind.__doc__ or ""), "  settings:"]
     docs = field_docs(kind)
     for item in _launcher_settings(kind):
         found = describe(kind, item)
         if found is not None:
-            lines.append(f"    {_LAUNCHER_SECTION}.{item}: {found.type}")
+            lines.append(f"    {_LAUNCHER_SECTION}.{item}: {found.type} = {_default(found)}")
             lines += _paragraph(docs.get(item, ""), indent=6)
     return lines
 
@@ -252,6 +293,10 @@ def _default(found: Described) -> str:
     if found.default is MISSING:
         return "empty"
     return "unset" if found.default is None else show(found.default)
+
+
+def _hanging(head: str, text: str) -> list[str]:
+    return textwrap.wrap(f"{head}{text}", _WIDTH, subsequent_indent=" " * len(head))
 
 
 def _paragraph(text: str, indent: int = 2) -> list[str]:

@@ -16,6 +16,8 @@ from danling_conf.topology.violation import ConfigRefused
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+TASKS = ("classification", "lm", "hf")
+"""Projects that `init` can write."""
 _DIRECTORY = "a sweep's directory, a run's, or one above them"
 
 
@@ -46,9 +48,14 @@ def _print(lines: Sequence[str]) -> None:
 
 # Each command imports what it needs when it runs, so that `explain` does not pay for the imports of `report`.
 def _explain(parsed: argparse.Namespace) -> int:
-    from danling_conf.cli.explain import explain
+    from danling_conf.cli import explain
 
-    _print(explain(parsed.key, parsed.script, parsed.overrides))
+    if parsed.search is not None:
+        _print(explain.search(parsed.search))
+    elif parsed.key is None:
+        _print(explain.overview())
+    else:
+        _print(explain.explain(parsed.key, parsed.script, parsed.overrides))
     return 0
 
 
@@ -56,6 +63,20 @@ def _check(parsed: argparse.Namespace) -> int:
     from danling_conf.cli.check import check_app
 
     _print(check_app(parsed.script, parsed.overrides))
+    return 0
+
+
+def _schema(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.json_schema import print_schema
+
+    print(print_schema(parsed.script, parsed.section))
+    return 0
+
+
+def _init(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.init import write_project
+
+    _print(write_project(parsed.directory, parsed.task))
     return 0
 
 
@@ -126,6 +147,8 @@ def _logs(parsed: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "explain": _explain,
     "check": _check,
+    "schema": _schema,
+    "init": _init,
     "checkpoints": _checkpoints,
     "export": _export,
     "watch": _watch,
@@ -145,11 +168,16 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser(
         "explain",
         help="what a setting, section, group or preset means; with a script, its value there and where that came from",
-        description="danling-conf explain fsdp.reshard_after_forward | parallel | compile=max | KEY SCRIPT [OVERRIDES]",
+        description="danling-conf explain | fsdp.reshard_after_forward | parallel | compile=max | --search WORD "
+        "| KEY SCRIPT [OVERRIDES]",
     )
-    explain.add_argument("key", help="fsdp.enabled, fsdp, parallel, compile=max")
+    explain.add_argument(
+        "key", nargs="?", help="fsdp.enabled, fsdp, parallel, compile=max (all groups, and all settings by section)"
+    )
     explain.add_argument("script", nargs="?", help="a training script")
     explain.add_argument("overrides", nargs=argparse.REMAINDER, help="its overrides, as on its own command line")
+    # Before the positional ones on the command line, which take the rest of it.
+    explain.add_argument("--search", metavar="WORD", help="settings and presets whose name or meaning has the word")
     check = commands.add_parser(
         "check", help="compose and check a script's configuration without running it; exits with 2 when it is refused"
     )
@@ -160,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         help="its overrides, as on its own command line; among them -m for a sweep, and --gpus-per-node N and "
         "--cpus-per-node N for what the nodes of a cluster have",
     )
+    _add_new_app_commands(commands)
     checkpoints = commands.add_parser(
         "checkpoints", help="list what a run has saved: step, when, size, layout, whole or broken, latest and best"
     )
@@ -194,6 +223,23 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("directory", metavar="RUN", help="a run's directory")
     report.add_argument("--html", required=True, metavar="FILE", help="the page to write")
     return parser
+
+
+def _add_new_app_commands(commands: Commands) -> None:
+    schema = commands.add_parser(
+        "schema", help="JSON Schema of a configuration, by which editors complete and check YAML (docs/editor.md)"
+    )
+    schema.add_argument("script", nargs="?", help="a training script, for its own settings, groups and files too")
+    schema.add_argument(
+        "--section", metavar="NAME", help="of one section, for the files of its group: optim for conf/optim/*.yaml"
+    )
+    init = commands.add_parser(
+        "init", help="write a small project that trains at once: train.py, conf/, model, data, a test, a Slurm profile"
+    )
+    init.add_argument("directory", metavar="DIR", help="where; nothing is overwritten")
+    init.add_argument(
+        "--task", choices=TASKS, default=TASKS[0], help=f"what it trains ({TASKS[0]}); hf: a model of transformers"
+    )
 
 
 def _add_sweep_commands(commands: Commands) -> None:

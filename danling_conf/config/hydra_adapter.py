@@ -116,6 +116,18 @@ class Composer:
     def options(self, group: str) -> list[str]:
         return self.loader.repository.get_group_options(group)
 
+    def groups(self) -> list[str]:
+        """All groups, nested ones and Hydra's own included: `optim`, `hydra/launcher`."""
+        found: list[str] = []
+        waiting = [""]
+        while waiting:
+            parent = waiting.pop()
+            names = self.loader.list_groups(parent)
+            below = [f"{parent}/{name}".lstrip("/") for name in names]
+            found += [group for group in below if self.options(group)]
+            waiting += below
+        return sorted(set(found))
+
     def multirun(self, overrides: Sequence[str], task: Any) -> Any:
         """Run Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised."""
         with _batches_unvalidated():

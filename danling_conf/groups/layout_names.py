@@ -14,6 +14,11 @@ _DEGREE = re.compile(r"[1-9][0-9]*")
 
 GRAMMAR = "single, or ddpN, fsdpN, hsdpRxS, tpN, cpN, ppN, epN, etpN joined with '_', such as fsdp64_tp8_pp2"
 
+NAME_PATTERN = r"^(single|{token}(_{token})*)$".format(
+    token=rf"((ddp|fsdp)([1-9]\d*)?|hsdp[1-9]\d*x[1-9]\d*|({'|'.join(_AXIS_TOKENS)})[1-9]\d*)"
+)
+"""The grammar as a regular expression of JSON Schema, but for parts that stand twice."""
+
 EXAMPLES = (
     "single",
     "ddp",

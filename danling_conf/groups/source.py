@@ -24,7 +24,7 @@ LAUNCHERS: dict[str, type[LauncherConfig]] = {
     "danling_local": LocalLauncherConfig,
     "danling_slurm": SlurmLauncherConfig,
 }
-_LAUNCHER_GROUP = "hydra/launcher"
+LAUNCHER_GROUP = "hydra/launcher"
 SCHEME = "danling"
 
 
@@ -52,7 +52,7 @@ class NameSource(ConfigSource):
         if group == "" and name in base_names():
             # No package: a primary config is placed at the root. Presets name theirs, as `@package` in a file does.
             return self._result(base_config(name), None)
-        if group == _LAUNCHER_GROUP and name in LAUNCHERS:
+        if group == LAUNCHER_GROUP and name in LAUNCHERS:
             return self._result(OmegaConf.structured(LAUNCHERS[name]), "hydra.launcher")
         if group in GROUPS and name in GROUPS[group]:
             preset = GROUPS[group][name]
@@ -64,7 +64,7 @@ class NameSource(ConfigSource):
 
     def is_group(self, config_path: str) -> bool:
         path = config_path.rstrip("/")
-        return path in ("", LAYOUTS, "hydra", _LAUNCHER_GROUP) or path in GROUPS
+        return path in ("", LAYOUTS, "hydra", LAUNCHER_GROUP) or path in GROUPS
 
     def is_config(self, config_path: str) -> bool:
         group, name = _split(config_path)
@@ -74,7 +74,7 @@ class NameSource(ConfigSource):
             return looks_like_layout(name)
         if group == "":
             return name in base_names()
-        if group == _LAUNCHER_GROUP:
+        if group == LAUNCHER_GROUP:
             return name in LAUNCHERS
         return name in GROUPS.get(group, {})
 
@@ -90,7 +90,7 @@ class NameSource(ConfigSource):
         elif path == "hydra":
             if results_filter in (None, ObjectType.GROUP):
                 names.append("launcher")
-        elif path == _LAUNCHER_GROUP:
+        elif path == LAUNCHER_GROUP:
             if results_filter in (None, ObjectType.CONFIG):
                 names += LAUNCHERS
         elif results_filter in (None, ObjectType.CONFIG):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from danling_conf.cli.main import main
+from danling_conf.config.typed import setting_paths
+from danling_conf.schema import RunnerConfig
 
 pytestmark = pytest.mark.composition
 
@@ -356,7 +358,7 @@ def test_the_command_as_it_is_installed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["explain"], ["check"], ["nonsense"]])
+@pytest.mark.parametrize("arguments", [[], ["check"], ["nonsense"]])
 def test_a_command_line_that_is_not_complete(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
         main(arguments)
@@ -374,3 +376,43 @@ def test_flags_of_hydra_pass_through(command: list[str], own: str, capsys: pytes
 def test_what_writes_checkpoints_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "checkpoint.backend"]) == 0
     assert "every rank writes its shards" in " ".join(capsys.readouterr().out.split())
+
+
+def test_explain_without_a_key_lists_groups_and_settings(capsys):
+    shown = explained(capsys)
+    assert "  compile: none, default, max, reduce_overhead, whole, aot_eager" in shown
+    assert "  hydra/launcher: danling_local, danling_slurm" in shown
+    listed, section = set(), ""
+    for line in shown.split("\nsettings", 1)[1].splitlines()[1:]:
+        if line.startswith("    "):
+            listed.add(f"{section}{line.strip().partition(':')[0]}")
+        elif line:
+            section = "" if line == "  at the root" else f"{line.strip()}."
+    assert set(setting_paths(RunnerConfig)) <= listed
+
+
+def test_explain_a_launcher_shows_its_defaults(capsys):
+    shown = explained(capsys, "hydra/launcher=danling_slurm")
+    assert "hydra.launcher.timeout_min: int = 60" in shown
+    assert "hydra.launcher.partition: str | None = unset" in shown
+
+
+def test_explain_by_a_word(capsys):
+    shown = explained(capsys, "--search", "Warm-Up")
+    assert "scheduler.warmup_steps: int | None = unset" in shown
+    assert "scheduler=wsd" in shown
+    assert "hydra.launcher.timeout_min" in explained(capsys, "--search", "time limit of a job")
+    assert main(["explain", "--search", "xyzzy"]) == 2
+    assert "--search=xyzzy" in capsys.readouterr().err
+
+
+def test_the_schema_needs_no_more_than_composing(capsys, own):
+    assert main(["schema"]) == 0
+    assert "definitions" in capsys.readouterr().out
+    assert main(["schema", own]) == 0
+    assert '"large"' in capsys.readouterr().out
+
+
+def explained(capsys, *arguments: str) -> str:
+    assert main(["explain", *arguments]) == 0
+    return capsys.readouterr().out

@@ -121,6 +121,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert "danling_conf/py.typed" in names
     packaged = {name for name in names if name.startswith("danling_conf/")}
     sources = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "danling_conf").rglob("*.py")}
+    projects = (REPOSITORY / "danling_conf" / "cli" / "projects").rglob("*")
+    sources |= {str(path.relative_to(REPOSITORY)) for path in projects if path.is_file()}
     assert packaged == sources | {"danling_conf/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -235,3 +237,10 @@ def test_the_command_is_installed(python, app):
     command = python.with_name("danling-conf")
     assert "fsdp.reshard_after_forward" in call(command, "explain", "fsdp.reshard_after_forward", folder=app.parent)
     assert "accepted" in call(command, "check", app, "parallel=fsdp2", folder=app.parent)
+
+
+def test_a_new_project_is_written_and_accepted(python, tmp_path):
+    command = python.with_name("danling-conf")
+    for task in ("classification", "lm", "hf"):
+        assert "python train.py" in call(command, "init", task, "--task", task, folder=tmp_path)
+        assert "accepted" in call(command, "check", f"{task}/train.py", "parallel=fsdp8", folder=tmp_path)

@@ -181,6 +181,8 @@ def test_the_poison_works(tmp_path):
         "danling_conf.cli.main",
         "danling_conf.cli.explain",
         "danling_conf.cli.check",
+        "danling_conf.cli.json_schema",
+        "danling_conf.cli.init",
         "danling_conf.cli.watch",
         "danling_conf.cli.report",
         "hydra_plugins.danling_conf_plugin",
@@ -208,6 +210,10 @@ assert main(["check", {str(app)!r}, "steps=3", "parallel=fsdp8"]) == 0
 assert main(["check", {str(app)!r}, "steps=abc"]) == 2
 assert main(["explain", "fsdp.reshard_after_forward"]) == 0
 assert main(["explain", "parallel"]) == 0
+assert main(["explain"]) == 0
+assert main(["schema", {str(app)!r}]) == 0
+assert main(["init", "new"]) == 0
+assert main(["check", "new/train.py"]) == 0
 assert main(["explain", "fsdp.enabled", {str(app)!r}, "steps=3", "parallel=fsdp8"]) == 0
 danling_conf.name_of(danling_conf.parse_layout("fsdp8_tp2"))
 """
