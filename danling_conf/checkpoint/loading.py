@@ -16,7 +16,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from danling_conf.checkpoint import manifest, sources, state
+from danling_conf.checkpoint import danling_files, manifest, sources, state
 from danling_conf.checkpoint.folder import EXPORT, Folder, find, reading
 from danling_conf.checkpoint.gather import address
 from danling_conf.checkpoint.manifest import EXPORTED, Broken, Manifest
@@ -28,6 +28,7 @@ from danling_conf.checkpoint.state import MODEL, Known, is_whole
 from danling_conf.checkpoint.writing import SHARED, rank_file
 from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.checkpoint import LOADED_PARTS, CheckpointConfig, excluded
+from danling_conf.schema.files import danling_checkpoint
 from danling_conf.schema.layout import Layout
 from danling_conf.topology.layout import data_rank
 from danling_conf.topology.violation import SettingError
@@ -252,6 +253,9 @@ class Loader:
         self._on_all_ranks(lambda: manifest.verify(path, facts, mine))
 
     def _open_weights(self, source: Path, stack: ExitStack) -> Source:
+        foreign = danling_checkpoint(source)
+        if foreign is not None:
+            return danling_files.weights(foreign)
         found = find(source, self.dir_name) if source.is_dir() else None
         exported = source / self.dir_name / EXPORT
         if found is None and exported.is_dir():

@@ -78,6 +78,11 @@ def one_file(path: Path) -> Source:
     content = load_plain(path, mapped=True)
     if not (isinstance(content, dict) and all(isinstance(item, Tensor) for item in content.values())):
         raise Broken(f"{path}: it cannot be read as a checkpoint: it is not a mapping from names to tensors")
+    return of_tensors(content)
+
+
+def of_tensors(content: Mapping[str, Tensor]) -> Source:
+    """Whole tensors by name."""
     reader = _WholeReader(content)
     return Source(reader, reader.described)
 

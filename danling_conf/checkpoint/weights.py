@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danling_conf.checkpoint import manifest, sources, state
+from danling_conf.checkpoint import danling_files, manifest, sources, state
 from danling_conf.checkpoint.folder import BEST, EXPORT, Folder, reading
 from danling_conf.checkpoint.loading import ModelDiffers, NothingSaved, misfit, open_tensors, without_tied
 from danling_conf.checkpoint.manifest import EXPORTED, FACTS, Broken, Manifest
@@ -25,6 +25,7 @@ from danling_conf.checkpoint.safe_load import load_plain
 from danling_conf.checkpoint.sources import Source
 from danling_conf.checkpoint.state import MODEL, Known
 from danling_conf.checkpoint.writing import SHARED
+from danling_conf.schema.files import danling_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def load_weights(
     Args:
         module: on any device except meta. It may be compiled.
         source: a run's directory, which means its newest whole checkpoint or export; a checkpoint's or an export's
-            folder; a folder of safetensors; or a safetensors file.
+            folder; a folder of safetensors; a safetensors file; or a checkpoint of DanLing 0.4.
         best: the run's best checkpoint in place of its newest.
         strict: refuse names that only one of both has. False: load what they share, and return the others.
         cast: convert between floating-point dtypes. False: refuse a dtype that differs.
@@ -114,6 +115,10 @@ def load_weights(
 def opened(source: Path, *, best: bool = False) -> Iterator[OpenWeights]:
     """Open the newest whole weights at `source`, or the best. A broken checkpoint of a run is passed over with a
     warning; one that is named is an error. Raises NothingSaved, Broken, or ImportError."""
+    foreign = None if best else danling_checkpoint(source)
+    if foreign is not None:
+        yield OpenWeights(path=foreign, facts=None, tensors=danling_files.weights(foreign))
+        return
     found = _candidates(source, best)
     with ExitStack() as stack:
         yield _first_whole(found, stack)

@@ -80,6 +80,12 @@ def _init(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _import(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.import_danling import import_file
+
+    return import_file(parsed.file, parsed.output)
+
+
 def _checkpoints(parsed: argparse.Namespace) -> int:
     from danling_conf.cli.checkpoints import list_checkpoints
 
@@ -149,6 +155,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "check": _check,
     "schema": _schema,
     "init": _init,
+    "import": _import,
     "checkpoints": _checkpoints,
     "export": _export,
     "watch": _watch,
@@ -240,6 +247,11 @@ def _add_new_app_commands(commands: Commands) -> None:
     init.add_argument(
         "--task", choices=TASKS, default=TASKS[0], help=f"what it trains ({TASKS[0]}); hf: a model of transformers"
     )
+    importing = commands.add_parser(
+        "import", help="read a DanLing 0.4 configuration (YAML or JSON) into one of ours (docs/danling.md)"
+    )
+    importing.add_argument("file", metavar="FILE", help="as RunnerConfig writes it, nested or dotted")
+    importing.add_argument("-o", "--output", metavar="OUT", help="file to write; nothing is overwritten (stdout)")
 
 
 def _add_sweep_commands(commands: Commands) -> None:

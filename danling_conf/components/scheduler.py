@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,7 @@ _RUN_LENGTH_OPTIONS = {
     "PolynomialLR": "total_iters",
     "OneCycleLR": "total_steps",
 }
+_LENGTH = "total_steps"
 _LENGTH_STATE = frozenset({*_RUN_LENGTH_OPTIONS.values(), "_schedule_phases"})
 
 
@@ -57,6 +59,8 @@ def make(
         return _by_shape(optimizer, entry.name, section, total_steps)
     if entry.own_class:
         kind = import_class(entry.name, "scheduler.type", (LRScheduler, ReduceLROnPlateau))
+        if _asks_length(kind, options):
+            options = {**options, _LENGTH: total_steps}
         # Options of shapes are declared settings; a class of the user's may have some by the same names.
         return construct(kind, (optimizer,), options, "scheduler")
     kind = getattr(lr_scheduler, entry.name)
@@ -92,6 +96,9 @@ def needs_length(section: SchedulerConfig) -> bool:
     entry = _entry(section)
     if entry.shape:
         return entry.name != "constant"
+    if entry.own_class:
+        kind = import_class(entry.name, "scheduler.type", (LRScheduler, ReduceLROnPlateau))
+        return _asks_length(kind, scheduler_options(section))
     length = _RUN_LENGTH_OPTIONS.get(entry.name)
     return length is not None and length not in scheduler_options(section)
 
@@ -131,6 +138,12 @@ def ratio(step: int, *, shape: str, total_steps: int, warmup_steps: int, decay_s
     progress = min(1.0, (step - start) / (total_steps - start)) if total_steps > start else 1.0
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress
     return final_ratio + (1 - final_ratio) * remaining
+
+
+def _asks_length(kind: type, options: Mapping[str, Any]) -> bool:
+    """Whether a class of the user's must be given the run's length (`total_steps`), and the options do not."""
+    parameter = inspect.signature(kind).parameters.get(_LENGTH)
+    return parameter is not None and parameter.default is parameter.empty and _LENGTH not in options
 
 
 def _entry(section: SchedulerConfig) -> Entry:

@@ -25,7 +25,7 @@ from danling_conf.records.metrics import end_metrics
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.schema.files import ATTEMPTS, RESULT, RUN_FILE, Damaged, read_object
+from danling_conf.schema.files import ATTEMPTS, RESULT, RUN_FILE, Damaged, danling_checkpoint, read_object
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
@@ -169,7 +169,10 @@ def _bind(config: RunnerConfig) -> Binding:
     restore: Path | None = None
     parent: Path | None = None
     notes: tuple[str, ...] = ()
-    if config.resume is not None:
+    foreign = None if config.resume is None else danling_checkpoint(Path(config.resume).expanduser().absolute())
+    if foreign is not None:
+        notes = (f"resume={foreign} is a checkpoint of DanLing: this is a new run, which starts from its weights",)
+    elif config.resume is not None:
         restore = Path(config.resume).expanduser().absolute()
         owner = owner_of(restore)
         if owner is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danling_conf.checkpoint.danling_files import not_taken
 from danling_conf.checkpoint.folder import others
 from danling_conf.checkpoint.loading import LayoutDiffers, Loaded, ModelDiffers, NothingSaved
 from danling_conf.checkpoint.manager import CheckpointManager
@@ -21,6 +22,7 @@ from danling_conf.runner.setup import Setup
 from danling_conf.runner.state import EXHAUSTED, TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.files import danling_checkpoint
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
 
 _LOADING_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
@@ -89,10 +91,14 @@ class Resumption:
                 if self._named:
                     raise self._unusable("resume", self.world.attempt.restore, error) from error
                 notes.append(f"nothing to resume yet: {error}")
-        if self.config.pretrained is not None:
-            source = Path(self.config.pretrained).expanduser()
-            self._load_weights(source)
+        foreign = None if self.config.resume is None else danling_checkpoint(Path(self.config.resume).expanduser())
+        key, given = ("resume", str(foreign)) if foreign is not None else ("pretrained", self.config.pretrained)
+        if given is not None:
+            source = Path(given).expanduser()
+            self._load_weights(source, key)
             notes.append(f"weights from {source}")
+            if danling_checkpoint(source) is not None:
+                notes.append(f"not taken from it: {', '.join(not_taken(source))}")
         return notes
 
     def enter_epoch(self, loader: Any) -> RankState | None:
@@ -163,14 +169,14 @@ class Resumption:
             # Starting anew would overwrite what an older checkpoint may still save.
             raise self._unusable("resume" if self._named else "auto_resume", source, error) from error
 
-    def _load_weights(self, source: Path) -> None:
+    def _load_weights(self, source: Path, key: str = "pretrained") -> None:
         """Load weights, and nothing else, from a checkpoint, an export or safetensors. Raises ConfigRefused."""
         try:
             self.checkpoints.loader.load_weights(source, self.setup.assembled.parts)
         except SettingError:
             raise
         except _LOADING_ERRORS as error:
-            raise self._unusable("pretrained", source, error) from error
+            raise self._unusable(key, source, error) from error
 
     def _load_state(self, shared: Mapping[str, Any], *, same_schedule: bool) -> None:
         saved, setup = shared.get("runner", {}), self.setup

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ CHECKPOINT_FILE = "checkpoint.json"
 EXPORT_FILE = "export.json"
 """In an export of the model alone: its facts."""
 
+_DANLING_SHARDS = (".metadata", "runner.yaml")
+"""In a folder of shards that DanLing 0.4 wrote: torch's description of them, and the run's settings."""
+_DANLING_LATEST, _DANLING_POINTER = "latest.pth", "latest.pointer"
+
 LARGEST_BYTES = 1 << 26
 """A JSON object of ours is far smaller; what is larger is not read into memory."""
 DEEPEST = 100
@@ -55,6 +60,26 @@ _LARGEST_INTEGER = 1 << 64
 def error_file(folder: Path, rank: int) -> Path:
     """The file, in an attempt or a job's folder, that says why a rank failed."""
     return folder / f"error-{rank}.json"
+
+
+def danling_checkpoint(path: Path) -> Path | None:
+    """The checkpoint of DanLing that a path names: a `.pth` file, a folder of shards, or the latest one in a folder of
+    checkpoints or in a run. None where it names none of DanLing's."""
+    if path.is_file():
+        return path if path.suffix == ".pth" else None
+    if any((path / name).is_file() for name in (RUN_FILE, CHECKPOINT_FILE)):
+        return None
+    if all((path / name).is_file() for name in _DANLING_SHARDS):
+        return path
+    for folder in (path, path / "checkpoints"):
+        if (folder / _DANLING_LATEST).is_file():
+            return folder / _DANLING_LATEST
+        pointer = folder / _DANLING_POINTER
+        if pointer.is_file():
+            with suppress(Damaged):
+                named = read_regular(pointer, 4096).decode(errors="replace").strip()
+                return folder / named if Path(named).name == named else None
+    return None
 
 
 class Damaged(ValueError):

@@ -18,7 +18,8 @@ class SchedulerConfig:
 
     type: str = "constant"
     """`constant`, `linear`, `cosine`, `wsd` (warm-up, stable, decay), `plateau`, the name of a class in
-    `torch.optim.lr_scheduler`, in any case, or the dotted path of your own class."""
+    `torch.optim.lr_scheduler`, in any case, or the dotted path of your own class. One that needs `total_steps` is given
+    how often it advances in the run."""
     interval: Optional[str] = setting(None, choices=("step", "epoch"), aliases={"validation": "epoch"})
     """Advance per `step`, or per `epoch` (step mode: per validation). Unset: per step, unless the scheduler is driven
     by a metric."""

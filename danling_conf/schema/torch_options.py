@@ -268,7 +268,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not known:
         return "remove it"
     by_lowered = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(str(name).lower(), by_lowered, n=1, cutoff=0.6)
+    lowered = str(name).lower()
+    last = lowered.rpartition("_")[2]  # other libraries put their name in front: torch_adamw, ds_adam
+    close = [last] if last in by_lowered else difflib.get_close_matches(lowered, by_lowered, n=1, cutoff=0.6)
     return f"did you mean {by_lowered[close[0]]}?" if close else f"use one of: {', '.join(known)}"
 
 

@@ -40,6 +40,8 @@ ALLOWED = {
 }
 """What each part of the house may import beside itself."""
 
+DANLING = PACKAGE.parent / "tests" / "danling" / "fixtures" / "saved.yaml"
+
 TORCH_FREE = {
     "schema", "groups", "topology", "config", "records", "sweep", "hydra_plugins", "command", "app", "__init__", "cli",
 }  # fmt: skip
@@ -183,6 +185,7 @@ def test_the_poison_works(tmp_path):
         "danling_conf.cli.check",
         "danling_conf.cli.json_schema",
         "danling_conf.cli.init",
+        "danling_conf.cli.import_danling",
         "danling_conf.cli.watch",
         "danling_conf.cli.report",
         "hydra_plugins.danling_conf_plugin",
@@ -214,6 +217,7 @@ assert main(["explain"]) == 0
 assert main(["schema", {str(app)!r}]) == 0
 assert main(["init", "new"]) == 0
 assert main(["check", "new/train.py"]) == 0
+assert main(["import", {str(DANLING)!r}]) == 0
 assert main(["explain", "fsdp.enabled", {str(app)!r}, "steps=3", "parallel=fsdp8"]) == 0
 danling_conf.name_of(danling_conf.parse_layout("fsdp8_tp2"))
 """

@@ -75,6 +75,7 @@ REFUSED = [
     (world.stack_fits_layout, {"stack": "torch", "fsdp.enabled": True}, CPU, "stack", "stack=auto"),
     (world.world_size, {AXES + "replicate": 8}, started(4), "parallel", "start 8"),
     (world.world_size, {}, started(4), "parallel", "start 1"),
+    (world.world_size, {"stack": "ddp"}, started(4), "parallel", "parallel=ddp fills itself"),
     (world.world_size, {AXES + "replicate": 8}, FOUR, "parallel", "mesh_device_type=cpu"),
     (world.world_size, {AXES + "shard": -1, AXES + "replicate": 3, "fsdp.enabled": True}, started(8),
      AXES + "shard", "give every degree"),

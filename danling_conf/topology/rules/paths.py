@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.files import CHECKPOINT_FILE, RUN_FILE
+from danling_conf.schema.files import CHECKPOINT_FILE, RUN_FILE, danling_checkpoint
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
@@ -63,7 +63,7 @@ def existing_sources(config: RunnerConfig, context: Context) -> Iterator[Violati
             marks += [folder] if folder.suffix == ".safetensors" else []
         if not folder.exists():
             yield Violation(key, source, "there is no such file or directory", "give a run's directory or a checkpoint")
-        elif not inside and not any(mark.is_file() for mark in marks):
+        elif danling_checkpoint(folder) is None and not inside and not any(mark.is_file() for mark in marks):
             rule = f"there is no checkpoint in it, nor in its {config.checkpoint.dir_name}/"
             more = ", or a folder of safetensors" if key == "pretrained" else ""
             yield Violation(key, source, rule, f"give a run's directory or a checkpoint{more}")

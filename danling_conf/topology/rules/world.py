@@ -75,12 +75,13 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     started = machine.started_world_size
     product = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in WORLD_AXES if getattr(layout, axis) > 1)
     what = product or "the layout single"
+    fills = "ddp" if config.stack == "ddp" else "fsdp"
     if started is not None and layout.world_size != started:
         yield Violation(
             "parallel",
             ABSENT,
             f"{what} needs {_processes(layout.world_size)}, but {machine.launcher} started {started}",
-            f"start {layout.world_size}, or choose a layout of {started}: parallel=fsdp fills itself",
+            f"start {layout.world_size}, or choose a layout of {started}: parallel={fills} fills itself",
         )
     elif started is None and _more_than_here(layout, config, machine):
         yield Violation(
