@@ -40,7 +40,8 @@ def section_from(section_class: type[Section], keywords: Mapping[str, Any], *, p
     """
     node = OmegaConf.structured(section_class)
     open_sections(node)
-    given: Any = OmegaConf.to_container(OmegaConf.create(dict(keywords), flags={"allow_objects": True}), resolve=True)
+    plain = OmegaConf.create(plain_values(keywords), flags={"allow_objects": True})
+    given: Any = OmegaConf.to_container(plain, resolve=True)
     violations = merge_leaves(node, given, section_class, f"{path}.")
     violations += check_declarations(node, section_class, f"{path}.")
     if violations:

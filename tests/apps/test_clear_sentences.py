@@ -54,7 +54,7 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train", ["optim=lion"], "optim", "any class of torch.optim by optim.type=NAME"),
         ("train", ["scheduler=lion"], "scheduler", "scheduler.type=package.Class"),
         ("missing", [], "data.path", "it must be given"),
-        ("train", ["~seed"], "~seed", "it is unset already"),
+        ("train", ["~seed"], "~seed", "leave it out"),
         ("train", ["~seeed"], "~seeed", "did you mean ~seed?"),
         ("train", ["~model.widht"], "~model.widht", "did you mean ~model.width?"),
         ("train", ["~steps"], "~steps", "write steps=null"),

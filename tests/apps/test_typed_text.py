@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -38,10 +39,12 @@ TEXTS = [
 
 
 def test_text_is_not_read_as_a_number() -> None:
-    for text in TEXTS:
-        config = composed("steps=3", f"kind={text}", f"experiment={text}", f"note={text}")
-        plain = text.strip("'\"")
-        assert (config.kind, config.experiment, config.note) == (plain, plain, plain)
+    places = ["kind", "experiment", "note", "lineage", "wandb.project"]
+    for start in range(0, len(TEXTS), len(places)):
+        given = dict(zip(places, TEXTS[start:], strict=False))
+        config = composed("steps=3", *(f"{place}={text}" for place, text in given.items()))
+        for place, text in given.items():
+            assert attrgetter(place)(config) == text.strip("'\"")
     assert composed("steps=3", "names=[1e3,b,007,1_000]").names == ["1e3", "b", "007", "1_000"]
     assert composed("steps=3", "note=null").note is None
 

@@ -46,7 +46,7 @@ FAULTLESS = [
     ["data.numbers=[3,4,5]"],
     ["experiment='quoted, string'", 'lineage="two words"'],
     ["experiment=${lineage}-${optim.lr}"],
-    ["+data.tag=${hydra:job.num}"],
+    ["++data.tag=${hydra:job.num}"],
     ["+data.home=${oc.env:HOME}"],
     ["scheduler=cosine", "seed=5"],
     ["optim=sgd", "optim.momentum=0.5", "+optim.nesterov=true"],
