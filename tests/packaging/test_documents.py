@@ -15,7 +15,7 @@ from tests.support.command_line import REPOSITORY
 
 pytestmark = pytest.mark.composition
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/models.md")
 TOPS = "danling_conf|hydra_plugins|examples|conf|tests|benchmarks|constraints|docs"
 OF_A_USER = {"conf/parallel/mine.yaml"}
 """Paths that a user would make."""
