@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from danling_conf.components import gradients
 from danling_conf.components.batch import CountSamples, count_samples, described, tensors
-from danling_conf.parallel import inside_step
+from danling_conf.parallel import inside_step, second_derivatives
 from danling_conf.parallel.graph import WholeStep
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.pipeline import passes
@@ -82,7 +82,7 @@ class Passes:
         count: CountSamples = count_samples,
         graph: CompileConfig | None = None,
     ) -> None:
-        self.model, self.forward, self.loss = model, forward, loss
+        self.model, self.forward, self.loss, self.layout = model, forward, loss, layout
         self.device, self.autocast, self.scaler, self.count = device, autocast, scaler, count
         if model.pipeline is not None:
             model.pipeline.count = count
@@ -243,6 +243,11 @@ class Passes:
             if not self._proven:
                 refuse_together([])
 
+    def _watched(self) -> AbstractContextManager[object]:
+        """The context of a whole pass; compiled code cannot be watched."""
+        watched = not self._proven and not self.model.compiled and second_derivatives.are_missing(self.layout)
+        return second_derivatives.NoSecondDerivatives(self.layout) if watched else nullcontext()
+
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
             return _measured(self.loss(output, batch))
@@ -261,7 +266,7 @@ class Passes:
             return found[0].total
 
         # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
-        with self._refused_at_first():
+        with self._refused_at_first(), self._watched():
             part = self.part(batch)
             total = self.model.run(objective, training=True)
         assert total is not None

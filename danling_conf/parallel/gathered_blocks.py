@@ -7,7 +7,7 @@ the timeout, or, where shards have one size, compute with parts of two blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
-from danling_conf._torch_private import gather_in_methods
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf._torch_private import gather_in_methods, tree_leaves
+from danling_conf.components.optimizer import cleaned
+from danling_conf.topology.violation import ConfigRefused, SettingError, Violation
 
 _PATH = "parallel.unused_parameters"
 _END = -1
@@ -32,9 +35,11 @@ class GatheredBlocks:
     Args:
         model: under FSDP, sharded block by block.
         mesh: the ranks that train it.
+        compiled: whether it is, and cannot be watched.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> None:
+        self.model, self.compiled = model, compiled
         self.group, self.device = mesh.get_group(), torch.device(mesh.device_type)
         found: list[tuple[str, Any]] = [
             (name, module) for name, module in model.named_modules() if name and isinstance(module, FSDPModule)
@@ -56,14 +61,16 @@ class GatheredBlocks:
         Collective in the first one.
 
         Raises:
+            SettingError: in the first forward: a parameter is used outside of its block.
             ConfigRefused: ranks pass different blocks; in the first forward on all ranks, later on those whose order is
                 another one than before.
         """
-        self._passed = 0
+        self._passed, watched = 0, not self._agreed and not self.compiled and bool(self.names)
         if not self._agreed:  # the one before may have failed, and been survived
             self._order = []
         try:
-            yield
+            with _Reading(self.model) if watched else nullcontext():
+                yield
             self.enter(_END)
             self._agreed = True
         finally:
@@ -90,6 +97,35 @@ class GatheredBlocks:
 
     def _at(self, index: int) -> str:
         return "ends" if index == _END else f"passes {self.names[index]}"
+
+
+class _Reading(TorchFunctionMode):
+    """Refuses a computation with a parameter that is sharded at that moment: its gradient would be that of a shard."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(item): name for name, item in cleaned(model) if isinstance(item, DTensor)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = next((self.names[id(item)] for item in tree_leaves(args) if id(item) in self.names), None)
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if used is None:
+                raise
+            raise _outside(used) from error
+        if used is not None and isinstance(result, torch.Tensor) and result.grad_fn is not None:
+            raise _outside(used)
+        return result
+
+
+def _outside(name: str) -> SettingError:
+    return SettingError(
+        _PATH,
+        "refuse",
+        f"the forward uses {name} outside of its block, where FSDP holds a part of it only",
+        f"use it in a method of the block, or let FSDP gather the whole model at once: {_PATH}=allow",
+    )
 
 
 @torch.compiler.disable

@@ -104,7 +104,7 @@ def build(factory: Callable[[], nn.Module], seed: int, device: torch.device) -> 
     alike = _alike(digest, device)
     if source is not None and alike:
         # A deep copy of a parameter has not the marks that were set on it: the copy is the one that is put aside.
-        return source.model, replace(source, model=copy.deepcopy(source.model))
+        return source.model, replace(source, model=deep_copy(source.model))
     _log.info(
         "model: built on the CPU, by one rank of a host at a time, and sent out by rank 0, since its construction "
         "cannot be replayed by every rank: %s",
@@ -190,7 +190,22 @@ def meta_copy(model: nn.Module) -> nn.Module:
         if id(tensor) not in memo:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             memo[id(tensor)] = _like(tensor, made, isinstance(tensor, nn.Parameter))
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model, also of one that keeps a tensor computed of its parameters, as those that
+    `torch.nn.utils.weight_norm` has changed do: torch copies no tensor that has a history.
+
+    Args:
+        memo: what takes the place of which object, by its identity.
+    """
+    known = dict(memo or {})
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                known.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, known)
 
 
 def replace_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
@@ -262,7 +277,7 @@ def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) 
     if failure is not None:
         raise failure
     assert model is not None
-    return model, FromRankZero(copy.deepcopy(model), held, device)
+    return model, FromRankZero(deep_copy(model), held, device)
 
 
 def _alike(number: int, device: torch.device) -> bool:

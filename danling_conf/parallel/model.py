@@ -78,6 +78,7 @@ class Assembled:
     """Completes gradients over the data ranks; None in a pipeline, and without DDP and FSDP."""
     blocks: GatheredBlocks | None = None
     """Blocks that FSDP gathers one by one; None in a pipeline, whose schedule passes each."""
+    compiled: bool = False
     buffers: SharedBuffers | None = None
     """Shares buffers over the data ranks; None where there is one, and under DDP, which does that itself."""
 
@@ -226,7 +227,8 @@ def assemble(
         check_attention=check_attention,
         policy=_policy(fsdp, precision),
         gradients=None if pipelined else _gradients(parts[0], parallel, fsdp, mesh),
-        blocks=None if pipelined else _blocks(parts[0], fsdp, batch_mesh(mesh)),
+        blocks=None if pipelined else _blocks(parts[0], fsdp, batch_mesh(mesh), compiled=compile.enable),
+        compiled=compile.enable,
         buffers=_buffers(list(parts.values()), batch_mesh(mesh), by_ddp=by_ddp),
     )
 
@@ -472,8 +474,8 @@ def _gradients(
     return DataGradients(model, unused=parallel.unused_parameters, replicated=whole, mesh=batch_mesh(mesh))
 
 
-def _blocks(model: nn.Module, fsdp: FsdpConfig, batch: DeviceMesh | None) -> GatheredBlocks | None:
-    return GatheredBlocks(model, batch) if fsdp.enabled and batch is not None else None
+def _blocks(model: nn.Module, fsdp: FsdpConfig, batch: DeviceMesh | None, *, compiled: bool) -> GatheredBlocks | None:
+    return GatheredBlocks(model, batch, compiled=compiled) if fsdp.enabled and batch is not None else None
 
 
 def _buffers(parts: Sequence[nn.Module], batch: DeviceMesh | None, *, by_ddp: bool) -> SharedBuffers | None:

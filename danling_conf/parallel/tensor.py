@@ -98,6 +98,7 @@ def parallelize(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, 
     ties = _ties(model)
     outside = _outside_blocks(model)
     sharded = False
+    done: set[nn.Module] = set()  # a module in several places is sharded once
     for name, style, is_parameter in list(matches(model, plan)):
         if style not in TENSOR_STYLES or is_parameter:
             # Styles of a library's own models (mixtures of experts, latent attention) are that library's to apply.
@@ -106,8 +107,9 @@ def parallelize(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, 
                 raise SettingError("parallel.tensor_plan", ABSENT, rule, nearest(style, TENSOR_STYLES))
             continue
         module = model.get_submodule(name)
-        if isinstance(module, PassThrough):
+        if isinstance(module, PassThrough) or module in done:
             continue
+        done.add(module)
         _check_features(name, module, style, mesh.size())
         is_head = name in outside and style in _GATHERING
         if is_head and loss_parallel:
@@ -248,6 +250,13 @@ def _outside_blocks(model: nn.Module) -> set[str]:
 
 
 def _check_features(name: str, module: nn.Module, style: str, degree: int) -> None:
+    if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters:
+        raise SettingError(
+            f"parallel.tensor_plan.{name}",
+            style,
+            f"the weight of {name} is computed of other parameters (a parametrization), which no style shards",
+            "leave it out of the plan, or remove the parametrization",
+        )
     if not isinstance(module, nn.Linear):
         return
     features = module.out_features if style.startswith("colwise") else module.in_features

@@ -7,7 +7,6 @@ else crosses from one stage to another. The order in which modules are declared 
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from danling_conf import _torch_private
 from danling_conf._torch_private import tree_leaves, tree_map
 from danling_conf.parallel.blocks import repeated_blocks
-from danling_conf.parallel.init_plan import named_tensors
+from danling_conf.parallel.init_plan import deep_copy, named_tensors
 from danling_conf.parallel.program import Recording
 from danling_conf.topology.violation import ABSENT, SettingError
 
@@ -175,7 +174,7 @@ def _fake_copy(model: nn.Module) -> nn.Module:
             if isinstance(tensor, nn.Parameter):
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = made
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 class _Watch:

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from danling_conf import ConfigRefused, Runner
 from danling_conf.checkpoint import state
 from danling_conf.checkpoint.sources import STATE
+from danling_conf.groups.layout_names import parse_layout
+from tests.support.resumed_runs import whole_weights
 from tests.support.small import Net, Pairs, loss, runner, weights
 from tests.support.spawn import run
 
@@ -78,9 +80,45 @@ def digests_of_a_sharded_model() -> dict[str, int]:
     return state.digests(state.frozen([model]))
 
 
+def adapted() -> Any:
+    """A frozen model with adapters of low rank, by peft."""
+    import peft
+
+    settings = peft.LoraConfig(r=2, target_modules=["first"], modules_to_save=["second"], lora_dropout=0.0)
+    return peft.get_peft_model(Net(), settings)  # type: ignore[arg-type]
+
+
+def adapters_trained(root: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of a whole run, of one that was cut and resumed, and of what its checkpoint holds, under each layout."""
+    found = {}
+    for name in ("ddp2", "fsdp2"):
+        layout = parse_layout(name)
+        settings = {"parallel": {"axes": layout.degrees()}, "fsdp": {"enabled": layout.fsdp},
+                    "dataloader": {"batch_size": 2}}  # fmt: skip
+        folder = Path(root) / name
+        whole = trained(folder / "whole", 6, adapted, **settings)
+        saved = trained(folder / "half", 3, adapted, **settings).world.attempt.run_directory / "checkpoints" / "latest"
+        resumed = trained(folder / "resumed", 6, adapted, resume=str(saved), **settings)
+        found[name] = {**whole_weights(whole.model)}
+        found[f"{name} resumed"] = {**whole_weights(resumed.model)}
+    return found
+
+
 @pytest.mark.slow
 def test_a_digest_is_the_same_however_a_tensor_is_sharded() -> None:
     torch.manual_seed(0)
     expected = state.digests(state.frozen([HalfFrozen()]))
     assert set(expected) == {"model.first.weight", "model.first.bias"}
     assert run(digests_of_a_sharded_model, 2) == [expected, expected]
+
+
+@pytest.mark.slow
+def test_adapters_of_peft_train_as_in_one_process_and_resume(tmp_path: Path) -> None:
+    alone = trained(tmp_path / "alone", 6, adapted)
+    expected = {name: item for name, item in weights(alone).items() if "lora" in name or "second" in name}
+    assert sum(item.requires_grad for item in alone.model.parameters()) == 4
+    found = run(adapters_trained, 2, str(tmp_path))[0]
+    for layout in ("ddp2", "fsdp2"):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[layout][name], value, rtol=1e-5, atol=1e-6, msg=f"{layout} {name}")
+            assert torch.equal(found[f"{layout} resumed"][name], found[layout][name]), (layout, name)

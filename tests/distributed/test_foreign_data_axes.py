@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,20 @@ class ParametrizedBlock(Block):
 
 class Parametrized(Model):
     block = ParametrizedBlock
+
+
+class HookedBlock(Block):
+    """torch's older way, which keeps the weight it computes as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.linear = nn.utils.weight_norm(self.linear)
+
+
+class Hooked(Model):
+    block = HookedBlock
 
 
 class BufferBlock(Block):
@@ -345,6 +360,17 @@ def by_method(model: Any, batch: Any) -> Any:
     return model.compute_loss(batch["x"], batch["y"])
 
 
+def with_penalty(model: Any, batch: Any) -> Any:
+    return model(batch["x"]) + sum(block.linear.weight.square().sum() for block in model.blocks)
+
+
+def with_gradient_penalty(model: Any, batch: Any) -> Any:
+    x = batch["x"].clone().requires_grad_()
+    output = model(x)
+    (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    return output + slope.square().mean(1, keepdim=True)
+
+
 def as_is(output: Any, batch: Any) -> Any:
     return output
 
@@ -352,6 +378,8 @@ def as_is(output: Any, batch: Any) -> Any:
 def own_loss(output: Any, batch: Any) -> Any:
     return output.loss
 
+
+DIFFERENTIATES = "the forward or the loss differentiates itself"
 
 KINDS = {
     "parameters without a dimension": Kind(Scalar),
@@ -361,10 +389,17 @@ KINDS = {
     "adapters": Kind(Adapters),
     "tied weights": Kind(Tied),
     "parametrizations": Kind(Parametrized),
+    "weights by hooks": Kind(Hooked),
     "buffers": Kind(Buffers),
     "batch normalisation": Kind(Norm, synchronise=True),
     "methods of blocks": Kind(BlockMethods),
     "methods of blocks, compiled": Kind(BlockMethods, compile="block"),
+    "a penalty on weights": Kind(
+        Model, with_penalty,
+        refused=dict.fromkeys(("fsdp2", "hsdp2x1"), "the forward uses blocks.0.linear.weight outside of its block")),
+    "a penalty on weights, allowed": Kind(Model, with_penalty, unused="allow"),
+    "a gradient penalty": Kind(
+        Model, with_gradient_penalty, refused=dict.fromkeys(("fsdp2", "hsdp2x1"), DIFFERENTIATES)),
     "an unused layer": Kind(Unused, refused={"ddp2": "b.weight, b.bias"}),
     "an unused layer, allowed": Kind(Unused, unused="allow"),
     "branches by step, allowed": Kind(BranchesByStep, unused="allow"),
@@ -410,9 +445,9 @@ def full(tensor: Tensor) -> Tensor:
 
 def train(kind: Kind, layout: Layout, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Gradients of the first step and weights after the last, in full; or the refusal."""
-    warnings: list[str] = []
+    heard: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger(batch_norm.__name__).addHandler(handler)
     assembled = assemble(
         kind.model,
@@ -455,7 +490,7 @@ def train(kind: Kind, layout: Layout, mesh: DeviceMesh | None) -> dict[str, Any]
         **result,
         "weights": {name: full(item) for name, item in named},
         "buffers": buffers,
-        "warnings": warnings,
+        "warnings": heard,
         "loss": {"loss": total / degree},
     }
 
@@ -509,7 +544,7 @@ def test_a_model_is_what_one_process_makes(name: str, layout: str) -> None:
         assert "error" not in found, found["error"]
         if refused is not None:
             assert refused in found["refused"]
-            assert "parallel.unused_parameters=allow" in found["refused"]
+            assert refused == DIFFERENTIATES or "parallel.unused_parameters=allow" in found["refused"]
             continue
         assert "refused" not in found, found["refused"]
         for part in ("gradients", "weights", "buffers", "loss"):

@@ -19,9 +19,11 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/compile.md",
     "docs/danling.md",
     "docs/editor.md",
     "docs/existing_app.md",
+    "docs/models.md",
 )
 TOPS = "danling_conf|hydra_plugins|examples|conf|tests|benchmarks|constraints|docs"
 OF_A_USER = {"conf/parallel/mine.yaml", "conf/experiment", "conf/optim", "conf/profile/slurm.yaml"}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
 
 from danling_conf.parallel import expert, tensor
 from danling_conf.schema import Layout
@@ -30,6 +34,14 @@ def test_numbers_that_the_degree_does_not_divide_are_one_sentence() -> None:
     violation = refused.value.violation
     assert (violation.path, violation.value) == ("parallel.axes.tensor", 2)
     assert violation.rule == "it must divide model.heads=3 and model.kv_heads=1"
+
+
+@pytest.mark.parametrize("changed", [parametrizations.weight_norm, spectral_norm])
+def test_a_weight_that_is_computed_is_not_sharded(changed: Any) -> None:
+    model = nn.ModuleDict({"up": changed(nn.Linear(4, 4))})
+    mesh: Any = SimpleNamespace(size=lambda: 2)  # looked at no further
+    with pytest.raises(SettingError, match="the weight of up is computed of other parameters"):
+        tensor.parallelize(model, {"up": "colwise"}, mesh, loss_parallel=False)
 
 
 class Experts(nn.Module):

@@ -296,14 +296,24 @@ class Tied(nn.Module):
         return self.head(x)
 
 
+def lora() -> nn.Module:
+    """A frozen Llama with adapters of low rank, by peft."""
+    import peft
+
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights="gaussian")
+    return peft.get_peft_model(FAMILIES["Llama"].build(), settings)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "ConvNet": ConvNet, "U-Net": UNet, "LSTM": Recurrent, "nn.Transformer": Seq2Seq, "Handmade": Handmade,
-    "Tied": Tied,
+    "Tied": Tied, "LoRA (peft)": lora,
 }  # fmt: skip
 
 
 def module_batch(name: str, size: int, seed: int) -> dict[str, Tensor]:
-    """Inputs `x` and `targets` of one of the `MODULES`."""
+    """Inputs and `targets` of one of the `MODULES`."""
+    if name == "LoRA (peft)":
+        return FAMILIES["Llama"].batch(size, seed)
     generator = torch.Generator().manual_seed(seed)
     if name in ("ConvNet", "U-Net"):
         images = torch.randn(size, 3, 8, 8, generator=generator)
