@@ -153,7 +153,12 @@ class Composer:
         """
         own = overrides_of(master, "hydra")
         _, repository = self.loader._parse_overrides_and_create_caching_repo(master.hydra.job.config_name, own)
-        return lambda overrides: Overrides(repo=repository, overrides_list=list(overrides)).config_overrides
+
+        def values_among(overrides: Sequence[Override]) -> list[Override]:
+            with _named_defects():
+                return Overrides(repo=repository, overrides_list=list(overrides)).config_overrides
+
+        return values_among
 
     def defaults(self, overrides: Sequence[str]) -> list[tuple[str, Any]]:
         """The configs that are merged, in order, as pairs of path and content (placed at its package)."""

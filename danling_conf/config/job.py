@@ -80,6 +80,12 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
     return typed, unique(violations)
 
 
+def no_launcher(value: Any) -> Violation:
+    """The fault of a launcher that is null, or anything else than a section."""
+    fix = "leave it out, or choose another by its name: hydra/launcher=NAME"
+    return Violation("hydra.launcher", value, "a launcher is a section with a _target_", fix)
+
+
 def launcher_in(config: DictConfig) -> tuple[LauncherConfig | None, list[Violation]]:
     """`check_launcher` of a composed configuration, without launcher settings that refer to other settings.
 
@@ -87,6 +93,8 @@ def launcher_in(config: DictConfig) -> tuple[LauncherConfig | None, list[Violati
     """
     if "hydra" not in config:
         return None, []
+    if not isinstance(config.hydra.launcher, DictConfig):
+        return None, [no_launcher(config.hydra.launcher)]
     given: Any = OmegaConf.to_container(config.hydra.launcher)
     settings = {key: value for key, value in given.items() if "${" not in str(value)}
     if "name" in given:  # refers to Hydra's job name by default; the check needs some string

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from danling_conf.cli.main import main
@@ -23,6 +23,7 @@ from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
 from danling_conf.groups.layout_names import EXAMPLES
 from danling_conf.groups.presets import GROUPS
 from danling_conf.schema import RunnerConfig, facts_of
+from danling_conf.sweep.preflight import Preflight
 from danling_conf.topology.violation import ConfigRefused
 from tests.support.command_line import write_app
 from tests.support.settings import given as value_at
@@ -30,7 +31,7 @@ from tests.support.settings import settings as declared
 
 pytestmark = pytest.mark.slow
 
-LINES, COMMANDS = 500, 60
+LINES, JOBS, COMMANDS = 280, 240, 40
 SETTINGS = dict(declared())
 DERIVED = ("stack", "parallel.axes.")
 """Settings whose value may be filled in by the check."""
@@ -128,6 +129,7 @@ FUZZ = settings(
     deadline=None,
     derandomize=True,
     database=None,
+    phases=[Phase.explicit, Phase.generate],  # four words need no shrinking, which takes minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 
@@ -138,13 +140,28 @@ def composing() -> Iterator[Composer]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def jobs(composing: Composer) -> Preflight:
+    return Preflight(composing, composing.compose([], multirun=True), machine=None, capacity=None)
+
+
 @FUZZ
 @given(words=WORDS, budget=st.sampled_from(["steps=5", "steps=5", "epochs=2", ""]))
 @example(words=[Word("++data.x=${data.x}")], budget="steps=5")
 @example(words=[Word("++data." + "k" * 5000 + "=1")], budget="steps=5")
 def test_accepted_as_written_or_refused_by_name(composing: Composer, words: list[Word], budget: str) -> None:
     line = [*filter(None, [budget]), *(word.text for word in words)]
-    found = _outcome(composing, line)
+    _examine(words, line, _outcome(lambda: check(composing, compose_or_refuse(composing, line), line)))
+
+
+@settings(FUZZ, max_examples=JOBS)
+@given(words=WORDS)
+def test_so_is_a_job_of_a_sweep(composing: Composer, jobs: Preflight, words: list[Word]) -> None:
+    line = ["steps=5", *(word.text for word in words)]
+    _examine(words, line, _outcome(lambda: jobs.check(line, 0).config))
+
+
+def _examine(words: list[Word], line: list[str], found: RunnerConfig | ConfigRefused) -> None:
     if isinstance(found, ConfigRefused):
         assert found.violations
         assert all(item.path and item.rule and item.fix for item in found.violations), line
@@ -161,9 +178,9 @@ def test_accepted_as_written_or_refused_by_name(composing: Composer, words: list
         assert same, f"{word.text} composed to {value!r}"
 
 
-def _outcome(composing: Composer, line: list[str]) -> RunnerConfig | ConfigRefused:
+def _outcome(compose: Callable[[], RunnerConfig]) -> RunnerConfig | ConfigRefused:
     try:
-        return check(composing, compose_or_refuse(composing, line), line)
+        return compose()
     except ConfigRefused as refusal:
         return refusal
 
