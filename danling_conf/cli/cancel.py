@@ -14,6 +14,7 @@ from danling_conf.records.run_lock import holder_of, is_live
 from danling_conf.records.state import state_of
 from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.printable import printable_lines
 from danling_conf.sweep.backend import Backend
 from danling_conf.sweep.ends import settle_ends
 from danling_conf.sweep.orphans import is_here, process_of, running_here, tell_to_stop
@@ -72,7 +73,7 @@ def _run_of_its_own(run: Path, wait_seconds: float) -> int:
             return EXIT_FAILED
         time.sleep(0.2)
     state = state_of(run)
-    print(f"{run.name} {state.status}" + (f": {state.error}" if state.error else ""))
+    print(printable_lines(f"{run.name} {state.status}" + (f": {state.error}" if state.error else "")))
     return 0
 
 

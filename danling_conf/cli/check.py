@@ -9,16 +9,18 @@ from hydra.errors import HydraException
 
 from danling_conf.cli.inspect_app import inspect_app
 from danling_conf.config.check import compose_or_refuse, warnings_of
-from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.hydra_adapter import ConfigSearch, composer, overrides_of
 from danling_conf.config.identity import config_id, difference_from_defaults, job_id
 from danling_conf.config.job import check_launcher
 from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.app import App
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.schema.launcher import SlurmLauncherConfig
+from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.preflight import Preflight, check_jobs, shapes_of
 from danling_conf.sweep.preflight_tables import SweepRefused, shape_table, varying
 from danling_conf.sweep.slurm_backend import capacity_of
+from danling_conf.sweep.submit import check_directory, launcher_override
 from danling_conf.topology.resources import Capacity
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
@@ -52,13 +54,13 @@ def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[st
         master = compose_or_refuse(composing, overrides)
         capacity = request.capacity or _nodes_of
         # Hydra's own overrides belong to the sweep's configuration, all others to its only job.
-        given = [str(item) for item in master.hydra.overrides.task]
+        given = overrides_of(master, "task")
         job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
     config, layout = job.config, job.layout
     changed = [f"  {path}={show(value)}" for path, value in difference_from_defaults(config).items()]
     processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
     lines = [
-        f"accepted: {app.script.name} {' '.join(overrides)}".rstrip(),
+        f"accepted: {shell_line(app.script.name, *overrides)}",
         f"layout {name_of(layout)}, {processes}; config {config_id(config)}, job {job_id(config)}",
     ]
     if request.capacity is not None or isinstance(check_launcher(job.launcher)[0], SlurmLauncherConfig):
@@ -69,7 +71,10 @@ def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[st
 
 def _check_sweep(request: _Request, app: App, search: ConfigSearch, overrides: list[str]) -> list[str]:
     with composer(search) as composing:
-        master = compose_or_refuse(composing, overrides, multirun=True)
+        given = [*overrides, *launcher_override(composing, overrides)]
+        master = compose_or_refuse(composing, given, multirun=True)
+        if any(item.lstrip("+").startswith("hydra.sweep.dir=") for item in overrides):
+            check_directory(composing, given)
         try:
             jobs = composing.sweep_jobs(master)
         except HydraException as error:
@@ -79,7 +84,10 @@ def _check_sweep(request: _Request, app: App, search: ConfigSearch, overrides: l
         accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity)
     if refused:
         raise SweepRefused(refused, of=len(jobs))
-    lines = [f"accepted: {len(jobs)} job{'' if len(jobs) == 1 else 's'} of {app.script.name} {' '.join(overrides)}", ""]
+    lines = [
+        f"accepted: {len(jobs)} job{'' if len(jobs) == 1 else 's'} of {shell_line(app.script.name, *overrides)}",
+        "",
+    ]
     lines += shape_table(accepted, shapes_of(accepted, capacity))
     varied = varying(jobs)
     return [*lines, "", "varies:", *(f"  {line}" for line in varied)] if varied else lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import MISSING, fields, replace
-from difflib import get_close_matches
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,6 +21,7 @@ from danling_conf.launch.app import App
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.docs import Described, describe, field_docs
 from danling_conf.schema.launcher import LauncherConfig
+from danling_conf.schema.nearest import nearest
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
 _MISSING = object()
@@ -53,9 +53,9 @@ def _explain(key: str, kind: type[RunnerConfig]) -> list[str]:
     if lines:
         return lines
     known = [*setting_paths(kind), *GROUPS, LAYOUTS]
-    near = get_close_matches(key, known, n=1, cutoff=0.5)
-    fix = f"did you mean {near[0]}?" if near else "see a training script's --help for the groups"
-    raise ConfigRefused([Violation(key, ABSENT, "there is no such setting, section or group", fix)])
+    near = nearest(key, known)
+    fix = f"did you mean {near}?" if near else "see a training script's --help for the groups"
+    raise ConfigRefused([Violation(key or "KEY", ABSENT, "there is no such setting, section or group", fix)])
 
 
 def _group(group: str) -> list[str]:
@@ -88,8 +88,9 @@ def _preset(group: str, name: str) -> list[str]:
         fix = f"groups are {', '.join([LAYOUTS, *GROUPS])}"
         raise ConfigRefused([Violation(group, name, "there is no such group of presets", fix)])
     if name not in GROUPS[group]:
-        choices = ", ".join(GROUPS[group])
-        raise ConfigRefused([Violation(group, name, "there is no such preset", f"choose among {choices}")])
+        near, choices = nearest(name, GROUPS[group]), ", ".join(GROUPS[group])
+        fix = (f"did you mean {group}={near}? Or " if near else "") + f"choose among {choices}"
+        raise ConfigRefused([Violation(group, name, "there is no such preset", fix)])
     preset = GROUPS[group][name]
     shown = [f"  {path}={show(value)}" for path, value in flatten(dict(preset.settings)).items()]
     return [f"{group}={name}", *_paragraph(preset.doc), *shown]
@@ -178,8 +179,8 @@ def _explain_launcher(key: str) -> list[str]:
     group, equals, name = key.partition("=")
     if equals and group == _LAUNCHER_GROUP:
         if name not in LAUNCHERS:
-            near = get_close_matches(name, LAUNCHERS, n=1, cutoff=0.5)
-            fix = f"did you mean {_LAUNCHER_GROUP}={near[0]}?" if near else f"choose among {', '.join(LAUNCHERS)}"
+            near = nearest(name, LAUNCHERS)
+            fix = f"did you mean {_LAUNCHER_GROUP}={near}?" if near else f"choose among {', '.join(LAUNCHERS)}"
             raise ConfigRefused([Violation(_LAUNCHER_GROUP, name, "there is no such launcher of ours", fix)])
         return _launcher(name)
     if key in (_LAUNCHER_GROUP, _LAUNCHER_SECTION):
@@ -199,9 +200,9 @@ def _explain_launcher(key: str) -> list[str]:
     if lines:
         return lines
     known = sorted({f"{_LAUNCHER_SECTION}.{item}" for kind in LAUNCHERS.values() for item in _launcher_settings(kind)})
-    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    near = nearest(key, known)
     fix = (
-        f"did you mean {near[0]}?"
+        f"did you mean {near}?"
         if near
         else f"write {_LAUNCHER_GROUP}, or a setting of a launcher: {_LAUNCHER_SECTION}.nodes"
     )

@@ -18,6 +18,7 @@ from danling_conf.records.state import state_of
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema.files import ATTEMPTS, Damaged, read_regular
+from danling_conf.schema.printable import printable_output, shell_line
 from danling_conf.sweep.live_table import logs_of
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
@@ -54,7 +55,8 @@ def _job(sweep: SweepDirectory, name: str | None) -> Record:
         return job_named(sweep, name)
     if len(records) == 1:
         return records[0]
-    fix = f"add its number, key or run id: danling-conf logs {sweep.path} {records[0].number if records else 0}"
+    example = shell_line("danling-conf", "logs", sweep.path, records[0].number if records else 0)
+    fix = f"add its number, key or run id: {example}"
     raise ConfigRefused([Violation("JOB", ABSENT, f"the sweep has {len(records)} jobs, and a log belongs to one", fix)])
 
 
@@ -86,9 +88,11 @@ def _log(run: Path | None, owner: tuple[SweepDirectory, Record] | None, rank: in
         if log.is_file():
             return log
         rule = f"job #{owner[1].number} is {owner[1].status}, and has printed nothing yet"
-        raise ConfigRefused([Violation("JOB", owner[1].number, rule, f"see danling-conf runs {owner[0].path}")])
+        raise ConfigRefused(
+            [Violation("JOB", owner[1].number, rule, f"see {shell_line('danling-conf', 'runs', owner[0].path)}")]
+        )
     rule = f"{folder or run} has no logs"
-    raise ConfigRefused([Violation("--rank", rank, rule, f"see danling-conf runs {run}")])
+    raise ConfigRefused([Violation("--rank", rank, rule, f"see {shell_line('danling-conf', 'runs', run)}")])
 
 
 def _ranks_with_logs(attempt: Path) -> list[int]:
@@ -104,13 +108,15 @@ def _still_live(run: Path | None, owner: tuple[SweepDirectory, Record] | None) -
 
 
 def _print(log: Path, is_live: Callable[[], bool]) -> None:
-    with open(log, errors="replace") as file:
+    # A file or a pipe takes the log as it is.
+    shown = printable_output if sys.stdout.isatty() else str
+    with open(log, errors="replace", newline="") as file:
         try:
             while True:
                 # Before the read: lines that are written between a read and the end would be lost.
                 more = is_live()
                 for text in iter(lambda: file.read(1 << 16), ""):
-                    sys.stdout.write(text)
+                    sys.stdout.write(shown(text))
                 sys.stdout.flush()
                 if not more:
                     return

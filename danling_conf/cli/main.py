@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from danling_conf.records.reading import shown_damage
 from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED
 from danling_conf.schema.fsdp import DTYPES
+from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.violation import ConfigRefused
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(lines: Sequence[str]) -> None:
-    print("\n".join(lines))
+    print(printable_lines("\n".join(lines)))
 
 
 # Each command imports what it needs when it runs, so that `explain` does not pay for the imports of `report`.

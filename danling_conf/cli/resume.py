@@ -12,6 +12,7 @@ from danling_conf.records.state import state_of
 from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import SweepLock
+from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.ends import live_jobs
 from danling_conf.sweep.single import sweep_for_run
 from danling_conf.sweep.supervise import backend_for, supervise
@@ -42,7 +43,7 @@ def _resume(sweep: SweepDirectory, only: str | None) -> int:
     reachable_or_refuse(sweep, request)
     with SweepLock(sweep.path) as lock:
         if not lock.acquire(tries=5):
-            fix = f"see how it goes: danling-conf runs {sweep.path}; or end that process first"
+            fix = f"see how it goes: {shell_line('danling-conf', 'runs', sweep.path)}; or end that process first"
             raise ConfigRefused(
                 [Violation("DIR", str(sweep.path), f"{lock.holder} monitors the sweep and would start jobs too", fix)]
             )

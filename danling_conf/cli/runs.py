@@ -24,6 +24,7 @@ from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema import Layout
 from danling_conf.schema.files import FROZEN, RUN_FILE
+from danling_conf.schema.printable import printable, shell_line
 from danling_conf.sweep.ends import is_monitored, settle_ends, standing_of
 from danling_conf.sweep.rows import Row, best_first, progress, row_of_job, rows_of_sweep, smaller_is_better
 from danling_conf.sweep.table import count_states, style_of, table_lines
@@ -101,7 +102,7 @@ def show_runs(directory: str) -> list[str]:
     lines = _heading(seen) + table_lines(seen.rows, width)
     if sys.stdout.isatty():
         lines = _coloured(lines, seen.rows, len(_heading(seen)))
-    return [*lines, "", *_errors(seen, width), *seen.notes, *_next_steps(seen)]
+    return [*lines, "", *map(printable, [*_errors(seen, width), *seen.notes, *_next_steps(seen)])]
 
 
 def as_csv(directory: str) -> str:
@@ -230,7 +231,7 @@ def _with_layout(settings: Fields) -> dict[str, object]:
 
 
 def _heading(seen: Seen) -> list[str]:
-    return [f"{_what(seen)}: {count_states(seen.rows)}".strip()]
+    return [printable(f"{_what(seen)}: {count_states(seen.rows)}".strip())]
 
 
 def _what(seen: Seen) -> str:
@@ -280,5 +281,5 @@ def _next_steps(seen: Seen) -> list[str]:
         return []
     path = near(seen.sweeps[0].path if seen.sweeps else seen.path)
     if any(row.live for row in seen.rows) or (seen.sweeps and is_monitored(seen.sweeps[0])):
-        return [f"live: danling-conf runs {path} --watch"]
-    return [f"to resume: danling-conf resume {path}"]
+        return [f"live: {shell_line('danling-conf', 'runs', path, '--watch')}"]
+    return [f"to resume: {shell_line('danling-conf', 'resume', path)}"]

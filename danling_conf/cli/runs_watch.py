@@ -8,6 +8,7 @@ from danling_conf.cli.runs import look
 from danling_conf.cli.runs_found import file_of, find, reachable_or_refuse, request_of
 from danling_conf.records.status import EXIT_FAILED, EXIT_INTERRUPTED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.printable import printable
 from danling_conf.sweep.backend import Backend
 from danling_conf.sweep.ends import is_own
 from danling_conf.sweep.live_table import drawn
@@ -64,7 +65,7 @@ def _look_on(directory: str) -> int:
                     for row in seen.rows:
                         if printed.get(str(row.run)) != row.state:
                             printed[str(row.run)] = row.state
-                            print(f"{row.run}: {row.state}", flush=True)
+                            print(printable(f"{row.run}: {row.state}"), flush=True)
                 if not any(row.live for row in seen.rows):
                     break
                 time.sleep(_SECONDS)

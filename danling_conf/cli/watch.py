@@ -18,6 +18,7 @@ from danling_conf.cli.report import duration
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.ranks import RankSeen, RunSeen, look_at
 from danling_conf.records.status import EXIT_FAILED, Status
+from danling_conf.schema.printable import printable
 from danling_conf.sweep.ends import Standings
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
@@ -98,14 +99,14 @@ def view(seen: Sequence[RunSeen]) -> RenderableType:
 
 
 def _heading(seen: RunSeen) -> Text:
-    line = Text(seen.run, style="bold", overflow="fold")
+    line = Text(printable(seen.run), style="bold", overflow="fold")
     line.append("  ")
     line.append(seen.status, style=_COLOURS.get(seen.status, "red"))
     if seen.ranks:
         step, total = max(each.step for each in seen.ranks), seen.ranks[0].total_steps
         line.append(f"  step {step}" + (f"/{total}" if total else ""), style="not bold")
     if seen.error and not seen.status.live:
-        line.append(f"  {seen.error.partition(chr(10))[0]}", style="not bold")
+        line.append(f"  {printable(seen.error.partition(chr(10))[0])}", style="not bold")
     if seen.note and seen.status is Status.RUNNING:
         line.append(f"  {seen.note}", style="not bold yellow")
     return line
@@ -128,9 +129,9 @@ def _row(each: RankSeen, seen: RunSeen) -> list[str]:
     waits = "" if each.waiting_share is None else f"{100 * each.waiting_share:.0f} %"
     return [
         str(each.rank),
-        each.host,
+        printable(each.host),
         str(each.pid),
-        each.state,
+        printable(each.state),
         duration(each.state_seconds),
         str(each.step),
         last,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from danling_conf.config.faults import all_faults
+from danling_conf.config.faults import all_faults, faults_of_sweep
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
 from danling_conf.config.resolve import declared_kind, inspect
 from danling_conf.schema import RunnerConfig
@@ -74,13 +74,25 @@ def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun
         multirun: compose a sweep's own configuration. Only Hydra's overrides are then searched for faults: the others
             belong to the jobs, and may hold several values.
     """
+    if not multirun:
+        _refuse_run_directory(overrides)
     try:
         return composing.compose(overrides, multirun=multirun)
     except ConfigRefused:
         raise
     except COMPOSITION_ERRORS as error:
-        suspects = [item for item in overrides if not multirun or item.lstrip("+~").startswith("hydra")]
-        raise ConfigRefused(all_faults(composing, suspects, context_of(overrides), error)) from error
+        if multirun:
+            raise ConfigRefused(faults_of_sweep(composing, overrides, error)) from error
+        raise ConfigRefused(all_faults(composing, overrides, context_of(overrides), error)) from error
+
+
+def _refuse_run_directory(overrides: Sequence[str]) -> None:
+    """Hydra's directory of a run is not used. In a file it does no harm, and who types it looks for the run there."""
+    for item in overrides:
+        key, _, value = item.lstrip("+").partition("=")
+        if key == "hydra.run.dir":
+            rule = "a run's directory is made of workspace_root, lineage, experiment and the run's id"
+            raise ConfigRefused([Violation(key, value, rule, "set workspace_root=DIRECTORY in its place")])
 
 
 def context_of(overrides: Sequence[str], machine: Machine | None = None) -> Context:

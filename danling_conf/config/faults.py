@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,11 +20,14 @@ from danling_conf.config.job import PREFIX, launcher_in
 from danling_conf.config.resolve import declared_kind, inspect, merge_leaves
 from danling_conf.config.typed import unknown_key, wrong_type
 from danling_conf.groups.layout_names import GRAMMAR, LayoutNameError, looks_like_layout, parse_layout
-from danling_conf.groups.source import LAYOUTS
+from danling_conf.groups.source import LAUNCHERS, LAYOUTS
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.files import LONGEST_NAME
+from danling_conf.schema.launcher import LauncherConfig
+from danling_conf.schema.nearest import nearest
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.topology.rules import Context
-from danling_conf.topology.violation import ABSENT, Violation, unique
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
 
 def all_faults(
@@ -49,7 +52,12 @@ def all_faults(
     violations = command_line.violations
     try:
         config = (compose or composer.compose)(command_line.choices)
+    except ConfigRefused as refused:
+        return unique([*violations, *refused.violations])
     except COMPOSITION_ERRORS as error:
+        broken = _broken_choices(composer, command_line.choices)
+        if broken:
+            return unique([*violations, *broken])
         sound, found = _faults_of_files(composer, command_line.choices)
         if sound is None or not found:
             hidden = shadowed_settings(composer, RunnerConfig)
@@ -61,6 +69,30 @@ def all_faults(
     violations += _faults_of_values(composer, command_line.values, config, kind, {item.path for item in violations})
     faulty = {item.path for item in violations}
     violations += [item for item in _faults_of_settings(config, kind, context, also) if item.path not in faulty]
+    return unique(violations) or [_composition_fault(composer, refusal)]
+
+
+def faults_of_sweep(composer: Composer, overrides: Sequence[str], refusal: Exception) -> list[Violation]:
+    """Every fault of a sweep's own configuration: what cannot be read, and Hydra's settings.
+
+    The other settings belong to the jobs, whose values are not known here.
+    """
+    violations: list[Violation] = []
+    for text in overrides:
+        try:
+            OverridesParser.create().parse_overrides([text])
+        except (OverrideParseException, HydraException, RecursionError):
+            violations.append(_unparsed(text))
+    if not violations:
+        command_line = _sort(composer, [text for text in overrides if text.lstrip("+~").startswith("hydra")])
+        violations = command_line.violations
+        try:
+            config = composer.compose(command_line.choices)
+        except COMPOSITION_ERRORS as error:
+            return violations or [_composition_fault(composer, error)]
+        kind = declared_kind(config) or RunnerConfig
+        violations += _faults_of_values(composer, command_line.values, config, kind, set())
+        violations += launcher_in(config)[1]
     return unique(violations) or [_composition_fault(composer, refusal)]
 
 
@@ -82,10 +114,14 @@ def _sort(composer: Composer, overrides: Sequence[str]) -> _CommandLine:
         try:
             # One at a time: Hydra's parser raises for a whole list at its first bad override.
             parsed = OverridesParser.create().parse_overrides([text])[0]
-        except (OverrideParseException, HydraException):
+        except (OverrideParseException, HydraException, RecursionError):
             found.violations.append(_unparsed(text))
             continue
-        if not parsed.key_or_group:
+        # Hydra looks up whether there is a folder of the key's name, dots included.
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in parsed.key_or_group.split("/")):
+            rule, fix = f"a key has at most {LONGEST_NAME} bytes", "set what is above it to a mapping: KEY={...}"
+            found.violations.append(Violation(parsed.key_or_group, ABSENT, rule, fix))
+        elif not parsed.key_or_group:
             found.violations.append(Violation(text, ABSENT, "it names no setting", "write KEY=VALUE"))
         elif parsed.is_sweep_override():
             found.violations.append(_several_values(parsed, text))
@@ -99,6 +135,18 @@ def _sort(composer: Composer, overrides: Sequence[str]) -> _CommandLine:
             found.choices.append(text)
         else:
             found.values.append(parsed)
+    return found
+
+
+def _broken_choices(composer: Composer, choices: Sequence[str]) -> list[Violation]:
+    """Faults of chosen files that cannot be loaded at all."""
+    found = []
+    for text in choices:
+        group, _, name = text.lstrip("+").partition("=")
+        if name and composer.config_exists(f"{group}/{name}"):
+            fault = composer.fault_of_file(f"{group}/{name}")
+            if fault:
+                found.append(Violation(group, name, fault, f"correct the file {group}/{name}.yaml"))
     return found
 
 
@@ -197,6 +245,9 @@ def _apply(composer: Composer, override: Override, config: DictConfig, kind: typ
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
             return [_unknown(config, path, kind)]
         if isinstance(cause, OmegaConfBaseException):
+            if override.is_delete():
+                rule = "a declared setting cannot be taken away"
+                return [Violation(f"~{path}", ABSENT, rule, f"write {path}=VALUE, or leave it out for its default")]
             return [wrong_type(path, override.value(), cause)]
         return [Violation(path, ABSENT, _first_line(error), "fix the override")]
 
@@ -225,6 +276,10 @@ def _unknown(config: DictConfig, path: str, kind: type) -> Violation:
         declared = OmegaConf.get_type(owner) if OmegaConf.is_dict(owner) else None
         if not OmegaConf.is_dict(owner) or part not in owner:
             section = declared if isinstance(declared, type) and declared is not dict else kind
+            if path.startswith(PREFIX) and not issubclass(section, LauncherConfig):
+                choices = " or ".join(f"hydra/launcher={name}" for name in LAUNCHERS)
+                rule = "Hydra's own launcher has no settings"
+                return Violation(path, ABSENT, rule, f"add -m for a sweep, or choose {choices}")
             return unknown_key(section, ".".join(parts[: index + 1]), kind)
         owner = owner._get_node(part)
     return unknown_key(kind, path, kind)
@@ -232,12 +287,15 @@ def _unknown(config: DictConfig, path: str, kind: type) -> Violation:
 
 def _unparsed(text: str) -> Violation:
     key, equals, value = text.partition("=")
+    if not text.strip():
+        return Violation(repr(text), ABSENT, "it is empty", "leave it out, or write KEY=VALUE")
     if not equals:
         return Violation(text, ABSENT, "it cannot be read as KEY=VALUE", f"write {text}=VALUE")
     if not re.fullmatch(r"[+~]{0,2}[\w./@:$-]+", key):
         return Violation(text, ABSENT, "it cannot be read as KEY=VALUE", "a key is a path such as optim.lr")
     opened = f"close what is open in {value}, or " if re.search(r"[\[{(]", value) else ""
-    return Violation(key, value, "the value cannot be read", f"{opened}write it in quotes: '{key}=\"{value}\"'")
+    fix = f"{opened}write it in quotes: '{key}=\"{value}\"'"
+    return Violation(key.lstrip("+~"), value, "the value cannot be read", fix)
 
 
 def _several_values(override: Override, text: str) -> Violation:
@@ -248,6 +306,10 @@ def _several_values(override: Override, text: str) -> Violation:
         "several values are a sweep, and this is a single run",
         f"add -m to sweep over them; a list is written [{text}]",
     )
+
+
+_WITHOUT_REASON = ("Error merging override", "Could not override")
+"""Beginnings of lines of Hydra's messages that only repeat the command line."""
 
 
 def _composition_fault(composer: Composer, error: Exception) -> Violation:
@@ -271,6 +333,7 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
     where = re.search(r"In '([^']+)'", text)
     key = re.search(r"full_key: (\S+)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "raised while" not in line]
+    lines = [line for line in lines if not line.startswith(_WITHOUT_REASON)] or lines
     fix = f"fix it in {where[1]}.yaml" if where else "fix the command line or the configuration files"
     rule = lines[0] if lines else type(error).__name__
     return Violation(key[1] if key else "configuration", ABSENT, rule, fix)
@@ -278,9 +341,9 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
 
 def _no_such_choice(composer: Composer, group: str, name: str, where: str = "") -> Violation:
     options = composer.options(group)
-    near = get_close_matches(name, options, n=1, cutoff=0.5)
+    near = nearest(name, options)
     listed = GRAMMAR if group == LAYOUTS else ", ".join(options)
-    fix = f"did you mean {group}={near[0]}? " if near else ""
+    fix = f"did you mean {group}={near}? " if near else ""
     return Violation(group, name, f"there is no such choice{where}", f"{fix}Choices: {listed}")
 
 

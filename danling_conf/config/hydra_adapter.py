@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import hydra
 from hydra._internal import config_loader_impl
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
@@ -26,7 +28,7 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.core.utils import run_job, setup_globals
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.sweeper import Sweeper
@@ -35,11 +37,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from danling_conf.groups.source import LAUNCHERS
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.files import LONGEST_NAME
+from danling_conf.schema.printable import unprintable
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 # Hydra 1.3 warns without a version_base; 1.4 warns at every run that passes one.
 VERSION_BASE: dict[str, Any] = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
+
+MOST_JOBS = 100_000
+"""Most jobs of a sweep. All are checked, and get a folder each, before the first one starts."""
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """Errors of composing for a faulty command line or configuration file."""
@@ -67,10 +75,15 @@ class Composer:
         self._hydra = instance
 
     def compose(self, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
-        """The composed configuration, Hydra's own `hydra` node included. Raises Hydra's errors."""
+        """The composed configuration, Hydra's own `hydra` node included.
+
+        Raises Hydra's errors, and ConfigRefused for a launcher or a sweeper that is none.
+        """
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         with _named_defects():
-            return self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
+            composed = self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
+            _check_hydra(composed)
+        return composed
 
     def apply(self, override: Override, config: DictConfig) -> None:
         """Apply one value override, as composing does. Raises ConfigCompositionException."""
@@ -87,18 +100,24 @@ class Composer:
 
         It knows the groups of the sweep, including those of `hydra.searchpath`. Raises Hydra's errors.
         """
-        own = [str(item) for item in master.hydra.overrides.hydra]
+        own = overrides_of(master, "hydra")
         _, repository = self.loader._parse_overrides_and_create_caching_repo(master.hydra.job.config_name, own)
-        return lambda overrides: Overrides(repo=repository, overrides_list=list(overrides)).config_overrides
+
+        def values_among(overrides: Sequence[Override]) -> list[Override]:
+            with _named_defects():
+                return Overrides(repo=repository, overrides_list=list(overrides)).config_overrides
+
+        return values_among
 
     def defaults(self, overrides: Sequence[str]) -> list[tuple[str, Any]]:
         """The configs that are merged, in order, as pairs of path and content (placed at its package)."""
-        merged = self.loader.compute_defaults_list(self.search.config_name, list(overrides), RunMode.RUN).defaults
-        return [
-            (str(item.config_path), self.loader._load_single_config(item, self.loader.repository).config)
-            for item in merged
-            if item.config_path is not None
-        ]
+        with _named_defects():
+            merged = self.loader.compute_defaults_list(self.search.config_name, list(overrides), RunMode.RUN).defaults
+            return [
+                (str(item.config_path), self.loader._load_single_config(item, self.loader.repository).config)
+                for item in merged
+                if item.config_path is not None
+            ]
 
     @property
     def loader(self) -> ConfigLoaderImpl:
@@ -108,10 +127,21 @@ class Composer:
         return loader
 
     def group_exists(self, name: str) -> bool:
-        return self.loader.repository.group_exists(name)
+        with _named_defects():
+            return self.loader.repository.group_exists(name)
 
     def config_exists(self, path: str) -> bool:
-        return self.loader.repository.config_exists(path)
+        with _named_defects():
+            return self.loader.repository.config_exists(path)
+
+    def fault_of_file(self, path: str) -> str | None:
+        """Why a config cannot be loaded by itself; None where it can."""
+        try:
+            with _named_defects():
+                self.loader.repository.load_config(path)
+        except COMPOSITION_ERRORS as error:
+            return str(error).strip().splitlines()[0]
+        return None
 
     def options(self, group: str) -> list[str]:
         return self.loader.repository.get_group_options(group)
@@ -122,15 +152,28 @@ class Composer:
             return self._hydra.multirun(self.search.config_name, task, list(overrides))
 
     def sweep_jobs(self, master: DictConfig) -> list[list[str]]:
-        """The jobs that Hydra's own sweeper makes, each as a list of overrides. Raises Hydra's errors."""
-        parameters = master.hydra.sweeper.get("params") or {}
-        given = [*(f"{key}={value}" for key, value in parameters.items()), *map(str, master.hydra.overrides.task)]
-        return self.split_jobs(given)
+        """The jobs that Hydra's own sweeper makes, each as a list of overrides.
+
+        Raises Hydra's errors, and ConfigRefused like `check_size`.
+        """
+        return self.split_jobs(_given_to_sweeper(master))
 
     def split_jobs(self, overrides: Sequence[str]) -> list[list[str]]:
-        """Every combination of the values in a sweep's overrides. Raises Hydra's errors."""
-        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
+        """Every combination of the values in a sweep's overrides. Raises like `sweep_jobs`."""
+        parsed = self._parsed(overrides)
+        _check_size(parsed)
         return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
+
+    def check_size(self, master: DictConfig) -> None:
+        """Raises ConfigRefused where Hydra's own sweeper would make no job, or too many, and Hydra's errors."""
+        batch = master.hydra.sweeper.get("max_batch_size")
+        if batch is not None and batch < 1:
+            fix = "leave it out: hydra.launcher decides how many jobs run at once"
+            raise ConfigRefused([Violation("hydra.sweeper.max_batch_size", batch, "it must be at least 1", fix)])
+        _check_size(self._parsed(_given_to_sweeper(master)))
+
+    def _parsed(self, overrides: Sequence[str]) -> list[Override]:
+        return OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
 
     def run_job(self, config: DictConfig, task: Any, directory: Path) -> Any:
         """Run `task` as Hydra's job in `directory`: Hydra writes `.hydra` and the job log there, and calls callbacks.
@@ -170,6 +213,85 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
     )
     callbacks.on_run_end(config=config, config_name=name, job_return=result)
     return result
+
+
+def _check_hydra(composed: DictConfig) -> None:
+    """Raises ConfigRefused where a setting of Hydra's would write elsewhere than in the run's directory, or where
+    `hydra.launcher` or `hydra.sweeper` is not what its group chose."""
+    folder, name = composed.hydra.output_subdir, composed.hydra.job.name
+    if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts or unprintable(folder)):
+        fix = "write the name of a folder, or null for none"
+        raise ConfigRefused([Violation("hydra.output_subdir", folder, "it lies in the run's directory", fix)])
+    if "/" in name or unprintable(name) or len(os.fsencode(name)) > LONGEST_NAME - len(".log"):
+        rule = "it is the name of log files and of jobs in a queue"
+        raise ConfigRefused([Violation("hydra.job.name", name, rule, "write one name without slashes")])
+    for kind, own in (("launcher", BasicLauncher), ("sweeper", BasicSweeper)):
+        node = composed.hydra[kind]
+        chosen = composed.hydra.runtime.choices.get(f"hydra/{kind}")
+        fix = f"leave it out, or choose another by its name: hydra/{kind}=NAME"
+        if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+            raise ConfigRefused([Violation(f"hydra.{kind}", node, f"a {kind} is a section with a _target_", fix)])
+        targets = {"basic": f"{own.__module__}.{own.__qualname__}"}
+        if kind == "launcher":
+            targets |= {name: str(getattr(declared, "_target_", "")) for name, declared in LAUNCHERS.items()}
+        if node._target_ != targets.get(str(chosen), node._target_):
+            rule = f"hydra/{kind}={chosen} is made by {targets[str(chosen)]}"
+            raise ConfigRefused([Violation(f"hydra.{kind}._target_", node._target_, rule, fix)])
+
+
+def overrides_of(composed: DictConfig, kind: str) -> list[str]:
+    """The overrides of a composed configuration as they were given.
+
+    Args:
+        kind: `hydra` for Hydra's own settings, `task` for all others.
+    """
+    # Not by iterating, which resolves interpolations: `data.x=${data.y}` is one.
+    found: Any = OmegaConf.to_container(composed.hydra.overrides, resolve=False)
+    return [str(item) for item in found[kind]]
+
+
+def _given_to_sweeper(master: DictConfig) -> list[str]:
+    """The overrides that Hydra's sweeper combines: its parameters in files, and those of the command line."""
+    parameters = master.hydra.sweeper.get("params") or {}
+    return [*(f"{key}={value}" for key, value in parameters.items()), *overrides_of(master, "task")]
+
+
+def _check_size(overrides: Sequence[Override]) -> None:
+    """Raises ConfigRefused where the combinations are none, or more than a sweep may have.
+
+    Counted before they are made: Hydra would make a list of all, and `range(0, 1e9)` alone fills the memory.
+    """
+    counts = {item.get_key_element(): _values_in(item) for item in overrides if item.is_discrete_sweep()}
+    if 0 in counts.values():
+        key = next(key for key, count in counts.items() if count == 0)
+        raise ConfigRefused([Violation(key, ABSENT, "it has no values, so the sweep has no jobs", "give one or more")])
+    jobs = math.prod(counts.values())
+    if math.isinf(jobs):
+        key = next(key for key, count in counts.items() if math.isinf(count))
+        raise ConfigRefused([Violation(key, ABSENT, "its range has no end", "give it a finite end and a step")])
+    if jobs > MOST_JOBS:
+        key = max(counts, key=lambda each: counts[each])
+        values = f"{_readable(counts[key])} values of {key} among them"
+        rule = f"it has {_readable(jobs)} jobs, {values}, and a sweep has at most {MOST_JOBS}"
+        raise ConfigRefused([Violation("sweep", ABSENT, rule, "give fewer values, or split it into several sweeps")])
+
+
+def _readable(count: float) -> str:
+    return f"{count:g}" if count > MOST_JOBS else f"{count:.0f}"
+
+
+def _values_in(override: Override) -> float:
+    """The number of values of a sweep's override; infinity where a range has no end."""
+    values = override.value()
+    if not isinstance(values, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator())
+    try:
+        start, stop, step = (float(item or 0) for item in (values.start, values.stop, values.step))
+    except OverflowError:
+        return math.inf
+    if not all(map(math.isfinite, (start, stop, step))):
+        return math.inf
+    return max(0, math.ceil((stop - start) / step)) if step else math.inf
 
 
 def knows_all_jobs(master: DictConfig) -> bool:
@@ -217,6 +339,14 @@ def _named_defects() -> Iterator[None]:
         if "argument of type 'int' is not iterable" in text:
             raise ConfigCompositionException("a group is chosen by a name") from error
         raise
+    except RecursionError as error:
+        raise ConfigCompositionException("it is nested too deeply, or configs choose each other in a circle") from error
+    except OSError as error:
+        if isinstance(error, HydraException):
+            raise
+        # Hydra looks up whether a key is a folder, whose name may be too long; and a file may hold no mapping.
+        text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise ConfigCompositionException(text) from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from danling_conf.groups.source import LAUNCHERS
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.schema.launcher import LauncherConfig
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.rules.launcher import launcher_faults
 from danling_conf.topology.violation import Violation, unique
 
 PREFIX = "hydra.launcher."
@@ -66,7 +67,15 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
     violations += check_declarations(node, kind, PREFIX)
     typed = OmegaConf.to_object(node)
     assert isinstance(typed, LauncherConfig)
+    faulty = {item.path for item in violations}
+    violations += [item for item in launcher_faults(typed) if item.path not in faulty]
     return typed, unique(violations)
+
+
+def no_launcher(value: Any) -> Violation:
+    """The fault of a launcher that is null, or anything else than a section."""
+    fix = "leave it out, or choose another by its name: hydra/launcher=NAME"
+    return Violation("hydra.launcher", value, "a launcher is a section with a _target_", fix)
 
 
 def launcher_in(config: DictConfig) -> tuple[LauncherConfig | None, list[Violation]]:
@@ -76,6 +85,8 @@ def launcher_in(config: DictConfig) -> tuple[LauncherConfig | None, list[Violati
     """
     if "hydra" not in config:
         return None, []
+    if not isinstance(config.hydra.launcher, DictConfig):
+        return None, [no_launcher(config.hydra.launcher)]
     given: Any = OmegaConf.to_container(config.hydra.launcher)
     settings = {key: value for key, value in given.items() if "${" not in str(value)}
     if "name" in given:  # refers to Hydra's job name by default; the check needs some string

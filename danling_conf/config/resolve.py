@@ -26,7 +26,7 @@ from danling_conf.schema.setting import READONLY
 from danling_conf.topology.layout import fill, layout_of
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rules import Context, violations_of
-from danling_conf.topology.violation import ConfigRefused, Violation, unique
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
 Config = TypeVar("Config", bound=RunnerConfig)
 """The user's class of configurations."""
@@ -77,7 +77,12 @@ def inspect(
     context = context or Context(machine=this_machine())
     node, violations = _typed_copy(config, kind, spent)
     violations += check_declarations(node, OmegaConf.get_type(node) or kind)
-    OmegaConf.resolve(node)
+    try:
+        OmegaConf.resolve(node)
+    except (OmegaConfBaseException, RecursionError) as error:  # an interpolation inside a list, for instance
+        where = getattr(error, "full_key", None) or "configuration"
+        reason = (str(error).strip() or "it refers to itself").splitlines()[0]
+        return None, unique([*violations, Violation(where, ABSENT, reason, "fix the interpolation")])
     if _has_missing(node):
         return None, unique(violations)
     faulty = {item.path for item in violations}

@@ -7,15 +7,21 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
-from difflib import get_close_matches
 from keyword import iskeyword
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.schema import Facts, facts_of
+from danling_conf.schema.files import DEEPEST, LARGEST_INTEGER
+from danling_conf.schema.nearest import nearest
 from danling_conf.topology.violation import ABSENT, Violation, show
+
+_LARGEST = 1 << 63
+"""The first integer that a seed, a step or a size cannot be: torch counts in 64 bits, with a sign."""
+_OUTER_LEVELS = 10
+"""Levels that a record has around a mapping of the user's own."""
 
 
 def check_declarations(node: DictConfig, kind: type, prefix: str = "") -> list[Violation]:
@@ -31,20 +37,21 @@ def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
     """The violation of an undeclared key, with the nearest declared one as its fix."""
     prefix, _, key = path.rpartition(".")
     siblings = [item.name for item in fields(kind) if not item.name.startswith("_")]
-    near = get_close_matches(key, siblings, n=1, cutoff=0.6)
+    near = nearest(key, siblings, cutoff=0.6)
     where = f"{prefix}." if prefix else ""
     if near:
-        fix = f"did you mean {where}{near[0]}?"
+        fix = f"did you mean {where}{near}?"
     else:
-        elsewhere = [known for known in setting_paths(root or kind) if known.rpartition(".")[2] == key]
+        elsewhere = [known for known in setting_paths(root or kind) if known.rpartition(".")[2] == key.casefold()]
         if elsewhere:
             fix = f"did you mean {' or '.join(elsewhere)}?"
         elif prefix:
             fix = f"{prefix} has {', '.join(siblings)}"
         else:
-            close = get_close_matches(path, setting_paths(root or kind), n=1, cutoff=0.6)
+            of_root = [item.name for item in fields(root or kind) if not item.name.startswith("_")]
+            close = nearest(path, [*of_root, *setting_paths(root or kind)], cutoff=0.6)
             own = "put your own settings below model or data, or in a subclass of RunnerConfig"
-            fix = f"did you mean {close[0]}?" if close else own
+            fix = f"did you mean {close}?" if close else own
     return Violation(path, ABSENT, "there is no such setting", fix)
 
 
@@ -79,6 +86,8 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
         if broken is not None:
             yield broken
             _reset(node, declared[str(key)]) if key in declared else _remove(node, key)
+        elif key in declared and str(key).startswith("_") and "read_by" in vars(kind):
+            yield from _check_door(node, declared[key], path)
         elif key in declared:
             yield from _check_setting(node, declared[key], path)
         elif open_to is not None and not _can_be_name(str(key)):
@@ -97,6 +106,15 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
             _remove(node, key)
 
 
+def _check_door(node: DictConfig, item: Field[Any], path: str) -> Iterator[Violation]:
+    """`_target_` and `_recursive_` of our sections are for `instantiate`; a run builds them itself."""
+    if node[item.name] != item.default:
+        rule = f"a run builds this section itself, as {show(item.default)}"
+        fix = "leave it out; model and callbacks take a _target_ of your own"
+        yield Violation(path, node[item.name], rule, fix)
+        _reset(node, item)
+
+
 def _can_be_name(key: str) -> bool:
     """Whether an open key can be a field of a configuration object; a leading underscore is reserved for Hydra."""
     return key.isidentifier() and not iskeyword(key) and not key.startswith("_")
@@ -110,6 +128,12 @@ def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Vi
         return
     value = node[item.name]
     inner = section_type(item)
+    if inner is None and OmegaConf.is_config(value):
+        broken = list(_check_free_form(value, path))
+        if broken:
+            yield from broken
+            _reset(node, item)
+            return
     if inner is not None:
         if value is None:
             yield Violation(path, None, "a section cannot be null", "leave it out")
@@ -121,7 +145,7 @@ def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Vi
     elif facts.shape is not None:
         yield from _check_shape(node, item.name, facts.shape, path)
     elif facts.kinds is None and isinstance(value, DictConfig) and OmegaConf.get_type(value) is dict:
-        yield from _check_free_form(value, f"{path}.")
+        return
     else:
         fault = value_fault(facts, value)
         if fault is not None:
@@ -131,29 +155,45 @@ def _check_setting(node: DictConfig, item: Field[Any], path: str) -> Iterator[Vi
             node[item.name] = facts.aliases[str(value)]
 
 
-def _check_free_form(node: DictConfig, prefix: str) -> Iterator[Violation]:
-    """Check the user's own mapping: only its interpolations can be wrong."""
-    for key in list(node.keys()):
-        broken = _broken_interpolation(node, key, f"{prefix}{key!s}")
+def _check_free_form(node: DictConfig | ListConfig, prefix: str, depth: int = 1) -> Iterator[Violation]:
+    """Check the user's own mapping: its interpolations, and that a record can hold it."""
+    of_list = isinstance(node, ListConfig)
+    for key in reversed(range(len(node))) if of_list else list(node.keys()):
+        path = f"{prefix}[{key}]" if of_list else f"{prefix}.{key}"
+        if OmegaConf.is_missing(node, key):
+            broken: Violation | None = Violation(path, ABSENT, "it must be given", f"set {path}=...")
+        else:
+            broken = _broken_interpolation(node, key, path) or _unstorable(node[key], path, depth)
         if broken is not None:
             yield broken
             _remove(node, key)
-        elif OmegaConf.is_dict(node[key]):
-            yield from _check_free_form(node[key], f"{prefix}{key!s}.")
+        elif OmegaConf.is_config(node[key]):
+            yield from _check_free_form(node[key], path, depth + 1)
 
 
-def _broken_interpolation(node: DictConfig, key: Any, path: str) -> Violation | None:
+def _unstorable(value: Any, path: str, depth: int) -> Violation | None:
+    """The fault of a value that its run's records could not hold, or could not be read with."""
+    if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+        return Violation(path, value, "an integer has at most 64 bits", "write it as a text, or as a float")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return Violation(path, value, "it is not UTF-8", "write it in UTF-8")
+    if depth >= DEEPEST - _OUTER_LEVELS:
+        return Violation(path, ABSENT, f"it is nested more than {depth} levels deep", "make it flatter")
+    return None
+
+
+def _broken_interpolation(node: DictConfig | ListConfig, key: Any, path: str) -> Violation | None:
     if not OmegaConf.is_interpolation(node, key):
         return None
     try:
         node[key]
-    except OmegaConfBaseException as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OmegaConfBaseException, RecursionError) as error:
+        reason = (str(error).strip() or "it refers to itself").splitlines()[0]
         return Violation(path, _unresolved(node, key), reason, "fix the interpolation")
     return None
 
 
-def _unresolved(node: DictConfig, key: Any) -> Any:
+def _unresolved(node: DictConfig | ListConfig, key: Any) -> Any:
     raw: Any = OmegaConf.to_container(node, resolve=False)
     return raw[key]
 
@@ -167,8 +207,8 @@ def _choice_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     allowed = [*(facts.choices or ()), *(facts.aliases or {})]
     if facts.choices is None or str(value) in allowed:
         return None
-    near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-    return f"it must be one of {', '.join(facts.choices)}", f"did you mean {near[0]}?" if near else "choose one of them"
+    near = nearest(str(value), allowed)
+    return f"it must be one of {', '.join(facts.choices)}", f"did you mean {near}?" if near else "choose one of them"
 
 
 def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
@@ -181,6 +221,8 @@ def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
 def _range_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return "an integer has at most 64 bits", f"choose {_LARGEST - 1} or less"
     if facts.at_least is not None and value < facts.at_least:
         return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
     if facts.at_most is not None and value > facts.at_most:
@@ -265,9 +307,9 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _remove(node: DictConfig, key: Any) -> None:
+def _remove(node: DictConfig | ListConfig, key: Any) -> None:
     with open_dict(node):
-        node.pop(key)
+        del node[key]  # `pop` would resolve it
 
 
 def _fill(node: DictConfig, item: Field[Any]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 
 from danling_conf.schema.layout import FILL, Layout
+from danling_conf.schema.nearest import nearest
 
 _DATA_TOKENS = ("ddp", "fsdp", "hsdp")
 _AXIS_TOKENS = {"tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "expert", "etp": "expert_tensor"}
@@ -108,15 +108,16 @@ def looks_like_layout(name: str) -> bool:
     first = word.group() if word else ""
     words = (*_DATA_TOKENS, *_AXIS_TOKENS, "single")
     rest = name[len(first) :]
-    return first in words or bool(rest[:1].isdigit() and get_close_matches(first, words, n=1, cutoff=0.5))
+    return first in words or bool(rest[:1].isdigit() and nearest(first, words))
 
 
 def _split(name: str, token: str) -> tuple[str, str]:
     match = _TOKEN.fullmatch(token)
     words = (*_DATA_TOKENS, *_AXIS_TOKENS)
     if match is None or match["word"] not in words:
-        near = get_close_matches(match["word"] if match else token, words, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        spoken = _TOKEN.match(token.lower())
+        near = nearest(spoken["word"] if spoken else token, words)
+        hint = f" (did you mean {near}?)" if near else ""
         part = f"part {token!r}" if token != name else "it"
         raise LayoutNameError(f"layout {name!r}: {part} is not of the grammar{hint}; write {GRAMMAR}")
     return match["word"], match["degrees"]

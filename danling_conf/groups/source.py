@@ -18,6 +18,7 @@ from danling_conf.groups.base import base_config, base_names
 from danling_conf.groups.layout_names import EXAMPLES, LayoutNameError, looks_like_layout, parse_layout
 from danling_conf.groups.presets import GLOBAL, GROUPS
 from danling_conf.schema.launcher import LauncherConfig, LocalLauncherConfig, SlurmLauncherConfig
+from danling_conf.schema.open_sections import open_sections
 
 LAYOUTS = "parallel"
 LAUNCHERS: dict[str, type[LauncherConfig]] = {
@@ -53,7 +54,9 @@ class NameSource(ConfigSource):
             # No package: a primary config is placed at the root. Presets name theirs, as `@package` in a file does.
             return self._result(base_config(name), None)
         if group == _LAUNCHER_GROUP and name in LAUNCHERS:
-            return self._result(OmegaConf.structured(LAUNCHERS[name]), "hydra.launcher")
+            node = OmegaConf.structured(LAUNCHERS[name])
+            open_sections(node)
+            return self._result(node, "hydra.launcher")
         if group in GROUPS and name in GROUPS[group]:
             preset = GROUPS[group][name]
             return self._result(preset.settings, preset.package)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,12 @@ from danling_conf.records.current import Current
 from danling_conf.records.frozen import freeze_attempt, thaw_job
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.reading import read_fields
-from danling_conf.records.run_directory import Attempt, claim, start, warn, write_result
+from danling_conf.records.run_directory import Attempt, claim, start, warn, write_result, writing
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN, RESULT
+from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.rank_environment import SINGLE
 from danling_conf.topology.violation import ConfigRefused, Violation
@@ -55,9 +57,20 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, RunLock]:
     """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`."""
     attempt, lock = claim(config)
-    freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
+    with releasing(lock), writing(config):
+        freeze_attempt(config, attempt, app.script, hydra_settings(composed, attempt.directory))
     warn(attempt, config)
     return attempt, lock
+
+
+@contextmanager
+def releasing(lock: RunLock) -> Iterator[None]:
+    """Give the run's lock back where what follows fails."""
+    try:
+        yield
+    except BaseException:
+        lock.release()
+        raise
 
 
 def open_job(
@@ -84,7 +97,8 @@ def open_job(
     if submitted != now:
         note = f"the code was {submitted} when this job was submitted, and is {now}"
         attempt = replace(attempt, notes=(*attempt.notes, note))
-    freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
+    with releasing(lock), writing(config):
+        freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
     host = os.uname().nodename
     job.ledger.add(job.key, status=Status.RUNNING, attempt=attempt.directory.name, host=host, pid=os.getpid(), **facts)
     warn(attempt, config)
@@ -131,7 +145,8 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
             raise
         return read_fields(attempt.directory / RESULT).number("score")
 
-    outcome = run_job(task=task, directory=attempt.directory)
+    with writing(config):  # Hydra's own files; what the task raises is in its outcome
+        outcome = run_job(task=task, directory=attempt.directory)
     # Not `outcome.return_value`, which prints Hydra's own report of the error before it raises it.
     if isinstance(outcome._return_value, Exception):
         raise outcome._return_value
@@ -153,4 +168,4 @@ def show_error(error: BaseException, run: Path) -> None:
         lines = [f"{outcome.message}; the run so far: {run}"]
     else:
         lines = [outcome.message]
-    print("\n".join(lines), file=sys.stderr)
+    print(printable_lines("\n".join(lines)), file=sys.stderr)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from danling_conf.schema.files import LARGEST_BYTES, Damaged, read_object, read_regular
+from danling_conf.schema.printable import printable
 
 _log = logging.getLogger("danling_conf.records.damage")
 _LATEST_MOMENT = 1e11
@@ -54,7 +55,7 @@ class _Once(logging.Handler):
         text = record.getMessage()
         if text not in self._seen:
             self._seen.add(text)
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

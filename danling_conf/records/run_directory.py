@@ -22,10 +22,12 @@ from typing import Any
 from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
 from danling_conf.records.metrics import end_metrics
+from danling_conf.records.reading import read_fields
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
-from danling_conf.schema.files import ATTEMPTS, RESULT, RUN_FILE, Damaged, read_object
+from danling_conf.schema.files import ATTEMPTS, FROZEN, RESULT, RUN_FILE, Damaged, read_object
+from danling_conf.schema.printable import printable_lines, shell_line
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
@@ -112,7 +114,7 @@ def claim(config: RunnerConfig, command: Sequence[str] | None = None) -> tuple[A
 
 def bind(config: RunnerConfig) -> Binding:
     """Find the run that this configuration resumes, or create one. Raises ConfigRefused like `claim`."""
-    with _writing(config):
+    with writing(config):
         return _bind(config)
 
 
@@ -134,7 +136,7 @@ def start(
     Raises:
         ConfigRefused: the run is live or cannot be written.
     """
-    with _writing(config):
+    with writing(config):
         run = binding.run_directory
         # Before the attempt: an attempt that then finds the run locked would be the newest, and look lost.
         lock = RunLock(run, fence)
@@ -152,13 +154,14 @@ def start(
 
 
 @contextmanager
-def _writing(config: RunnerConfig) -> Iterator[None]:
-    """Turns errors of the file system into a refusal of the workspace."""
+def writing(config: RunnerConfig) -> Iterator[None]:
+    """Turns errors of the file system, such as a full disk, into a refusal of the workspace."""
     try:
         yield
     except OSError as error:
-        rule = f"the run's directory cannot be made: {error.strerror}: {error.filename}"
-        fix = "choose a directory to write to"
+        where = "" if error.filename is None else f": {error.filename}"
+        rule = f"the run's directory cannot be made: {error.strerror or error}{where}"
+        fix = "make room there, or choose another directory"
         raise ConfigRefused([Violation("workspace_root", config.workspace_root, rule, fix)]) from error
 
 
@@ -188,9 +191,22 @@ def _bind(config: RunnerConfig) -> Binding:
         restore = run
         if run is None:
             notes = _runs_of_other_layouts(root, config)
+    if run is not None:
+        _refuse_other_folder(config, run)
     if run is None:
         run = _make_run(root, identity, config, parent)
     return Binding(run_directory=run, restore=restore, notes=notes)
+
+
+def _refuse_other_folder(config: RunnerConfig, run: Path) -> None:
+    """Refuse to resume a run whose checkpoints are in a folder of another name: it would start from nothing."""
+    newest, mine = newest_attempt(run), config.checkpoint.dir_name
+    theirs = read_fields(newest / FROZEN).table("config").table("checkpoint").text("dir_name") if newest else None
+    if theirs is None or theirs == mine or any((run / mine).glob("ckpt-*")):
+        return
+    if "/" not in theirs and any((run / theirs).glob("ckpt-*")):
+        rule = f"the run {run.name} keeps its checkpoints in {theirs}"
+        raise ConfigRefused([Violation("checkpoint.dir_name", mine, rule, f"checkpoint.dir_name={theirs}")])
 
 
 def owner_of(path: Path) -> Path | None:
@@ -329,7 +345,7 @@ def score_of(value: Any) -> float | None:
 def warn(attempt: Attempt, config: RunnerConfig) -> None:
     """Print warnings about an accepted configuration and the run that it was bound to."""
     for line in (*attempt.notes, *warnings_of(config)):
-        print(f"warning: {line}", file=sys.stderr)
+        print(printable_lines(f"warning: {line}"), file=sys.stderr)
 
 
 def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
@@ -396,7 +412,7 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
             if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
                 return (
                     f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
-                    f"(resume={run} parallel.allow_degree_change=true resumes it)",
+                    f"({shell_line(f'resume={run}')} parallel.allow_degree_change=true resumes it)",
                 )
     return ()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from danling_conf.records.run_directory import Attempt
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.score import Score
+from danling_conf.schema.printable import printable, shell_line
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _OF_THE_LAUNCH = ("resume=", "auto_resume=", "hydra/launcher=", "hydra.sweep", "-m", "--multirun")
@@ -29,11 +29,11 @@ def conclusion(
     if score.best is not None:
         lines.append(f"score {score.key} {score.best:.6g}, the best, at step {score.best_step}")
     run = shown(attempt.run_directory)
-    lines.append(f"run directory {run}")
+    lines.append(printable(f"run directory {run}"))
     if resumable:
         lines.append(f"to resume: {resume_command(attempt, ranks, cadence)}")
     values = " ".join(f"{name}={value:.6g}" for name, value in results.items())
-    lines.append(f"step={step} {values} run={run}".replace("  ", " "))
+    lines.append(f"step={step} {values} {shell_line(f'run={run}')}".replace("  ", " "))
     return lines
 
 
@@ -43,14 +43,14 @@ def resume_command(attempt: Attempt, ranks: RankEnvironment, cadence: Cadence) -
     script, *overrides = attempt.command
     argv = [word for word in overrides if not word.startswith((f"{key}=", *_OF_THE_LAUNCH))]
     resume = f"resume={shown(attempt.run_directory)}"
-    return shlex.join([*_program(ranks), shown(Path(script)), *argv, f"{key}={2 * length}", resume])
+    return shell_line(*_program(ranks), shown(Path(script)), *argv, f"{key}={2 * length}", resume)
 
 
 def resume_stopped_command(attempt: Attempt, ranks: RankEnvironment) -> str:
     """The command that resumes a run that was stopped."""
     script, *overrides = attempt.command
     argv = [word for word in overrides if not word.startswith(_OF_THE_LAUNCH)]
-    return shlex.join([*_program(ranks), shown(Path(script)), *argv, f"resume={shown(attempt.run_directory)}"])
+    return shell_line(*_program(ranks), shown(Path(script)), *argv, f"resume={shown(attempt.run_directory)}")
 
 
 def _program(ranks: RankEnvironment) -> list[str]:

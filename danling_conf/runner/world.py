@@ -19,7 +19,7 @@ from danling_conf.parallel import process_group
 from danling_conf.parallel.device import device_type, local_device
 from danling_conf.records.current import Current, current
 from danling_conf.records.frozen import freeze_attempt
-from danling_conf.records.run_directory import Attempt, claim, warn
+from danling_conf.records.run_directory import Attempt, claim, warn, writing
 from danling_conf.records.run_lock import RunLock
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.topology.layout import data_rank, layout_of, random_stream
@@ -115,7 +115,8 @@ def _claimed(config: RunnerConfig, ranks: RankEnvironment, started: Current | No
     if ranks.main:
         try:
             attempt, lock = claim(config)
-            freeze_attempt(config, attempt, Path(sys.argv[0]).absolute())
+            with writing(config):
+                freeze_attempt(config, attempt, Path(sys.argv[0]).absolute())
             warn(attempt, config)
             outcome = [attempt.to_json()]
         except ConfigRefused as refusal:

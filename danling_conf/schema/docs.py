@@ -13,6 +13,7 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
 
+from danling_conf.schema.nearest import nearest
 from danling_conf.schema.setting import Facts, facts_of
 
 
@@ -55,7 +56,23 @@ def describe(kind: type, path: str) -> Described | None:
     for index, part in enumerate(parts):
         item = next((item for item in fields(owner) if item.name == part and not part.startswith("_")), None)
         if item is None:
-            return None
+            split: Any = getattr(owner, "open_to", None)
+            # A name of the user's own, such as a split's; one that is like a setting's is a misspelling.
+            own = isinstance(split, type) and part.isidentifier() and not part.startswith("_")
+            if not own or nearest(part, [item.name for item in fields(owner)], cutoff=0.7):
+                return None
+            if index == len(parts) - 1:
+                return Described(
+                    path=path,
+                    type="mapping",
+                    default=None,
+                    doc=inspect.cleandoc(split.__doc__ or ""),
+                    read_by=vars(split).get("read_by", "your own code"),
+                    facts=Facts(),
+                    section=split,
+                )
+            owner = split
+            continue
         inner = item.default_factory if is_dataclass(item.default_factory) else facts_of(item).shape
         if index == len(parts) - 1:
             return Described(

@@ -49,7 +49,10 @@ LARGEST_BYTES = 1 << 26
 """A JSON object of ours is far smaller; what is larger is not read into memory."""
 DEEPEST = 100
 """Levels of nesting that a configuration can have; recursive code downstream must not run out of stack."""
-_LARGEST_INTEGER = 1 << 64
+LARGEST_INTEGER = 1 << 64
+"""The first integer that is too large for a record, whatever its sign."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on Linux."""
 
 
 def error_file(folder: Path, rank: int) -> Path:
@@ -146,7 +149,7 @@ def _check(content: Any) -> None:
             # JSON can escape half a surrogate pair, which raises as soon as it is printed or written.
             if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise ValueError("it holds text that is not UTF-8")
-        elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+        elif isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
             raise ValueError("it holds an integer of more than 64 bits")
 
 

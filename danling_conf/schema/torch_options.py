@@ -6,13 +6,13 @@ check a configuration before any process starts, and the builders.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
+from danling_conf.schema.nearest import nearest as near
 from danling_conf.schema.setting import open_keys
 
 
@@ -267,9 +267,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     if not known:
         return "remove it"
-    by_lowered = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(str(name).lower(), by_lowered, n=1, cutoff=0.6)
-    return f"did you mean {by_lowered[close[0]]}?" if close else f"use one of: {', '.join(known)}"
+    close = near(str(name), known, cutoff=0.6)
+    return f"did you mean {close}?" if close else f"use one of: {', '.join(known)}"
 
 
 def optimizer_options(section: Any) -> dict[str, Any]:

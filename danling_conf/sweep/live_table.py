@@ -14,6 +14,7 @@ from danling_conf.records.ledger import Record
 from danling_conf.records.logs import rank_log
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
+from danling_conf.schema.printable import printable, printable_lines
 from danling_conf.sweep.local_backend import OUTPUT
 from danling_conf.sweep.rows import Row, best_first, rows_of_sweep
 from danling_conf.sweep.table import count_states, style_of, table_lines
@@ -61,7 +62,7 @@ class Table:
 
     def show(self, record: Record) -> None:
         if record.ended and record.status not in (Status.COMPLETED, Status.CANCELLED):
-            print(reason(record, self._jobs[record.key]), file=sys.stderr, flush=True)
+            print(printable_lines(reason(record, self._jobs[record.key])), file=sys.stderr, flush=True)
 
     def refresh(self) -> None:
         if time.monotonic() >= self._next:
@@ -114,22 +115,26 @@ def print_change(record: Record, job: JobFile) -> None:
     """Print a line about a job that has changed. The traceback of a failed one goes to standard error."""
     number, status = f"#{record.number}", record.status
     if status == Status.QUEUED and "why" in record.history[-1]:
-        print(f"{number} requeued ({record.history[-1]['why']})", flush=True)
+        _say(f"{number} requeued ({record.history[-1]['why']})")
     elif status == Status.QUEUED:
         where = f" as Slurm job {record.facts['slurm']}" if "slurm" in record.history[-1] else ""
-        print(f"{number} queued{where}: {' '.join(record.facts['overrides'])}".rstrip(": "), flush=True)
+        _say(f"{number} queued{where}: {' '.join(record.facts['overrides'])}".rstrip(": "))
     elif status == Status.RUNNING:
         there = record.facts.get("nodes") or record.facts.get("host")
         again = f", attempt {record.attempts}" if record.attempts > 1 else ""
-        print(f"{number} running on {there}{again}", flush=True)
+        _say(f"{number} running on {there}{again}")
     elif status == Status.COMPLETED:
         score = f" score={record.score:.6g}" if record.score is not None else ""
-        print(f"{number} completed{score}", flush=True)
+        _say(f"{number} completed{score}")
     else:
         error = record.facts.get("error")
-        print(f"{number} {status}" + (f": {error}".partition("\n")[0] if error else ""), flush=True)
+        _say(f"{number} {status}" + (f": {error}".partition("\n")[0] if error else ""))
         if status != Status.CANCELLED:
-            print(reason(record, job), file=sys.stderr, flush=True)
+            print(printable_lines(reason(record, job)), file=sys.stderr, flush=True)
+
+
+def _say(line: str) -> None:
+    print(printable(line), flush=True)
 
 
 def reason(record: Record, job: JobFile) -> str:

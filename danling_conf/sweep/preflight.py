@@ -17,7 +17,7 @@ from danling_conf.config.check import Checker, context_of
 from danling_conf.config.faults import all_faults
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
 from danling_conf.config.identity import layout_name
-from danling_conf.config.job import Job, check_launcher, launcher_in
+from danling_conf.config.job import Job, check_launcher, launcher_in, no_launcher
 from danling_conf.config.sweep_composer import SweepComposer
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.schema.launcher import LauncherConfig, SlurmLauncherConfig
@@ -180,6 +180,8 @@ class Preflight:
 def _launcher_settings(composed: DictConfig, hydra: Mapping[str, Any]) -> dict[str, Any]:
     """`hydra.launcher` of a job as plain values, interpolations resolved. Raises OmegaConf's errors."""
     given = hydra["launcher"]
+    if not isinstance(given, Mapping):
+        raise ConfigRefused([no_launcher(given)])
     # Most launchers refer to nothing but the job's name. Building the whole node to resolve that costs more than the
     # rest of the check.
     plain = {key: hydra["job"]["name"] if value == _SAME_IN_ALL_JOBS else value for key, value in given.items()}

@@ -19,6 +19,7 @@ from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema import Layout
 from danling_conf.schema.files import FROZEN, JOB_FILE, RUN_FILE
+from danling_conf.schema.printable import shell_line
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 
@@ -29,19 +30,20 @@ def sweep_for_run(run: Path) -> SweepDirectory:
         ConfigRefused: the run is live, or its records do not tell how it was started.
     """
     if state_of(run).status is Status.RUNNING:
-        fix = f"see how it goes: danling-conf runs {run}"
+        fix = f"see how it goes: {shell_line('danling-conf', 'runs', run)}"
         raise ConfigRefused([Violation("DIR", str(run), "the run is live", fix)])
+    by_hand = f"start it with its own command and {shell_line(f'resume={run}')}"
     attempt = newest_attempt(run)
     frozen = read_fields(attempt / FROZEN) if attempt is not None else Fields(run)
     argv, hydra = frozen.table("attempt").texts("command"), frozen.table("hydra")
     if not argv or not hydra or not _is_whole(frozen):
         rule = "its newest attempt has no record of how it was started"
-        raise ConfigRefused([Violation("DIR", str(run), rule, f"start it with its own command and resume={run}")])
+        raise ConfigRefused([Violation("DIR", str(run), rule, by_hand)])
     directory = Path((hydra.table("runtime").text("cwd") or os.getcwd()).replace("\0", ""))
     script = directory / argv[0].replace("\0", "")
     if not script.is_file():
         rule = f"it was started by {script}, which no longer exists"
-        raise ConfigRefused([Violation("DIR", str(run), rule, f"start it with its own command and resume={run}")])
+        raise ConfigRefused([Violation("DIR", str(run), rule, by_hand)])
     code = code_identity(script.parent)
     program = Program(argv=(str(script),), directory=directory, code_id=code.code_id)
     sweep = SweepDirectory(path=run.parent / "sweeps" / datetime.now().strftime("%Y%m%d-%H%M%S-%f"))

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.check import check, compose_or_refuse
-from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, knows_all_jobs
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, knows_all_jobs, overrides_of
 from danling_conf.config.job import Job
 from danling_conf.launch.app import App
 from danling_conf.launch.slurm.queries import SlurmUnavailable
@@ -33,11 +33,15 @@ from danling_conf.records.ledger import Record
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import SweepLock
+from danling_conf.schema.files import LEDGER
+from danling_conf.schema.printable import shell_line, unprintable
 from danling_conf.sweep.hydra_launcher import JobsLauncher, LaunchesJobs
 from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, own, shapes_of
 from danling_conf.sweep.preflight_tables import SweepRefused, fault_table, shape_table
 from danling_conf.sweep.slurm_backend import capacity_for, frozen_shape
 from danling_conf.sweep.supervise import backend_for, supervise
+from danling_conf.topology.rules.launcher import folder_faults
+from danling_conf.topology.rules.paths import unwritable
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
 # Hydra creates the sweep's directory, and writes to it, before it launches the first job. No configuration object
@@ -90,11 +94,13 @@ class Sweep(LaunchesJobs):
 def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     """Run a sweep. Exits with 1 when a job failed; raises ConfigRefused when one is refused."""
     arguments = list(overrides)
-    arguments += _launcher(composing, arguments)
+    arguments += launcher_override(composing, arguments)
     if not any(item.startswith("hydra.sweep.dir=") for item in arguments):
         arguments.append(_DIRECTORY.format(stamp=datetime.now().strftime("%Y%m%d-%H%M%S-%f")))
+    check_directory(composing, arguments)
     sweep = Sweep(app=app, composing=composing, arguments=["-m", *overrides])
     try:
+        _make_directory(composing, arguments)
         composing.multirun(arguments, sweep)
     except (HydraException, OmegaConfBaseException) as error:
         _remove_unused(composing, arguments)
@@ -106,7 +112,7 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
+def launcher_override(composing: Composer, arguments: Sequence[str]) -> list[str]:
     """The override that replaces Hydra's default launcher with ours; none where the user chose one of ours.
 
     Raises ConfigRefused for any other launcher, which would run unchecked jobs.
@@ -119,6 +125,8 @@ def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
     except COMPOSITION_ERRORS:
         # The sweep will hit the same error and report the faults of all jobs.
         return [] if any(item.startswith("hydra/launcher=") for item in arguments) else [ours]
+    if knows_all_jobs(composed):
+        composing.check_size(composed)
     chosen = composed.hydra.runtime.choices.get("hydra/launcher")
     if issubclass(kind, JobsLauncher):
         return []
@@ -126,6 +134,42 @@ def _launcher(composing: Composer, arguments: list[str]) -> list[str]:
         rule = "it would run jobs without checking all of them first, and cannot start a layout's processes"
         raise ConfigRefused([Violation("hydra/launcher", chosen, rule, f"leave it out, or write {ours}")])
     return [ours]
+
+
+def check_directory(composing: Composer, arguments: Sequence[str]) -> None:
+    """Raises ConfigRefused where Hydra, which writes to a sweep's directory before jobs are checked, should not."""
+    try:
+        composed = composing.compose(arguments, multirun=True)
+    except COMPOSITION_ERRORS:
+        return  # the sweep will hit the same error and report the faults of all jobs
+    try:
+        given = str(composed.hydra.sweep.dir)
+    except OmegaConfBaseException as error:
+        rule = str(error).strip().splitlines()[0]
+        raise ConfigRefused([Violation("hydra.sweep.dir", ABSENT, rule, "fix the interpolation")]) from error
+    path = Path(given).absolute()
+    fault = unwritable(path)
+    if unprintable(str(path)):
+        fault = "its name has characters that are not printable"
+    if not fault and path.is_dir():
+        found = {item.name for item in path.iterdir()} - {"multirun.yaml"}
+        fault = f"{path} has files of something else" if found and LEDGER not in found else None
+    if fault:
+        fix = "choose a directory of its own for the sweep, or leave hydra.sweep.dir out"
+        raise ConfigRefused([Violation("hydra.sweep.dir", given, fault, fix)])
+
+
+def _make_directory(composing: Composer, arguments: Sequence[str]) -> None:
+    """Make a sweep's directory. Raises ConfigRefused where the file system does not let it."""
+    try:
+        given = str(composing.compose(arguments, multirun=True).hydra.sweep.dir)
+    except COMPOSITION_ERRORS:
+        return
+    try:
+        Path(given).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"it cannot be made: {error.strerror}: {error.filename}"
+        raise ConfigRefused([Violation("hydra.sweep.dir", given, rule, "choose a directory to write to")]) from error
 
 
 class JobFailed(RuntimeError):
@@ -143,6 +187,8 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     """
     shapes = None
     if cluster == "slurm":
+        if faults := list(folder_faults(directory.path)):
+            raise ConfigRefused(faults)
         found = shapes_of(jobs, capacity_for)
         print("\n".join(shape_table(jobs, found)), flush=True)
         shapes = {job.number: frozen_shape(found[job.number], job.launcher) for job in jobs}
@@ -162,13 +208,13 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
             backend.submit(list(files.values()))
         if not launcher.get("detach"):
             return supervise(directory, backend, files, launcher, lock=lock)
-    print(f"detached; to monitor it: danling-conf runs {directory.path} --watch", flush=True)
+    print(f"detached; to monitor it: {shell_line('danling-conf', 'runs', directory.path, '--watch')}", flush=True)
     return list(directory.ledger.records().values())[-len(jobs) :]
 
 
 def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Run a single configuration on Slurm as a sweep of one job. Exits with 1 if it did not complete."""
-    given = [str(item) for item in composed.hydra.overrides.task]
+    given = overrides_of(composed, "task")
     job = Preflight(composing, composed, machine=None, capacity=capacity_for).check(given, 0)
     stamp, config = datetime.now().strftime("%Y%m%d-%H%M%S-%f"), job.config
     path = Path(config.workspace_root).expanduser() / config.lineage / config.experiment / "sweeps" / stamp
@@ -215,7 +261,7 @@ def _remove_unused(composing: Composer, arguments: list[str]) -> None:
         directory = Path(composing.compose(arguments, multirun=True).hydra.sweep.dir)
     except COMPOSITION_ERRORS:
         return  # the sweep itself does not compose, so Hydra created nothing
-    if directory.is_dir() and [item.name for item in directory.iterdir()] == ["multirun.yaml"]:
+    if directory.is_dir() and {item.name for item in directory.iterdir()} <= {"multirun.yaml"}:
         shutil.rmtree(directory)
 
 

@@ -19,6 +19,7 @@ from danling_conf.records.status import Status
 from danling_conf.records.stopped import STOPPING, Stopped
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import SweepLock
+from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.backend import Backend
 from danling_conf.sweep.live_table import view_of
 from danling_conf.sweep.local_backend import LocalJobs
@@ -74,7 +75,7 @@ def supervise(
             _stop(stopped, directory, backend, monitor)
             raise
         except SlurmUnavailable as error:
-            resumed = f"danling-conf runs {directory.path} --watch"
+            resumed = shell_line("danling-conf", "runs", directory.path, "--watch")
             print(
                 f"{error}\nSlurm has not answered for ten minutes; the jobs continue without a monitor: {resumed}",
                 file=sys.stderr,
@@ -88,7 +89,7 @@ def supervise(
 def _stop(stopped: Stopped, directory: SweepDirectory, backend: Backend, monitor: Monitor) -> None:
     """Stop the jobs of this machine, which end with their command. Jobs on a cluster do not depend on it."""
     if not isinstance(backend, LocalJobs):
-        print(f"{stopped}; the jobs continue: danling-conf runs {directory.path}", file=sys.stderr)
+        print(f"{stopped}; the jobs continue: {shell_line('danling-conf', 'runs', directory.path)}", file=sys.stderr)
         return
     live = [record for record in directory.ledger.records().values() if not record.ended]
     # First the ledger, then the signal: a job that dies before it can write its end is then cancelled, not failed.
@@ -102,7 +103,7 @@ def _stop(stopped: Stopped, directory: SweepDirectory, backend: Backend, monitor
         backend.wait()
     while monitor.poll():
         pass
-    print(f"to resume: danling-conf resume {directory.path}", file=sys.stderr)
+    print(f"to resume: {shell_line('danling-conf', 'resume', directory.path)}", file=sys.stderr)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from danling_conf.records.status import Status
+from danling_conf.schema.printable import printable
 from danling_conf.sweep.rows import Row
 from danling_conf.topology.violation import show
 
@@ -46,6 +47,8 @@ def table_lines(rows: Sequence[Row], width: int | None) -> list[str]:
         width: width of the terminal; None for lines of any length.
     """
     columns = _columns(rows)
+    for column in columns:
+        column.name, column.cells = printable(column.name), [printable(cell) for cell in column.cells]
     left_out = _fit(columns, width) if width is not None else []
     lines = [_line(columns, [column.name for column in columns])]
     lines += [_line(columns, list(cells)) for cells in zip(*(column.cells for column in columns), strict=True)]
@@ -74,7 +77,7 @@ def value_of(value: Any) -> str:
     """A setting as it is typed on the command line, with at most six significant digits."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    return "" if value is None else show(value).replace("\n", " ")
+    return "" if value is None else show(value)
 
 
 def step_of(row: Row) -> str:

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from danling_conf.schema.printable import printable, printable_lines
+
+_LONGEST = 1000
+"""Characters of a setting and its value that are shown."""
+
 
 @dataclass(frozen=True)
 class Violation:
@@ -23,7 +28,8 @@ class Violation:
 
     def __str__(self) -> str:
         head = self.path if self.value is ABSENT else f"{self.path}={show(self.value)}"
-        return f"{head}\n    {self.rule}\n    fix: {self.fix}"
+        head = head if len(head) <= _LONGEST else f"{head[:_LONGEST]}…"
+        return printable_lines(f"{printable(head)}\n    {self.rule}\n    fix: {self.fix}")
 
 
 class _Absent:

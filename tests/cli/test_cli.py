@@ -162,7 +162,7 @@ def test_free_form_sections_have_no_default_to_show(command: Command) -> None:
         ("parallel=fsp8", "parallel=fsp8", "write single, or ddpN"),
         ("qqqqqq", "qqqqqq", "see a training script's --help"),
         ("_target_", "_target_", "fix: "),
-        ("", "", "fix: "),
+        ("", "KEY", "fix: "),
     ],
 )
 def test_a_key_that_is_none(command: Command, key: str, path: str, fix: str) -> None:

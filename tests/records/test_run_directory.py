@@ -14,6 +14,7 @@ import pytest
 import danling_conf
 from danling_conf import ConfigRefused
 from danling_conf.config.identity import config_id
+from danling_conf.records.frozen import freeze_attempt
 from danling_conf.records.run_directory import Attempt, claim, newest_run, owner_of, read_run, write_whole
 from danling_conf.schema.files import RUN_FILE
 
@@ -319,3 +320,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("how", ["resume", "auto_resume"])
+def test_a_run_whose_checkpoints_are_elsewhere_is_not_begun_anew(root: Path, how: str) -> None:
+    made = config(root, "checkpoint.dir_name=saved")
+    attempt, lock = claim(made)
+    freeze_attempt(made, attempt, Path(__file__))
+    lock.release()
+    (attempt.run_directory / "saved" / "ckpt-s00000001").mkdir(parents=True)
+    again = f"resume={attempt.run_directory}" if how == "resume" else "auto_resume=true"
+    with pytest.raises(ConfigRefused, match=r"(?s)checkpoint\.dir_name=checkpoints.*keeps its checkpoints in saved"):
+        claimed(root, again)
+    assert claimed(root, again, "checkpoint.dir_name=saved").run_directory == attempt.run_directory

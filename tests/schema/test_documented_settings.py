@@ -197,6 +197,6 @@ def test_settings_of_a_user_are_described_as_theirs():
     assert describe(Own, "steps").read_by == "danling_conf.runner"
 
 
-@pytest.mark.parametrize("path", ["stepz", "optim.betas", "dataloader.train", "fsdp.enabled.x", "_target_", ""])
+@pytest.mark.parametrize("path", ["stepz", "optim.betas", "dataloader.shufle", "fsdp.enabled.x", "_target_", ""])
 def test_what_is_no_setting_is_not_described(path):
     assert describe(RunnerConfig, path) is None

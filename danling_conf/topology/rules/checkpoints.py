@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 from danling_conf.schema import RunnerConfig, declared_class, defaults_of
 from danling_conf.schema.checkpoint import DISABLED, LOADED_PARTS, PINNED, CheckpointConfig, async_mode, excluded
+from danling_conf.schema.nearest import nearest
 from danling_conf.topology.rules.rule import Context, Ineffective, one_process
 from danling_conf.topology.violation import Violation
 
@@ -32,8 +32,8 @@ def excluded_parts(config: RunnerConfig, context: Context) -> Iterator[Violation
     for key in excluded(config.checkpoint):
         first = key.partition(".")[0]
         if first not in LOADED_PARTS:
-            near = get_close_matches(first, LOADED_PARTS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"write model.{key} for a part of the model"
+            near = nearest(first, LOADED_PARTS)
+            hint = f"did you mean {near}?" if near else f"write model.{key} for a part of the model"
             rule = f"a checkpoint has no part {first}; it has {', '.join(LOADED_PARTS)}"
             given = config.checkpoint.exclude_from_loading
             yield Violation("checkpoint.exclude_from_loading", given, rule, hint)

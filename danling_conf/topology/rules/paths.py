@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.files import CHECKPOINT_FILE, RUN_FILE
+from danling_conf.schema.files import CHECKPOINT_FILE, LONGEST_NAME, RUN_FILE
+from danling_conf.schema.printable import unprintable
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
@@ -16,18 +17,22 @@ _WEIGHTS = "*.safetensors"
 
 def writable_root(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """The run's directory can be created."""
-    root = Path(config.workspace_root).expanduser()
-    found = root.absolute()
-    while not found.exists() and found != found.parent:
-        found = found.parent
+    fault = unwritable(Path(config.workspace_root).expanduser())
+    if fault:
+        yield Violation("workspace_root", config.workspace_root, fault, "choose a directory to write to")
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a directory cannot be made or written; None where it can."""
+    found = path.absolute()
+    try:
+        while not found.exists() and found != found.parent:
+            found = found.parent
+    except (OSError, ValueError) as error:  # a name that is too long, a null byte
+        return f"it cannot be the path of a directory: {getattr(error, 'strerror', None) or error}"
     if not found.is_dir():
-        yield Violation(
-            "workspace_root", config.workspace_root, f"{found} is not a directory", "choose a directory to write to"
-        )
-    elif not os.access(found, os.W_OK | os.X_OK):
-        yield Violation(
-            "workspace_root", config.workspace_root, f"{found} cannot be written", "choose a directory to write to"
-        )
+        return f"{found} is not a directory"
+    return None if os.access(found, os.W_OK | os.X_OK) else f"{found} cannot be written"
 
 
 def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
@@ -39,8 +44,11 @@ def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
         "heartbeat.dir_name": config.heartbeat.dir_name,
     }
     for path, name in names.items():
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+        if name in ("", ".", "..") or "/" in name or len(os.fsencode(name)) > LONGEST_NAME:
             yield Violation(path, name, "it must be the name of one folder", "use a name without slashes")
+    for path, name in {"workspace_root": config.workspace_root, **names}.items():
+        if mark := unprintable(name):
+            yield Violation(path, name, f"{mark} is not a character for a path", "leave it out")
     if config.experiment == "sweeps":
         yield Violation(
             "experiment", "sweeps", "that name is reserved for the directories of sweeps", "choose another name"

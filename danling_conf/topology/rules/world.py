@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from danling_conf.schema import FILL, RunnerConfig
@@ -10,6 +11,9 @@ from danling_conf.topology.layout import fill, layout_of
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import ABSENT, Violation
+
+_MOST_RANKS = 2**31 - 1
+"""torch numbers ranks in 32 bits."""
 
 
 def whole_degrees(config: RunnerConfig, context: Context) -> Iterator[Violation]:
@@ -20,6 +24,11 @@ def whole_degrees(config: RunnerConfig, context: Context) -> Iterator[Violation]
             yield Violation(
                 f"parallel.axes.{axis}", 0, "a degree is at least 1, or -1 to be filled", f"parallel.axes.{axis}=1"
             )
+    size = math.prod(abs(degree) for degree in degrees.values())
+    if size > _MOST_RANKS:
+        axis = max(degrees, key=lambda each: degrees[each])
+        rule = f"the degrees make {size:.3g} ranks, and no more than {_MOST_RANKS} can be numbered"
+        yield Violation(f"parallel.axes.{axis}", degrees[axis], rule, "choose a smaller layout")
     unknown = [axis for axis, degree in degrees.items() if degree == FILL]
     for axis in unknown[1:]:
         yield Violation(
@@ -115,7 +124,8 @@ def known_layout(config: RunnerConfig) -> Layout | None:
     """The layout of a configuration; None where its degrees are invalid, which `whole_degrees` reports."""
     layout = layout_of(config)
     degrees = [getattr(layout, axis) for axis in WORLD_AXES]
-    return None if 0 in degrees or degrees.count(FILL) > 1 else layout
+    invalid = 0 in degrees or degrees.count(FILL) > 1 or math.prod(map(abs, degrees)) > _MOST_RANKS
+    return None if invalid else layout
 
 
 def _filled_from(machine: Machine) -> str:
