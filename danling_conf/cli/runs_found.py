@@ -42,13 +42,13 @@ def find(directory: str) -> Found:
         raise ConfigRefused([Violation("DIR", directory, "there is no such directory", _GIVE)])
     if has(path, RUN_FILE):
         return Found(path=path, sweeps=[], runs=[path])
-    if has(path, LEDGER):
+    if has(path, LEDGER) or has(path, SWEEP_FILE):
         return Found(path=path, sweeps=[SweepDirectory(path=path)], runs=[])
     sweeps, runs = [], []
     for folder, inside, files in os.walk(path):
         inside.sort()
         names = {*inside, *files}  # a damaged record may be a directory in the file's place
-        if LEDGER in names:
+        if LEDGER in names or SWEEP_FILE in names:
             sweeps.append(SweepDirectory(path=Path(folder)))
         elif RUN_FILE in names:
             runs.append(Path(folder))
@@ -130,7 +130,8 @@ def request_of(sweep: SweepDirectory) -> SweepRequest:
 
 def reachable_or_refuse(sweep: SweepDirectory, request: SweepRequest) -> None:
     """Raises ConfigRefused where this user, or this machine, cannot act on a sweep's jobs."""
-    if not os.access(sweep.path, os.W_OK) or not os.access(sweep.path / LEDGER, os.W_OK):
+    ledger = sweep.path / LEDGER
+    if not os.access(sweep.path, os.W_OK) or (ledger.exists() and not os.access(ledger, os.W_OK)):
         rule, fix = f"its ledger, {LEDGER}, cannot be written by this user", "ask whoever started the sweep"
     elif request.on_slurm and shutil.which("squeue") is None:
         rule, fix = "its jobs run on Slurm, whose commands are not installed here", "use a machine of the cluster"

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from danling_conf.records.reading import is_moment, is_number, read_fields, warn_of_damage
+from danling_conf.records.rebuilding import jobs_with_files, lost_lines
 from danling_conf.records.status import ENDED, Status, written_status
-from danling_conf.schema.files import ATTEMPTS, JOB_FILE, LEDGER, RESULT, Damaged, parse_object, read_regular
+from danling_conf.schema.files import ATTEMPTS, LEDGER, RESULT, SWEEP_FILE, Damaged, parse_object, read_regular
 
 
 @dataclass(kw_only=True)
@@ -184,7 +185,7 @@ class Ledger:
         try:
             new = read_regular(self.path, limit=None, start=self._read_to)
         except FileNotFoundError:
-            return {}
+            new = b""
         except Damaged as damage:
             warn_of_damage(damage.path, damage.reason)
             return {}
@@ -196,10 +197,31 @@ class Ledger:
             if found is not None:
                 key = found["key"]
                 self._records.setdefault(key, Record(key=key)).add(found)
-        if not self._records and whole and any(self.path.parent.glob(f"jobs/*/{JOB_FILE}")):
-            warn_of_damage(self.path, "it has no line of any job, and the sweep has jobs")
-        # Skip jobs whose first line was torn: their number, run and overrides are not known.
+        self._rebuild()
+        # Skip jobs whose first line was torn and whose file does not help: what they are is not known.
         return {key: record for key, record in self._records.items() if "job" in record.facts}
+
+    def _rebuild(self) -> None:
+        """Take what lost lines told from the files of the jobs."""
+        known = any("job" in record.facts for record in self._records.values())
+        lost = [key for key, record in self._records.items() if "job" not in record.facts]
+        # The request is written after the ledger: without it, the sweep is only being planned.
+        if not known and (self.directory / SWEEP_FILE).exists():
+            lost = list(dict.fromkeys([*jobs_with_files(self.directory), *lost]))
+        rebuilt = []
+        for key in lost:
+            lines = [*lost_lines(self.directory, key)]
+            if lines:
+                later = self._records[key].history if key in self._records else []
+                self._records[key] = Record(key=key)
+                for line in [*(lines[:1] if later else lines), *later]:
+                    self._records[key].add(line)
+                rebuilt.append(key)
+        if rebuilt:
+            jobs = "1 job" if len(rebuilt) == 1 else f"{len(rebuilt)} jobs"
+            warn_of_damage(self.path, f"it lost what it said of {jobs}, which are shown as their own files have them")
+        elif lost:
+            warn_of_damage(self.path, f"it lost what it said of {', '.join(lost[:5])}, and their files do not tell")
 
     def _read(self, line: bytes) -> dict[str, Any] | None:
         try:

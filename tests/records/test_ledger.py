@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from danling_conf.cli.main import main
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Ledger, Record
+from danling_conf.records.reading import shown_damage
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.sweep.backend import Ending
 from danling_conf.sweep.monitor import Monitor, parse_on_failure
+from tests.support.records import write_sweep_of
 
 _FORK = multiprocessing.get_context("spawn")
 
@@ -185,3 +188,39 @@ def test_one_process_looks_after_a_sweep(tmp_path: Path) -> None:
 
 def test_where_nothing_can_be_written_one_only_looks(tmp_path: Path) -> None:
     assert not SweepLock(tmp_path / "gone").acquire()
+
+
+def _lost(path: Path, what: str) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    if what == "all of it":
+        path.write_text("")
+    elif what == "the file":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[1:]))
+
+
+@pytest.mark.parametrize("what", ["all of it", "the file", "the first line"])
+def test_lost_lines_are_taken_from_the_files_of_the_jobs(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = [
+        {"status": "completed", "score": 1.5, "error": None},
+        {"status": "failed", "score": None, "error": "broken"},
+    ]
+    sweep = write_sweep_of(tmp_path, *ends)
+    whole = sweep.ledger.records()
+    _lost(sweep.path / "jobs.jsonl", what)
+    with shown_damage():
+        found = sweep.ledger.records()
+    assert list(found) == list(whole)
+    for key, record in found.items():
+        assert (record.number, record.status, record.score) == (
+            whole[key].number, whole[key].status, whole[key].score,
+        )  # fmt: skip
+        assert (record.run, record.attempt) == (whole[key].run, whole[key].attempt)
+        assert record.facts["overrides"] == ["steps=10"]
+    jobs = "1 job" if what == "the first line" else "2 jobs"
+    assert f"jobs.jsonl: it lost what it said of {jobs}" in capsys.readouterr().err
+    assert main(["runs", str(sweep.path)]) == 0  # found without its ledger, too
+    assert "2 jobs: 1 completed, 1 failed" in capsys.readouterr().out
