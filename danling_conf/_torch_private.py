@@ -329,10 +329,16 @@ def enable_ring(balance: bool) -> None:
     _attention._enable_context_parallel_dispatcher()
 
 
-def optimize_ddp(value: bool | str) -> None:
-    """Choose how dynamo treats DDP. `torch._dynamo.config` is documented but has no public path; another name there
-    raises AttributeError for `compile.optimize_ddp`."""
-    torch._dynamo.config.optimize_ddp = value  # type: ignore[assignment]
+_optimize_ddp: list[Any] = []
+"""What `optimize_ddp` was before the first run of this process chose another."""
+
+
+def optimize_ddp(value: bool | str | None) -> None:
+    """Choose how dynamo treats DDP; None for what torch has. `torch._dynamo.config` is documented but has no public
+    path; another name there raises AttributeError for `compile.optimize_ddp`."""
+    if not _optimize_ddp:
+        _optimize_ddp.append(torch._dynamo.config.optimize_ddp)
+    torch._dynamo.config.optimize_ddp = _optimize_ddp[0] if value is None else value  # type: ignore[assignment]
 
 
 def dynamo_is_loaded() -> bool:

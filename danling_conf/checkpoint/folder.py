@@ -118,6 +118,7 @@ class Folder:
 
     def prune(self, keep: int) -> None:
         """Remove checkpoints that are neither linked nor among the newest `keep` of the history (0 keeps all of it).
+        What `latest` points to counts as one of them.
 
         A folder without a readable manifest stays, for a person to look at. So does one that is being read, until the
         next save.
@@ -125,7 +126,12 @@ class Folder:
         self.check_token()
         named = {self.pointed(name) for name in (LATEST, BEST)}
         readable = [entry for entry in self.entries() if entry.manifest is not None]
-        history = [entry.path for entry in readable if entry.manifest is not None and entry.manifest.history]
+        latest = self.pointed(LATEST)
+        history = [
+            entry.path
+            for entry in readable
+            if entry.path.resolve() == latest or (entry.manifest is not None and entry.manifest.history)
+        ]
         kept = set(history if keep == 0 else history[:keep])
         for entry in readable:
             if entry.path in kept or entry.path.resolve() in named:

@@ -96,21 +96,28 @@ def needs_length(section: SchedulerConfig) -> bool:
     return length is not None and length not in scheduler_options(section)
 
 
-def resume(scheduler: LRScheduler | ReduceLROnPlateau, state: Mapping[str, Any]) -> None:
+def resume(scheduler: LRScheduler | ReduceLROnPlateau, state: Mapping[str, Any], *, rates: bool = False) -> None:
     """Load a scheduler's saved state, but for the length of the run that saved it: this one may be longer. The learning
-    rate becomes what the schedule of this run has at that point."""
+    rate becomes what the schedule of this run has at that point.
+
+    Args:
+        rates: whether the optimizer is a new one. A schedule that multiplies the rate by a factor (`StepLR`) would go
+            on from the initial one.
+    """
     own = {name: getattr(scheduler, name) for name in _LENGTH_STATE if name in state}
     longer = any(state[name] != value for name, value in own.items())
     scheduler.load_state_dict({**state, **own})
     if isinstance(scheduler, LambdaLR):
-        rates = [
+        now = [
             base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
     elif longer:
-        rates = list(scheduled_rates(scheduler))
+        now = list(scheduled_rates(scheduler))
+    elif rates:
+        now = list(scheduler.get_last_lr())
     else:
         return
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(scheduler.optimizer.param_groups, now, strict=True):
         group["lr"] = rate
 
 

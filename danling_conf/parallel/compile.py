@@ -83,8 +83,7 @@ def configure(section: CompileConfig) -> None:
     if not section.enable:
         return
     use_shared_cache()
-    if section.optimize_ddp is not None:
-        optimize_ddp(section.optimize_ddp)
+    optimize_ddp(section.optimize_ddp)
 
 
 def use_shared_cache() -> None:

@@ -21,6 +21,8 @@ from danling_conf.runner.setup import Setup
 from danling_conf.runner.state import EXHAUSTED, TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.checkpoint import excluded
+from danling_conf.schema.printable import shell_line
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
 
 _LOADING_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
@@ -178,7 +180,9 @@ class Resumption:
         if "score" in saved:
             setup.score.load_state_dict(saved["score"])
         if same_schedule and "scheduler" in shared:
-            setup.schedule.load_state_dict(shared["scheduler"])
+            # Without the optimizer, its groups have the initial rates.
+            fresh = any(part.partition(".")[0] == "optimizer" for part in excluded(self.config.checkpoint))
+            setup.schedule.load_state_dict(shared["scheduler"], rates=fresh)
         if setup.scaler is not None and shared.get("scaler") is not None:
             setup.scaler.load_state_dict(shared["scaler"])
 
@@ -227,7 +231,8 @@ class Resumption:
             fix = "pip install safetensors"
         elif key == "auto_resume":
             value = True
-            fix = f"resume={found[0]}, or auto_resume=false" if found else "auto_resume=false starts another run"
+            other = f"{shell_line(f'resume={found[0]}')}, or " if found else ""
+            fix = f"{other}auto_resume=false starts another run"
         elif isinstance(error, ModelDiffers):
             fix += ", or checkpoint.exclude_from_loading=[model.NAME] leaves a part of it as it is"
         return ConfigRefused([Violation(key, value, str(error), fix)])

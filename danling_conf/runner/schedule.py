@@ -91,6 +91,11 @@ class Schedule:
     def state_dict(self) -> dict[str, Any] | None:
         return None if self.scheduler is None else self.scheduler.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, *, rates: bool = False) -> None:
+        """Load a saved schedule; None for one that had no state.
+
+        Args:
+            rates: set the optimizer's learning rates as well, which were not loaded with it.
+        """
         if self.scheduler is not None and state is not None:
-            scheduler.resume(self.scheduler, state)
+            scheduler.resume(self.scheduler, state, rates=rates)

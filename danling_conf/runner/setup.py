@@ -32,7 +32,10 @@ from danling_conf.runner.schedule import Schedule
 from danling_conf.runner.score import Score, make_score
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.violation import SettingError
+from danling_conf.schema.dataloader import DataloaderConfig
+from danling_conf.schema.nearest import nearest
+from danling_conf.schema.setting import open_keys
+from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,7 @@ def set_up(
     Raises:
         SettingError: the configuration does not fit the model or the data.
     """
+    _check_splits(config.dataloader, datasets)
     split_loaders = make_loaders(
         datasets,
         config.dataloader,
@@ -152,6 +156,20 @@ def set_up(
         samples_per_step=samples * world.data_degree * config.accum_steps,
         tokens_per_sample=tokens_per_sample,
         notes=_notes(config, score),
+    )
+
+
+def _check_splits(section: DataloaderConfig, datasets: Mapping[str, Any]) -> None:
+    """Refuse settings for a split that there is no data set of: they would change nothing."""
+    refuse(
+        Violation(
+            f"dataloader.{split}",
+            ABSENT,
+            f"there is no data set of that name; there are {', '.join(datasets)}",
+            f"did you mean dataloader.{near}?" if (near := nearest(split, datasets)) else "remove it",
+        )
+        for split in open_keys(section)
+        if split not in datasets
     )
 
 

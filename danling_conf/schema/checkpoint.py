@@ -46,8 +46,8 @@ class CheckpointConfig:
     times a run and never at every step, of which only the newest is kept. An evaluation that improves the score, and
     the end, are saved in any case."""
     keep_latest_k: int = setting(0, at_least=0, semantic=False)
-    """History checkpoints to retain, the newest ones; 0 keeps all. What `latest` or `best` points to, and what is being
-    read, is not removed."""
+    """History checkpoints to retain, the newest ones, `latest` among them; 0 keeps all. What `best` points to, and what
+    is being read, is not removed either."""
     load_only: bool = setting(False, semantic=False)
     """Never write checkpoints; still load them."""
     enable_ft_dataloader_checkpoints: bool = setting(False, semantic=False)

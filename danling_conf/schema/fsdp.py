@@ -31,7 +31,7 @@ class MixedPrecisionPolicyConfig:
     output_dtype: Optional[str] = setting(None, choices=DTYPES, aliases=DTYPE_ALIASES)
     """dtype to which the model's outputs are cast. Unset: left as they are."""
     cast_forward_inputs: bool = True
-    """Cast the floating-point inputs of each wrapped block to `param_dtype`."""
+    """Cast the floating-point inputs of each wrapped block to `param_dtype`. False: the model's own code has to."""
 
 
 @dataclass(kw_only=True)

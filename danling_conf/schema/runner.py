@@ -64,8 +64,8 @@ class RunnerConfig:
     patience: Optional[int] = setting(None, at_least=1)
     """Stop after this many evaluations in a row without a better score. Unset: never stop early."""
     score_split: Optional[str] = None
-    """Split used for model selection. Unset: `val`, else `validate`, else the first split that is not trained on;
-    inferred once, and again when that split disappears."""
+    """Split used for model selection. Unset: `val`, else `validate`, else one whose name begins with `val`,
+    else the first split that is not trained on; inferred once, and again when that split disappears."""
     score_name: str = "loss"
     """Metric used for model selection."""
     score_mode: Optional[str] = setting(None, choices=("min", "max"))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from danling_conf.components import optimizer as build_optimizer
-from danling_conf.components.scheduler import from_keywords, interval_of, is_metric_driven, make, ratio
+from danling_conf.components.scheduler import from_keywords, interval_of, is_metric_driven, make, ratio, resume
 from danling_conf.schema.optim import OptimConfig
 from danling_conf.schema.scheduler import SchedulerConfig
 
@@ -221,3 +221,18 @@ def test_from_keywords_takes_what_hydra_passes():
     optimizer = sgd()
     scheduler = from_keywords(type="steplr", step_size=2, interval="validation")(optimizer, total_steps=4)
     assert rates(optimizer, scheduler, 4) == pytest.approx([1, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("type_", ["StepLR", "ExponentialLR", "cosine", "plateau"])
+def test_a_new_optimizer_goes_on_at_the_rate_of_the_schedule(type_):
+    """Where the optimizer's state is left out, its groups have the initial rate, which some schedules multiply."""
+    settings = {"StepLR": {"step_size": 2, "gamma": 0.1}, "ExponentialLR": {"gamma": 0.5}, "plateau": {"patience": 0}}
+    made = section(type_, **settings.get(type_, {}))
+    optimizer, fresh = sgd(), sgd()
+    saved = make(optimizer, made, 10, metric_mode="min")
+    resumed = make(fresh, made, 10, metric_mode="min")
+    for _ in range(5):
+        optimizer.step()
+        saved.step(*([1.0] if type_ == "plateau" else []))
+    resume(resumed, saved.state_dict(), rates=True)
+    assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] < 1.0

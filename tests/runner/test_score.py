@@ -20,6 +20,8 @@ from tests.support.small import CLASSES, Net, Pairs, loss, runner
         (None, ["train", "test", "validate", "val"], "val"),
         (None, ["train", "test", "validate"], "validate"),
         (None, ["train", "dev", "test"], "dev"),
+        (None, ["train", "test", "validation"], "validation"),
+        (None, ["train", "test", "val_unseen"], "val_unseen"),
         (None, ["train"], "train"),
         (None, ["train_clean", "train", "holdout"], "holdout"),
         ("test", ["train", "test", "val"], "test"),
@@ -33,6 +35,14 @@ def test_split_of_the_score(tmp_path: Path, configured: str | None, splits: list
     ours.fit(Net, {split: Pairs() for split in splits}, loss=loss)
     assert ours.score.key == f"{expected}.loss"
     assert ours.score.best == ours.results[f"{expected}.loss"]
+
+
+def test_settings_of_a_split_without_a_data_set_are_refused(tmp_path: Path) -> None:
+    ours = runner(tmp_path, {"steps": 1, "dataloader": {"trian": {"batch_size": 3}}})
+    with pytest.raises(
+        ValueError, match=r"(?s)dataloader\.trian.*there are train, val.*did you mean dataloader\.train\?"
+    ):
+        ours.fit(Net, {"train": Pairs(), "val": Pairs()}, loss=loss)
 
 
 def test_a_configured_split_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
