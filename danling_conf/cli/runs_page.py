@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from danling_conf.cli.pages.charts import Point, Series, line_chart, scatter
 from danling_conf.cli.pages.page import KINDS, LOSS_RATIO, Html, badge, code, folded, page, section, table, text, tiles
+from danling_conf.cli.pages.parallel import Axis, parallel_coordinates
 from danling_conf.cli.pages.style import COLOURS
 from danling_conf.cli.report import clock, duration
 from danling_conf.cli.runs import Seen, look
 from danling_conf.records.metrics import read_metrics, series
 from danling_conf.records.status import Status
-from danling_conf.sweep.rows import Row
+from danling_conf.sweep.rows import Row, set_swept
 from danling_conf.sweep.table import count_states, step_of, value_of
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -44,103 +46,204 @@ def write_page(directory: str, html: str) -> str:
 
 
 def page_of(seen: Seen) -> str:
-    """The page, as HTML."""
+    """The page, as HTML: a part for each sweep and each metric, since neither settings nor scores compare across."""
     histories = {str(row.run): read_metrics(row.run) for row in seen.rows if row.run is not None}
-    sections = [_overview(seen), _table(seen), _curves(seen, histories), _against_settings(seen), _asked(seen)]
+    parts = _parts(seen, histories)
+    sections = [] if len(parts) == 1 else [_contents(parts)]
+    for part in parts:
+        sections += [_overview(part), _table(part), _curves(part, histories), _against_settings(part)]
+    notes = [Html(f'<p class="note">{text(note)}</p>') for note in seen.notes]
+    sections += [section("Notes", *notes) if notes else Html(""), _asked(seen)]
     of_one = len(seen.sweeps) == 1
     title = f"Sweep {seen.sweeps[0].path.name}" if of_one else f"Runs in {seen.path.name}"
     subtitle = f"{seen.sweeps[0].path if of_one else seen.path} · {count_states(seen.rows)}"
     return page(title, [item for item in sections if item], subtitle=subtitle)
 
 
-def _overview(seen: Seen) -> Html:
-    items: list[tuple[str, object, object]] = [
-        ("jobs" if seen.sweeps else "runs", len(seen.rows), ""),
-        ("completed", sum(row.state == Status.COMPLETED for row in seen.rows), ""),
+@dataclass(kw_only=True)
+class _Part:
+    """Rows that can be compared: jobs of one sweep, or runs outside of any, that are scored by one metric."""
+
+    name: str
+    """Heading; empty where it is the only part."""
+    metric: str
+    rows: list[Row]
+    settings: list[str]
+    """Settings that differ between its rows."""
+
+    def heading(self, words: str) -> str:
+        return f"{self.name}: {words[0].lower()}{words[1:]}" if self.name else words
+
+
+def _parts(seen: Seen, histories: Mapping[str, list[dict[str, Any]]]) -> list[_Part]:
+    found: dict[tuple[Path | None, str], list[Row]] = {}
+    for row in seen.rows:
+        found.setdefault((row.sweep, _metric(row, histories.get(str(row.run), []))), []).append(row)
+    _join_unscored(found)
+    several_metrics = len({metric for _, metric in found}) > 1
+    places: dict[Path | None, int] = {sweep.path: place for place, sweep in enumerate(seen.sweeps)}
+    parts = []
+    for (sweep, metric), rows in sorted(found.items(), key=lambda item: places.get(item[0][0], len(places))):
+        name = "Runs" if sweep is None else f"Sweep {sweep.name}"
+        name = f"{name} by {metric}" if several_metrics else name
+        parts.append(
+            _Part(name=name if len(found) > 1 else "", metric=metric, rows=rows, settings=_varying(rows, sweep))
+        )
+    return parts
+
+
+def _join_unscored(found: dict[tuple[Path | None, str], list[Row]]) -> None:
+    """Put jobs that have measured nothing to those of the same sweep that have."""
+    for sweep, metric in list(found):
+        if "." in metric:
+            continue
+        others = [key for key in found if key[0] == sweep and key[1].partition(".")[2] == metric]
+        if len(others) == 1:
+            found[others[0]] += found.pop((sweep, metric))
+
+
+def _varying(rows: Sequence[Row], sweep: Path | None) -> list[str]:
+    """The settings that differ between rows, which keep only these."""
+    if sweep is not None:
+        for row in rows:
+            row.settings = {}
+        return set_swept(rows)
+    names = dict.fromkeys(name for row in rows for name in row.settings)
+    kept = [name for name in names if any(row.settings.get(name) != rows[0].settings.get(name) for row in rows)]
+    for row in rows:
+        row.settings = {name: row.settings.get(name) for name in kept}
+    return kept
+
+
+def _metric(row: Row, history: Sequence[Mapping[str, Any]]) -> str:
+    """The metric of a row's score: `val.accuracy`; without the split where nothing says which it was."""
+    name, split = str(row.config.get("score_name") or "loss"), row.config.get("score_split")
+    keys = dict.fromkeys(key for line in history for key in line if key.partition(".")[2] == name)
+    if f"{split}.{name}" in keys:
+        return f"{split}.{name}"
+    scored = [key for key in keys if any(line.get(key) == row.score for line in history)]
+    held_out = [key for key in scored if not key.startswith("train")]
+    return next(iter([*held_out, *scored]), name)
+
+
+def _contents(parts: Sequence[_Part]) -> Html:
+    rows = [
+        [part.name, part.metric, len(part.rows), _best(part) and f"{_score(_best(part)):.6g}", ", ".join(part.settings)]
+        for part in parts
     ]
-    best = next((row for row in seen.rows if row.score is not None), None)
+    return section("Contents", table(["part", "metric", "runs", "best", "varies"], rows, numeric=(2, 3)))
+
+
+def _best(part: _Part) -> Row | None:
+    return next((row for row in part.rows if row.score is not None), None)
+
+
+def _overview(part: _Part) -> Html:
+    items: list[tuple[str, object, object]] = [
+        ("jobs" if part.rows[0].sweep else "runs", len(part.rows), ""),
+        ("completed", sum(row.state == Status.COMPLETED for row in part.rows), ""),
+    ]
+    best = _best(part)
     if best is not None:
         words = ", ".join(f"{name}={value_of(value)}" for name, value in list(best.settings.items())[:4])
-        items.append(("best score", f"{best.score:.6g}", words or _name(best)))
-    seconds = [row.seconds for row in seen.rows if row.seconds is not None]
+        items.append((f"best {part.metric}", f"{best.score:.6g}", words or _name(best)))
+    seconds = [row.seconds for row in part.rows if row.seconds is not None]
     if seconds:
-        items.append(("time of all jobs", duration(sum(seconds)), f"{sum(row.attempts for row in seen.rows)} attempts"))
-    return section("Overview", tiles(items))
+        items.append(("time of all jobs", duration(sum(seconds)), f"{sum(row.attempts for row in part.rows)} attempts"))
+    return section(part.heading("Overview"), tiles(items))
 
 
-def _table(seen: Seen) -> Html:
-    names = seen.settings
-    numeric = [name for name in names if all(_is_number(row.settings.get(name)) for row in seen.rows)]
-    several = len({row.sweep for row in seen.rows}) > 1
-    head = ["job", *names, "state", "step", "score", "attempts", "took", "started", "run", "why"]
-    right = [1 + place for place, name in enumerate(names) if name in numeric]
-    right += [len(names) + place for place in (2, 3, 4)]
-    rows = [
-        [
-            row.number,
-            *(value_of(row.settings.get(name)) for name in names),
-            badge(row.state, KINDS.get(row.state, "bad")),
-            step_of(row),
-            None if row.score is None else f"{row.score:.6g}",
-            row.attempts,
-            None if row.seconds is None else duration(row.seconds),
-            None if row.started is None else clock(row.started),
-            None if row.run is None else row.run.name,
-            (row.error or "").partition("\n")[0][:100] if row.state != Status.COMPLETED else "",
-            *([row.sweep.name if row.sweep else None] if several else []),
-        ]
-        for row in seen.rows
+def _table(part: _Part) -> Html:
+    """The rows; columns that are empty in all of them are left out."""
+    names = part.settings
+    columns: list[tuple[str, bool, list[object]]] = [
+        ("job", False, [row.number for row in part.rows]),
+        *((name, _numeric(name, part.rows), _shown(name, part.rows)) for name in names),
+        ("state", False, [badge(row.state, KINDS.get(row.state, "bad")) for row in part.rows]),
+        ("step", True, [step_of(row) for row in part.rows]),
+        (part.metric, True, [None if row.score is None else f"{row.score:.6g}" for row in part.rows]),
+        ("attempts", True, [row.attempts for row in part.rows]),
+        ("took", True, [None if row.seconds is None else duration(row.seconds) for row in part.rows]),
+        ("started", False, [None if row.started is None else clock(row.started) for row in part.rows]),
+        ("run", False, [None if row.run is None else row.run.name for row in part.rows]),
+        ("why", False, [_why(row) for row in part.rows]),
     ]
-    return section(
-        "Jobs" if seen.sweeps else "Runs",
-        table([*head, *(["sweep"] if several else [])], rows, numeric=right),
-        *(Html(f'<p class="note">{text(note)}</p>') for note in seen.notes),
-    )
+    kept = [column for column in columns if any(cell not in (None, "") for cell in column[2])]
+    rows = list(zip(*(cells for _, _, cells in kept), strict=True))
+    right = [place for place, (_, numeric, _) in enumerate(kept) if numeric]
+    heading = part.heading("Jobs" if part.rows[0].sweep else "Runs")
+    return section(heading, table([name for name, _, _ in kept], rows, numeric=right))
 
 
-def _curves(seen: Seen, histories: dict[str, list[dict[str, Any]]]) -> Html:
-    """The losses of the best runs, one chart for each split."""
-    shown = [row for row in seen.rows if histories.get(str(row.run))]
+def _shown(name: str, rows: Sequence[Row]) -> list[object]:
+    return [value_of(row.settings.get(name)) for row in rows]
+
+
+def _numeric(name: str, rows: Sequence[Row]) -> bool:
+    return all(_is_number(row.settings.get(name)) for row in rows)
+
+
+def _why(row: Row) -> str:
+    return "" if row.state == Status.COMPLETED else (row.error or "").partition("\n")[0][:100]
+
+
+def _curves(part: _Part, histories: Mapping[str, list[dict[str, Any]]]) -> Html:
+    """The losses and the metric of the best runs, one chart for each split."""
+    shown = [row for row in part.rows if histories.get(str(row.run))]
     if not shown:
         return Html("")
-    keys = {key for row in shown for line in histories[str(row.run)] for key in line if key.endswith(".loss")}
+    keys = {key for row in shown for line in histories[str(row.run)] for key in line}
+    keys = {key for key in keys if key.endswith(".loss") or key == part.metric}
     charts = []
     for key in sorted(keys, key=lambda key: (key != "train.loss", key)):
         lines = [(row, series(histories[str(row.run)], key)) for row in shown]
         lines = [(row, points) for row, points in lines if points][:_CURVES]
         values = [value for _, points in lines for _, value in points]
         log = bool(values) and min(values) > 0 and max(values) / min(values) > LOSS_RATIO
-        drawn = [Series(_name(row), points) for row, points in lines]
+        varying = _varying_among([row for row, _ in lines], part.settings)
+        drawn = [Series(_name(row, varying), points) for row, points in lines]
         charts.append(line_chart(drawn, title=key, log_y=log))
     note = f"the {_CURVES} best of {len(shown)}" if len(shown) > _CURVES else ""
-    return section("Loss", *charts, note=note, columns=2)
+    return section(part.heading("Curves"), *charts, note=note, columns=2)
 
 
-def _against_settings(seen: Seen) -> Html:
-    scored = [row for row in seen.rows if row.score is not None]
-    if len(scored) < 2 or not seen.settings:
+def _varying_among(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    return [name for name in names if any(row.settings.get(name) != rows[0].settings.get(name) for row in rows)]
+
+
+def _against_settings(part: _Part) -> Html:
+    scored = [row for row in part.rows if row.score is not None]
+    names = _varying_among(scored, part.settings) if scored else []
+    if len(scored) < 2 or not names:
         return Html("")
-    charts = [chart for name in seen.settings[:_SETTINGS] if (chart := _against(name, scored))]
-    note = f"the first {_SETTINGS} of {len(seen.settings)}" if len(seen.settings) > _SETTINGS else ""
-    return section("Score against each setting", *charts, note=note, columns=2)
+    axes = [_axis(name, scored) for name in names[:_SETTINGS]]
+    labels = [f"{_label(row)}\n{part.metric}: {_score(row):.6g}" for row in scored]
+    score = Axis(part.metric, [_score(row) for row in scored])
+    charts = [
+        parallel_coordinates([*axes, score], labels, title=f"{part.metric} by all that varies, the best in colour")
+    ]
+    charts += [_against(axis, scored, part.metric) for axis in axes]
+    note = f"the first {_SETTINGS} of {len(names)}" if len(names) > _SETTINGS else ""
+    return section(part.heading(f"{part.metric} against each setting"), *charts, note=note, columns=2)
 
 
-def _against(name: str, scored: Sequence[Row]) -> Html:
-    values = [row.settings.get(name) for row in scored]
+def _axis(name: str, rows: Sequence[Row]) -> Axis:
+    """The values of a setting as places on an axis: numbers as they are, anything else in a row."""
+    values = [row.settings.get(name) for row in rows]
     numbers = [float(value) for value in values if _is_number(value)]  # type: ignore[arg-type]
     if len(numbers) == len(values):
-        log = min(numbers) > 0 and max(numbers) / min(numbers) >= _DECADES
-        points = [Point(x, _score(row), _label(row)) for x, row in zip(numbers, scored, strict=True)]
-        return scatter(
-            points, title=f"score over {name}", x_label=name + (" (log)" if log else ""), y_label="score", log_x=log
-        )
+        return Axis(name, numbers, log=min(numbers) > 0 and max(numbers) / min(numbers) >= _DECADES)
     names = list(dict.fromkeys(value_of(value) or "(none)" for value in _in_order(values)))
-    places = {each: place for place, each in enumerate(names)}
-    points = [
-        Point(places[value_of(value) or "(none)"], _score(row), _label(row))
-        for value, row in zip(values, scored, strict=True)
-    ]
-    return scatter(points, title=f"score over {name}", x_label=name, y_label="score", x_format=_namer(names))
+    places = {each: float(place) for place, each in enumerate(names)}
+    return Axis(name, [places[value_of(value) or "(none)"] for value in values], format=_namer(names), count=len(names))
+
+
+def _against(axis: Axis, scored: Sequence[Row], metric: str) -> Html:
+    points = [Point(x, _score(row), _label(row)) for x, row in zip(axis.values, scored, strict=True)]
+    label = axis.name + (" (log)" if axis.log else "")
+    return scatter(
+        points, title=f"{metric} over {axis.name}", x_label=label, y_label=metric, log_x=axis.log, x_format=axis.format
+    )
 
 
 def _namer(names: Sequence[str]) -> Callable[[float], str]:
@@ -175,13 +278,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _score(row: Row) -> float:
-    return math.nan if row.score is None else row.score
+def _score(row: Row | None) -> float:
+    return math.nan if row is None or row.score is None else row.score
 
 
-def _name(row: Row) -> str:
+def _name(row: Row, varying: Sequence[str] = ()) -> str:
     """Label of a run in a legend: its number and the settings that set it apart."""
-    words = " ".join(f"{name.rpartition('.')[2]}={value_of(value)}" for name, value in list(row.settings.items())[:3])
+    words = " ".join(f"{name.rpartition('.')[2]}={value_of(row.settings.get(name))}" for name in varying[:3])
     number = f"#{row.number}" if row.number is not None else row.run.name if row.run else ""
     return f"{number} {words}".strip()
 

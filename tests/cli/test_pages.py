@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from danling_conf.cli.main import main
 from danling_conf.cli.pages.charts import Bar, Point, Series, line_chart, scatter, timeline
 from danling_conf.cli.pages.page import Html, badge, facts, page, section, table, tiles
+from danling_conf.cli.pages.parallel import Axis, parallel_coordinates
 from danling_conf.cli.pages.scales import scale_of, short, thinned
+from tests.support.sweeps import write_sweep
 
 pytestmark = pytest.mark.composition
 
@@ -48,7 +53,7 @@ def test_a_line_goes_through_its_points() -> None:
     (left, high, *_), (right, low, *_) = data[0]["points"]
     assert left < right
     assert high > low  # pixels count downwards
-    assert f"M{left:.1f} {high:.1f}L{right:.1f} {low:.1f}" in svg.findall("path")[0].attrib["d"]
+    assert f"M{left:.1f} {high:.1f}L{right:.1f} {low:.1f}" in svg.findall(".//path")[0].attrib["d"]
     assert "b &amp; c" in chart
 
 
@@ -111,3 +116,48 @@ def test_a_long_line_is_thinned_and_keeps_its_extremes() -> None:
     assert points[4321] in kept
     assert kept == sorted(kept)
     assert thinned(points[:50], 100) == points[:50]
+
+
+def test_parallel_coordinates_have_a_line_for_each_run() -> None:
+    axes = [Axis("lr", [0.1, 0.001], log=True), Axis("val.loss", [1.0, 2.0])]
+    chart = parallel_coordinates(axes, ["the best", "the <other>"], title="t")
+    svg = svg_of(chart)
+    other, best = svg.findall("path")  # the best one is on top
+    assert best.attrib["data-tip"] == "the best"
+    assert other.attrib["data-tip"] == "the <other>"
+    assert float(best.attrib["stroke-opacity"]) > float(other.attrib["stroke-opacity"])
+    assert 'class="chart wide"' in chart
+
+
+def test_sweeps_and_metrics_are_parts_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores of two sweeps do not compare, nor accuracies with losses."""
+    first = [_job(0.1, 1.0, momentum=0.9), _job(0.01, 2.0, momentum=0.9), _job(0.01, 1.5, momentum=0.5)]
+    by_accuracy = {"score_name": "accuracy", "score_mode": "max", "score_split": "val"}
+    second = [_job(0.3, 0.7, **by_accuracy), _job(0.4, 0.8, **by_accuracy)]
+    for name, jobs in (("one", first), ("two", second)):
+        write_sweep(tmp_path / "exp" / name / "sweeps" / name, jobs)
+    for number, job in enumerate(second):
+        run = tmp_path / "exp" / "two" / f"run{number}"
+        run.mkdir()
+        line = {"time": 1.0, "attempt": "a", "step": 1, "epoch": 0, "val.accuracy": job["lines"][1]["score"]}
+        (run / "metrics.jsonl").write_text(json.dumps({**line, "train.loss": 1.0, "val.loss": 0.5}) + "\n")
+    target = tmp_path / "page.html"
+    assert main(["runs", str(tmp_path), "--html", str(target)]) == 0
+    content = target.read_text()
+    assert "<h2>Sweep one by loss: jobs</h2>" in content
+    assert "<h2>Sweep two by val.accuracy: jobs</h2>" in content
+    one, two = content.split("<h2>Sweep two by val.accuracy: overview</h2>")
+    assert "best val.accuracy" in two
+    assert "best loss" in one
+    assert ">why<" not in content  # nothing failed
+    assert "momentum" in one
+    assert "momentum" not in two.split("Asked for")[0]
+    assert "val.accuracy over optim.lr" in two
+    assert "loss by all that varies" in one
+
+
+def _job(lr: float, score: float, **config: Any) -> dict[str, Any]:
+    momentum = config.pop("momentum", None)
+    overrides = [] if momentum is None else [f"optim.momentum={momentum}"]
+    lines = [{"status": "running"}, {"status": "completed", "score": score}]
+    return {"lr": lr, "config": config, "lines": lines, "overrides": overrides}

@@ -124,7 +124,7 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     page = tmp_path / "run.html"
     page.write_text(report(run), encoding="utf-8")
     document = dom_of(page, tmp_path)
-    assert document.count("<svg") == 7
+    assert document.count("<svg viewBox") == 7
     assert document.count('class="path"') == 9  # two losses, learning rate, norm, speed, three of a step's, memory
     # A page that asks itself: what is drawn where, and what a pointer and a click do.
     probe = tmp_path / "probe.html"
@@ -136,6 +136,11 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     assert all(width > 300 and height > 60 for width, height in found["charts"])
     assert "step " in found["tip"]
     assert "train.loss: " in found["tip"]
+    whole, zoomed, back = found["zoom"]
+    assert zoomed != whole
+    assert len(zoomed) > len(whole) / 2
+    assert back.count("L") == whole.count("L")
+    assert float(back[1:].split()[0]) == pytest.approx(float(whole[1:].split()[0]), abs=0.2)
     assert found["first"] != found["sorted"]
     assert found["external"] == 0
 
@@ -143,12 +148,18 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
 PROBE = """<pre id="found"></pre><script>
 const svg = document.querySelector('svg[data-lines]'), box = svg.getBoundingClientRect();
 svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2, clientY: box.top + 50}));
+const curve = () => svg.querySelector('.curves .path').getAttribute('d');
+const at = (what, share) => svg.dispatchEvent(new PointerEvent(what, {clientX: box.left + box.width * share}));
+const tipped = document.getElementById('tip').textContent, zoom = [curve()];
+at('pointerdown', .3); at('pointermove', .5); at('pointerup', .6); zoom.push(curve());
+at('dblclick', .5); zoom.push(curve());
 const table = [...document.querySelectorAll('table')].find(t => t.textContent.includes('max_grad_norm'));
 const first = () => table.tBodies[0].rows[0].textContent;
 const before = first(); table.tHead.rows[0].cells[0].click(); table.tHead.rows[0].cells[0].click();
 document.getElementById('found').textContent = JSON.stringify({
-  wide: document.documentElement.scrollWidth, tip: document.getElementById('tip').textContent,
-  charts: [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),
+  wide: document.documentElement.scrollWidth, tip: tipped, zoom,
+  charts: [...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect())
+    .map(b => [b.width, b.height]),
   first: before, sorted: first(), external: performance.getEntriesByType('resource').length});
 </script>"""
 

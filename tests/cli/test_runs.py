@@ -88,9 +88,10 @@ def test_the_page_needs_nothing_from_elsewhere(swept: Path, tmp_path: Path, caps
     assert "https://" not in content
     assert "<link" not in content.replace('<link rel="icon" href="data:,">', "")
     assert "src=" not in content
-    assert "score over optim.lr" in content
+    assert "loss over optim.lr" in content
     assert "optim.lr (log)" in content  # two decades
-    assert "score over data.do" in content
+    assert "loss over data.do" not in content  # it does not vary among those with a score
+    assert "loss by all that varies" in content
     assert content.count('<span class="badge good">completed</span>') == 2
     assert "RuntimeError: the gate is shut" in content
 

@@ -71,7 +71,7 @@ def line_chart(
     drawn = [Series(each.name, _finite(each.points, log_y)) for each in series]
     drawn = [Series(each.name, thinned(each.points, _MOST_POINTS)) for each in drawn if each.points]
     if not drawn:
-        return _figure(title, [], Html('<div class="empty">nothing was recorded</div>'))
+        return figure(title, [], Html('<div class="empty">nothing was recorded</div>'))
     every = [point for each in drawn for point in each.points]
     x = scale_of([point[0] for point in every], _LEFT, _WIDTH - _RIGHT)
     values = [point[1] for point in every] + ([0.0] if zero and not log_y else [])
@@ -79,23 +79,30 @@ def line_chart(
     if zero and not log_y and y.low < 0 <= min(values):
         y = Scale(0.0, y.high, y.begin, y.end)
     body = [_axes(x, y, x_label, y_label, x_format, y_format)]
-    data = []
+    data: list[dict[str, object]] = []
+    curves: list[str] = []
     for number, each in enumerate(drawn):
         places = [(x(px), y(py)) for px, py in each.points]
         colour = f"var(--s{number % COLOURS})"
         path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
-        body.append(f'<path class="path" stroke="{colour}" d="{path}"/>')
+        curves.append(f'<path class="path" stroke="{colour}" d="{path}"/>')
         if len(places) <= 40:
-            body += [f'<circle class="mark" fill="{colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in places]
+            curves += [f'<circle class="mark" fill="{colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in places]
         points = [
             [round(place[0], 1), round(place[1], 1), x_format(point[0]), point[1]]
             for place, point in zip(places, each.points, strict=True)
         ]
         data.append({"name": each.name, "points": points})
+    # A drawing of its own inside the axes: it cuts off what a zoom moves out of them.
+    inside = f'x="{_LEFT - 4}" y="0" width="{_WIDTH - _LEFT - _RIGHT + 8}" height="{_HEIGHT - _BOTTOM + 4}"'
+    view = f'viewBox="{_LEFT - 4} 0 {_WIDTH - _LEFT - _RIGHT + 8} {_HEIGHT - _BOTTOM + 4}"'
+    body.append(f'<svg class="curves" {inside} {view} overflow="hidden">{"".join(curves)}</svg>')
+    body.append(f'<rect class="chosen" y="{_TOP}" height="{_HEIGHT - _BOTTOM - _TOP}" style="visibility:hidden"/>')
     body.append(f'<line class="cross" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" style="visibility:hidden"/>')
-    attributes = f'data-lines="{escape(json.dumps(data, separators=(",", ":")))}" data-x="{escape(x_label)}"'
+    ends = f'data-left="{_LEFT}" data-right="{_WIDTH - _RIGHT}"'
+    attributes = f'{ends} data-lines="{escape(json.dumps(data, separators=(",", ":")))}" data-x="{escape(x_label)}"'
     names = [each.name for each in drawn] if len(drawn) > 1 else []
-    return _figure(title, names, _svg(body, title, _HEIGHT, attributes))
+    return figure(title, names, svg(body, title, _HEIGHT, attributes))
 
 
 def scatter(
@@ -117,7 +124,7 @@ def scatter(
     """
     shown = [point for point in points if _drawable(point.x, log_x) and _drawable(point.y, log_y)]
     if not shown:
-        return _figure(title, [], Html('<div class="empty">nothing to compare yet</div>'))
+        return figure(title, [], Html('<div class="empty">nothing to compare yet</div>'))
     x = scale_of([point.x for point in shown], _LEFT, _WIDTH - _RIGHT, log=log_x, pad=0.05)
     y = scale_of([point.y for point in shown], _HEIGHT - _BOTTOM, _TOP, log=log_y, pad=0.06)
     body = [_axes(x, y, x_label, y_label, x_format, y_format)]
@@ -128,7 +135,7 @@ def scatter(
             f'r="5.5" data-tip="{escape(words)}"><title>{escape(words)}</title></circle>'
         )
         body.append(f'<a href="{escape(point.href)}">{mark}</a>' if point.href else mark)
-    return _figure(title, groups, _svg(body, title, _HEIGHT, ""))
+    return figure(title, groups, svg(body, title, _HEIGHT, ""))
 
 
 def timeline(
@@ -146,7 +153,7 @@ def timeline(
     """
     times = [time for _, bars in rows for bar in bars for time in (bar.begin, bar.end)] + [time for time, _ in marks]
     if not times:
-        return _figure(title, [], Html('<div class="empty">nothing was recorded</div>'))
+        return figure(title, [], Html('<div class="empty">nothing was recorded</div>'))
     width = 2 * _WIDTH
     left = 14.0 + 6.6 * max(len(name) for name, _ in rows)
     height = _TOP + _ROW * len(rows) + _BOTTOM - 12
@@ -154,10 +161,10 @@ def timeline(
     body = []
     for tick in x.ticks(8):
         body.append(f'<line class="rule" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{height - 26}"/>')
-        body.append(_label(x(tick), height - 10, x_format(tick), "middle"))
+        body.append(axis_label(x(tick), height - 10, x_format(tick), "middle"))
     for number, (name, bars) in enumerate(rows):
         top = _TOP + number * _ROW
-        body.append(_label(left - 10, top + 16, name, "end"))
+        body.append(axis_label(left - 10, top + 16, name, "end"))
         for bar in bars:
             size = max(2.0, x(bar.end) - x(bar.begin))
             body.append(
@@ -170,19 +177,22 @@ def timeline(
             f'<path fill="var(--ink)" d="M{x(time):.1f} {height - 30:.1f}l-4.5 8h9z" data-tip="{escape(what)}">'
             f"<title>{escape(what)}</title></path>"
         )
-    return _figure(title, [], _svg(body, title, height, "", width))
+    return figure(title, [], svg(body, title, height, "", width))
 
 
-def _figure(title: str, legend: Sequence[str], content: Html) -> Html:
+def figure(title: str, legend: Sequence[str], content: Html, *, wide: bool = False) -> Html:
+    """A chart with its title and legend; a wide one takes all columns of its section."""
     entries = "".join(
         f'<span><i style="background:var(--s{number % COLOURS})"></i>{text(name)}</span>'
         for number, name in enumerate(legend)
     )
     shown = f'<span class="legend">{entries}</span>' if entries else ""
-    return Html(f'<figure class="chart"><figcaption>{text(title)}{shown}</figcaption>{content}</figure>')
+    kind = "chart wide" if wide else "chart"
+    return Html(f'<figure class="{kind}"><figcaption>{text(title)}{shown}</figcaption>{content}</figure>')
 
 
-def _svg(body: Sequence[str], label: str, height: float, attributes: str, width: float = _WIDTH) -> Html:
+def svg(body: Sequence[str], label: str, height: float, attributes: str, width: float = _WIDTH) -> Html:
+    """A drawing of that size, scaled to the width that it is given."""
     return Html(
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}" {attributes}>'
         + "".join(body)
@@ -203,11 +213,12 @@ def _axes(
     for tick in y.ticks(5):
         place = y(tick)
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
-        parts.append(_label(_LEFT - 8, place + 4, y_format(tick), "end"))
-    for tick in x.ticks(6):
-        parts.append(_label(x(tick), bottom + 17, x_format(tick), "middle"))
+        parts.append(axis_label(_LEFT - 8, place + 4, y_format(tick), "end"))
+    parts.append('<g class="ticks">')
+    parts += [axis_label(x(tick), bottom + 17, x_format(tick), "middle") for tick in x.ticks(6)]
+    parts.append("</g>")
     parts.append(f'<line class="base" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 4, x_label, "middle"))
+    parts.append(axis_label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 4, x_label, "middle"))
     if y_label:
         middle = (_TOP + bottom) / 2
         parts.append(
@@ -217,7 +228,8 @@ def _axes(
     return "".join(parts)
 
 
-def _label(x: float, y: float, words: str, anchor: str) -> str:
+def axis_label(x: float, y: float, words: str, anchor: str) -> str:
+    """Text along an axis."""
     return f'<text class="axis" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 

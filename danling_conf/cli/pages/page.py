@@ -8,6 +8,7 @@ from html import escape
 from danling_conf.cli.pages.script import SCRIPT
 from danling_conf.cli.pages.style import STYLE
 from danling_conf.records.status import Status
+from danling_conf.schema.printable import printable_lines
 
 KINDS: dict[str, str] = {
     Status.COMPLETED: "good",
@@ -33,7 +34,7 @@ def text(value: object) -> Html:
     """A value as markup: `Html` as it is, None as a dash, anything else escaped."""
     if isinstance(value, Html):
         return value
-    return Html("&ndash;" if value is None else escape(str(value)))
+    return Html("&ndash;" if value is None else escape(printable_lines(str(value))))
 
 
 def page(title: str, sections: Iterable[Html], *, subtitle: object = "") -> str:
@@ -109,7 +110,7 @@ def folded(heading: str, *parts: Html) -> Html:
 
 def code(content: str) -> Html:
     """Preformatted text."""
-    return Html(f'<pre class="scroll"><code>{escape(content)}</code></pre>')
+    return Html(f'<pre class="scroll"><code>{escape(printable_lines(content))}</code></pre>')
 
 
 def badge(word: str, kind: str = "") -> Html:

@@ -34,6 +34,9 @@ grid-template-columns:repeat(auto-fit,minmax(min(100%,calc(100%/var(--columns) -
 .axis{fill:var(--soft);font-size:11.5px;font-variant-numeric:tabular-nums}
 .rule{stroke:var(--grid)}.base{stroke:var(--line)}
 .path{fill:none;stroke-width:1.75;stroke-linejoin:round;stroke-linecap:round}
+.run:hover{stroke-width:3.5;stroke-opacity:1}
+.wide{grid-column:1/-1}
+.chosen{fill:var(--accent);fill-opacity:.14;pointer-events:none}
 .mark{stroke:var(--card);stroke-width:1.2}
 .cross{stroke:var(--soft);stroke-dasharray:3 3}
 .bar{stroke:var(--card);stroke-width:1}
