@@ -367,6 +367,8 @@ def with_penalty(model: Any, batch: Any) -> Any:
 def with_gradient_penalty(model: Any, batch: Any) -> Any:
     x = batch["x"].clone().requires_grad_()
     output = model(x)
+    if not torch.is_grad_enabled():  # an evaluation
+        return output
     (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     return output + slope.square().mean(1, keepdim=True)
 
