@@ -440,8 +440,11 @@ def keep_for_backward(budget: float, *, everything: bool = False) -> None:
     """
     from torch._functorch import config
 
-    config.activation_memory_budget = budget
-    config.max_dist_from_bw = -1 if everything else 1000
+    wanted = {"activation_memory_budget": budget, "max_dist_from_bw": -1 if everything else 1000}
+    if any(getattr(config, name) != value for name, value in wanted.items()):
+        torch._dynamo.reset()  # code that was compiled under another policy would be used again for the same class
+    for name, value in wanted.items():
+        setattr(config, name, value)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class CompileConfig:
     """How dynamo treats DDP (`torch._dynamo.config.optimize_ddp`). Unset (`null`): left as torch has it."""
     precompile_artifact_dir: Optional[str] = setting(None, semantic=False, read_by=_ARTIFACTS)
     """Directory of packed compile caches: one file for the same versions, device, CPU, compile section, precision,
-    layout, model and batch size. A run that finds its file starts without compiling; another writes it, after its first
+    layout, model and batch size. A run that finds its file starts from it; another one writes it, after its first
     step and at its end. Loading a file runs code that is in it, so nobody else should be able to write there. Unset:
     only inductor's own cache on this machine."""
     precompile_artifact_max_days: float = setting(30.0, above=0, semantic=False, read_by=_ARTIFACTS)

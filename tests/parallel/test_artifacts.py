@@ -1,5 +1,4 @@
-"""Packed compile caches: whole or passed over, one name for one purpose, old ones removed. What they save is shown by
-tests/runner/test_artifacts.py."""
+"""Packed compile caches: whole or passed over, one name for one purpose, old ones removed."""
 
 from __future__ import annotations
 
