@@ -43,21 +43,26 @@ __all__ = [
     "all_gather",
     "all_to_all",
     "argument_names",
+    "compile_settings_restored",
     "default_store",
     "dump_memory_snapshot",
     "enable_ring",
     "fake_errors",
     "fake_tensors",
     "flatten_mesh",
+    "forget_compiled_code",
     "forget_meshes",
     "is_fake",
     "is_operator",
     "is_view",
+    "keep_for_backward",
     "keep_quiet_about_order",
+    "one_graph",
     "operators",
     "optimize_ddp",
     "outstanding_collective",
     "own_attributes",
+    "place_of_break",
     "process_groups",
     "quiet_fake_tensors",
     "real_tensors",
@@ -77,6 +82,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "truncated_normal",
+    "untraceable",
     "whole_parameters",
     "written_arguments",
 ]
@@ -333,6 +339,74 @@ def optimize_ddp(value: bool | str) -> None:
     """Choose how dynamo treats DDP. `torch._dynamo.config` is documented but has no public path; another name there
     raises AttributeError for `compile.optimize_ddp`."""
     torch._dynamo.config.optimize_ddp = value  # type: ignore[assignment]
+
+
+def keep_for_backward(budget: float, *, everything: bool = False) -> None:
+    """Choose what graphs that are compiled from now on keep from forward for backward: as torch chooses (a budget of
+    1), less, or `everything` that eager execution keeps.
+
+    The partitioner of inductor and of `aot_eager` reads both names. Without the first, `compile.memory_policy` raises
+    AttributeError. The second is a distance from backward, beyond which nothing is computed again; where torch forgets
+    it, `eager` is `default`, and the test of the saved bytes fails.
+    """
+    from torch._functorch import config
+
+    wanted = {"activation_memory_budget": budget, "max_dist_from_bw": -1 if everything else 1000}
+    if any(getattr(config, name) != value for name, value in wanted.items()):
+        torch._dynamo.reset()  # code that was compiled under another policy would be used again for the same class
+    for name, value in wanted.items():
+        setattr(config, name, value)
+
+
+@contextmanager
+def compile_settings_restored() -> Iterator[None]:
+    """Whatever is set inside by `optimize_ddp` and `keep_for_backward` is as before afterwards."""
+    from torch._functorch import config
+
+    names = ("activation_memory_budget", "max_dist_from_bw")
+    before, ddp = {name: getattr(config, name) for name in names}, torch._dynamo.config.optimize_ddp
+    try:
+        yield
+    finally:
+        torch._dynamo.config.optimize_ddp = ddp
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def forget_compiled_code() -> None:
+    """Let inductor read its cache directory anew: what it holds in memory it would not write to another one. Without
+    `clear_caches`, a directory that a process changes to stays incomplete."""
+    if "torch._inductor.utils" in sys.modules:
+        sys.modules["torch._inductor.utils"].clear_caches()
+
+
+def one_graph(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function that calls `backward`, compiled as one graph with its backward pass.
+
+    `trace_autograd_ops` is set for its calls alone: a forward under DDP or FSDP2 that is traced with it loses every
+    gradient without an error in 2.13. Without the name, `stack=graph` fails.
+    """
+    compiled = torch.compile(function, fullgraph=True, **options)
+
+    def call(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*arguments)
+
+    return call
+
+
+def untraceable() -> tuple[type[Exception], ...]:
+    """What is raised where a function is not one graph."""
+    from torch._dynamo import exc
+
+    return exc.Unsupported, exc.UserError
+
+
+def place_of_break(error: Exception) -> tuple[str, int, str] | None:
+    """File, line and text of the code at which tracing ended, of an error of `untraceable`. None where it does not
+    say."""
+    stack = getattr(error, "real_stack", None)
+    return (stack[-1].filename, stack[-1].lineno or 0, stack[-1].line or "") if stack else None
 
 
 def dynamo_is_loaded() -> bool:

@@ -23,7 +23,8 @@ A model under the layout:
     compile_model: `torch.compile`, by block or as a whole.
 
 What trains it:
-    Passes: forward, backward and evaluation of an assembled model.
+    Passes, compiled_update: forward, backward and evaluation of an assembled model, and an optimizer's step as a graph;
+        with `graph=`, both are what `stack=graph` runs.
     make_dataloader, set_epoch, resume_dataloader, stop_workers: the loader of a split, resumable at any batch.
     make_optimizer: an optimizer with parameter groups by pattern.
     make_scheduler, scheduler_interval, is_metric_driven, resume_scheduler: the schedule of the learning rate.
@@ -60,6 +61,7 @@ from danling_conf.parallel.ddp import replicate
 from danling_conf.parallel.device import device_type, local_device
 from danling_conf.parallel.forward_backward import Passes
 from danling_conf.parallel.fsdp import shard
+from danling_conf.parallel.graph import compiled_update
 from danling_conf.parallel.mesh import data_rank_and_degree
 from danling_conf.parallel.mesh import make as make_mesh
 from danling_conf.parallel.mesh import make_expert as make_expert_mesh
@@ -85,6 +87,7 @@ __all__ = [
     "autocast",
     "clip",
     "compile_model",
+    "compiled_update",
     "data_rank_and_degree",
     "device_type",
     "is_distributed",

@@ -239,7 +239,8 @@ def _setting_lines(found: Described) -> list[str]:
         lines += [f"  type     {found.type}", f"  default  {_default(found)}"]
     facts = found.facts
     if facts.choices:
-        lines.append(f"  choices  {', '.join(facts.choices)}")
+        also = [f"{facts.fraction}:X (X from 0 to 1)"] if facts.fraction else []
+        lines.append(f"  choices  {', '.join([*facts.choices, *also])}")
     if facts.aliases:
         lines.append("  aliases  " + ", ".join(f"{alias} = {name}" for alias, name in facts.aliases.items()))
     lines.append(f"  read by  {found.read_by}")

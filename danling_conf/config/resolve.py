@@ -189,7 +189,9 @@ def merge_leaves(node: DictConfig, given: Mapping[Any, Any], kind: Any, prefix: 
 
 
 def _derive(config: RunnerConfig, context: Context) -> None:
-    """Set derived values: degrees of -1, and the stack."""
+    """Set derived values: degrees of -1, the stack, and that the graph stack compiles."""
+    if config.stack == "graph":
+        config.compile.enable = True
     axes = config.parallel.axes
     layout = fill(layout_of(config), context.machine.fill_world_size)
     for axis, degree in layout.degrees().items():

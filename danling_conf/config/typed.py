@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.schema import Facts, facts_of
+from danling_conf.schema.setting import fraction_in
 from danling_conf.topology.violation import ABSENT, Violation, show
 
 
@@ -167,8 +168,13 @@ def _choice_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     allowed = [*(facts.choices or ()), *(facts.aliases or {})]
     if facts.choices is None or str(value) in allowed:
         return None
+    named = list(facts.choices)
+    if facts.fraction is not None:
+        if fraction_in(str(value), facts.fraction) is not None:
+            return None
+        named.append(f"{facts.fraction}:X with X from 0 to 1")
     near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-    return f"it must be one of {', '.join(facts.choices)}", f"did you mean {near[0]}?" if near else "choose one of them"
+    return f"it must be one of {', '.join(named)}", f"did you mean {near[0]}?" if near else "choose one of them"
 
 
 def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:

@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from danling_conf.components import gradients
 from danling_conf.components.batch import CountSamples, count_samples, described, tensors
 from danling_conf.parallel import inside_step
+from danling_conf.parallel.graph import WholeStep
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.pipeline import passes
 from danling_conf.parallel.process_group import is_distributed, refuse_together
+from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import rank_at
 from danling_conf.topology.violation import ABSENT, SettingError, Violation
@@ -64,6 +66,7 @@ class Passes:
         autocast: makes the context of forward and loss.
         scaler: of the loss, for fp16.
         count: samples in a batch.
+        graph: compiles forward, loss and backward into one graph by this section; one process only.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Passes:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         count: CountSamples = count_samples,
+        graph: CompileConfig | None = None,
     ) -> None:
         self.model, self.forward, self.loss = model, forward, loss
         self.device, self.autocast, self.scaler, self.count = device, autocast, scaler, count
@@ -88,6 +92,7 @@ class Passes:
         self.rank_with_outputs = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": last})
         """A rank that sees outputs: the first one of the last stage."""
         self._check_attention = model.check_attention
+        self._whole_step = None if graph is None else WholeStep(self._objective, graph)
         self._weighted: bool | None = None
         self._counted: Tensor | None = None
         self._proven = False
@@ -114,6 +119,8 @@ class Passes:
                     batch = self.part(batch)
                     self.model.pipeline.microbatches(batch)  # what cannot be cut is refused before ranks depend on it
                 measured = self._train_pipeline(batch, micro_batches)
+            elif self._whole_step is not None:
+                measured = self._train_graph(self._whole_step, batch, micro_batches)
             elif micro_batches == 1:
                 measured = self._train_whole(batch, 1, last=True)
             else:
@@ -259,6 +266,18 @@ class Passes:
             self.model.gradients.before_backward(total, last=last)
         self._scaled(measured, micro_batches).backward()
         return Measured(total.detach(), measured.weight)
+
+    def _train_graph(self, step: WholeStep, batch: Any, micro_batches: int) -> Measured:
+        with self._refused_at_first():
+            measured = Measured(*step(batch, micro_batches))
+        if self._has_count(measured):
+            self._count(measured)
+        return measured
+
+    def _objective(self, batch: Any) -> tuple[Tensor, Tensor | float]:
+        with self.autocast():
+            measured = self._measured(self.forward(self.model.module, batch), batch)
+        return measured.total, measured.weight
 
     def _train_pipeline(self, batch: Any, micro_batches: int) -> Measured:
         pipeline = self.model.pipeline

@@ -268,7 +268,7 @@ class Loop:
         if skipped:
             pass
         elif setup.scaler is None:
-            self.setup.optimizer.step()
+            (setup.compiled_update or setup.optimizer.step)()
         else:
             setup.scaler.step(self.setup.optimizer)
             setup.scaler.update()
@@ -300,6 +300,8 @@ class Loop:
         self._next_event = self._find_next_event()
 
     def _after_first_step(self) -> None:
+        if self.setup.artifact is not None:  # here too, so that a run that is killed has left it
+            self.setup.artifact.save()
         with waiting("the first step"):
             process_group.tighten(self.config.comm)
         self.display.activity(None)

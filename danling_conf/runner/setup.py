@@ -22,7 +22,10 @@ from danling_conf.components import precision
 from danling_conf.components.batch import CountSamples
 from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.instantiate import model_factory
+from danling_conf.parallel import artifacts
+from danling_conf.parallel.artifacts import Artifact
 from danling_conf.parallel.forward_backward import Loss, Passes
+from danling_conf.parallel.graph import compiled_update
 from danling_conf.parallel.model import Assembled, assemble
 from danling_conf.runner.batch import Forward, MetricInputs, forward_of, loss_of_output, metric_inputs_of
 from danling_conf.runner.cadence import Cadence, cadence_of
@@ -49,6 +52,8 @@ class Setup:
     parameters: list[nn.Parameter]
     """Those of this rank that are trained."""
     optimizer: Optimizer
+    compiled_update: Callable[[], object] | None
+    """The optimizer's step as a graph; None where it is not compiled."""
     metrics: dict[str, Any]
     metric_inputs: MetricInputs
     """Makes the arguments of a metric's update."""
@@ -59,6 +64,8 @@ class Setup:
     """Makes the context of forward and loss."""
     scaler: torch.amp.GradScaler | None
     """Of the loss, for fp16."""
+    artifact: Artifact | None
+    """What the run has compiled, where it is kept for others."""
     samples_per_step: int
     """Samples of one optimizer step, over all ranks."""
     tokens_per_sample: int | None
@@ -105,6 +112,16 @@ def set_up(
     utilisation = _utilisation(config, world, model, run_model, objective, count)
     example = example_of(split_loaders["train"], world.attempt.seed)
     assembled = _assembled(config, world, model, example, run_model)
+    samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
+    artifact = artifacts.begin(
+        config.compile,
+        assembled.parts,
+        layout=world.layout,
+        rank=world.ranks.rank,
+        device=world.device,
+        precision=config.precision,
+        batch_size=samples,
+    )
     check_sequences(split_loaders, assembled, world.layout, config.parallel)
     _check_loss(loss, assembled, world)
     trained = nn.ModuleList(assembled.parts) if assembled.pipeline is not None else assembled.module
@@ -124,7 +141,6 @@ def set_up(
     cast = None if config.fsdp.enabled else config.precision
     autocast = partial(precision.autocast, cast, world.device.type)
     scaler = precision.scaler(cast, world.device.type)
-    samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
     return Setup(
         loaders=split_loaders,
         cadence=cadence,
@@ -133,6 +149,7 @@ def set_up(
         model=trained,
         parameters=[item for _, item in assembled.named_parameters() if item.requires_grad],
         optimizer=optimizer,
+        compiled_update=compiled_update(optimizer, config.compile) if config.stack == "graph" else None,
         metrics=measures,
         metric_inputs=metric_inputs or metric_inputs_of(config.batch),
         score=score,
@@ -146,9 +163,11 @@ def set_up(
             autocast=autocast,
             scaler=scaler,
             count=count,
+            graph=config.compile if config.stack == "graph" else None,
         ),
         autocast=autocast,
         scaler=scaler,
+        artifact=artifact,
         samples_per_step=samples * world.data_degree * config.accum_steps,
         tokens_per_sample=tokens_per_sample,
         notes=_notes(config, score),

@@ -90,8 +90,6 @@ class Runner:
 
     def __init__(self, config: Any) -> None:
         self.config: RunnerConfig = resolve(config)
-        if self.config.compile.enable:
-            compilation.use_shared_cache()  # read when inductor is imported
         self.state = TrainState()
         self._setup: Setup | None = None
         self._checkpoints: CheckpointManager | None = None
@@ -105,6 +103,9 @@ class Runner:
         self.observers = Observers(self.config, self.state)
         self.world = self._join()
         self.device = self.world.device
+        if self.config.compile.enable:
+            self._stack.enter_context(compilation.restored())
+            compilation.use_shared_cache()
         self.stop_request = StopRequest(second_ends=not self.world.repeats_signals)
         attempt = self.world.attempt
         if self.world.lock is not None:
@@ -286,6 +287,8 @@ class Runner:
                 count_samples=count_samples,
                 tokens_per_sample=tokens_per_sample,
             )
+            if self.setup.artifact is not None:
+                self._stack.callback(self.setup.artifact.save)
             self._callbacks = Callbacks([*configured(self.config.callbacks), *given(callbacks)], self)
             self._stack.callback(self._call_of_exception)
             self._callbacks.check_ranks()

@@ -7,6 +7,10 @@ from typing import Any, ClassVar, Optional
 
 from danling_conf.schema.setting import setting
 
+_ARTIFACTS = "danling_conf.parallel.artifacts"
+BUDGET = "budget"
+"""Word of a memory policy that names how much is kept: `budget:0.5`."""
+
 
 @dataclass(kw_only=True)
 class CompileConfig:
@@ -35,10 +39,21 @@ class CompileConfig:
         semantic=False,
     )
     """How dynamo treats DDP (`torch._dynamo.config.optimize_ddp`). Unset (`null`): left as torch has it."""
-    precompile_artifact_dir: Optional[str] = setting(None, semantic=False, pending="stack=graph")
-    """Directory of compiler-cache artifacts (graph stack). Unset: none are kept."""
-    memory_policy: Optional[str] = setting(None, semantic=False, choices=("default",), pending="stack=graph")
-    """Graph-memory policy label (graph stack): unset or `default`."""
+    precompile_artifact_dir: Optional[str] = setting(None, semantic=False, read_by=_ARTIFACTS)
+    """Directory of packed compile caches: one file for the same versions, device, CPU, compile section, precision,
+    layout, model and batch size. A run that finds its file starts from it; another one writes it, after its first
+    step and at its end. Loading a file runs code that is in it, so nobody else should be able to write there. Unset:
+    only inductor's own cache on this machine."""
+    precompile_artifact_max_days: float = setting(30.0, above=0, semantic=False, read_by=_ARTIFACTS)
+    """Packed caches that no run has used for so many days are removed when one is written."""
+    precompile_artifact_max_gb: float = setting(10.0, above=0, semantic=False, read_by=_ARTIFACTS)
+    """Largest size of all packed caches of the directory together, in GB (10^9 bytes); those that were not used for the
+    longest time are removed when one is written."""
+    memory_policy: Optional[str] = setting(None, semantic=False, choices=("default", "full", "eager"), fraction=BUDGET)
+    """What compiled code keeps from forward for backward: `default` as torch chooses (cheap operators are computed
+    again), `full` nothing but inputs (all of each graph is computed again), `eager` all that eager execution would
+    keep, `budget:0.5` half of what `default` keeps, at the least extra computation. Gradients are the same. Unset: as
+    torch's own configuration has it."""
 
     _target_: str = "danling_conf.parallel.compile.from_keywords"
     _recursive_: bool = False

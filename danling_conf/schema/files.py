@@ -45,6 +45,11 @@ CHECKPOINT_FILE = "checkpoint.json"
 EXPORT_FILE = "export.json"
 """In an export of the model alone: its facts."""
 
+ARTIFACT_NAME = "compile-{}.tar"
+"""In `compile.precompile_artifact_dir`: a packed compile cache, by the hash of what it is for."""
+ARTIFACT_FACTS = "artifact.json"
+"""First in a packed compile cache: what it is for, size and checksum of every file in it."""
+
 LARGEST_BYTES = 1 << 26
 """A JSON object of ours is far smaller; what is larger is not read into memory."""
 DEEPEST = 100

@@ -29,7 +29,8 @@ class RunnerConfig:
     stack: str = setting(
         "auto", choices=("auto", "ddp", "parallel", "graph", "deepspeed"), aliases={"torch": "ddp", "ds": "deepspeed"}
     )
-    """Runner stack: `ddp` (alias `torch`), `parallel`, `graph`, `deepspeed` (alias `ds`); `auto` derives it from the
+    """Runner stack: `ddp` (alias `torch`), `parallel`, `graph` (one process; forward, loss and backward compiled as one
+    graph, the optimizer's step as another), `deepspeed` (alias `ds`); `auto` derives `ddp` or `parallel` from the
     layout."""
     seed: Optional[int] = setting(None, at_least=0)
     """Random seed of weights, data order and dropout. Unset: one is drawn and recorded with the run."""

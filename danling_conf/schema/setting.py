@@ -25,6 +25,8 @@ class Facts:
     """The only values allowed, in their canonical spelling."""
     aliases: Mapping[str, str] | None = None
     """Other spellings, each mapped to its canonical one."""
+    fraction: str | None = None
+    """One more choice: this word, a colon and a number from 0 to 1, such as `budget:0.5`."""
     at_least: float | None = None
     """Smallest value allowed."""
     at_most: float | None = None
@@ -55,6 +57,16 @@ def setting(
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def fraction_in(value: str, word: str) -> float | None:
+    """The number in a choice such as `budget:0.5`; None where `value` is no such choice, or not from 0 to 1."""
+    name, _, number = value.partition(":")
+    try:
+        fraction = float(number)
+    except ValueError:
+        return None
+    return fraction if name == word and 0 <= fraction <= 1 else None
 
 
 def facts_of(declared: Field[Any]) -> Facts:

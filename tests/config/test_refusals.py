@@ -54,6 +54,7 @@ REFUSED = {
         "parallel.use_device_mesh=false", "precision=fp16", "dataloader.drop_last=false",
     ],
     "stack_that_is_not_built": ["steps=3", "stack=ds"],
+    "graph_of_several_processes": ["steps=3", "stack=graph", "parallel=fsdp2", "compile.memory_policy=budget:1.5"],
     "fault_tolerance_that_is_not_built": ["steps=3", "ft=torchft"],
     "batch_that_microbatches_do_not_divide": [
         "steps=3", "parallel=pp2", "dataloader.batch_size=6", "parallel.pipeline_microbatch_size=4",

@@ -16,6 +16,7 @@ from danling_conf.components import gradients, precision
 from danling_conf.groups.layout_names import parse_layout
 from danling_conf.parallel import context, mesh, tensor
 from danling_conf.parallel.forward_backward import Passes
+from danling_conf.parallel.graph import compiled_update
 from danling_conf.parallel.model import Assembled, assemble
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
@@ -48,6 +49,8 @@ class Cell:
     precision: str = "fp32"
     accumulate: int = 1
     max_norm: float | None = None
+    graph: bool = False
+    """Forward, loss and backward are one graph, and the optimizer's step is another."""
     weighted: bool = False
     """Labels are masked, unequally on every rank; the loss gives a sum and its count."""
     fault: str | None = None
@@ -143,11 +146,14 @@ def train(cell: Cell) -> Trained:
     inject(cell, assembled)
     autocast = functools.partial(precision.autocast, None if layout.fsdp else cell.precision, "cpu")
     loss = weighted_loss if cell.weighted and cell.fault != "mean" else mean_loss
+    section = CompileConfig(**cell.compile)
     passes = Passes(
-        assembled, lambda model, batch: model(batch[0]), loss, layout, torch.device("cpu"), autocast=autocast
-    )
+        assembled, lambda model, batch: model(batch[0]), loss, layout, torch.device("cpu"), autocast=autocast,
+        graph=section if cell.graph else None,
+    )  # fmt: skip
     parameters = [parameter for _, parameter in assembled.named_parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    update = compiled_update(optimizer, section) if cell.graph else optimizer.step
     rank, degree = data_rank(layout, dist.get_rank() if dist.is_initialized() else 0), layout.data_degree
     pipeline = assembled.pipeline
     initial = {clean(name): full(item.detach()) for name, item in assembled.named_parameters()}
@@ -165,7 +171,7 @@ def train(cell: Cell) -> Trained:
             result.norms.append(gradients.clip(parameters, cell.max_norm, pipeline=group).item())
         if step == 0:
             result.gradients = {clean(name): full(item.grad) for name, item in assembled.named_parameters()}
-        optimizer.step()
+        update()
         optimizer.zero_grad()
         if dist.is_initialized():
             dist.all_reduce(total)

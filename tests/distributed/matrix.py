@@ -40,6 +40,8 @@ EAGER = {"enable": True, "backend": "aot_eager"}
 """What is compiled is traced and differentiated as by inductor, without the time that generating code takes."""
 
 VARIANTS = (
+    Cell(layout="single", variant="one graph, unequal tokens, clipping", compile=EAGER, graph=True, accumulate=2,
+         max_norm=0.1, weighted=True),
     *(
         Cell(
             layout=layout,

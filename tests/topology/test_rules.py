@@ -62,7 +62,6 @@ def config(given: dict):
 AXES = "parallel.axes."
 
 REFUSED = [
-    (support.built_stack, {"stack": "graph"}, CPU, "stack", "stack=auto"),
     (support.built_stack, {"stack": "deepspeed"}, CPU, "stack", "stack=auto"),
     (support.built_stack, {"stack": "ds"}, CPU, "stack", "stack=auto"),
     (support.built_fault_tolerance, {"ft.enabled": True}, CPU, "ft.enabled", "ft=none"),
@@ -73,6 +72,22 @@ REFUSED = [
     (world.sharding_is_fsdp, {AXES + "shard": 2, AXES + "replicate": 4}, CPU, AXES + "shard", "parallel=hsdp4x2"),
     (world.stack_fits_layout, {"stack": "ddp", AXES + "shard": 2, "fsdp.enabled": True}, CPU, "stack", "parallel=ddpN"),
     (world.stack_fits_layout, {"stack": "torch", "fsdp.enabled": True}, CPU, "stack", "stack=auto"),
+    (world.graph_of_one_process, {"stack": "graph", AXES + "replicate": 2}, CPU, "stack", "compile=whole"),
+    (world.graph_of_one_process, {"stack": "graph", AXES + "replicate": -1}, CPU, "stack", "compile=whole"),
+    (world.graph_of_one_process, {"stack": "graph", "fsdp.enabled": True}, CPU, "stack", "parallel=single"),
+    (options.graph_options, {"stack": "graph", "compile.fullgraph": False}, CPU, "compile.fullgraph", "=null"),
+    (options.graph_options, {"stack": "graph", "compile.backend": "eager"}, CPU, "compile.backend", "aot_eager"),
+    (options.graph_options, {"stack": "graph", "precision": "fp16"}, CPU, "precision", "precision=bf16"),
+    (options.graph_options, {"stack": "graph", "compile.mode": "reduce-overhead"}, FOUR, "compile.mode", "no-cudag"),
+    (options.graph_options, {"stack": "graph", "compile.memory_policy": "full"}, CPU, "compile.memory_policy",
+     "memory_policy=null"),
+    (options.graph_options, {"stack": "graph", "activation_checkpointing.mode": "full"}, CPU,
+     "activation_checkpointing.mode", "compile=whole"),
+    (options.compile_options, {"stack": "graph"}, NO_COMPILER, "compile.enable", "compile=aot_eager"),
+    (paths.artifact_directory, {"compile.precompile_artifact_dir": __file__}, CPU, "compile.precompile_artifact_dir",
+     "a directory"),
+    (paths.artifact_directory, {"compile.precompile_artifact_dir": ""}, CPU, "compile.precompile_artifact_dir",
+     "a directory"),
     (world.world_size, {AXES + "replicate": 8}, started(4), "parallel", "start 8"),
     (world.world_size, {}, started(4), "parallel", "start 1"),
     (world.world_size, {AXES + "replicate": 8}, FOUR, "parallel", "mesh_device_type=cpu"),
@@ -308,6 +323,13 @@ PASSED = [
     (paths.writable_root, {"workspace_root": "~/runs"}, CPU),
     (paths.plain_names, {"lineage": "a.b-c d", "experiment": "sweeps2"}, CPU),
     (paths.existing_sources, {}, CPU),
+    (paths.artifact_directory, {}, CPU),
+    (paths.artifact_directory, {"compile.precompile_artifact_dir": "/tmp/a/b/c/d"}, CPU),
+    (world.graph_of_one_process, {"stack": "graph"}, CPU),
+    (world.graph_of_one_process, {AXES + "replicate": 2, "compile.enable": True}, CPU),
+    (options.graph_options, {"stack": "graph", "precision": "bf16", "compile.backend": "aot_eager"}, CPU),
+    (options.graph_options, {"stack": "graph", "compile.mode": "max-autotune-no-cudagraphs"}, FOUR),
+    (options.graph_options, {"precision": "fp16", "compile.fullgraph": False}, CPU),
 ]  # fmt: skip
 """Rule, settings and surroundings that it has nothing to say of."""
 
@@ -350,7 +372,7 @@ def test_an_unwritable_root_is_refused(monkeypatch, tmp_path):
 
 
 INEFFECTIVE = [
-    (effect.not_built_yet, {"compile.memory_policy": "default"}, CPU, {"compile.memory_policy"}),
+    (effect.not_built_yet, {"ft.group_size": 2}, CPU, {"ft.group_size"}),
     (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "profiling.wait": 3,
                                              "wandb.project": "p", "mlflow.name": "n"}, CPU,
      {"heartbeat.interval_seconds", "profiling.wait", "wandb.project", "mlflow.name"}),
@@ -395,6 +417,14 @@ INEFFECTIVE = [
      {"compile.optimize_ddp"}),
     (effect.options_without_compile, {"compile.enable": True, "compile.optimize_ddp": None, AXES + "replicate": 2}, CPU,
      set()),
+    (effect.options_without_compile, {"stack": "graph", "compile.memory_policy": "default"}, CPU, set()),
+    (effect.options_without_compile, {"stack": "graph", "compile.scope": "model"}, CPU, {"compile.scope"}),
+    (effect.options_without_compile, {"compile.memory_policy": "full"}, CPU, {"compile.memory_policy"}),
+    (effect.options_without_compile, {"compile.enable": True, "compile.backend": "eager",
+                                      "compile.memory_policy": "full", "compile.precompile_artifact_dir": "kept"}, CPU,
+     {"compile.memory_policy", "compile.precompile_artifact_dir"}),
+    (effect.options_without_compile, {"compile.enable": True, "compile.precompile_artifact_max_gb": 1.0}, CPU,
+     {"compile.precompile_artifact_max_gb"}),
     (effect.pacing_without_interval, {"gc.generation": 2}, CPU, {"gc.generation"}),
     (effect.pacing_without_interval, {"gc.generation": 2, "gc.interval": 3}, CPU, set()),
     (effect.limits_without_processes, {"comm.init_timeout_seconds": 3}, CPU, {"comm.init_timeout_seconds"}),
@@ -447,7 +477,7 @@ def test_what_is_pending_is_known():
     """All of it, so that no setting is marked by mistake."""
     marked = {path for path, _ in PENDING}
     fault_tolerance = {f"ft.{item.name}" for item in fields(FtConfig)} - {"ft.enabled"}
-    assert marked == {"compile.precompile_artifact_dir", "compile.memory_policy", *fault_tolerance}
+    assert marked == fault_tolerance
 
 
 @pytest.mark.parametrize("place", [".", "made/best", "made/ckpt-s00000003"])

@@ -25,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     world.whole_degrees,
     world.sharding_is_fsdp,
     world.stack_fits_layout,
+    world.graph_of_one_process,
     world.world_size,
     world.reshard_divides,
     axes.experts_borrow,
@@ -42,6 +43,7 @@ RULES: tuple[Rule, ...] = (
     pipeline.split_backward,
     pipeline.stages_are_not_compiled,
     options.compile_options,
+    options.graph_options,
     options.precision_fits,
     options.loader_workers,
     options.saving_with_interval,
@@ -57,6 +59,7 @@ RULES: tuple[Rule, ...] = (
     paths.writable_root,
     paths.plain_names,
     paths.existing_sources,
+    paths.artifact_directory,
 )
 
 EFFECT_RULES: tuple[EffectRule, ...] = (

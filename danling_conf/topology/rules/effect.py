@@ -7,7 +7,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of
-from danling_conf.topology.rules.rule import Context, Ineffective, changed, one_process
+from danling_conf.schema.compile import CompileConfig
+from danling_conf.topology.rules.rule import Context, Ineffective, changed, compiles, one_process
 
 _OF_AXIS = {
     "tensor": ("tensor_plan", "sequence_parallel", "loss_parallel"),
@@ -46,12 +47,22 @@ def settings_without_axis(config: RunnerConfig, context: Context) -> Iterator[In
 
 def options_without_compile(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
     """Compiler options while nothing is compiled."""
-    if not config.compile.enable:
+    section = config.compile
+    if not compiles(config):
         yield from changed(config.compile, "compile", "nothing is compiled (compile.enable=false)")
-    elif config.compile.optimize_ddp != "ddp_optimizer" and (
-        config.fsdp.enabled or config.parallel.axes.replicate == 1
-    ):
+        return
+    if section.optimize_ddp != "ddp_optimizer" and (config.fsdp.enabled or config.parallel.axes.replicate == 1):
         yield Ineffective("compile.optimize_ddp", "the layout does not use DDP")
+    if section.scope == "model" and config.stack == "graph":
+        yield Ineffective("compile.scope", "stack=graph compiles the whole step")
+    if section.precompile_artifact_dir is not None and section.backend in ("eager", "aot_eager"):
+        yield Ineffective("compile.precompile_artifact_dir", f"{section.backend} generates no code that could be kept")
+    if section.memory_policy is not None and section.backend in ("eager", "cudagraphs"):
+        yield Ineffective("compile.memory_policy", f"{section.backend} has no choice of what is kept for backward")
+    if section.precompile_artifact_dir is None:
+        for name in ("precompile_artifact_max_days", "precompile_artifact_max_gb"):
+            if getattr(section, name) != getattr(CompileConfig, name):
+                yield Ineffective(f"compile.{name}", "no compiled code is kept (compile.precompile_artifact_dir=null)")
 
 
 def pacing_without_interval(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.dataloader import without_workers
-from danling_conf.topology.rules.rule import Context
+from danling_conf.topology.rules.rule import Context, compiles
 from danling_conf.topology.violation import ABSENT, Violation
 
 _INDUCTOR_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -27,13 +27,41 @@ def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violatio
     elif section.mode is not None and section.mode not in _INDUCTOR_MODES:
         rule = f"inductor's modes are {', '.join(_INDUCTOR_MODES)}"
         yield Violation("compile.mode", section.mode, rule, "choose one of them")
-    if section.enable and inductor and context.on_cpu(config) and not context.machine.compiler:
+    if compiles(config) and inductor and context.on_cpu(config) and not context.machine.compiler:
         yield Violation(
             "compile.enable",
-            True,
+            section.enable,
             "inductor generates C++ for the CPU, and a compiler (CXX, g++, clang++) or Python.h is missing",
             "install a C++ compiler and Python's headers, or compile=aot_eager, or compile=none",
         )
+
+
+def graph_options(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """What a graph of the whole step cannot be, or was never seen to be."""
+    if config.stack != "graph":
+        return
+    section = config.compile
+    if section.fullgraph is False:
+        rule = "stack=graph is one graph, and does not go on where it breaks"
+        yield Violation("compile.fullgraph", False, rule, "compile.fullgraph=null, or stack=auto compile=whole")
+    if section.backend == "eager":
+        rule = "it runs a graph as it is, without the backward pass that stack=graph puts inside"
+        yield Violation("compile.backend", "eager", rule, "compile.backend=aot_eager, or null")
+    if config.precision == "fp16":
+        rule = "fp16 needs loss scaling, which is not part of the graph"
+        yield Violation("precision", "fp16", rule, "precision=bf16, or stack=auto compile=whole")
+    if section.memory_policy not in (None, "default"):
+        rule = "backward is in the graph of forward, so that there is no border at which something is kept or not"
+        fix = "compile.memory_policy=null, or stack=auto compile=whole"
+        yield Violation("compile.memory_policy", section.memory_policy, rule, fix)
+    mode = config.activation_checkpointing.mode
+    if mode != "none":
+        rule = "torch cannot recompute random operators inside of such a graph, of which attention is one"
+        fix = "activation_checkpointing.mode=none, or stack=auto compile=whole"
+        yield Violation("activation_checkpointing.mode", mode, rule, fix)
+    if section.mode in ("reduce-overhead", "max-autotune") and not context.on_cpu(config):
+        rule = "it uses CUDA graphs, whose memory the gradients of a whole step would share with the next step"
+        yield Violation("compile.mode", section.mode, rule, "compile.mode=max-autotune-no-cudagraphs")
 
 
 def precision_fits(config: RunnerConfig, context: Context) -> Iterator[Violation]:

@@ -30,6 +30,19 @@ def writable_root(config: RunnerConfig, context: Context) -> Iterator[Violation]
         )
 
 
+def artifact_directory(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Compile artifacts are in a directory. One that cannot be written can be read all the same."""
+    given = config.compile.precompile_artifact_dir
+    if given is None:
+        return
+    found = Path(given).expanduser().absolute()
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    if not given or not found.is_dir():
+        what = f"{found} is not a directory" if given else "it names no directory"
+        yield Violation("compile.precompile_artifact_dir", given, what, "choose a directory, which may be missing yet")
+
+
 def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Names that become one folder each must be one path part."""
     names = {

@@ -44,6 +44,11 @@ def one_process(config: RunnerConfig) -> bool:
     return all(getattr(config.parallel.axes, axis) == 1 for axis in WORLD_AXES)
 
 
+def compiles(config: RunnerConfig) -> bool:
+    """Whether something is compiled: the graph stack is nothing else, whatever `compile.enable` is."""
+    return config.compile.enable or config.stack == "graph"
+
+
 def changed(section: Any, prefix: str, reason: str) -> Iterator[Ineffective]:
     """Every setting of a section that has another value than its default, as having no effect for one reason.
 

@@ -11,9 +11,10 @@ from danling_conf.topology.violation import Violation
 
 
 def built_stack(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """The graph and deepspeed stacks are names without an implementation."""
-    if config.stack in ("graph", "deepspeed"):
-        yield Violation("stack", config.stack, "this stack is not implemented yet", "leave stack=auto")
+    """The deepspeed stack is a name without an implementation."""
+    if config.stack == "deepspeed":
+        fix = "leave stack=auto: parallel=fsdpN is ZeRO 3, fsdp=zero2 keeps parameters, fsdp=offload uses host memory"
+        yield Violation("stack", config.stack, "this stack is not implemented yet", fix)
 
 
 def built_fault_tolerance(config: RunnerConfig, context: Context) -> Iterator[Violation]:

@@ -59,6 +59,23 @@ def stack_fits_layout(config: RunnerConfig, context: Context) -> Iterator[Violat
             )
 
 
+def graph_of_one_process(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A graph that has the backward pass inside knows nothing of DDP and FSDP2: in torch 2.13 all gradients are None
+    afterwards, and no error is raised."""
+    if config.stack != "graph":
+        return
+    several = [axis for axis in WORLD_AXES if getattr(config.parallel.axes, axis) not in (0, 1)]
+    if several or config.fsdp.enabled:
+        what = f"parallel.axes.{several[0]}={getattr(config.parallel.axes, several[0])}" if several else "FSDP"
+        yield Violation(
+            "stack",
+            "graph",
+            f"it is for one process without FSDP, and the layout has {what}: torch 2.13 loses every gradient, without "
+            "an error, where backward is in the graph of a model under DDP or FSDP2",
+            "stack=auto compile=whole, or parallel=single",
+        )
+
+
 def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """The product of the degrees is the number of processes."""
     layout = known_layout(config)
