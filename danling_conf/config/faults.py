@@ -19,6 +19,7 @@ from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shad
 from danling_conf.config.job import PREFIX, launcher_in
 from danling_conf.config.resolve import declared_kind, inspect, merge_leaves
 from danling_conf.config.typed import NO_SUCH_SETTING, setting_paths, unknown_key, wrong_type
+from danling_conf.groups.base import SECTIONS
 from danling_conf.groups.layout_names import GRAMMAR, LayoutNameError, looks_like_layout, parse_layout
 from danling_conf.groups.source import LAUNCHERS, LAYOUTS
 from danling_conf.schema import RunnerConfig
@@ -368,8 +369,9 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
     """
     text = "\n".join(str(item) for item in (error, error.__cause__) if item is not None and str(item))
     if twice := re.search(r"Multiple values for ([^\s.]+)\.", text):
-        fix = f"write {twice[1]}=NAME without + on a command line, 'override {twice[1]}: NAME' in a defaults list"
-        return Violation(twice[1], ABSENT, "it is chosen already", fix)
+        group = twice[1].removeprefix(f"{SECTIONS}@")  # Hydra 1.4 names the section that a preset brings
+        fix = f"write {group}=NAME without + on a command line, 'override {group}: NAME' in a defaults list"
+        return Violation(group, ABSENT, "it is chosen already", fix)
     if other := re.search(r"Merge error: (\w+) is not a subclass of (RunnerConfig)", text):
         rule = (
             f"two classes declare the whole configuration, {other[2]} and {other[1]}, and the second is no {other[2]}"

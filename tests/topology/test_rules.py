@@ -159,7 +159,6 @@ REFUSED = [
       for axis in ("tensor", "context", "pipeline")),
     (budget.one_budget, {"steps": None}, CPU, "steps", "steps=1000 or epochs=10"),
     (budget.one_budget, {"steps": 3, "epochs": 2}, CPU, "steps", "epochs=null"),
-    (budget.one_budget, {"steps": 3, "epochs": 2}, Context(given=frozenset({"epochs"})), "epochs", "steps=null"),
     (budget.one_budget, {"steps": 3, "epochs": 2}, Context(given=frozenset({"epochs", "steps"})), "steps",
      "epochs=null"),
     (budget.monitored_metric, {"scheduler.monitor": "loss"}, CPU, "scheduler.monitor", "val.loss"),
