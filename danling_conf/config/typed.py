@@ -286,8 +286,6 @@ def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
 def _range_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    if isinstance(value, int) and abs(value) >= _LARGEST:
-        return "an integer has at most 64 bits", f"choose {_LARGEST - 1} or less"
     if facts.at_least is not None and value < facts.at_least:
         return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
     if facts.at_most is not None and value > facts.at_most:
@@ -295,6 +293,8 @@ def _range_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     # Not `<=`: NaN is not greater than anything, and has to be refused.
     if facts.above is not None and not value > facts.above:
         return f"it must be greater than {show(facts.above)}", "choose a larger value"
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return "an integer has at most 64 bits", f"choose {_LARGEST - 1} or less"
     return None
 
 
