@@ -87,6 +87,7 @@ class Trial:
         shapes: by block, of what goes on.
         before, after: names of the parameters that were used before the first block, and after the last one.
         direct: whether the first block reads nothing of what is before it but its first input.
+        changed: names of the buffers that forward writes to or replaces.
         twin: the model on fake tensors.
     """
 
@@ -96,6 +97,7 @@ class Trial:
     before: frozenset[str]
     after: frozenset[str]
     direct: bool
+    changed: frozenset[str]
     twin: Twin
 
 
@@ -132,6 +134,7 @@ def run(
         watch.used_before(),
         watch.used_after(),
         watch.direct,
+        watch.changed(),
         twin,
     )
 
@@ -191,6 +194,8 @@ class _Watch:
         self._inside: list[str] = []
         self._handles: list[Any] = []
         self._parameters: dict[int, list[str]] = {}
+        self._buffers: dict[int, str] = {}
+        self._written: set[int] = set()
         self._regions: defaultdict[int, set[int]] = defaultdict(set)
         self._made: dict[int, tuple[int, str]] = {}
         """By storage that depends on parameters: the region in which it was made, and by which module."""
@@ -201,6 +206,7 @@ class _Watch:
     def start(self) -> None:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             self._parameters.setdefault(self.recording.ref(parameter).storage, []).append(name)
+        self._buffers = {self.recording.ref(buffer).storage: name for name, buffer in self._model.named_buffers()}
         for place, name in enumerate(self._blocks):
             block = self._model.get_submodule(name)
             enter = self._handle(block.register_forward_pre_hook)
@@ -229,6 +235,12 @@ class _Watch:
             if len(self._parameters[number]) == 1 and (len(outside) + len(inside)) > 1:
                 places = " and ".join(self._place(region) for region in sorted(regions))
                 raise self._fault(f"the parameter {name} is used {places}")
+
+    def changed(self) -> frozenset[str]:
+        """Names of the buffers that were written to or replaced."""
+        new = {self.recording.ref(buffer).storage: name for name, buffer in self._model.named_buffers()}
+        replaced = new.items() - self._buffers.items()
+        return frozenset({self._buffers[number] for number in self._written} | {name for _, name in replaced})
 
     def used_before(self) -> frozenset[str]:
         return self._used(0)
@@ -277,6 +289,7 @@ class _Watch:
         self._region += 1
 
     def _step(self, function: Any, read: frozenset[int], written: frozenset[int]) -> None:
+        self._written |= written & self._buffers.keys()
         if not written or function.overloadpacket.__name__ in _BY_SHAPE:
             return
         # What a module with parameters makes is not there in stages that do not hold it.
