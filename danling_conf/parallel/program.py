@@ -22,6 +22,7 @@ from danling_conf._torch_private import (
     is_view,
     storage_identity,
     tree_leaves,
+    tree_map,
     written_arguments,
 )
 
@@ -164,7 +165,7 @@ class Recording(TorchDispatchMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not is_operator(func):
             raise NotReplayable(f"it calls {func}, which is no plain operator")
-        arguments, keywords = _map(Tensor, self.ref, args), _map(Tensor, self.ref, kwargs)
+        arguments, keywords = _map_tensors(self.ref, args), _map_tensors(self.ref, kwargs)
         draws = torch.Tag.nondeterministic_seeded in func.tags
         if draws:
             self._check_draw(kwargs.get("generator"))
@@ -190,7 +191,7 @@ class Recording(TorchDispatchMode):
         """The references of an operator's results, and the storages that are new."""
         made: set[int] = set()
         results: list[Ref | None] = []
-        for item in [result] if isinstance(result, Tensor) else tree_leaves(result):
+        for item in tree_leaves(result):
             if not isinstance(item, Tensor):
                 results.append(None)
                 continue
@@ -310,8 +311,7 @@ class _Values:
         if target is not None and target.storage not in self._storages:
             self._storages[target.storage] = torch.UntypedStorage(target.bytes)
         found = self.call(step.function, step.arguments, step.keywords)
-        made = [found] if isinstance(found, Tensor) else tree_leaves(found)
-        for ref, item in zip(step.results, made, strict=True):
+        for ref, item in zip(step.results, tree_leaves(found), strict=True):
             if ref is not None and ref.storage not in self._storages:
                 if _ref(ref.storage, item) != ref:  # on fake tensors, an operator may lay out its result otherwise
                     item = ref.on(torch.UntypedStorage(ref.bytes)).copy_(item)
@@ -323,17 +323,19 @@ class _Values:
         return function(*self._real(arguments), **self._real(keywords))
 
     def _real(self, value: Any) -> Any:
-        return _map(Ref, lambda item: item.on(self.storage(item.storage)), value)
+        def real(item: Any) -> Any:
+            if isinstance(item, Ref):
+                return item.on(self.storage(item.storage))
+            return item
+
+        return tree_map(real, value)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """The arguments that an operator changes."""
     for position, name in written_arguments(func):
         value = args[position] if position < len(args) else kwargs.get(name)
-        if isinstance(value, Tensor):
-            yield value
-        elif value is not None:
-            yield from (item for item in tree_leaves(value) if isinstance(item, Tensor))
+        yield from (item for item in tree_leaves(value) if isinstance(item, Tensor))
 
 
 def _ref(number: int, tensor: Tensor) -> Ref:
@@ -341,21 +343,11 @@ def _ref(number: int, tensor: Tensor) -> Ref:
 
 
 def _refs(*values: Any) -> list[Ref]:
-    found: list[Ref] = []
-    _map(Ref, found.append, values)
-    return found
+    return [item for item in tree_leaves(values) if isinstance(item, Ref)]
 
 
-def _map(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
-    """The arguments of an operator, with `function` of each item of a class in its place."""
-    # Operators take tensors, and lists of them: torch's general trees would take most of the time of a recording.
-    if isinstance(value, kind):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)([_map(kind, function, item) for item in value])
-    if type(value) is dict:
-        return {name: _map(kind, function, item) for name, item in value.items()}
-    return value
+def _map_tensors(function: Callable[[Tensor], Ref], value: Any) -> Any:
+    return tree_map(lambda item: function(item) if isinstance(item, Tensor) else item, value)
 
 
 def _with_dtype(func: Any, arguments: Any, keywords: Mapping[str, Any], results: tuple[Ref | None, ...]) -> Any:
