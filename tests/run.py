@@ -22,8 +22,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).parents[1]
-LAST = ("nice", "-n", "15")
-"""Before the commands of a lane that leaves the cores to the others."""
 TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 
 
@@ -64,18 +62,17 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
     def pytest(python: str, *arguments: str, parallel: bool = True) -> tuple[str, ...]:
         # A file stays in one process: its tests share what fixtures and worlds of ranks have made.
         spread = ("-n", str(workers), "--dist", "loadfile") if parallel else ()
-        return (*LAST, python, "-m", "pytest", *spread, *arguments, *rest)
+        return (python, "-m", "pytest", *spread, *arguments, *rest)
 
-    slurm = (here, "-m", "pytest", "-m", "slurm", "--durations", "10", *rest)
     return (
         (
-            Part("lint", tuple((*LAST, here, "-m", *tool) for tool in TOOLS), counts=False),
+            Part("lint", tuple((here, "-m", *tool) for tool in TOOLS), counts=False),
             Part("composition", (pytest(hydra_14, "-m", "composition"),)),
             Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),)),
             Part("tests", (pytest(here, "-m", "not slurm", "--durations", "25"),)),
+            # Alone: beside other tests on two cores its jobs start too late for their time limits.
+            Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),)),
         ),
-        # It waits most of the time. Its jobs have limits of time, and must not queue for a core behind other tests.
-        (Part("slurm", (slurm,)),),
     )
 
 
