@@ -20,7 +20,8 @@ from danling_conf.parallel.batch_norm import SYNCHRONISED
 class SharedBuffers:
     """Gives the buffers of the first data rank to the others at the end of each optimizer step.
 
-    Those that the first step changes on any rank are shared; most models have none, and pay nothing after it.
+    Those that are saved and that the first step changes on any rank are shared; most models have none, and pay nothing
+    after it. What is not saved, such as a count of the last forward, is each rank's own.
 
     Args:
         parts: the model, or this rank's stages of it.
@@ -29,6 +30,7 @@ class SharedBuffers:
 
     def __init__(self, parts: Sequence[nn.Module], mesh: DeviceMesh) -> None:
         self.parts, self.group = parts, mesh.get_group()
+        self._saved = [part.state_dict().keys() for part in parts]
         self._before: list[Tensor] | None = None
         self._shared: list[int] | None = None
         """Positions of the buffers that are shared; None before the end of the first step."""
@@ -66,13 +68,10 @@ class SharedBuffers:
 
     def _buffers(self) -> Iterator[Tensor]:
         """Looked up each time: a forward may put another tensor in a buffer's place."""
-        seen: set[int] = set()
-        for module in (module for part in self.parts for module in part.modules()):
-            if isinstance(module, SYNCHRONISED):
-                continue
-            for buffer in module.buffers(recurse=False):
-                if id(buffer) not in seen and not isinstance(buffer, DTensor):
-                    seen.add(id(buffer))
+        for part, saved in zip(self.parts, self._saved, strict=True):
+            synchronised = {name for name, module in part.named_modules() if isinstance(module, SYNCHRONISED)}
+            for name, buffer in part.named_buffers():
+                if name in saved and name.rpartition(".")[0] not in synchronised and not isinstance(buffer, DTensor):
                     yield buffer
 
 

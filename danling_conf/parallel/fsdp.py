@@ -119,10 +119,12 @@ def _cast_calls(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters of a sharded model that every data rank holds whole. Call it before the first forward,
     which puts whole parameters in the place of sharded ones."""
-    return [item for item in model.parameters() if item.requires_grad and not _is_sharded(item)]
+    return [item for item in model.parameters() if item.requires_grad and not is_sharded(item)]
 
 
-def _is_sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether FSDP has sharded a parameter. A tensor axis alone makes a DTensor of it too, also of one that FSDP has
+    gathered."""
     names = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
     return any(name in names for name in ("shard", WEIGHTS, "expert_shard"))
 
@@ -133,7 +135,7 @@ def _is_complex(parameter: nn.Parameter) -> bool:
 
 def _of_other_dtypes(module: nn.Module, whole: set[nn.Parameter]) -> set[nn.Parameter]:
     """The parameters that would be in one group and have another dtype than most of what is trained there."""
-    group = [item for item in module.parameters() if item.requires_grad and item not in whole and not _is_sharded(item)]
+    group = [item for item in module.parameters() if item.requires_grad and item not in whole and not is_sharded(item)]
     elements: Counter[torch.dtype] = Counter()
     for item in group:
         elements[item.dtype] += item.numel()

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from danling_conf._torch_private import gather_in_methods, tree_leaves
 from danling_conf.components.optimizer import cleaned
+from danling_conf.parallel.fsdp import is_sharded
 from danling_conf.topology.violation import ConfigRefused, SettingError, Violation
 
 _PATH = "parallel.unused_parameters"
@@ -104,7 +104,7 @@ class _Reading(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.names = {id(item): name for name, item in cleaned(model) if isinstance(item, DTensor)}
+        self.names = {id(item): name for name, item in cleaned(model) if is_sharded(item)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         used = next((self.names[id(item)] for item in tree_leaves(args) if id(item) in self.names), None)
