@@ -7,6 +7,7 @@ its scheduler, the state of NumPy's generator); a placeholder stands for each of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,15 @@ def weights(path: Path) -> Source:
     """
     if path.is_dir():
         return _shards(path)
-    try:
-        model = _file(path).get("model")
-    except Broken:
-        model = None
-    if not isinstance(model, Mapping):
-        return sources.plain_file(path)  # a state dict of somebody else's, or a sentence
-    tensors = {_cleaned(f"{MODEL}{name}"): item for name, item in model.items() if isinstance(item, Tensor)}
-    if not tensors:
-        raise Broken(f"{path}: it holds no weights by the name `model`")
-    return sources.of_content(tensors)
+    if _foreign_classes(path):
+        with suppress(Broken):  # what is wrong with it, `plain_file` says
+            model = _file(path).get("model")
+            tensors = model.items() if isinstance(model, Mapping) else ()
+            found = {_cleaned(f"{MODEL}{name}"): item for name, item in tensors if isinstance(item, Tensor)}
+            if found:
+                return sources.of_content(found)
+    plain = sources.plain_file(path).content or {}
+    return sources.of_content({_cleaned(name): item for name, item in plain.items()})
 
 
 def not_taken(source: Path) -> list[str]:
@@ -101,13 +101,17 @@ def _cleaned(name: str) -> str:
     return name.replace(_COMPILED, "")
 
 
+def _foreign_classes(path: Path) -> list[str]:
+    """Classes in a file that `weights_only` refuses."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file may raise anything; `load_plain` says what is wrong with it
+        return []
+
+
 def _file(path: Path) -> Mapping[str, Any]:
     # torch names the classes that weights_only refuses, and takes a class of ours in the place of each.
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a damaged file may raise anything; `load_plain` says what is wrong with it
-        names = []
-    with torch.serialization.safe_globals([(_Unread, name) for name in names]):
+    with torch.serialization.safe_globals([(_Unread, name) for name in _foreign_classes(path)]):
         content = load_plain(path, mapped=True)
     return content if isinstance(content, Mapping) else {}
 

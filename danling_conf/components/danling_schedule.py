@@ -88,6 +88,6 @@ class DanLingLR(LRScheduler):
         left = self.total_steps - step
         if step < self.warmup_steps:
             rate = self.min_lr + step / self.warmup_steps * (rate - self.min_lr)
-        elif left < self.cooldown_steps:
+        elif self.cooldown_steps and left < self.cooldown_steps:
             rate = self.min_lr + max(left / self.cooldown_steps, 0.0) * (rate - self.min_lr)
         return max(self.min_lr, rate)

@@ -240,6 +240,7 @@ class Ledger:
                     self._records[key].add(line)
                 rebuilt.append(key)
         if rebuilt:
+            self._known = dict(sorted(self._known.items(), key=lambda item: int(item[1].facts["job"])))
             jobs = "1 job" if len(rebuilt) == 1 else f"{len(rebuilt)} jobs"
             warn_of_damage(self.path, f"it lost what it said of {jobs}, which are shown as their own files have them")
         elif lost:
