@@ -26,7 +26,7 @@ COMMANDS = {
     "torchrun": [*torchrun(TRAIN), "parallel=fsdp", *SHORT],
     "hsdp": [TRAIN, "parallel=hsdp2x2", "fsdp=bf16", "optim=adamw", "scheduler=cosine", *SHORT],
     "digits": [TRAIN, *DIGITS, "epochs=2"],
-    # The fix that a refusal of steps=2 names.
+    # The task's file has epochs.
     "digits by steps": [TRAIN, "task=digits", "model.width=8", "steps=2", "epochs=null"],
     "recipe": [TRAIN, "+recipe=lm_small_fsdp", *SHORT],
     "experts": [
@@ -201,19 +201,10 @@ def test_a_sweep(command: Commands) -> None:
     assert "sweep done: 2 of 2 jobs completed" in done.out
 
 
-@pytest.mark.parametrize(
-    ("overrides", "refused", "mend"),
-    [
-        (["task=digits", "steps=5"], "steps=5", "epochs=null"),
-        (["task=lm", "epochs=1"], "epochs=1", "steps=null"),
-        (["epochs=1"], "epochs=1", "steps=null"),
-    ],
-)
-def test_the_budget_of_the_other_task_is_refused_with_its_mend(
-    tmp_path: Path, overrides: list[str], refused: str, mend: str
-) -> None:
-    done = run([TRAIN, *overrides, f"workspace_root={tmp_path / 'ws'}"], cwd=tmp_path)
+def test_two_budgets_on_a_command_line_are_refused(tmp_path: Path) -> None:
+    """One alone wins over that of the task's file."""
+    done = run([TRAIN, "task=digits", "steps=5", "epochs=2", f"workspace_root={tmp_path / 'ws'}"], cwd=tmp_path)
     assert (done.code, done.out) == (2, "")
-    assert done.err.splitlines()[:2] == ["configuration refused: 1 fault", f"  {refused}"]
-    assert done.err.splitlines()[-1].strip() == f"fix: add {mend}"
+    assert done.err.splitlines()[:2] == ["configuration refused: 1 fault", "  steps=5"]
+    assert "epochs=2 is set as well" in done.err
     assert list(tmp_path.iterdir()) == []
