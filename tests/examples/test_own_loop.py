@@ -73,8 +73,8 @@ def test_a_schedule_by_metric_advances_once_an_epoch(tmp_path: Path) -> None:
     assert [rate for _, rate, _ in lines_of(run(tmp_path, *settings))] == pytest.approx([1e-6, 1e-7, 1e-8])
 
 
-def test_a_second_budget_is_refused_with_the_mend(tmp_path: Path) -> None:
-    done = run(tmp_path, "steps=30")
+def test_a_second_budget_on_the_command_line_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "steps=30", "epochs=2")
     assert (done.returncode, done.stdout) == (2, "")
     assert "steps=30" in done.stderr
     assert "add epochs=null" in done.stderr
