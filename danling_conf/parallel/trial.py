@@ -21,7 +21,7 @@ from danling_conf import _torch_private
 from danling_conf._torch_private import tree_leaves, tree_map
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.init_plan import deep_copy, named_tensors
-from danling_conf.parallel.program import Recording
+from danling_conf.parallel.program import Recording, uncollected
 from danling_conf.topology.violation import ABSENT, SettingError
 
 PATH = "parallel.axes.pipeline"
@@ -44,7 +44,7 @@ class Twin:
 
     def __init__(self, model: nn.Module) -> None:
         self.fake = _torch_private.fake_tensors()
-        with self.fake, _torch_private.quiet_fake_tensors():
+        with uncollected(), self.fake, _torch_private.quiet_fake_tensors():
             self.model = _fake_copy(model)
             for _, block in repeated_blocks(self.model):
                 block.forward = MethodType(_or_alike, block)
@@ -62,7 +62,7 @@ class Twin:
         batch = to_cpu(batch)
         recording = recording or Recording(draws=True)
         try:
-            with torch.no_grad(), self.fake, _torch_private.quiet_fake_tensors(), recording:
+            with uncollected(), torch.no_grad(), self.fake, _torch_private.quiet_fake_tensors(), recording:
                 start()
                 return forward(self.model, batch)
         except SettingError:
