@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from danling_conf import _torch_private
-from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref, uncollected
+from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
 from danling_conf.topology.violation import ABSENT, SettingError
 
 _log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     Raises NotReplayable, and what the factory raises on fake tensors.
     """
     mode = _torch_private.fake_tensors()
-    with uncollected(), seeded(seed), _torch_private.quiet_fake_tensors():
+    with seeded(seed), _torch_private.quiet_fake_tensors():
         recording = Recording()
         with mode, recording, _torch_private.truncated_normal(recording.call):
             model = made_by(factory)

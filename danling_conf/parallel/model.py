@@ -327,16 +327,6 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
 
 
-def _warn_of_buffers(trial: Trial, normalised: list[str]) -> None:
-    """A warning for buffers that forward changes: it is called once a microbatch. Batch normalisation has its own."""
-    changed = sorted(name for name in trial.changed if name.rpartition(".")[0] not in normalised)
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        _log.warning(
-            "pipeline: forward changes the buffer %s%s, once a microbatch and not once a batch", changed[0], more
-        )
-
-
 def _cut(
     model: nn.Module,
     layout: Layout,
@@ -374,7 +364,6 @@ def _cut(
     if example is not None and forward is not None:
         batch = example()
         trial = trials.together(partial(tried, forward, batch))
-        _warn_of_buffers(trial, normalised)
     if names is None:
         names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule), trial)
     stages_of.check(model, names)

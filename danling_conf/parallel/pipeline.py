@@ -20,7 +20,7 @@ from danling_conf._torch_private import quiet_fake_tensors, tree_map
 from danling_conf.components.batch import CountSamples, count_samples, rows, tensors
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.pass_through import PassThrough
-from danling_conf.parallel.program import Recording, uncollected
+from danling_conf.parallel.program import Recording
 from danling_conf.parallel.stages import stage_model
 from danling_conf.parallel.trial import Trial, to_cpu
 from danling_conf.schema.parallel import ParallelConfig
@@ -280,7 +280,7 @@ def rehearse(trial: Trial, names: Sequence[Sequence[str]], blocks: Sequence[str]
     work = _Work(microbatches=[to_cpu(batch)], forward=forward)
     kind = type(trial.twin.model).__name__
     sent: Any = None
-    with uncollected(), torch.no_grad(), trial.twin.fake, quiet_fake_tensors(), Recording(draws=True):
+    with torch.no_grad(), trial.twin.fake, quiet_fake_tensors(), Recording(draws=True):
         for index in range(len(names)):
             part = stage_model(trial.twin.model, names, index, trial)
             _make_stage(part, index, names, blocks, work, None, None, tuples=True)

@@ -6,10 +6,8 @@ arguments in the same order, so it draws from the generator what the function it
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -90,22 +88,6 @@ class Step:
     """What it sets whole, whatever was there before, where that is all of a storage."""
     draws: bool
     """Whether it takes numbers from torch's generator."""
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Context without automatic garbage collection, to be entered before fake tensors are made or computed with.
-
-    torch 2.13 crashes now and then where fake tensors of an earlier model, in cycles, are collected while others are
-    computed with.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Recording(TorchDispatchMode):

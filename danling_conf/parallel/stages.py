@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import nn
 
 from danling_conf.parallel.blocks import repeated_blocks
-from danling_conf.parallel.init_plan import deep_copy
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.trial import Trial
 from danling_conf.schema.parallel import MULTI_STAGE_SCHEDULES, V_SCHEDULES
@@ -184,7 +184,7 @@ def stage_model(model: nn.Module, stages: Sequence[Sequence[str]], index: int, t
     others = [names for number, names in enumerate(stages) if number != index]
     # What is left out is not copied either: a real model is large.
     left_out = [model.get_submodule(name) for name in called(model, others)]
-    return deep_copy(model, {id(module): PassThrough(lengths.get(id(module), 0)) for module in left_out})
+    return copy.deepcopy(model, {id(module): PassThrough(lengths.get(id(module), 0)) for module in left_out})
 
 
 def around(model: nn.Module, blocks: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ else crosses from one stage to another. The order in which modules are declared 
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from danling_conf import _torch_private
 from danling_conf._torch_private import tree_leaves, tree_map
 from danling_conf.parallel.blocks import repeated_blocks
-from danling_conf.parallel.init_plan import deep_copy, named_tensors
-from danling_conf.parallel.program import Recording, uncollected
+from danling_conf.parallel.init_plan import named_tensors
+from danling_conf.parallel.program import Recording
 from danling_conf.topology.violation import ABSENT, SettingError
 
 PATH = "parallel.axes.pipeline"
@@ -44,7 +45,7 @@ class Twin:
 
     def __init__(self, model: nn.Module) -> None:
         self.fake = _torch_private.fake_tensors()
-        with uncollected(), self.fake, _torch_private.quiet_fake_tensors():
+        with self.fake, _torch_private.quiet_fake_tensors():
             self.model = _fake_copy(model)
             for _, block in repeated_blocks(self.model):
                 block.forward = MethodType(_or_alike, block)
@@ -62,7 +63,7 @@ class Twin:
         batch = to_cpu(batch)
         recording = recording or Recording(draws=True)
         try:
-            with uncollected(), torch.no_grad(), self.fake, _torch_private.quiet_fake_tensors(), recording:
+            with torch.no_grad(), self.fake, _torch_private.quiet_fake_tensors(), recording:
                 start()
                 return forward(self.model, batch)
         except SettingError:
@@ -87,7 +88,6 @@ class Trial:
         shapes: by block, of what goes on.
         before, after: names of the parameters that were used before the first block, and after the last one.
         direct: whether the first block reads nothing of what is before it but its first input.
-        changed: names of the buffers that forward writes to or replaces.
         twin: the model on fake tensors.
     """
 
@@ -97,7 +97,6 @@ class Trial:
     before: frozenset[str]
     after: frozenset[str]
     direct: bool
-    changed: frozenset[str]
     twin: Twin
 
 
@@ -134,7 +133,6 @@ def run(
         watch.used_before(),
         watch.used_after(),
         watch.direct,
-        watch.changed(),
         twin,
     )
 
@@ -177,7 +175,7 @@ def _fake_copy(model: nn.Module) -> nn.Module:
             if isinstance(tensor, nn.Parameter):
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = made
-    return deep_copy(model, memo)
+    return copy.deepcopy(model, memo)
 
 
 class _Watch:
@@ -194,8 +192,6 @@ class _Watch:
         self._inside: list[str] = []
         self._handles: list[Any] = []
         self._parameters: dict[int, list[str]] = {}
-        self._buffers: dict[int, str] = {}
-        self._written: set[int] = set()
         self._regions: defaultdict[int, set[int]] = defaultdict(set)
         self._made: dict[int, tuple[int, str]] = {}
         """By storage that depends on parameters: the region in which it was made, and by which module."""
@@ -206,7 +202,6 @@ class _Watch:
     def start(self) -> None:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             self._parameters.setdefault(self.recording.ref(parameter).storage, []).append(name)
-        self._buffers = {self.recording.ref(buffer).storage: name for name, buffer in self._model.named_buffers()}
         for place, name in enumerate(self._blocks):
             block = self._model.get_submodule(name)
             enter = self._handle(block.register_forward_pre_hook)
@@ -235,12 +230,6 @@ class _Watch:
             if len(self._parameters[number]) == 1 and (len(outside) + len(inside)) > 1:
                 places = " and ".join(self._place(region) for region in sorted(regions))
                 raise self._fault(f"the parameter {name} is used {places}")
-
-    def changed(self) -> frozenset[str]:
-        """Names of the buffers that were written to or replaced."""
-        new = {self.recording.ref(buffer).storage: name for name, buffer in self._model.named_buffers()}
-        replaced = new.items() - self._buffers.items()
-        return frozenset({self._buffers[number] for number in self._written} | {name for _, name in replaced})
 
     def used_before(self) -> frozenset[str]:
         return self._used(0)
@@ -289,7 +278,6 @@ class _Watch:
         self._region += 1
 
     def _step(self, function: Any, read: frozenset[int], written: frozenset[int]) -> None:
-        self._written |= written & self._buffers.keys()
         if not written or function.overloadpacket.__name__ in _BY_SHAPE:
             return
         # What a module with parameters makes is not there in stages that do not hold it.

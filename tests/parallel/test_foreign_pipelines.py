@@ -4,6 +4,8 @@ model is refused before it is cut."""
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +17,15 @@ from danling_conf.parallel import hugging_face, stages, trial
 from danling_conf.parallel import pipeline as pipelines
 from danling_conf.topology.violation import SettingError
 from tests.support.families import FAMILIES
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """torch 2.13 crashes now and then where fake tensors of models, in cycles, are collected in the middle of others'."""
+    gc.disable()
+    yield
+    gc.collect()
+    gc.enable()
 
 
 def call(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -195,36 +206,3 @@ def test_configured_stages_must_follow_the_use() -> None:
     ):
         with pytest.raises(SettingError, match=why):
             stages.check_used(model, bad, found)
-
-
-class Counting(nn.Module):
-    """A block with a buffer that it writes to, one that it only reads, and one that its model replaces."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.linear(x) * self.scale
-
-
-class OfCounting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Counting(), Counting()])
-        self.register_buffer("last", torch.zeros(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.last = x[0, :2]
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def test_buffers_that_forward_changes_are_found() -> None:
-    """A pipeline calls forward once a microbatch, so they do not end as in one process."""
-    found = trial.run(OfCounting(), ["layers.0", "layers.1"], [], call, {"x": torch.ones(2, 4)})
-    assert found.changed == {"last", "layers.0.calls", "layers.1.calls"}
