@@ -21,7 +21,7 @@ from tests.support.families import FAMILIES
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """torch 2.13 crashes now and then where fake tensors of models, in cycles, are collected in the middle of others'."""
+    """torch 2.13 crashes now and then where fake tensors of one model, in cycles, are collected while another is tried."""
     gc.disable()
     yield
     gc.collect()
