@@ -21,7 +21,7 @@ from tests.support.families import FAMILIES
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """torch 2.13 crashes now and then where fake tensors of one model, in cycles, are collected while another is tried."""
+    """torch 2.13 crashes now and then where fake tensors of a model, in cycles, are collected during another's trial."""
     gc.disable()
     yield
     gc.collect()
