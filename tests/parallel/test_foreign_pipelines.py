@@ -21,7 +21,7 @@ from tests.support.families import FAMILIES
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """torch 2.13 crashes now and then where fake tensors of a model, in cycles, are collected during another's trial."""
+    """torch 2.13 crashes now and then where a model's fake tensors, in cycles, are collected in another's trial."""
     gc.disable()
     yield
     gc.collect()
