@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from danling_conf.config.faults import all_faults, faults_of_sweep, in_files
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
+from danling_conf.config.hydra_directories import run_directory_faults
 from danling_conf.config.resolve import declared_kind, given_in, inspect
 from danling_conf.schema import RunnerConfig, notes_of
 from danling_conf.topology.machine import Machine, this_machine
@@ -66,7 +67,8 @@ class Checker:
 def check(composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> RunnerConfig:
     """Check a single run. Raises ConfigRefused with all violations."""
     try:
-        return Checker(composing).check(composed, context_of(overrides))
+        also = run_directory_faults(composed)
+        return Checker(composing).check(composed, context_of(overrides), lambda _: also)
     except ConfigRefused as refusal:
         raise ConfigRefused(in_files(composing, overrides, refusal.violations)) from refusal
 

@@ -59,14 +59,6 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """Errors of composing for a faulty command line or configuration file."""
 
 
-_SHIPPED = {
-    "run.dir": "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}",
-    "sweep.dir": "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}",
-    "sweep.subdir": "${hydra.job.num}",
-}
-"""Hydra's own directories (`hydra/output=default`), in place of which a run and a sweep have ours."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ConfigSearch:
     """The places of an app's configuration."""
@@ -521,36 +513,6 @@ def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     run, runtime = {**settings["run"], "dir": str(directory)}, {**settings["runtime"], "output_dir": str(directory)}
     mode = RunMode.RUN if _is_single(settings["job"]) else RunMode.MULTIRUN
     return {**settings, "mode": mode.name, "run": run, "runtime": runtime}
-
-
-def job_directory(composed: DictConfig, attempt: Path) -> Path:
-    """Where a single run is Hydra's job, with `.hydra` and the job's log: `hydra.run.dir` where it is set, else the
-    directory of the attempt."""
-    if _as_shipped(composed, "run.dir"):
-        return attempt
-    return Path(str(composed.hydra.run.dir)).absolute()
-
-
-def sweep_directory_chosen(master: DictConfig) -> bool:
-    """Whether an app or a command line sets `hydra.sweep.dir`."""
-    return not _as_shipped(master, "sweep.dir")
-
-
-def refused_in_sweep(master: DictConfig) -> list[Violation]:
-    """Faults of Hydra's own settings in a sweep."""
-    if _as_shipped(master, "sweep.subdir"):
-        return []
-    written: Any = OmegaConf.to_container(master.hydra.sweep)
-    rule = "a job has no directory in its sweep: it writes to that of its run, which another sweep may continue"
-    fix = "leave it out; `danling-conf runs` shows which job made which run"
-    return [Violation("hydra.sweep.subdir", written["subdir"], rule, fix)]
-
-
-def _as_shipped(composed: DictConfig, path: str) -> bool:
-    """Whether a setting of Hydra has the value that Hydra ships."""
-    written: Any = OmegaConf.to_container(composed.hydra)
-    section, _, key = path.partition(".")
-    return bool(written[section][key] == _SHIPPED[path])
 
 
 def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[str, Any]:
