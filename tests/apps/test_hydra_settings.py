@@ -101,7 +101,9 @@ def test_directories_that_cannot_be_those_of_a_run(setting: str, tmp_path: Path,
         with pytest.raises(SystemExit) as ended:
             run_command(app, [*sweep, "steps=1", f"workspace_root={tmp_path}", f"{setting}='{value}'"])
         shown = capsys.readouterr().err
-        assert ended.value.code == 2 and setting in shown and why in shown, (value, shown)
+        assert ended.value.code == 2
+        assert setting in shown
+        assert why in shown, value
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
