@@ -12,8 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass
-from dataclasses import fields as fields_of
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from omegaconf.errors import OmegaConfBaseException
 from danling_conf.config.defects import circle_from, defect_of
 from danling_conf.config.typed_text import restore_typed, restore_written, written_in
 from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, SUBMITIT, NameSource
-from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import LONGEST_NAME
 from danling_conf.schema.printable import unprintable
 from danling_conf.schema.setting import OUTPUT_DIRECTORY
@@ -596,21 +594,3 @@ def output_directory() -> str | None:
     if node is None or OmegaConf.is_missing(node.hydra.runtime, "output_dir"):
         return None
     return str(node.hydra.runtime.output_dir)
-
-
-def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Violation]:
-    """Faults of config folders that are named like a setting: Hydra reads `name=value` as a choice from the folder."""
-    violations = []
-    for item in fields_of(kind):
-        if item.name.startswith("_") or item.default is MISSING:  # a section may have a folder of its name
-            continue
-        if composer.group_exists(item.name):
-            violations.append(
-                Violation(
-                    item.name,
-                    ABSENT,
-                    f"the folder {item.name}/ among the configs hides the setting of that name",
-                    f"rename the folder, to recipe/ for instance, and choose by recipe=... instead of {item.name}=...",
-                )
-            )
-    return violations

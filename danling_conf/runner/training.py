@@ -289,7 +289,7 @@ class Runner:
             )
             if self.setup.artifact is not None:
                 self._stack.callback(self.setup.artifact.save)
-            self._callbacks = Callbacks([*configured(self.config.callbacks), *given(callbacks)], self)
+            self._callbacks = Callbacks([*configured(self.config), *given(callbacks)], self)
             self._stack.callback(self._call_of_exception)
             self._callbacks.check_ranks()
             if self._callbacks.setup is not None:

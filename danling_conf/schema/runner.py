@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, List, Optional
+from typing import Any, ClassVar, Dict, Optional
 
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.checkpoint import CheckpointConfig
@@ -99,10 +101,10 @@ class RunnerConfig:
     tensorboard: bool = setting(False, semantic=False)
     """Write TensorBoard scalars."""
 
-    callbacks: Optional[List[Dict[str, Any]]] = setting(None, read_by="danling_conf.runner.callbacks")
-    """Callbacks, in the order in which they are called: each has a `_target_`, the dotted path of a subclass of
-    `danling_conf.Callback`, and its arguments (`{_target_: danling_conf.EMA, decay: 0.999}`). Those that are passed in
-    code come after them. Unset: none."""
+    callbacks: Any = setting(None, kinds=(list, dict), read_by="danling_conf.runner.callbacks")
+    """Callbacks, in the order in which they are called, as a list or by names of your own (null: left out): each has a
+    `_target_`, the dotted path of a subclass of `danling_conf.Callback`, and its arguments (`{_target_:
+    danling_conf.EMA, decay: 0.999}`). Those that are passed in code come after them. Unset: none."""
     model: Dict[str, Any] = field(default_factory=dict)
     """Settings of your own model; not interpreted here."""
     data: Dict[str, Any] = field(default_factory=dict)
@@ -124,3 +126,34 @@ class RunnerConfig:
     heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+
+    # Apps of Hydra read their DictConfig by these three as well: `if cfg.get("seed"):`.
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a setting or a section at the root, and `default` where there is none."""
+        return vars(self)[key] if key in self else default
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self:
+            raise KeyError(f"there is no setting {key!r} at the root")
+        return vars(self)[key]
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and not key.startswith("_") and key in vars(self)
+
+
+def of_python(target: Any) -> str | None:
+    """The module of Python itself that a dotted path begins with, such as `os`; None for one of a package.
+
+    A run makes its model, callbacks, optimizer and schedule by name. Python has none of them, and `os.system` would be
+    called.
+    """
+    module, dot, _ = str(target).partition(".")
+    return module if dot and module in sys.stdlib_module_names else None
+
+
+def callback_entries(config: RunnerConfig) -> list[tuple[str, Any]]:
+    """The entries of `callbacks` with their paths, in order, without those that are null."""
+    given = config.callbacks or []
+    if isinstance(given, Mapping):
+        return [(f"callbacks.{name}", entry) for name, entry in given.items() if entry is not None]
+    return [(f"callbacks[{index}]", entry) for index, entry in enumerate(given)]

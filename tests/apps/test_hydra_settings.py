@@ -45,6 +45,7 @@ def test_directories_callbacks_and_job_of_a_single_run(tmp_path: Path) -> None:
         output = tmp_path / "logs/train/run"
         assert f"output {output} True {output}" in done.out  # with hydra.job.chdir
         assert f"job mine RUN yes {output}" in done.out
+        assert "stopping val/acc for 3 else True train" in done.out
         assert notes == ["run_start", "job_start", "job_end", "run_end"]
         assert (output / ".hydra/config.yaml").is_file()
         # The identity does not depend on where Hydra's output goes.

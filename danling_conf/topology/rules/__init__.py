@@ -51,6 +51,7 @@ RULES: tuple[Rule, ...] = (
     options.saving_with_interval,
     options.selection_by_ops,
     options.named_callbacks,
+    options.targets_of_python,
     checkpoints.excluded_parts,
     checkpoints.background_group,
     checkpoints.replica_names,
