@@ -241,6 +241,9 @@ def _explain_launcher(key: str) -> list[str]:
                 lines.append(f"  of       {LAUNCHER_GROUP}={name}")
     if lines:
         return lines
+    if key.startswith("hydra.") and not key.startswith(f"{_LAUNCHER_SECTION}."):
+        fix = "see --hydra-help, and docs/existing_app.md for what each does under danling_conf.main"
+        raise ConfigRefused([Violation(key, ABSENT, "it is a setting of Hydra's own", fix)])
     known = sorted({f"{_LAUNCHER_SECTION}.{item}" for kind in _LAUNCHERS.values() for item in _launcher_settings(kind)})
     near = nearest(key, known)
     fix = (

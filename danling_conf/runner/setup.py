@@ -179,7 +179,12 @@ def set_up(
 
 
 def _check_splits(section: DataloaderConfig, datasets: Mapping[str, Any]) -> None:
-    """Refuse settings for a split that there is no data set of: they would change nothing."""
+    """Refuse settings for a split that there is no data set of, which would change nothing, and undeclared splits."""
+    refuse(
+        Violation("dataloader.splits", section.splits, f"there is a data set {split}", "add its name")
+        for split in datasets
+        if section.splits is not None and split not in section.splits
+    )
     refuse(
         Violation(
             f"dataloader.{split}",

@@ -50,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     options.loader_workers,
     options.saving_with_interval,
     options.selection_by_ops,
+    options.declared_splits,
     options.named_callbacks,
     options.targets_of_python,
     checkpoints.excluded_parts,

@@ -7,7 +7,9 @@ from typing import Any
 
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.dataloader import without_workers
+from danling_conf.schema.nearest import nearest
 from danling_conf.schema.runner import callback_entries, of_python
+from danling_conf.schema.setting import open_keys
 from danling_conf.topology.rules.rule import Context, compiles
 from danling_conf.topology.violation import ABSENT, Violation
 
@@ -116,6 +118,23 @@ def selection_by_ops(config: RunnerConfig, context: Context) -> Iterator[Violati
             f"operators are kept by the selective mode only, and the mode is {section.mode}",
             "activation_checkpointing.mode=selective",
         )
+
+
+def declared_splits(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Where the app declares its splits, nothing is set for another."""
+    declared = config.dataloader.splits
+    if declared is None:
+        return
+    named = {f"dataloader.{split}": split for split in open_keys(config.dataloader)}
+    if config.score_split is not None:
+        named["score_split"] = config.score_split
+    for path, split in named.items():
+        if split not in declared:
+            near = nearest(split, declared)
+            meant = f"dataloader.{near}" if path != "score_split" else f"score_split={near}"
+            fix = f"did you mean {meant}?" if near else "remove it, or add it to dataloader.splits"
+            value = ABSENT if path != "score_split" else split
+            yield Violation(path, value, f"the app's splits are {', '.join(declared)}", fix)
 
 
 def named_callbacks(config: RunnerConfig, context: Context) -> Iterator[Violation]:
