@@ -209,7 +209,7 @@ class Passes:
 
         def evaluated(module: nn.Module) -> None:
             with self.autocast():
-                take(self.forward(module, self.model.inputs(batch)), batch)
+                take(self._output(module, batch), batch)
 
         with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
@@ -248,6 +248,11 @@ class Passes:
         watched = not self._proven and not self.model.compiled and second_derivatives.are_missing(self.layout)
         return second_derivatives.NoSecondDerivatives(self.layout) if watched else nullcontext()
 
+    def _output(self, module: nn.Module, batch: Any) -> Any:
+        inputs = self.model.inputs(batch)
+        with self.model.explaining(inputs):
+            return self.forward(module, inputs)
+
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
             return _measured(self.loss(output, batch))
@@ -262,7 +267,7 @@ class Passes:
 
         def objective(module: nn.Module) -> Tensor:
             with self.autocast():
-                found.append(self._measured(self.forward(module, self.model.inputs(part)), part))
+                found.append(self._measured(self._output(module, part), part))
             return found[0].total
 
         # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,6 +97,11 @@ class Assembled:
     def inputs(self, batch: object) -> object:
         """A batch as the model takes it."""
         return sharding.cast_inputs(batch, self.policy)
+
+    def explaining(self, inputs: object) -> AbstractContextManager[None]:
+        """Explains a failure of a forward on `inputs`, as `inputs()` returned them, where they are not its dtype's."""
+        casts = self.policy is None or self.policy.cast_forward_inputs
+        return nullcontext() if casts else sharding.explaining_uncast(inputs, self.policy)
 
     @property
     def module(self) -> nn.Module:

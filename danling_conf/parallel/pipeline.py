@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from danling_conf._torch_private import quiet_fake_tensors, tree_map
 from danling_conf.components.batch import CountSamples, count_samples, rows, tensors
 from danling_conf.parallel.context import positions_argument, positions_for
+from danling_conf.parallel.fsdp import explaining_uncast
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.program import Recording
 from danling_conf.parallel.stages import stage_model
@@ -421,7 +422,8 @@ class _StandIn:
                 kwargs[next(iter(kwargs))] = stage.sent
         elif stage.policy is not None and stage.policy.cast_forward_inputs:
             args, kwargs = _cast((args, kwargs), stage.policy.param_dtype)
-        return stage.compute(*args, **kwargs)
+        with explaining_uncast((args, kwargs), stage.policy):
+            return stage.compute(*args, **kwargs)
 
 
 def passes(section: ParallelConfig, samples: int, largest: int) -> int:
