@@ -216,7 +216,7 @@ def runs(count: int, folder: Path) -> Times:
     return cpu(lambda: show_runs(str(folder))), None
 
 
-@row("report", (10**4, 3 * 10**4, 10**5), "lines of metrics", wanted="linear")
+@row("report", (10**4, 3 * 10**4, 10**5), "lines of metrics", wanted="linear, memory flat")
 def report_page(count: int, folder: Path) -> Times:
     from danling_conf.cli.report import report
 
