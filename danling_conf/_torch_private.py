@@ -561,7 +561,13 @@ def fake_tensors() -> AbstractContextManager[object]:
     of several ranks can be built other than on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    class OneMode(FakeTensorMode):
+        # A copied tensor copies its mode, and that copy frees weak references of storages which are not its own:
+        # a crash, at whatever collection of garbage comes next.
+        def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensorMode:
+            return self
+
+    return OneMode(allow_non_fake_inputs=True)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

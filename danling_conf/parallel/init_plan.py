@@ -130,9 +130,8 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     to_meta(model)
     alive = weakref.ref(mode)
     del mode, recording
-    # At once, and always: torch 2.13 crashes now and then where fake tensors in cycles are collected later, in the
-    # middle of something else.
-    gc.collect()
+    if alive() is not None:  # held by a cycle, or by the model
+        gc.collect()
     if alive() is not None:
         raise NotReplayable(_kept(model))
     return Recorded(model=model, program=program, refs=refs, seed=seed)
