@@ -23,8 +23,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from danling_conf import _torch_private
+from danling_conf.parallel.function_caches import fake_values_forgotten
 from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
 from danling_conf.topology.violation import ABSENT, SettingError
 
@@ -119,10 +121,11 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     Raises NotReplayable, and what the factory raises on fake tensors.
     """
     mode = _torch_private.fake_tensors()
-    with seeded(seed), _torch_private.quiet_fake_tensors():
+    with fake_values_forgotten(), seeded(seed), _torch_private.quiet_fake_tensors():
         recording = Recording()
         with mode, recording, _torch_private.truncated_normal(recording.call):
             model = made_by(factory)
+            refuse_hooks(model)
             refs = {name: recording.ref(tensor) for name, tensor in named_tensors(model)}
         program = recording.program()
     if shared := _sharing(model):
@@ -147,7 +150,30 @@ def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
             f"it returned a {type(model).__name__}, and a model factory returns an nn.Module",
             "return the model from it",
         )
+    for name, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"{name} of {type(model).__name__} has no shape: a lazy module learns it from its first input",
+                "call the model once in the function that builds it, or give the module its sizes",
+            )
     return model
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Refuse parameters whose gradient a function is called with: a layout puts others in their place, or completes
+    their gradients later. Raises SettingError."""
+    for name, parameter in model.named_parameters():
+        if _torch_private.has_hooks(parameter):
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"the parameter {name} of {type(model).__name__} has a hook on its gradient, which would be lost, or "
+                f"be called with the gradient of one rank",
+                "change gradients in a callback (on_before_optimizer_step), or by a hook of the module "
+                "(register_full_backward_hook)",
+            )
 
 
 def refuse_meta(model: nn.Module) -> None:
@@ -261,6 +287,8 @@ def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) 
         if turn == turns[own]:
             try:
                 model = _whole(factory, seed)
+                refuse_hooks(model)
+                _refuse_fake(model)
                 if own == 0:
                     held = {name: tensor.detach() for name, tensor in named_tensors(model)}
                 if shared := _sharing(model):
@@ -278,6 +306,18 @@ def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) 
         raise failure
     assert model is not None
     return model, FromRankZero(deep_copy(model), held, device)
+
+
+def _refuse_fake(model: nn.Module) -> None:
+    for name, tensor in named_tensors(model):
+        if _torch_private.is_fake(tensor):
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"{name} of {type(model).__name__} comes from a global variable, a class or the like, that its "
+                f"construction had filled, and has no value there when it is built a second time",
+                "compute it in the constructor, or keep it by functools.lru_cache",
+            )
 
 
 def _alike(number: int, device: torch.device) -> bool:

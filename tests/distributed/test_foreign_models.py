@@ -189,7 +189,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "tp2": dict.fromkeys(("StableLm", "GPT-2", "OpenAI GPT", "GPT-Neo", "OPT", "BLOOM", "Falcon"), WITHOUT_PLAN),
     "pp2": {
         **dict.fromkeys(("ALBERT", "T5", "BART", "Pegasus", "Whisper", "LSTM", "nn.Transformer", "U-Net"), NO_CUT),
-        **dict.fromkeys(("Mamba", "Mamba-2", "ModernBERT", "ViT", "DeiT", "Swin", "Wav2Vec2", "Llama 4"), OF_OTHERS),
+        **dict.fromkeys(("Mamba", "Mamba-2", "ViT", "DeiT", "Swin", "Wav2Vec2", "Llama 4"), OF_OTHERS),
     },
     "cp2": dict.fromkeys(("OpenAI GPT", "GPT-Neo", "Falcon", "XGLM"), OWN_ATTENTION),
 }
