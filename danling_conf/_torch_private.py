@@ -376,10 +376,9 @@ def gather_in_methods(module: Any, enter: Callable[[], None]) -> None:
 
 
 def is_gathering_input(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is what FSDP2 has made of a module's input, or a view of it: torch lets nobody change it in
-    place. Without this class's name, that is torch's own error."""
-    found = tensor if tensor._base is None else tensor._base
-    return type(found.grad_fn).__name__ == "RegisterPostBackwardFunctionBackward"
+    """Whether a tensor is what FSDP2 has made of a module's input, which torch lets nobody change in place. Without
+    this class's name, that is torch's own error."""
+    return type(tensor.grad_fn).__name__ == "RegisterPostBackwardFunctionBackward"
 
 
 def _in_forward(state: Any) -> bool:

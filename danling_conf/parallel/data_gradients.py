@@ -6,6 +6,7 @@ dimension to shard and one dtype. A model that is otherwise is trained as in one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,11 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf._torch_private import whole_parameters
+from danling_conf._torch_private import saved_buffers, whole_parameters
 from danling_conf.components.optimizer import cleaned
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.parallel.batch_norm import BATCH_NORMS
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+
+_log = logging.getLogger(__name__)
 
 ALLOW = "allow"
 _SETTING = "parallel.unused_parameters"
@@ -61,14 +66,17 @@ class DataGradients:
             last: whether this is the last micro-batch of its step.
 
         Raises:
-            ConfigRefused: a parameter gets no gradient, and that is not allowed. On all ranks.
+            ConfigRefused: a parameter gets no gradient, and that is not allowed; or the first forward has changed a
+                parameter otherwise on other ranks. On all ranks.
         """
         if self._without is None or (self.allowed and not self.by_ddp):
             mine = self._mask(loss)
             # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
             self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
-        if self._without is None and last and not self.allowed:
-            self._refuse_unused()
+        if self._without is None and last:
+            self._compare_ranks()
+            if not self.allowed:
+                self._refuse_unused()
 
     def finish(self) -> None:
         """Complete the gradients of a step, after its last backward pass. Collective.
@@ -97,6 +105,53 @@ class DataGradients:
         whole = whole_parameters(self.model)
         found = [int(reached is None or id(whole.get(id(item), item)) in reached) for _, item in self.named]
         return torch.tensor(found, dtype=torch.int32)
+
+    def _compare_ranks(self) -> None:
+        """Refuse a forward that changes parameters by a rank's own samples, which DDP does not notice; warn of one that
+        changes buffers so."""
+        plain = [(name, item) for name, item in cleaned(self.model) if not isinstance(item, DTensor)]
+        if self.by_ddp and (parted := self._parted(plain)):
+            raise ConfigRefused(
+                [
+                    Violation(
+                        "model",
+                        ABSENT,
+                        f"after one forward, ranks have other values of {parted[0]}: it is changed by each rank's own "
+                        f"samples",
+                        "change parameters between steps, in a callback, or let it be a buffer",
+                    )
+                ]
+            )
+        # Batch normalisation has a warning of its own.
+        known = {
+            id(item) for module in self.model.modules() if isinstance(module, BATCH_NORMS) for item in module.buffers()
+        }
+        saved = {id(item) for module in self.model.modules() for item in saved_buffers(module)} - known
+        changed = [
+            (name, item)
+            for name, item in self.model.named_buffers()
+            if id(item) in saved and not isinstance(item, DTensor)
+        ]
+        if parted := self._parted(changed):
+            more = f" and {len(parted) - 1} more" if len(parted) > 1 else ""
+            _log.warning(
+                "forward changes the buffer %s%s by the samples of each rank, not of the whole batch as one process "
+                "does; the first rank's is kept",
+                parted[0].removeprefix("module."),
+                more,
+            )
+
+    def _parted(self, named: Sequence[tuple[str, Tensor]]) -> list[str]:
+        """Names of the tensors whose values differ between ranks. Collective."""
+        if not named:
+            return []
+        # A sum of bytes is the same in any order.
+        bytes_of = [item.detach().contiguous().reshape(-1).view(torch.uint8) for _, item in named]
+        sums = torch.stack([item.sum(dtype=torch.int64).to(self.device) for item in bytes_of])
+        both = torch.cat([sums, -sums])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        most, least = both.chunk(2)
+        return [name for (name, _), parted in zip(named, (most != -least).tolist(), strict=True) if parted]
 
     def _refuse_unused(self) -> None:
         least, most = self._over_ranks(self._used, dist.ReduceOp.MIN), self._over_ranks(self._used, dist.ReduceOp.MAX)

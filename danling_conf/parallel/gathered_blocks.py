@@ -112,7 +112,7 @@ class _Watching(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         used = next((self.names[id(item)] for item in tree_leaves(args) if id(item) in self.names), None)
-        target = _changed(func, args)
+        target = _changed(func, args, kwargs or {})
         if target is not None and target.grad_fn is None:
             self._check_kept(target)
         try:
@@ -140,10 +140,11 @@ class _Watching(TorchFunctionMode):
                 )
 
 
-def _changed(func: Any, args: Any) -> torch.Tensor | None:
+def _changed(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """The tensor that a function of torch changes in place, by its name."""
     name = getattr(func, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+    in_place = in_place or kwargs.get("inplace") is True
     first = args[0] if args else None
     return first if in_place and name not in _NO_CHANGES and isinstance(first, torch.Tensor) else None
 

@@ -125,7 +125,7 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
         recording = Recording()
         with mode, recording, _torch_private.truncated_normal(recording.call):
             model = made_by(factory)
-            refuse_hooks(model)
+            refuse_for_ranks(model)
             refs = {name: recording.ref(tensor) for name, tensor in named_tensors(model)}
         program = recording.program()
     if shared := _sharing(model):
@@ -161,18 +161,29 @@ def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def refuse_hooks(model: nn.Module) -> None:
-    """Refuse parameters whose gradient a function is called with: a layout puts others in their place, or completes
-    their gradients later. Raises SettingError."""
+def refuse_for_ranks(model: nn.Module) -> None:
+    """Refuse what several ranks would do otherwise than one process. A layout puts other parameters in the place of
+    those that a function waits for, or completes their gradients later; and rows that a rank renormalises are those of
+    its own samples. Raises SettingError."""
+    kind = type(model).__name__
     for name, parameter in model.named_parameters():
         if _torch_private.has_hooks(parameter):
             raise SettingError(
                 "model",
                 ABSENT,
-                f"the parameter {name} of {type(model).__name__} has a hook on its gradient, which would be lost, or "
-                f"be called with the gradient of one rank",
+                f"the parameter {name} of {kind} has a hook on its gradient, which would be lost, or be called with "
+                f"the gradient of one rank",
                 "change gradients in a callback (on_before_optimizer_step), or by a hook of the module "
                 "(register_full_backward_hook)",
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"{name} of {kind} changes its weight in the forward (max_norm={module.max_norm:g}), on each rank the "
+                f"rows of its own samples",
+                "renormalise it between steps, in a callback, or train in one process (parallel=single)",
             )
 
 
@@ -287,7 +298,7 @@ def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) 
         if turn == turns[own]:
             try:
                 model = _whole(factory, seed)
-                refuse_hooks(model)
+                refuse_for_ranks(model)
                 _refuse_fake(model)
                 if own == 0:
                     held = {name: tensor.detach() for name, tensor in named_tensors(model)}

@@ -40,7 +40,7 @@ from danling_conf.parallel.init_plan import (
     make_contiguous,
     meta_copy,
     named_tensors,
-    refuse_hooks,
+    refuse_for_ranks,
     refuse_meta,
 )
 from danling_conf.parallel.initialize import materialize
@@ -289,7 +289,7 @@ def _whole_model(
         return build(model, seed, device)
     refuse_meta(model)
     if is_distributed():
-        refuse_hooks(model)
+        refuse_for_ranks(model)
     return model, None
 
 
