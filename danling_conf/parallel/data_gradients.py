@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from danling_conf._torch_private import saved_buffers, whole_parameters
@@ -27,6 +26,7 @@ _log = logging.getLogger(__name__)
 ALLOW = "allow"
 _SETTING = "parallel.unused_parameters"
 _SHOWN = 20
+_PIECE = 2**24
 _HIDING = "CheckpointFunction"
 """Nodes that run a graph of their own in the backward pass (reentrant checkpointing): what it uses cannot be seen."""
 
@@ -73,10 +73,9 @@ class DataGradients:
             mine = self._mask(loss)
             # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
             self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
-        if self._without is None and last:
+        if self._without is None and last and not self.allowed:
             self._compare_ranks()
-            if not self.allowed:
-                self._refuse_unused()
+            self._refuse_unused()
 
     def finish(self) -> None:
         """Complete the gradients of a step, after its last backward pass. Collective.
@@ -109,8 +108,7 @@ class DataGradients:
     def _compare_ranks(self) -> None:
         """Refuse a forward that changes parameters by a rank's own samples, which DDP does not notice; warn of one that
         changes buffers so."""
-        plain = [(name, item) for name, item in cleaned(self.model) if not isinstance(item, DTensor)]
-        if self.by_ddp and (parted := self._parted(plain)):
+        if self.by_ddp and (parted := self._parted(cleaned(self.model))):
             raise ConfigRefused(
                 [
                     Violation(
@@ -127,12 +125,7 @@ class DataGradients:
             id(item) for module in self.model.modules() if isinstance(module, BATCH_NORMS) for item in module.buffers()
         }
         saved = {id(item) for module in self.model.modules() for item in saved_buffers(module)} - known
-        changed = [
-            (name, item)
-            for name, item in self.model.named_buffers()
-            if id(item) in saved and not isinstance(item, DTensor)
-        ]
-        if parted := self._parted(changed):
+        if parted := self._parted([(name, item) for name, item in self.model.named_buffers() if id(item) in saved]):
             more = f" and {len(parted) - 1} more" if len(parted) > 1 else ""
             _log.warning(
                 "forward changes the buffer %s%s by the samples of each rank, not of the whole batch as one process "
@@ -142,12 +135,11 @@ class DataGradients:
             )
 
     def _parted(self, named: Sequence[tuple[str, Tensor]]) -> list[str]:
-        """Names of the tensors whose values differ between ranks. Collective."""
+        """Names of the plain tensors whose values differ between ranks. Collective."""
+        named = [(name, item) for name, item in named if type(item.data) is Tensor and item.layout is torch.strided]
         if not named:
             return []
-        # A sum of bytes is the same in any order.
-        bytes_of = [item.detach().contiguous().reshape(-1).view(torch.uint8) for _, item in named]
-        sums = torch.stack([item.sum(dtype=torch.int64).to(self.device) for item in bytes_of])
+        sums = torch.stack([_sum_of_bytes(item).to(self.device) for _, item in named])
         both = torch.cat([sums, -sums])
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         most, least = both.chunk(2)
@@ -189,6 +181,13 @@ class DataGradients:
         reduced = mask.to(self.device)
         dist.all_reduce(reduced, op=operation, group=self.group)
         return reduced.cpu()
+
+
+def _sum_of_bytes(item: Tensor) -> Tensor:
+    """A number that is the same in any order of summation."""
+    found = item.detach().contiguous().reshape(-1).view(torch.uint8)
+    # In pieces: on the CPU, torch makes a copy of eight bytes for each.
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in found.split(_PIECE)]).sum()
 
 
 def _leaves(loss: Tensor) -> set[int] | None:
