@@ -6,6 +6,7 @@ dimension to shard and one dtype. A model that is otherwise is trained as in one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -15,13 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf._torch_private import whole_parameters
+from danling_conf._torch_private import saved_buffers, whole_parameters
 from danling_conf.components.optimizer import cleaned
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.parallel.batch_norm import BATCH_NORMS
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+
+_log = logging.getLogger(__name__)
 
 ALLOW = "allow"
 _SETTING = "parallel.unused_parameters"
 _SHOWN = 20
+_PIECE = 2**24
 _HIDING = "CheckpointFunction"
 """Nodes that run a graph of their own in the backward pass (reentrant checkpointing): what it uses cannot be seen."""
 
@@ -61,13 +66,15 @@ class DataGradients:
             last: whether this is the last micro-batch of its step.
 
         Raises:
-            ConfigRefused: a parameter gets no gradient, and that is not allowed. On all ranks.
+            ConfigRefused: a parameter gets no gradient, and that is not allowed; or the first forward has changed a
+                parameter otherwise on other ranks. On all ranks.
         """
         if self._without is None or (self.allowed and not self.by_ddp):
             mine = self._mask(loss)
             # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
             self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
         if self._without is None and last and not self.allowed:
+            self._compare_ranks()
             self._refuse_unused()
 
     def finish(self) -> None:
@@ -97,6 +104,46 @@ class DataGradients:
         whole = whole_parameters(self.model)
         found = [int(reached is None or id(whole.get(id(item), item)) in reached) for _, item in self.named]
         return torch.tensor(found, dtype=torch.int32)
+
+    def _compare_ranks(self) -> None:
+        """Refuse a forward that changes parameters by a rank's own samples, which DDP does not notice; warn of one that
+        changes buffers so."""
+        if self.by_ddp and (parted := self._parted(cleaned(self.model))):
+            raise ConfigRefused(
+                [
+                    Violation(
+                        "model",
+                        ABSENT,
+                        f"after one forward, ranks have other values of {parted[0]}: it is changed by each rank's own "
+                        f"samples",
+                        "change parameters between steps, in a callback, or let it be a buffer",
+                    )
+                ]
+            )
+        # Batch normalisation has a warning of its own.
+        known = {
+            id(item) for module in self.model.modules() if isinstance(module, BATCH_NORMS) for item in module.buffers()
+        }
+        saved = {id(item) for module in self.model.modules() for item in saved_buffers(module)} - known
+        if parted := self._parted([(name, item) for name, item in self.model.named_buffers() if id(item) in saved]):
+            more = f" and {len(parted) - 1} more" if len(parted) > 1 else ""
+            _log.warning(
+                "forward changes the buffer %s%s by the samples of each rank, not of the whole batch as one process "
+                "does; the first rank's is kept",
+                parted[0].removeprefix("module."),
+                more,
+            )
+
+    def _parted(self, named: Sequence[tuple[str, Tensor]]) -> list[str]:
+        """Names of the plain tensors whose values differ between ranks. Collective."""
+        named = [(name, item) for name, item in named if type(item.data) is Tensor and item.layout is torch.strided]
+        if not named:
+            return []
+        sums = torch.stack([_sum_of_bytes(item).to(self.device) for _, item in named])
+        both = torch.cat([sums, -sums])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        most, least = both.chunk(2)
+        return [name for (name, _), parted in zip(named, (most != -least).tolist(), strict=True) if parted]
 
     def _refuse_unused(self) -> None:
         least, most = self._over_ranks(self._used, dist.ReduceOp.MIN), self._over_ranks(self._used, dist.ReduceOp.MAX)
@@ -134,6 +181,13 @@ class DataGradients:
         reduced = mask.to(self.device)
         dist.all_reduce(reduced, op=operation, group=self.group)
         return reduced.cpu()
+
+
+def _sum_of_bytes(item: Tensor) -> Tensor:
+    """A number that is the same in any order of summation."""
+    found = item.detach().contiguous().reshape(-1).view(torch.uint8)
+    # In pieces: on the CPU, torch makes a copy of eight bytes for each.
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in found.split(_PIECE)]).sum()
 
 
 def _leaves(loss: Tensor) -> set[int] | None:

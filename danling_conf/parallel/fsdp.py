@@ -59,7 +59,8 @@ def shard(
         one_group: gather the whole model at once, for ranks that may pass different blocks.
 
     Raises:
-        SettingError: the mesh has no shard axis, or `reshard_after_forward` does not divide it.
+        SettingError: the mesh has no shard axis, `reshard_after_forward` does not divide it, or a module is of a kind
+            that FSDP2 does not take.
     """
     if not section.enabled:
         return model
@@ -70,6 +71,7 @@ def shard(
             f"the mesh has no shard axis (its axes: {', '.join(axes_of(mesh)) or 'none'})",
             "choose a layout with FSDP, such as parallel=fsdp, and start the process group before the mesh is made",
         )
+    _check_modules(model)
     options = _options(section, mesh, precision, pipelined=pipelined)
     whole = options["ignored_params"] = {item for item in model.parameters() if not item.dim() or _is_complex(item)}
     _shard_experts(model, experts, expert_mesh, options)
@@ -90,6 +92,20 @@ def shard(
     _cast_calls(model, options["mp_policy"])
     _move(whole, mesh)
     return model
+
+
+def _check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        what = None
+        if isinstance(module, torch.jit.ScriptModule):
+            what = "is a ScriptModule, which FSDP cannot shard"
+        elif getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            what = "gives sparse gradients, which FSDP cannot reduce"
+        if what is not None:
+            fix = "use a plain module (sparse=False, no torch.jit.script)"
+            raise SettingError(
+                "fsdp.enabled", True, f"{name} {what}", f"{fix}, or a layout that only replicates (parallel=ddpN)"
+            )
 
 
 def cast_inputs(value: Any, policy: MixedPrecisionPolicy | None) -> Any:

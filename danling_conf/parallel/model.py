@@ -34,7 +34,15 @@ from danling_conf.parallel.buffers import SharedBuffers
 from danling_conf.parallel.context import ContextParallel
 from danling_conf.parallel.data_gradients import DataGradients
 from danling_conf.parallel.gathered_blocks import GatheredBlocks
-from danling_conf.parallel.init_plan import Source, build, make_contiguous, meta_copy, named_tensors, refuse_meta
+from danling_conf.parallel.init_plan import (
+    Source,
+    build,
+    make_contiguous,
+    meta_copy,
+    named_tensors,
+    refuse_for_ranks,
+    refuse_meta,
+)
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
 from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
@@ -285,6 +293,8 @@ def _whole_model(
     if not isinstance(model, nn.Module):
         return build(model, seed, device)
     refuse_meta(model)
+    if is_distributed():
+        refuse_for_ranks(model)
     return model, None
 
 
@@ -332,6 +342,29 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
 
 
+def _warn_of_buffers(trial: Trial, normalised: Sequence[str]) -> None:
+    """A warning for buffers that forward changes: it is called once a microbatch. Batch normalisation has its own."""
+    if changed := sorted(name for name in trial.changed if name.rpartition(".")[0] not in normalised):
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        _log.warning(
+            "pipeline: forward runs once a microbatch, as in one process with accum_steps, and each time changes the "
+            "buffer %s%s",
+            changed[0],
+            more,
+        )
+
+
+def _refuse_own_hooks(model: nn.Module) -> None:
+    """Refuse hooks on the model itself: each stage would call them, with what it was sent. Raises SettingError."""
+    if _torch_private.hooks_of(model):
+        raise SettingError(
+            "parallel.axes.pipeline",
+            ABSENT,
+            f"{type(model).__name__} itself has a hook, which each stage would call with what it is sent",
+            "register it on a module inside, or set the degree to 1",
+        )
+
+
 def _cut(
     model: nn.Module,
     layout: Layout,
@@ -344,6 +377,7 @@ def _cut(
     degree = layout.pipeline
     if degree == 1:
         return None
+    _refuse_own_hooks(model)
     names = parallel.module_fqns_per_model_part
     if names is None:
         blocks = stages_of.blocks_of(model)
@@ -361,14 +395,20 @@ def _cut(
         stages_of.check(model, names)
         stages_of.check_used(model, names, trial)
         rehearse(trial, names, blocks, forward, batch)
+        trial.twin.discard(trials.PATH)
 
     normalised = [name for name, module in model.named_modules() if isinstance(module, batch_norm.BATCH_NORMS)]
     if normalised:
-        _log.warning("pipeline: %s normalises over the samples of a microbatch, not of a batch", normalised[0])
+        _log.warning(
+            "pipeline: %s normalises over the samples of a microbatch, as in one process with accum_steps, not of a "
+            "batch",
+            normalised[0],
+        )
     trial = None
     if example is not None and forward is not None:
         batch = example()
         trial = trials.together(partial(tried, forward, batch))
+        _warn_of_buffers(trial, normalised)
     if names is None:
         names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule), trial)
     stages_of.check(model, names)
