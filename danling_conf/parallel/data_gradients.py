@@ -6,7 +6,7 @@ dimension to shard and one dtype. A model that is otherwise is trained as in one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from danling_conf._torch_private import whole_parameters
 from danling_conf.components.optimizer import cleaned
 from danling_conf.topology.violation import ConfigRefused, Violation
 
-ALLOW = "allow"
+ALLOW, REFUSE = "allow", "refuse"
 _SETTING = "parallel.unused_parameters"
 _SHOWN = 20
 _HIDING = "CheckpointFunction"
@@ -34,13 +34,23 @@ class DataGradients:
         unused: `parallel.unused_parameters`.
         replicated: parameters that every rank holds whole beside sharded ones, and that no wrapper reduces.
         mesh: the ranks whose gradients are averaged; None for DDP without a mesh.
+        reached: whether a micro-batch of the step has reached a parameter, under an engine that reduces gradients as
+            DDP does, of every parameter on every rank, and need not keep them beside it.
     """
 
     def __init__(
-        self, model: nn.Module, *, unused: str, replicated: Sequence[nn.Parameter] = (), mesh: DeviceMesh | None
+        self,
+        model: nn.Module,
+        *,
+        unused: str,
+        replicated: Sequence[nn.Parameter] = (),
+        mesh: DeviceMesh | None,
+        reached: Callable[[nn.Parameter], bool] | None = None,
     ) -> None:
         self.model = model
-        self.allowed, self.by_ddp = unused == ALLOW, isinstance(model, DistributedDataParallel)
+        self.allowed = unused == ALLOW
+        self.by_ddp = isinstance(model, DistributedDataParallel) or reached is not None
+        self._reached = reached or _has_gradient
         self.named = [(name, item) for name, item in cleaned(model) if item.requires_grad]
         identities = {id(item) for item in replicated}
         self.replicated = [item for _, item in self.named if id(item) in identities]
@@ -83,7 +93,7 @@ class DataGradients:
                 self._drop_unused()
             self._without = set()
             return
-        without = {name for name, item in self.named if item.grad is None}
+        without = {name for name, item in self.named if not self._reached(item)}
         if self._without is not None and without != self._without:
             raise _refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
         self._without = without
@@ -134,6 +144,10 @@ class DataGradients:
         reduced = mask.to(self.device)
         dist.all_reduce(reduced, op=operation, group=self.group)
         return reduced.cpu()
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None
 
 
 def _leaves(loss: Tensor) -> set[int] | None:
