@@ -426,7 +426,8 @@ def test_an_unwritable_root_is_refused(monkeypatch, tmp_path):
 
 
 INEFFECTIVE = [
-    (deepspeed.settings_without_the_stack, {STAGE: 2, ZERO + "overlap_comm": True, "deepspeed.prescale_gradients": True},
+    (deepspeed.settings_without_the_stack, {STAGE: 2, ZERO + "overlap_comm": True,
+                                            "deepspeed.prescale_gradients": True},
      CPU, {STAGE, ZERO + "overlap_comm", "deepspeed.prescale_gradients"}),
     (deepspeed.settings_without_the_stack, {**DS, STAGE: 2}, CPU, set()),
     (effect.not_built_yet, {"ft.group_size": 2}, CPU, {"ft.group_size"}),
