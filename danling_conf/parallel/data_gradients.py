@@ -51,6 +51,7 @@ class DataGradients:
         self.allowed = unused == ALLOW
         self.by_ddp = isinstance(model, DistributedDataParallel) or reached is not None
         self._reached = reached or _has_gradient
+        self._may_allow = reached is None
         self.named = [(name, item) for name, item in cleaned(model) if item.requires_grad]
         identities = {id(item) for item in replicated}
         self.replicated = [item for _, item in self.named if id(item) in identities]
@@ -95,7 +96,7 @@ class DataGradients:
             return
         without = {name for name, item in self.named if not self._reached(item)}
         if self._without is not None and without != self._without:
-            raise _refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
+            raise self._refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
         self._without = without
 
     def forget(self) -> None:
@@ -116,7 +117,7 @@ class DataGradients:
         names = [name for (name, _), faulty in zip(self.named, wrong.tolist(), strict=True) if faulty]
         if names:
             where = "get no gradient" if bool((most == 0)[wrong].all()) else "get a gradient on some ranks only"
-            raise _refusal(names, where)
+            raise self._refusal(names, where)
 
     def _average_replicated(self) -> None:
         if not self.replicated:
@@ -139,6 +140,13 @@ class DataGradients:
             if not anywhere:
                 item.grad = None
         self._used = torch.zeros_like(self._used)
+
+    def _refusal(self, names: Sequence[str], what: str) -> ConfigRefused:
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        rule = f"these trainable parameters {what}: {shown}"
+        fix = "freeze them (requires_grad_(False)) or remove them"
+        fix += f"; or train around them: {_SETTING}={ALLOW}" if self._may_allow else "; or stack=auto"
+        return ConfigRefused([Violation(_SETTING, REFUSE, rule, fix)])
 
     def _over_ranks(self, mask: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         reduced = mask.to(self.device)
@@ -169,10 +177,3 @@ def _leaves(loss: Tensor) -> set[int] | None:
             found.add(id(variable))
         waiting.extend(following for following, _ in node.next_functions if following is not None)
     return found
-
-
-def _refusal(names: Sequence[str], what: str) -> ConfigRefused:
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    rule = f"these trainable parameters {what}: {shown}"
-    fix = f"freeze them (requires_grad_(False)) or remove them; or train around them: {_SETTING}={ALLOW}"
-    return ConfigRefused([Violation(_SETTING, "refuse", rule, fix)])

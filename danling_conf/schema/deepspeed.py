@@ -73,7 +73,6 @@ SAID_ELSEWHERE = {
     "memory_breakdown": _PROFILES,
     "comms_logger": _PROFILES,
     "timers": _PROFILES,
-    "monitor_config": _TRACKERS,
     "tensorboard": _TRACKERS,
     "wandb": _TRACKERS,
     "csv_monitor": _TRACKERS,
@@ -94,6 +93,12 @@ SAID_ELSEWHERE = {
     "weight_quantization": _UNTRIED,
     "gradient_allreduce_op": _UNTRIED,
     "disable_allgather": _UNTRIED,
+    "seq_parallel_communication_data_type": _UNTRIED,
+    "use_data_before_expert_parallelism": _UNTRIED,
+    "keep_in_fp32_modules": _PRECISION,
+    "vocabulary_size": "only its autotuning reads it",
+    "dump_state": "the run's directory has the whole configuration",
+    "log_level": "what DeepSpeed warns of is in the logs of the ranks",
     "aio": "there is no offload to NVMe here",
 }
 """Keys at the root that DeepSpeed has and this package does not pass on: what says it instead, or why."""

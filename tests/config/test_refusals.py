@@ -54,7 +54,7 @@ REFUSED = {
         "parallel.use_device_mesh=false", "precision=fp16", "dataloader.drop_last=false",
     ],
     "keys_of_deepspeed": [
-        "steps=3", "deepspeed=zero3_offload", "parallel=fsdp2", "optim=muon", "max_grad_norm=0.5",
+        "steps=3", "max_grad_norm=0.5",
         "deepspeed.gradient_cliping=1.0", "deepspeed.gradient_clipping=1.0",
         "deepspeed.zero_optimization.stage3_max_live_params=5", "+deepspeed.bf16.enabled=true",
         "deepspeed.zero_optimization.offload_param.device=nvme",

@@ -167,7 +167,7 @@ def held(root: str, stage: int) -> dict[str, Any]:
     total = sum(item.numel() for item in Net().parameters())
     states = [item for state in run.optimizer.state.values() for item in state.values() if item.numel() > 1]
     weights = sum(item.numel() for item in run.model.parameters())
-    reduces = run.setup.zero is not None and run.setup.zero.zero.partition_gradients
+    reduces = run.setup.zero is not None and getattr(run.setup.zero.zero, "partition_gradients", stage == 3)
     run.close()
     return {"states": sum(item.numel() for item in states) / 2 / total, "weights": weights / total, "cuts": reduces}
 
