@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from danling_conf.schema.deepspeed import DeepspeedConfig, passed_on
 from danling_conf.topology.violation import ABSENT, SettingError
 
-_log = logging.getLogger(__name__)
 _LOCAL_RANK = "LOCAL_RANK"
 _group: dist.ProcessGroup | None = None
 """The default process group that DeepSpeed has taken over."""
@@ -133,13 +132,9 @@ class ZeroEngine:
             self.zero.reset_cpu_buffers()
         self.zero.override_loss_scale(1.0)
 
-    @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """Every rank has all weights inside: for what reads them itself. Changes are lost. Collective."""
-        with ExitStack() as stack:
-            if self.stage == 3:
-                stack.enter_context(gathered(list(self.module.parameters())))
-            yield
+    def whole_weights(self) -> AbstractContextManager[object]:
+        """A context in which every rank has all weights: for what reads them itself. Changes are lost. Collective."""
+        return gathered(list(self.module.parameters())) if self.stage == 3 else nullcontext()
 
     def _reach(self, parameter: Tensor) -> None:
         self._reached.add(id(parameter))
@@ -180,7 +175,7 @@ def configuration(section: DeepspeedConfig, *, batch_size: int, max_norm: float 
     }
 
 
-def gathered(parameters: Sequence[nn.Parameter], *, modified: bool = False) -> Any:
+def gathered(parameters: Sequence[nn.Parameter], *, modified: bool = False) -> AbstractContextManager[object]:
     """A context in which parameters that ZeRO 3 partitions are whole. Collective.
 
     Args:
@@ -188,7 +183,10 @@ def gathered(parameters: Sequence[nn.Parameter], *, modified: bool = False) -> A
     """
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if modified else None)
+    found: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+        list(parameters), modifier_rank=0 if modified else None
+    )
+    return found
 
 
 def _start(device: torch.device) -> Any:

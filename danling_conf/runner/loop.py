@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -453,7 +453,7 @@ class Loop:
         if self.report is not None:
             # Text of growing length would be compiled again and again.
             engine = setup.assembled.engine
-            gathered = nullcontext() if engine is None else engine.whole_weights()
+            gathered: AbstractContextManager[object] = nullcontext() if engine is None else engine.whole_weights()
             with (
                 torch.no_grad(),
                 torch.compiler.set_stance("force_eager"),
