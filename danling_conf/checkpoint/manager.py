@@ -45,6 +45,7 @@ class CheckpointManager:
         allow_degree_change: whether checkpoints of other layouts may be loaded.
         check_token, token: see `Folder`.
         on_node: see `Loader`.
+        whole: whether rank 0 has all tensors of a save, whole.
 
     Attributes:
         enabled: whether checkpoints are written.
@@ -65,12 +66,13 @@ class CheckpointManager:
         check_token: Callable[[], None] = lambda: None,
         token: str = "",
         on_node: tuple[int, int] = (0, 1),
+        whole: bool = False,
     ) -> None:
         self.section, self.enabled = section, not section.load_only
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
         self.folder = Folder(run / section.dir_name, check_token, token)
         several = layout.world_size > 1
-        self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
+        self.backend = section.backend if section.backend != "auto" else "dcp" if several and not whole else "file"
         self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None
         self.mode = async_mode(section)
         # Two threads must not share a process group: a collective of the save on one rank would be matched with one of

@@ -7,7 +7,7 @@ dimension to shard and one dtype. A model that is otherwise is trained as in one
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 _log = logging.getLogger(__name__)
 
-ALLOW = "allow"
+ALLOW, REFUSE = "allow", "refuse"
 _SETTING = "parallel.unused_parameters"
 _SHOWN = 20
 _PIECE = 2**24
@@ -39,13 +39,24 @@ class DataGradients:
         unused: `parallel.unused_parameters`.
         replicated: parameters that every rank holds whole beside sharded ones, and that no wrapper reduces.
         mesh: the ranks whose gradients are averaged; None for DDP without a mesh.
+        reached: whether a micro-batch of the step has reached a parameter, under an engine that reduces gradients as
+            DDP does, of every parameter on every rank, and need not keep them beside it.
     """
 
     def __init__(
-        self, model: nn.Module, *, unused: str, replicated: Sequence[nn.Parameter] = (), mesh: DeviceMesh | None
+        self,
+        model: nn.Module,
+        *,
+        unused: str,
+        replicated: Sequence[nn.Parameter] = (),
+        mesh: DeviceMesh | None,
+        reached: Callable[[nn.Parameter], bool] | None = None,
     ) -> None:
         self.model = model
-        self.allowed, self.by_ddp = unused == ALLOW, isinstance(model, DistributedDataParallel)
+        self.allowed = unused == ALLOW
+        self.by_ddp = isinstance(model, DistributedDataParallel) or reached is not None
+        self._reached = reached or _has_gradient
+        self._may_allow = reached is None
         self.named = [(name, item) for name, item in cleaned(model) if item.requires_grad]
         identities = {id(item) for item in replicated}
         self.replicated = [item for _, item in self.named if id(item) in identities]
@@ -90,9 +101,9 @@ class DataGradients:
                 self._drop_unused()
             self._without = set()
             return
-        without = {name for name, item in self.named if item.grad is None}
+        without = {name for name, item in self.named if not self._reached(item)}
         if self._without is not None and without != self._without:
-            raise _refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
+            raise self._refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
         self._without = without
 
     def forget(self) -> None:
@@ -153,7 +164,7 @@ class DataGradients:
         names = [name for (name, _), faulty in zip(self.named, wrong.tolist(), strict=True) if faulty]
         if names:
             where = "get no gradient" if bool((most == 0)[wrong].all()) else "get a gradient on some ranks only"
-            raise _refusal(names, where)
+            raise self._refusal(names, where)
 
     def _average_replicated(self) -> None:
         if not self.replicated:
@@ -177,6 +188,13 @@ class DataGradients:
                 item.grad = None
         self._used = torch.zeros_like(self._used)
 
+    def _refusal(self, names: Sequence[str], what: str) -> ConfigRefused:
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        rule = f"these trainable parameters {what}: {shown}"
+        fix = "freeze them (requires_grad_(False)) or remove them"
+        fix += f"; or train around them: {_SETTING}={ALLOW}" if self._may_allow else "; or stack=auto"
+        return ConfigRefused([Violation(_SETTING, REFUSE, rule, fix)])
+
     def _over_ranks(self, mask: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         reduced = mask.to(self.device)
         dist.all_reduce(reduced, op=operation, group=self.group)
@@ -188,6 +206,10 @@ def _sum_of_bytes(item: Tensor) -> Tensor:
     found = item.detach().contiguous().reshape(-1).view(torch.uint8)
     # In pieces: on the CPU, torch makes a copy of eight bytes for each.
     return torch.stack([piece.sum(dtype=torch.int64) for piece in found.split(_PIECE)]).sum()
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None
 
 
 def _leaves(loss: Tensor) -> set[int] | None:
@@ -209,10 +231,3 @@ def _leaves(loss: Tensor) -> set[int] | None:
             found.add(id(variable))
         waiting.extend(following for following, _ in node.next_functions if following is not None)
     return found
-
-
-def _refusal(names: Sequence[str], what: str) -> ConfigRefused:
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    rule = f"these trainable parameters {what}: {shown}"
-    fix = f"freeze them (requires_grad_(False)) or remove them; or train around them: {_SETTING}={ALLOW}"
-    return ConfigRefused([Violation(_SETTING, "refuse", rule, fix)])

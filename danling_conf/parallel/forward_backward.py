@@ -149,7 +149,7 @@ class Passes:
             self._weighted = self._agreed(self._counted is not None)
         if not self._weighted:
             if rescale != 1.0:
-                _multiply(parameters, rescale)
+                self._multiply(parameters, rescale)
             return
         counted = torch.zeros((), device=self.device) if self._counted is None else self._counted
         self._counted = None
@@ -157,13 +157,15 @@ class Passes:
             dist.all_reduce(counted)
         # Gradients are means over the ranks with tokens of their own, of sums; tensor ranks counted the same tokens.
         factor = self._ranks_of_batch * self._copies / counted.clamp(min=1)
-        _multiply(parameters, factor)
+        self._multiply(parameters, factor)
 
     def forget(self) -> None:
         """Drop the micro-batches of the step under way: it does not take place."""
         self._counted = None
         for part in self.model.parts:
             gradients.forget(part)
+        if self.model.engine is not None:
+            self.model.engine.forget()
         if self.model.gradients is not None:
             self.model.gradients.forget()
 
@@ -278,7 +280,11 @@ class Passes:
         measured = Measured(total, found[0].weight)
         if self.model.gradients is not None:
             self.model.gradients.before_backward(total, last=last)
-        self._scaled(measured, micro_batches).backward()
+        scaled = self._scaled(measured, micro_batches)
+        if self.model.engine is None:
+            scaled.backward()
+        else:
+            self.model.engine.backward(scaled, last=last)
         return Measured(total.detach(), measured.weight)
 
     def _train_graph(self, step: WholeStep, batch: Any, micro_batches: int) -> Measured:
@@ -340,6 +346,14 @@ class Passes:
         else:
             value = measured.total if cut == 1 else measured.total / cut
         return value if self.scaler is None else self.scaler.scale(value)
+
+    def _multiply(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+        """Multiply the gradients of a step; those that ZeRO holds, when it steps."""
+        engine = self.model.engine
+        if engine is not None and engine.partitions:
+            engine.scale(factor)
+        else:
+            _multiply(parameters, factor)
 
     def _count(self, measured: Measured) -> None:
         weight = torch.as_tensor(measured.weight, dtype=torch.float32, device=self.device)

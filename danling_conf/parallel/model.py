@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.buffers import SharedBuffers
 from danling_conf.parallel.context import ContextParallel
 from danling_conf.parallel.data_gradients import DataGradients
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.gathered_blocks import GatheredBlocks
 from danling_conf.parallel.init_plan import (
     Source,
@@ -87,6 +88,8 @@ class Assembled:
     blocks: GatheredBlocks | None = None
     """Blocks that FSDP gathers one by one; None in a pipeline, whose schedule passes each."""
     compiled: bool = False
+    engine: ZeroEngine | None = None
+    """Of DeepSpeed; None without it."""
     buffers: SharedBuffers | None = None
     """Shares buffers over the data ranks; None where there is one, and under DDP, which does that itself."""
 
@@ -94,6 +97,9 @@ class Assembled:
         """What `function` returns for the model: a loss, or nothing. It runs inside of the wrapped model's forward, so
         that it may use any method or parameter of the model, and its own outputs may be of any type. Collective."""
         module = self.module
+        if self.engine is not None:
+            found: torch.Tensor | None = self.engine.run(function, training=training)
+            return found
         if isinstance(module, _torch_private.Replicated):
             # In evaluation DDP's forward would synchronise buffers, which it does not change.
             return module.run_inside(function) if training else function(module.module)
@@ -145,6 +151,7 @@ def assemble(
     precision: str | None = None,
     example: Callable[[], Any] | None = None,
     forward: Forward | None = None,
+    for_engine: bool = False,
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
@@ -164,6 +171,7 @@ def assemble(
             are used, and attention is checked for the context axis. Without it, modules are put where they are defined,
             and the first step checks both.
         forward: runs the model on the example.
+        for_engine: leave the gradients of a layout that only replicates to an engine, see `with_engine`.
 
     Raises:
         SettingError: the layout asks for what the model does not implement, or shards without FSDP.
@@ -184,7 +192,7 @@ def assemble(
     _check_layout(layout, mesh, fsdp)
     whole, source = _whole_model(model, seed, device)
     hugging_face.prepare(whole)
-    by_ddp = ddp.is_plain(mesh) and not fsdp.enabled
+    by_ddp = ddp.is_plain(mesh) and not fsdp.enabled and not for_engine
     if source is not None and fsdp.enabled:
         make_contiguous(whole)
     if source is None and not by_ddp:
@@ -212,7 +220,7 @@ def assemble(
         sharded_logits = sharded_logits or sharded
         recomputation.apply(part, activation_checkpointing, recomputed)
         per_block = _compile_blocks(part, compile, layout)
-        if not by_ddp:
+        if not by_ddp and not for_engine:
             _wrap_blocks(
                 part,
                 fsdp,
@@ -244,6 +252,14 @@ def assemble(
         compiled=compile.enable,
         buffers=_buffers(list(parts.values()), batch_mesh(mesh), by_ddp=by_ddp),
     )
+
+
+def with_engine(assembled: Assembled, engine: ZeroEngine, mesh: DeviceMesh | None) -> Assembled:
+    """A model that was assembled `for_engine`, in the hands of one, which was made with its optimizer."""
+    gradients = DataGradients(
+        assembled.module, unused=data_gradients.REFUSE, mesh=batch_mesh(mesh), reached=engine.has_gradient
+    )
+    return replace(assembled, engine=engine, gradients=gradients)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from danling_conf.components import dataloader as loaders
 from danling_conf.components import gradients
 from danling_conf.components.batch import to_device
 from danling_conf.parallel import process_group
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.forward_backward import Measured
 from danling_conf.parallel.waiting import waiting
 from danling_conf.runner import process
@@ -251,7 +253,10 @@ class Loop:
         Args:
             rescale: of gradients, in a step of fewer micro-batches than `accum_steps`.
         """
-        setup, state, nonfinite = self.setup, self.state, self.observers.nonfinite
+        setup, nonfinite = self.setup, self.observers.nonfinite
+        if setup.zero is not None:
+            self._update_by(setup.zero, rescale)
+            return
         with waiting("the gradients"):
             setup.passes.finish(setup.parameters, rescale=rescale)
             measures = self.config.max_grad_norm is not None or nonfinite.measures_gradients
@@ -273,9 +278,26 @@ class Loop:
             setup.scaler.step(self.setup.optimizer)
             setup.scaler.update()
         self.setup.optimizer.zero_grad()
-        setup.schedule.after_step()
-        state.step += 1
-        state.epoch_step += 1
+        self._count_step()
+
+    def _update_by(self, zero: ZeroEngine, rescale: float) -> None:
+        """The same by ZeRO, which clips and steps at once, and leaves out a step whose gradients are not finite."""
+        nonfinite = self.observers.nonfinite
+        with waiting("the gradients"):
+            self.setup.passes.finish(self.setup.parameters, rescale=rescale)
+            if nonfinite.skips():
+                zero.forget()
+            else:
+                applied = zero.step()
+                if not applied or self.config.max_grad_norm is not None or nonfinite.measures_gradients:
+                    self.observers.norm(zero.norm, expected=False)
+                nonfinite.drop()  # the norm is that of this step, which is decided
+        self._count_step()
+
+    def _count_step(self) -> None:
+        self.setup.schedule.after_step()
+        self.state.step += 1
+        self.state.epoch_step += 1
         self.observers.stepped()
 
     def _after_step(self) -> None:
@@ -430,7 +452,15 @@ class Loop:
         setup, lines = self.setup, []
         if self.report is not None:
             # Text of growing length would be compiled again and again.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), setup.autocast(), waiting("the report"):
+            engine = setup.assembled.engine
+            gathered: AbstractContextManager[object] = nullcontext() if engine is None else engine.whole_weights()
+            with (
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                setup.autocast(),
+                waiting("the report"),
+                gathered,
+            ):
                 setup.assembled.train(False)
                 self.display.activity("reporting")
                 whole = None if setup.assembled.pipeline is not None else _without_ddp(setup.model)

@@ -11,6 +11,7 @@ from danling_conf.schema.activation_checkpointing import ActivationCheckpointing
 from danling_conf.schema.checkpoint import CheckpointConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.dataloader import BatchConfig, DataloaderConfig
+from danling_conf.schema.deepspeed import DeepspeedConfig
 from danling_conf.schema.fsdp import DTYPE_ALIASES, FsdpConfig
 from danling_conf.schema.observability import HeartbeatConfig, MlflowConfig, ProfilingConfig, WandbConfig
 from danling_conf.schema.optim import OptimConfig
@@ -33,8 +34,8 @@ class RunnerConfig:
         "auto", choices=("auto", "ddp", "parallel", "graph", "deepspeed"), aliases={"torch": "ddp", "ds": "deepspeed"}
     )
     """Runner stack: `ddp` (alias `torch`), `parallel`, `graph` (one process; forward, loss and backward compiled as one
-    graph, the optimizer's step as another), `deepspeed` (alias `ds`); `auto` derives `ddp` or `parallel` from the
-    layout."""
+    graph, the optimizer's step as another), `deepspeed` (alias `ds`; data ranks whose states ZeRO partitions, see
+    `deepspeed`); `auto` derives `ddp` or `parallel` from the layout."""
     seed: Optional[int] = setting(None, at_least=0)
     """Random seed of weights, data order and dropout. Unset: one is drawn and recorded with the run."""
     deterministic: bool = False
@@ -57,7 +58,7 @@ class RunnerConfig:
     nonfinite: str = setting("count", choices=("count", "skip", "fail"))
     """What happens at a step whose loss or gradients are not finite: `count` reports it, `skip` leaves the optimizer
     step out on all ranks (and measures the gradients' norm at each step), `fail` ends the run at the next log line,
-    evaluation or checkpoint."""
+    evaluation or checkpoint. ZeRO leaves out steps whose gradients are not finite in any case."""
     eval_interval: Optional[int] = setting(None, at_least=1, semantic=False)
     """Evaluate every so many epochs (epoch mode) or optimizer steps (step mode), and at the end. Unset: every epoch, or
     ten times a run."""
@@ -112,6 +113,7 @@ class RunnerConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

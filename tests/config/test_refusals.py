@@ -53,7 +53,12 @@ REFUSED = {
         "parallel.pipeline_schedule=dualpipev", "parallel.pipeline_n_microbatches=2", "compile=aot_eager",
         "parallel.use_device_mesh=false", "precision=fp16", "dataloader.drop_last=false",
     ],
-    "stack_that_is_not_built": ["steps=3", "stack=ds"],
+    "keys_of_deepspeed": [
+        "steps=3", "max_grad_norm=0.5",
+        "deepspeed.gradient_cliping=1.0", "deepspeed.gradient_clipping=1.0",
+        "deepspeed.zero_optimization.stage3_max_live_params=5", "+deepspeed.bf16.enabled=true",
+        "deepspeed.zero_optimization.offload_param.device=nvme",
+    ],
     "graph_of_several_processes": ["steps=3", "stack=graph", "parallel=fsdp2", "compile.memory_policy=budget:1.5"],
     "fault_tolerance_that_is_not_built": ["steps=3", "ft=torchft"],
     "batch_that_microbatches_do_not_divide": [

@@ -7,6 +7,7 @@ from danling_conf.topology.rules import (
     axes,
     budget,
     checkpoints,
+    deepspeed,
     effect,
     observability,
     optimizers,
@@ -20,8 +21,8 @@ from danling_conf.topology.rules.rule import Context, EffectRule, Ineffective, R
 from danling_conf.topology.violation import Violation, unique
 
 RULES: tuple[Rule, ...] = (
-    support.built_stack,
     support.built_fault_tolerance,
+    deepspeed.installed,
     world.whole_degrees,
     world.sharding_is_fsdp,
     world.stack_fits_layout,
@@ -58,6 +59,11 @@ RULES: tuple[Rule, ...] = (
     checkpoints.replica_names,
     checkpoints.exports_by_safetensors,
     observability.installed_trackers,
+    deepspeed.only_replicates,
+    deepspeed.known_keys,
+    deepspeed.no_contradiction,
+    deepspeed.fits_stage,
+    deepspeed.kept_promises,
     optimizers.known_optimizer,
     optimizers.known_scheduler,
     paths.writable_root,
@@ -78,6 +84,7 @@ EFFECT_RULES: tuple[EffectRule, ...] = (
     effect.sources_by_priority,
     checkpoints.writing_settings,
     checkpoints.sources_to_exclude_from,
+    deepspeed.settings_without_the_stack,
     observability.settings_of_what_is_off,
 )
 

@@ -10,13 +10,6 @@ from danling_conf.topology.rules.rule import Context
 from danling_conf.topology.violation import Violation
 
 
-def built_stack(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """The deepspeed stack is a name without an implementation."""
-    if config.stack == "deepspeed":
-        fix = "leave stack=auto: parallel=fsdpN is ZeRO 3, fsdp=zero2 keeps parameters, fsdp=offload uses host memory"
-        yield Violation("stack", config.stack, "this stack is not implemented yet", fix)
-
-
 def built_fault_tolerance(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """TorchFT would change how gradients are averaged."""
     if config.ft.enabled:
