@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         note_stop()
         raise SignalException(f"stopped by {signal.Signals(number).name}", sigval=signal.Signals(number))
 
-    environment = {FROZEN_VARIABLE: str(frozen), **as_parent(), **_threads(world_size)}
+    environment = {FROZEN_VARIABLE: str(frozen), **as_parent(), **threads(world_size)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -137,12 +138,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
-        if is_stop(failure.exitcode):  # a rank received the signal, and all ranks stopped together
-            raise WorkersInterrupted(signal_of_exit_code(failure.exitcode)) from None
-        status = written_status((failure.error_file_data or {}).get(STATUS)) or Status.FAILED
-        message = _message(failure, status)
-        raise WorkersFailed(rank, failure.exitcode, message, rank_log(attempt, rank), status) from None
+        raise first_failure(error.failures, attempt) from None
     except SignalException as error:
         raise WorkersInterrupted(error.sigval) from None
     finally:
@@ -151,6 +147,19 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
             signal.signal(getattr(signal, name), handler)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def first_failure(failures: Mapping[int, Any], attempt: Path) -> WorkersFailed | WorkersInterrupted:
+    """The error of ranks that have ended: that of the rank which failed first.
+
+    Args:
+        failures: torch elastic's `ProcessFailure`s, by rank.
+    """
+    rank, failure = min(failures.items(), key=lambda item: _when(item[1]))
+    if is_stop(failure.exitcode):  # a rank received the signal, and all ranks stopped together
+        return WorkersInterrupted(signal_of_exit_code(failure.exitcode))
+    status = written_status((failure.error_file_data or {}).get(STATUS)) or Status.FAILED
+    return WorkersFailed(rank, failure.exitcode, _message(failure, status), rank_log(attempt, rank), status)
 
 
 def worker_command() -> list[str]:
@@ -167,7 +176,7 @@ def worker_command() -> list[str]:
     return [sys.executable, "-u", str(Path(sys.argv[0]).absolute()), *sys.argv[1:]]
 
 
-def _threads(world_size: int) -> dict[str, str]:
+def threads(world_size: int) -> dict[str, str]:
     """Threads per rank: the cores divided by the ranks, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}

@@ -8,6 +8,7 @@ from danling_conf.topology.rules import (
     budget,
     checkpoints,
     effect,
+    fault_tolerance,
     observability,
     optimizers,
     options,
@@ -21,7 +22,6 @@ from danling_conf.topology.violation import Violation, unique
 
 RULES: tuple[Rule, ...] = (
     support.built_stack,
-    support.built_fault_tolerance,
     world.whole_degrees,
     world.sharding_is_fsdp,
     world.stack_fits_layout,
@@ -56,6 +56,11 @@ RULES: tuple[Rule, ...] = (
     checkpoints.replica_names,
     checkpoints.exports_by_safetensors,
     observability.installed_trackers,
+    fault_tolerance.installed,
+    fault_tolerance.numbers_of_groups,
+    fault_tolerance.order_of_limits,
+    fault_tolerance.groups_meet,
+    fault_tolerance.groups_fit,
     optimizers.known_optimizer,
     optimizers.known_scheduler,
     paths.writable_root,
@@ -77,6 +82,7 @@ EFFECT_RULES: tuple[EffectRule, ...] = (
     checkpoints.writing_settings,
     checkpoints.sources_to_exclude_from,
     observability.settings_of_what_is_off,
+    fault_tolerance.unread_settings,
 )
 
 

@@ -15,9 +15,3 @@ def built_stack(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     if config.stack == "deepspeed":
         fix = "leave stack=auto: parallel=fsdpN is ZeRO 3, fsdp=zero2 keeps parameters, fsdp=offload uses host memory"
         yield Violation("stack", config.stack, "this stack is not implemented yet", fix)
-
-
-def built_fault_tolerance(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """TorchFT would change how gradients are averaged."""
-    if config.ft.enabled:
-        yield Violation("ft.enabled", True, "fault tolerance by TorchFT is not implemented yet", "ft=none")
