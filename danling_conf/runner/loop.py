@@ -92,6 +92,8 @@ class Loop:
         self._remainder_shown = False
         self._step_batches: list[Any] = []
         """Of the step under way, for the case that the groups refuse it."""
+        self._met = False
+        """Whether the group has met the others for the step that comes."""
         self._behind = False
         """Whether the group has caught up in the middle of an epoch, which it then enters anew."""
 
@@ -211,6 +213,9 @@ class Loop:
         place of the data. Collective in the group."""
         if self.replicas is None or self.state.micro_batches:
             return False
+        if self._met:  # it has caught up, and enters the epoch anew: the others are in the step already
+            self._met = False
+            return False
         try:
             if not self.replicas.begin():
                 return False
@@ -219,6 +224,7 @@ class Loop:
         self._continue_elsewhere()
         if isinstance(self.setup.loaders["train"].sampler, ShardedSampler):
             self.resumption.catch_up(self.replicas.taken)
+            self._met = True
             return True
         return False
 
