@@ -48,6 +48,7 @@ class ReplicaGroup:
         step: optimizer steps done, as all groups count them.
         state: returns this rank's training state: plain values and local tensors, for a group that joins.
         load: takes such a state over.
+        stopped: whether a signal has asked this rank to stop, which then does not wait any longer.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ReplicaGroup:
         step: int,
         state: Callable[[], dict[str, Any]],
         load: Callable[[dict[str, Any]], None],
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         # torchft's servers say something of every quorum otherwise.
         os.environ.setdefault("RUST_LOG", "error")
@@ -74,7 +76,7 @@ class ReplicaGroup:
         """Whether the last quorum has brought this group to the state of another."""
         self._began_at = step
         self._vote_limit = timedelta(seconds=section.timeout_seconds)
-        self._load = load
+        self._load, self._stopped = load, stopped
         for name in _OVERRULING:
             if os.environ.pop(name, None) is not None:
                 _log.warning("%s is set, and not read: the settings of ft say how long is waited", name)
@@ -154,7 +156,7 @@ class ReplicaGroup:
                 self.manager.start_quorum(timeout=timedelta(seconds=max(1.0, min(left, share))))
                 return
             except (TimeoutError, RuntimeError, ConnectionError) as error:
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= deadline or self._stopped():
                     raise NoQuorum(str(error)) from error
                 _log.warning("no quorum yet: %s", str(error).partition("\n")[0])
                 time.sleep(min(_PAUSE_SECONDS, max(0.0, left)))

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torchft.checkpointing.transport import CheckpointTransport
@@ -55,7 +55,7 @@ class WeightsTransport(CheckpointTransport[Any]):
                     return
                 self.send_response(200)
                 self.end_headers()
-                torch.save(found, _Unseekable(self.wfile))
+                torch.save(found, cast(IO[bytes], _Unseekable(self.wfile)))
                 transport.fetched()
 
             def log_message(self, format: str, *arguments: Any) -> None:

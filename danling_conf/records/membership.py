@@ -44,7 +44,8 @@ class Event(str, Enum):
 TAKES_PART = "takes part"
 """State of a group that trains with the others."""
 _TAKE_PART = (Event.JOINED, Event.REFUSED, Event.TRAINED, Event.COMPLETE)
-_GONE = (Event.DIED, Event.GIVEN_UP, Event.SHORT, Event.LEFT)
+GONE = (Event.DIED, Event.GIVEN_UP, Event.SHORT, Event.LEFT)
+"""After these a group does not take part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ def _member(group: int, items: list[Change]) -> Member:
     last = items[-1]
     state = TAKES_PART if last.event in _TAKE_PART else "starting" if last.event is Event.STARTED else str(last.event)
     begun = next((item.time for item in items if item.event is Event.JOINED), last.time)
-    died = [item for item in items if item.event in _GONE]
+    died = [item for item in items if item.event in GONE]
     since = last.time
     if state == TAKES_PART:
         joined = [item.time for item in items if item.event is Event.JOINED]

@@ -32,7 +32,7 @@ from danling_conf.runner.evaluation import measure
 from danling_conf.runner.leading import Lead
 from danling_conf.runner.observe import collective_timeout, out_of_memory
 from danling_conf.runner.observe.observers import Observers
-from danling_conf.runner.observe.stopwatch import EVALUATION
+from danling_conf.runner.observe.stopwatch import EVALUATION, FAULT
 from danling_conf.runner.replicas import Replicas, TooFewGroups
 from danling_conf.runner.resuming import Resumption
 from danling_conf.runner.saving import RunSaver
@@ -92,6 +92,7 @@ class Loop:
         self._remainder_shown = False
         self._step_batches: list[Any] = []
         """Of the step under way, for the case that the groups refuse it."""
+        self._step_began = time.perf_counter()
         self._met = False
         """Whether the group has met the others for the step that comes."""
         self._behind = False
@@ -217,7 +218,10 @@ class Loop:
             self._met = False
             return False
         try:
-            if not self.replicas.begin():
+            with self.observers.stopwatch.apart(FAULT):
+                behind = self.replicas.begin()
+            self._step_began = time.perf_counter()
+            if not behind:
                 return False
         except NoQuorum as error:
             self._leave(error)
@@ -237,6 +241,9 @@ class Loop:
 
     def _leave(self, error: NoQuorum) -> NoReturn:
         """Save, and leave a run of which there are too few replica groups. Collective in the group."""
+        if self.stop_request.number:
+            self.state.interrupted = True
+            self.saver.stop(self.stop_request.number)
         section, step = self.config.ft, self.state.step
         self.saver.save_for_later()
         saved = f"saved at step {step}" if self.saver.checkpoints.enabled and self.lead.held else f"at step {step}"
@@ -280,6 +287,7 @@ class Loop:
                 rescale, state.micro_batches = count / state.micro_batches, 0
                 if not self._update(rescale):
                     self._refused = True
+                    self.observers.stopwatch.lost(time.perf_counter() - self._step_began)
                     self._drop_step()
                     return loss.mean
                 if self.replicas is not None:

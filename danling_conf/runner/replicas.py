@@ -109,6 +109,7 @@ class Replicas:
             step=state.step // (self.section.sync_every if self._local_sync else 1),
             state=self._current,
             load=self._take_over,
+            stopped=lambda: stop_request.number > 0,
         )
 
     def _make_store(self) -> tuple[str, int]:

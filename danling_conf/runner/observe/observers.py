@@ -345,6 +345,8 @@ class Observers:
             "evaluation.seconds": lap.evaluation,
             "checkpoint.seconds": lap.checkpoint,
         }
+        if self.config.ft.enabled:
+            scalars["ft.lost_seconds"] = lap.fault
         used = setup.utilisation.of(speed * per_step)
         return scalars if used is None else {**scalars, "train.mfu": used}
 

@@ -64,6 +64,9 @@ def groups_meet(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     address = lighthouse_of(config, context.machine)
     if address is not None and re.fullmatch(r"(?:https?://)?[^\s/:]+:[0-9]{1,5}/?", address) is None:
         yield Violation("ft.lighthouse", address, "it is the address of a lighthouse", "write HOST:PORT")
+    if address is not None and config.seed is None:
+        rule = "groups that are started one by one draw a seed each, and have to shuffle and initialise alike"
+        yield Violation("seed", None, rule, "give all of them one, such as seed=0")
     launcher = context.machine.launcher or ("the cluster" if context.machine.cluster_world_size else None)
     if address is None and launcher is not None:
         rule = f"{launcher} starts the ranks of one group, which does not know where it meets the others"
@@ -89,7 +92,7 @@ def unread_settings(config: RunnerConfig, context: Context) -> Iterator[Ineffect
     section = config.ft
     if not section.enabled:
         return
-    reasons = {}
+    reasons: dict[str, str] = {}
     if lighthouse_of(config, context.machine) is None:
         reason = "this command starts all groups, on this machine (ft.lighthouse=null)"
         reasons |= dict.fromkeys(("replica_id", "address"), reason)
