@@ -8,18 +8,21 @@ state of a healthy group. The lighthouse is a thread of this process: it is ther
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.parent import as_parent
-from danling_conf.launch.workers import FROZEN_VARIABLE, WorkersFailed, WorkersInterrupted, first_failure, threads
+from danling_conf.launch.workers import (
+    FROZEN_VARIABLE,
+    POLL_SECONDS,
+    Workers,
+    WorkersFailed,
+    WorkersInterrupted,
+    signals_noted,
+    threads,
+)
 from danling_conf.records.membership import Event, changes_of, has_happened, members_of, note
-from danling_conf.records.stopped import STOPPING, is_stop, note_stop
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.fault_tolerance import LIGHTHOUSE_VARIABLE, FtConfig
 from danling_conf.schema.files import FROZEN, error_file
@@ -27,11 +30,8 @@ from danling_conf.topology.machine import count_devices
 from danling_conf.topology.rank_environment import GROUP_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
 
-_POLL_SECONDS = 0.05
 _LATE_SECONDS = 30.0
 """How long groups may still take to end when the run is complete; those that came too late then wait in vain."""
-_RAISING_SECONDS = 3.0
-_SAVING_SECONDS = 24 * 3600.0
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -47,23 +47,33 @@ def run_groups(command: list[str], config: RunnerConfig, world_size: int, attemp
         WorkersFailed: no group is left that could go on, or the configuration is refused.
         WorkersInterrupted: this process received a stop signal, and the groups have saved and left.
     """
+    with listen(LOOPBACK, 0) as free:
+        port = free.getsockname()[1]
+    groups = Groups(command, config.ft, world_size, attempt, lighthouse=f"http://{LOOPBACK}:{port}")
+    with signals_noted() as received:
+        try:
+            groups.start()
+            # While the ranks import torch, which the lighthouse's package imports too.
+            lighthouse = _lighthouse(config.ft, port)
+            try:
+                groups.watch(received)
+            finally:
+                lighthouse.shutdown()
+        finally:
+            groups.kill()
+
+
+def _lighthouse(section: FtConfig, port: int) -> Any:
     # Before the import, which reads it: the lighthouse would say something of every quorum.
     os.environ.setdefault("RUST_LOG", "error")
     from torchft.coordination import LighthouseServer
 
-    section = config.ft
-    lighthouse = LighthouseServer(
-        bind=f"{LOOPBACK}:0",
+    return LighthouseServer(
+        bind=f"{LOOPBACK}:{port}",
         min_replicas=section.min_replica_size,
         join_timeout_ms=1000 * section.join_timeout_seconds,
         heartbeat_timeout_ms=section.heartbeat_timeout_ms,
     )
-    # It calls itself by the machine's name, which need not lead to the loopback interface.
-    port = lighthouse.address().rpartition(":")[2]
-    try:
-        Groups(command, section, world_size, attempt, lighthouse=f"http://{LOOPBACK}:{port}").run()
-    finally:
-        lighthouse.shutdown()
 
 
 class Groups:
@@ -81,49 +91,45 @@ class Groups:
         environment = {
             FROZEN_VARIABLE: str(attempt / FROZEN),
             LIGHTHOUSE_VARIABLE: lighthouse,
-            **as_parent(),
             **threads(world_size * section.group_size),
         }
         size = section.group_size
         self._groups = [_Group(command, environment, index, size, world_size, attempt) for index in range(size)]
-        self._signals: list[int] = []
         self._failures: list[WorkersFailed | WorkersInterrupted] = []
+        self._received: list[int] = []
 
-    def run(self) -> None:
-        """Start the groups, start those that die again, and return when the run is complete. Raises as
-        `run_groups`."""
-        handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING}
-        for name in STOPPING:
-            signal.signal(getattr(signal, name), lambda number, frame: self._signals.append(number))
-        try:
-            for group in self._groups:
-                group.start()
-            self._watch()
-        finally:
-            for group in self._groups:
-                group.kill()
-            for name, handler in handlers.items():
-                signal.signal(getattr(signal, name), handler)
+    def start(self) -> None:
+        """Start all groups."""
+        for group in self._groups:
+            group.start()
 
-    def _watch(self) -> None:
-        passed_on, complete_since = 0, 0.0
+    def kill(self) -> None:
+        """End all groups at once."""
+        for group in self._groups:
+            group.kill()
+
+    def watch(self, received: list[int]) -> None:
+        """Start groups that die again, and return when the run is complete. Raises as `run_groups`.
+
+        Args:
+            received: signals that this process receives, as they come.
+        """
+        self._received, passed, complete_since = received, 0, 0.0
         while any(group.runs for group in self._groups):
-            time.sleep(_POLL_SECONDS)
-            while passed_on < len(self._signals):
-                note_stop()
+            time.sleep(POLL_SECONDS)
+            while passed < len(received):
                 for group in self._groups:
-                    group.send(self._signals[passed_on])
-                passed_on += 1
+                    group.pass_on(received[passed])
+                passed += 1
             for group in self._groups:
-                if group.runs:
-                    self._look_at(group)
+                if group.runs and not group.running():
+                    self._ended(group)
             if complete_since == 0 and self._complete:
                 complete_since = time.monotonic()
             if complete_since and time.monotonic() - complete_since > _LATE_SECONDS:
-                for group in self._groups:
-                    group.kill()
-        if self._signals:
-            raise WorkersInterrupted(self._signals[0])
+                self.kill()
+        if received:
+            raise WorkersInterrupted(received[0])
         if not self._complete:
             raise self._failures[0]
 
@@ -131,36 +137,34 @@ class Groups:
     def _complete(self) -> bool:
         return has_happened(self._attempt, Event.COMPLETE)
 
-    def _look_at(self, group: _Group) -> None:
+    def _ended(self, group: _Group) -> None:
         """Start a group again that has died."""
-        error = group.ended()
-        if group.runs:
-            return
+        error = group.failure()
         if error is None:
             note(self._attempt, group.index, Event.LEFT)
             return
         if isinstance(error, WorkersFailed) and error.refused:
             self._failures = [error]
-            for other in self._groups:
-                other.kill()
+            self.kill()
             return
         self._failures.append(error)
         why = str(error).strip().splitlines()[0] if str(error).strip() else "no reason is known"
         note(self._attempt, group.index, Event.DIED, why=why)
-        if self._signals or self._complete or has_happened(self._attempt, Event.SHORT):
+        if self._received or self._complete or has_happened(self._attempt, Event.SHORT):
             return
         rank = f"rank {error.rank} " if isinstance(error, WorkersFailed) else ""
         said = f"group {group.index} died: {rank}{why}"
         began = has_happened(self._attempt, Event.JOINED)
         if not began and isinstance(error, WorkersFailed) and error.exit_code > 0:
             # It would fail again, as the others will: nothing has changed since.
-            self._give_up()
+            self.kill()
         elif began and not self._healthy():
             _say(f"{said}; no other group is left whose state it could take over")
-            self._give_up()
+            self.kill()
         elif group.starts > self._section.max_restarts:
             note(self._attempt, group.index, Event.GIVEN_UP)
-            _say(f"{said}; it was started {group.starts} times, and is given up (ft.max_restarts)")
+            times = "once" if group.starts == 1 else f"{group.starts} times"
+            _say(f"{said}; it was started {times}, and is given up (ft.max_restarts)")
         else:
             _say(f"{said}; starting it again ({group.starts} of {self._section.max_restarts})")
             group.start()
@@ -171,10 +175,6 @@ class Groups:
         running = [group.index for group in self._groups if group.runs]
         return any(members[index].takes_part for index in running if index in members)
 
-    def _give_up(self) -> None:
-        for group in self._groups:
-            group.kill()
-
 
 class _Group:
     """The ranks of one replica group."""
@@ -182,113 +182,57 @@ class _Group:
     def __init__(
         self, command: list[str], environment: dict[str, str], index: int, groups: int, world_size: int, attempt: Path
     ) -> None:
-        self.index, self.starts = index, 0
+        self.index, self.starts, self.runs = index, 0, False
         self._command, self._environment, self._groups = command, environment, groups
         self._world_size, self._attempt = world_size, attempt
-        self._ranks: list[subprocess.Popen[bytes]] = []
-        self._store: Any = None
-        self._failed_at = 0.0
-
-    @property
-    def runs(self) -> bool:
-        return bool(self._ranks)
-
-    def number(self, rank: int) -> int:
-        """Index of a rank among those of all groups."""
-        return self.index * self._world_size + rank
+        self._workers: Workers | None = None
 
     def start(self) -> None:
-        """Start all ranks, with a store of their own to meet at."""
-        from torch.distributed import TCPStore
-
-        listening = listen(LOOPBACK, 0)
-        port = listening.getsockname()[1]
-        self._store = TCPStore(
-            LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-        )
+        """Start all ranks."""
         self.starts += 1
-        self._failed_at = 0.0
+        first = self.index * self._world_size
+        for rank in range(first, first + self._world_size):
+            error_file(self._attempt, rank).unlink(missing_ok=True)
         note(self._attempt, self.index, Event.STARTED)
-        for rank in range(self._world_size):
-            failure = error_file(self._attempt, self.number(rank))
-            failure.unlink(missing_ok=True)
-            own = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": self._world_size,
-                "LOCAL_WORLD_SIZE": self._world_size,
-                "MASTER_ADDR": LOOPBACK,
-                "MASTER_PORT": port,
-                # As torch elastic sets them for its ranks: the store is served by who started them.
-                "TORCHELASTIC_RUN_ID": f"{self._attempt.name}-{self.index}",
-                "TORCHELASTIC_RESTART_COUNT": self.starts - 1,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-                "TORCHELASTIC_ERROR_FILE": failure,
-                GROUP_VARIABLE: f"{self.index} {self._groups} {self.starts}",
-                **self._devices(),
-            }
-            environment = {**os.environ, **self._environment, **{name: str(value) for name, value in own.items()}}
-            # A session of their own: Ctrl-C in the terminal reaches them once, through this process.
-            self._ranks.append(subprocess.Popen(self._command, env=environment, start_new_session=True))
+        own = {GROUP_VARIABLE: f"{self.index} {self._groups} {self.starts}", **self._devices(first)}
+        self._workers = Workers(
+            self._command, self._world_size, self._attempt, {**self._environment, **own}, numbered_from=first
+        )
+        self.runs = True
 
-    def _devices(self) -> dict[str, str]:
+    def _devices(self, first: int) -> dict[str, str]:
         """The accelerators of this group, where the machine has any."""
         given = os.environ.get(_DEVICES)
         count = count_devices(given)
         if count < self._groups * self._world_size:
             return {}
         names = given.split(",") if given else [str(number) for number in range(count)]
-        return {_DEVICES: ",".join(names[self.number(0) : self.number(self._world_size)])}
+        return {_DEVICES: ",".join(names[first : first + self._world_size])}
 
-    def send(self, number: int) -> None:
+    def running(self) -> bool:
+        """Whether a rank still runs. A group of which a rank was killed ends at once."""
+        assert self._workers is not None
+        self.runs = self._workers.running()
+        if self.runs and self._workers.died:
+            self.kill()
+            self._workers.running()  # notices the ends
+        return self.runs
+
+    def failure(self) -> WorkersFailed | WorkersInterrupted | None:
+        """What ended it; None where all of its ranks returned."""
+        assert self._workers is not None
+        return self._workers.failure()
+
+    def pass_on(self, number: int) -> None:
         """Send a signal to all ranks."""
-        for process in self._ranks:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    process.send_signal(number)
+        if self.runs and self._workers is not None:
+            self._workers.pass_on(number)
 
     def kill(self) -> None:
         """End all ranks at once."""
-        self.send(signal.SIGKILL)
-        for process in self._ranks:
-            process.wait()
-        self._ranks, self._store = [], None
-
-    def ended(self) -> WorkersFailed | WorkersInterrupted | None:
-        """Look whether the group has ended. Where a rank has failed, the others are ended with it.
-
-        Returns:
-            The error of the rank that failed first; None where none has. `runs` says whether the group still runs.
-        """
-        codes = [process.poll() for process in self._ranks]
-        if all(code == 0 for code in codes):
-            self.kill()
-            return None
-        bad = {rank: code for rank, code in enumerate(codes) if code}
-        if not bad or (None in codes and time.monotonic() < self._deadline(list(bad.values()))):
-            return None
-        failures = {self.number(rank): _failure(self._attempt, self.number(rank), code) for rank, code in bad.items()}
-        self.kill()
-        return first_failure(failures, self._attempt)
-
-    def _deadline(self, codes: list[int]) -> float:
-        """Until when the other ranks may end by themselves: those of a rank that saved and left are doing the same, and
-        those of one that raised an exception may have raised it too."""
-        self._failed_at = self._failed_at or time.monotonic()
-        if any(code < 0 for code in codes):
-            return 0.0
-        return self._failed_at + (_SAVING_SECONDS if all(map(is_stop, codes)) else _RAISING_SECONDS)
-
-
-def _failure(attempt: Path, number: int, code: int) -> Any:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-    file = error_file(attempt, number)
-    try:
-        return ProcessFailure(local_rank=number, pid=0, exitcode=code, error_file=str(file))
-    except (OSError, ValueError, KeyError, TypeError):  # it was killed while it wrote the file
-        file.unlink(missing_ok=True)
-        return ProcessFailure(local_rank=number, pid=0, exitcode=code, error_file=str(file))
+        if self._workers is not None:
+            self._workers.kill()
+        self.runs = False
 
 
 def _say(line: str) -> None:
