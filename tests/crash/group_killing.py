@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from danling_conf.schema.files import RESULT
 REPOSITORY = Path(__file__).parents[2]
 APP = REPOSITORY / "tests" / "support" / "group_app.py"
 _LIMIT_SECONDS = 150.0
+_STEPS = 1500
+_NOISE = 0.02
+"""By how much the loss of a disturbed run may differ: it has not seen the samples of groups that were away."""
 WAYS = ("kill of one rank", "kill of a group", "stop of one rank")
 
 
@@ -90,7 +94,7 @@ def run_with_kills(
                 way = ways[sum(report.kills.values()) % len(ways)]
                 if strike(attempt, way, chosen):
                     report.kills[way] += 1
-            process.wait(timeout=_LIMIT_SECONDS)
+            process.wait(timeout=_LIMIT_SECONDS + steps * pause)
         finally:
             process.kill()
             process.wait()
@@ -185,3 +189,26 @@ def recoveries(changes: list[Change]) -> Any:
             seen.add(item.group)
         elif item.event is Event.JOINED and item.group in started:
             yield item.time - started.pop(item.group)
+
+
+def main(kills: int = 30, runs: int = 3) -> None:
+    """Kill ranks in so many runs, beside one that nothing happens to. Raises where a run did not survive."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = run_with_kills(Path(folder, "quiet"), steps=_STEPS, kills=0, pause=0.0)
+        print(quiet.line(), flush=True)
+        reports = []
+        for number in range(runs):
+            report = run_with_kills(Path(folder, str(number)), steps=_STEPS, kills=kills // runs, seed=number)
+            print(report.line(), flush=True)
+            assert abs(report.loss - quiet.loss) < _NOISE, (report.loss, quiet.loss)
+            reports.append(report)
+    seconds = sorted(item for report in reports for item in report.recoveries)
+    print(
+        f"replica groups: {sum(sum(report.kills.values()) for report in reports)} kills, "
+        f"{sum(report.compared for report in reports)} digests equal, 0 different; a killed group took part again "
+        f"after {seconds[len(seconds) // 2]:.1f} s (median of {len(seconds)})"
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)

@@ -15,6 +15,7 @@ from danling_conf.records.membership import Event, changes_of
 from danling_conf.records.metrics import read_metrics, series
 from danling_conf.records.reading import read_fields
 from danling_conf.schema.files import RESULT
+from danling_conf.topology.rendezvous import LOOPBACK, listen
 from tests.crash.group_killing import REPOSITORY, attempt_in, command, run_with_kills, wait_for
 
 pytestmark = pytest.mark.slow
@@ -83,7 +84,7 @@ def test_groups_that_are_too_few_save_and_leave_and_say_so(tmp_path: Path) -> No
     os.kill(pid_of(attempt, 1), signal.SIGKILL)
     assert ends(process) == 1
     text = said.read_text()
-    assert "group 1 died: rank 1 ended by SIGKILL; it was started 1 times, and is given up (ft.max_restarts)" in text
+    assert "group 1 died: rank 1 ended by SIGKILL; it was started once, and is given up (ft.max_restarts)" in text
     assert "fewer than 2 of 2 replica groups" in text
     assert "for 6 s (ft.quorum_timeout_seconds); saved at step" in text
     assert "Traceback" not in text
@@ -91,9 +92,44 @@ def test_groups_that_are_too_few_save_and_leave_and_say_so(tmp_path: Path) -> No
     assert (attempt.parent.parent / "checkpoints" / "latest" / "checkpoint.json").is_file()
 
 
+def lighthouse(port: int, output: Path) -> subprocess.Popen[bytes]:
+    program = str(Path(sys.executable).with_name("torchft_lighthouse"))
+    return start(
+        [program, "--bind", f"{LOOPBACK}:{port}", "--min_replicas", "2", "--heartbeat_timeout_ms", "1000"], output
+    )
+
+
 def test_groups_that_are_started_one_by_one_outlive_their_lighthouse(tmp_path: Path) -> None:
-    lighthouse = subprocess.Popen([str(Path(sys.executable).with_name("torchft_lighthouse")), "--help"])
-    assert ends(lighthouse) == 0
+    with listen(LOOPBACK, 0) as free:
+        port = free.getsockname()[1]
+    meeting = lighthouse(port, tmp_path / "lighthouse.txt")
+    roots = [tmp_path / "0", tmp_path / "1"]
+    groups = []
+    try:
+        for index, root in enumerate(roots):
+            argv = command(root, "ft.group_size=2", "steps=60", f"ft.lighthouse={LOOPBACK}:{port}")
+            argv = [word for word in argv if not word.startswith(("ft.join_", "ft.heartbeat_"))]
+            groups.append(start([*argv, f"ft.replica_id={index}", "data={pause:0.1}"], tmp_path / f"{index}.txt"))
+        assert wait_for(lambda: steps_of(roots[0]) > 10 or None, groups[0])
+        meeting.kill()
+        meeting.wait()
+        time.sleep(3.0)
+        meeting = lighthouse(port, tmp_path / "lighthouse.txt")
+        codes = [ends(group) for group in groups]
+    finally:
+        for process in (meeting, *groups):
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], [(tmp_path / f"{index}.txt").read_text()[-2000:] for index in range(2)]
+    first, second = history(roots[0])["val.loss"], history(roots[1])["val.loss"]
+    assert first[-1][0] == 60
+    assert first == second  # bit for bit
+
+
+def steps_of(root: Path) -> int:
+    """The newest step in the metrics of a workspace's only run."""
+    lines = [line for run in root.glob("lin/exp/*") for line in read_metrics(run)]
+    return lines[-1]["step"] if lines else 0
 
 
 def test_killed_groups_catch_up(tmp_path: Path) -> None:
