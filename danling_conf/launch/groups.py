@@ -131,7 +131,7 @@ class Groups:
         if received:
             raise WorkersInterrupted(received[0])
         if not self._complete:
-            raise self._failures[0]
+            raise self._failures[-1]  # of the group that could not go on
 
     @property
     def _complete(self) -> bool:

@@ -36,6 +36,7 @@ from danling_conf.records.status import (
 from danling_conf.records.stopped import STOPPING, is_stop, note_stop
 from danling_conf.schema.files import error_file
 from danling_conf.topology.rendezvous import LOOPBACK, listen
+from danling_conf.topology.violation import PlainError
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
@@ -266,8 +267,9 @@ def record_failure(error: Exception, trace: str, outcome: Outcome) -> None:
     """Write why this rank failed, for the process that started it."""
     content = {
         "raised_at": time.time(),
-        "message": f"{type(error).__name__}: {error}",
-        "traceback": trace,
+        # A plain error says it all, for a user.
+        "message": str(error) if isinstance(error, PlainError) else f"{type(error).__name__}: {error}",
+        "traceback": "" if isinstance(error, PlainError) else trace,
         "status": outcome.status,
         "reason": outcome.message,
     }

@@ -17,23 +17,23 @@ LIGHTHOUSE_VARIABLE = "TORCHFT_LIGHTHOUSE"
 class FtConfig:
     """Fault tolerance managed by TorchFT: replica groups join and leave while training continues."""
 
-    read_by: ClassVar[str] = "danling_conf.runner.replicas"
+    read_by: ClassVar[str] = "danling_conf.parallel.replica_groups"
 
-    enabled: bool = False
+    enabled: bool = setting(False, read_by="danling_conf.runner.training")
     """Use TorchFT."""
     process_group: str = setting("gloo", choices=("gloo", "nccl"), semantic=False)
     """Process group between replica groups: gloo or nccl."""
     process_group_timeout_ms: int = setting(10000, at_least=1, semantic=False)
     """Time limit of that process group, in milliseconds. A group that stands still costs the others so long, and the
     step."""
-    replica_id: int = setting(0, at_least=0, semantic=False)
+    replica_id: int = setting(0, at_least=0, semantic=False, read_by="danling_conf.runner.world")
     """Identifier of this run's replica group, from 0 up to `ft.group_size` - 1. Read where groups are started one by
     one, with `ft.lighthouse`; a command that starts all of them numbers them itself."""
     group_size: int = setting(1, at_least=1)
     """Number of replica groups. The processes of the run are as many times those of the layout."""
     min_replica_size: int = setting(1, at_least=1, semantic=False)
     """Healthy replica groups that each step requires. The first step waits for all of them."""
-    lighthouse: Optional[str] = setting(None, semantic=False, read_by="danling_conf.launch.execute")
+    lighthouse: Optional[str] = setting(None, semantic=False, read_by="danling_conf.runner.replicas")
     """Address of a running lighthouse, `HOST:PORT`. The command then is one group of several that are started one by
     one, and `ft.replica_id` says which. Unset: the environment variable TORCHFT_LIGHTHOUSE; without it the command
     starts a lighthouse and all groups on this machine."""
@@ -55,12 +55,12 @@ class FtConfig:
     """How often a group asks for its quorum again within that time, where the answer fails to come."""
     max_restarts: int = setting(10, at_least=0, semantic=False, read_by="danling_conf.launch.groups")
     """How often the command starts each group again after it has died."""
-    sync: str = setting(DDP, choices=(DDP, LOCAL_SGD, DILOCO))
+    sync: str = setting(DDP, choices=(DDP, LOCAL_SGD, DILOCO), read_by="danling_conf.runner.replicas")
     """What groups agree on: `ddp` on the gradients of each step, `local_sgd` on the weights every `ft.sync_every`
     steps, `diloco` on an outer optimizer's step over what the weights have changed in so many."""
-    sync_every: int = setting(10, at_least=1)
+    sync_every: int = setting(10, at_least=1, read_by="danling_conf.runner.replicas")
     """Optimizer steps between two agreements of `local_sgd` and `diloco`."""
-    outer_lr: float = setting(0.7, above=0)
+    outer_lr: float = setting(0.7, above=0, read_by="danling_conf.parallel.outer")
     """Learning rate of the outer optimizer of `diloco`, which is SGD with Nesterov momentum."""
-    outer_momentum: float = setting(0.9, at_least=0, at_most=1)
+    outer_momentum: float = setting(0.9, at_least=0, at_most=1, read_by="danling_conf.parallel.outer")
     """Momentum of the outer optimizer of `diloco`."""

@@ -43,6 +43,7 @@ def app(config: Any) -> float:
             number = started.ranks.number
             line = {
                 "step": runner.global_step,
+                "time": time.time(),
                 "rank": number % started.ranks.world_size,
                 "digest": digest.hexdigest()[:16],
                 "epoch": runner.epoch,
