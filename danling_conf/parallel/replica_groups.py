@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from danling_conf.parallel.process_group import gathered
-from danling_conf.schema.fault_tolerance import FtConfig
+from danling_conf.schema.fault_tolerance import AUTO, FtConfig
 from danling_conf.topology.rendezvous import LOOPBACK
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class ReplicaGroup:
         for name in _OVERRULING:
             if os.environ.pop(name, None) is not None:
                 _log.warning("%s is set, and not read: the settings of ft say how long is waited", name)
-        address = section.address or LOOPBACK
+        address = address_of(section)
         with _listening_at(address):
             self.manager = Manager(
                 pg=_process_group(section),
@@ -189,6 +190,11 @@ class ReplicaGroup:
     def close(self) -> None:
         """Leave the other groups."""
         self.manager.shutdown(wait=False)
+
+
+def address_of(section: FtConfig) -> str:
+    """The address of this machine at which other groups reach it. Raises OSError where `auto` finds none."""
+    return socket.gethostbyname(socket.gethostname()) if section.address == AUTO else section.address or LOOPBACK
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from danling_conf.components import dataloader
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel.outer import Outer
 from danling_conf.parallel.process_group import gathered, is_distributed, refuse_together
-from danling_conf.parallel.replica_groups import NoQuorum, ReplicaGroup, local
+from danling_conf.parallel.replica_groups import NoQuorum, ReplicaGroup, address_of, local
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records.membership import Event
 from danling_conf.records.status import EXIT_FAILED, HasOutcome, Outcome, Status
@@ -34,7 +34,7 @@ from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.fault_tolerance import DDP, LIGHTHOUSE_VARIABLE
-from danling_conf.topology.rendezvous import LOOPBACK, listen
+from danling_conf.topology.rendezvous import listen
 from danling_conf.topology.violation import PlainError, Violation
 
 _ALONE_SECONDS = 3.0
@@ -114,14 +114,15 @@ class Replicas:
 
     def _make_store(self) -> tuple[str, int]:
         """A store of this group at the address at which the others reach it: rank 0 serves it."""
-        address, port = self.section.address or LOOPBACK, 0
+        address, port = address_of(self.section), 0
         if self._world.ranks.main:
             listening = listen(address, 0)
             port = listening.getsockname()[1]
             self._store = torch.distributed.TCPStore(
                 address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
             )
-        return address, int(gathered(port)[0])
+        found: tuple[str, int] = gathered((address, port))[0]
+        return found
 
     def begin(self) -> bool:
         """Meet the other groups, before a step is begun. Returns whether this group was behind, and has caught up.

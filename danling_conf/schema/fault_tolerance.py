@@ -9,6 +9,8 @@ from danling_conf.schema.setting import setting
 
 DDP, LOCAL_SGD, DILOCO = "ddp", "local_sgd", "diloco"
 """Values of `ft.sync`."""
+AUTO = "auto"
+"""Value of `ft.address`."""
 LIGHTHOUSE_VARIABLE = "TORCHFT_LIGHTHOUSE"
 """Environment variable that names the lighthouse where `ft.lighthouse` does not."""
 
@@ -39,7 +41,8 @@ class FtConfig:
     starts a lighthouse and all groups on this machine."""
     address: Optional[str] = setting(None, semantic=False)
     """Address of this machine at which groups on other machines reach this one: its manager and its weights are served
-    there, unencrypted, to whoever can connect. Unset: 127.0.0.1."""
+    there, unencrypted, to whoever can connect. `auto`: what the machine's name leads to, on each machine of the group.
+    Unset: 127.0.0.1."""
     heartbeat_timeout_ms: int = setting(5000, at_least=100, semantic=False, read_by="danling_conf.launch.groups")
     """Milliseconds without a heartbeat after which the lighthouse takes a group for dead: about what its death costs
     the others."""
