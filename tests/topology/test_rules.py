@@ -8,7 +8,6 @@ import pickle
 import pytest
 
 from danling_conf.config.resolve import inspect, resolve
-from danling_conf.schema import facts_of
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import (
     EFFECT_RULES,
@@ -30,7 +29,6 @@ from danling_conf.topology.rules import (
     world,
 )
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
-from tests.support.settings import settings
 
 pytestmark = pytest.mark.composition
 
@@ -406,7 +404,6 @@ INEFFECTIVE = [
                                              "wandb.project": "p", "mlflow.name": "n"}, CPU,
      {"heartbeat.interval_seconds", "profiling.wait", "wandb.project", "mlflow.name"}),
     (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "heartbeat.enabled": True}, CPU, set()),
-    (effect.not_built_yet, {"checkpoint.backend": "dcp"}, CPU, set()),
     (checkpoints.writing_settings, {"checkpoint.load_only": True, "checkpoint.keep_latest_k": 2}, CPU,
      {"checkpoint.keep_latest_k"}),
     (checkpoints.writing_settings, {"checkpoint.async_mode": "async", "checkpoint.async_enabled": False}, CPU,
@@ -491,10 +488,6 @@ def test_every_rule_of_effects_has_both_cases():
 
 def test_the_defaults_have_nothing_to_be_said_of():
     assert ineffective_settings(resolve({"steps": 1}, context=CPU), CPU) == []
-
-
-def test_nothing_waits_to_be_built():
-    assert [path for path, item in settings() if facts_of(item).pending] == []
 
 
 @pytest.mark.parametrize("place", [".", "made/best", "made/ckpt-s00000003"])

@@ -70,7 +70,6 @@ RULES: tuple[Rule, ...] = (
 )
 
 EFFECT_RULES: tuple[EffectRule, ...] = (
-    effect.not_built_yet,
     effect.policy_without_fsdp,
     effect.settings_without_axis,
     effect.options_without_compile,
