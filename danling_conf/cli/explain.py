@@ -290,8 +290,6 @@ def _setting_lines(found: Described) -> list[str]:
     if facts.aliases:
         lines.append("  aliases  " + ", ".join(f"{alias} = {name}" for alias, name in facts.aliases.items()))
     lines.append(f"  read by  {found.read_by}")
-    if facts.pending:
-        lines.append(f"  note     no effect yet: {facts.pending} is not implemented")
     return lines
 
 

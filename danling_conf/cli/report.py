@@ -30,8 +30,10 @@ from danling_conf.cli.pages.scales import short
 from danling_conf.records.attempts import AttemptFacts, attempts_of
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.history import History, read_history
+from danling_conf.records.membership import GONE, Event, changes_of, members_of
 from danling_conf.records.metrics import goodput
 from danling_conf.records.reading import read_fields
+from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.status import Status
 from danling_conf.schema.files import RUN_FILE
 from danling_conf.sweep.ends import standing_of
@@ -75,6 +77,7 @@ def report(run: Path) -> str:
         _curves(history),
         _speed(history),
         _attempts(attempts, run),
+        _groups(newest_attempt(run)),
         _checkpoints(run),
         _configuration(newest),
         _environment(newest),
@@ -200,6 +203,39 @@ def _attempts(attempts: Sequence[AttemptFacts], run: Path) -> Html:
         numeric=(0, 2, 6),
     )
     return section("Attempts", chart, Html('<div style="height:12px"></div>'), listed)
+
+
+def _groups(attempt: Path | None) -> Html:
+    """The replica groups of an attempt on its time line: from when to when each took part."""
+    changes = [] if attempt is None else changes_of(attempt)
+    if not changes:
+        return Html("")
+    begin, end = changes[0].time, changes[-1].time
+    rows = []
+    for member in members_of(changes):
+        bars, since, starting = [], None, False
+        for item in [each for each in changes if each.group == member.group]:
+            if item.event in (Event.STARTED, Event.JOINED, *GONE) and since is not None:
+                words = f"group {member.group}: {'starting' if starting else 'takes part'} until {clock(item.time)}"
+                bars.append(Bar(since - begin, item.time - begin, words, "busy" if starting else "s0"))
+                since = None
+            if item.event in (Event.STARTED, Event.JOINED):
+                since, starting = item.time, item.event is Event.STARTED
+        if since is not None:
+            words = f"group {member.group}: {member.state}"
+            bars.append(Bar(since - begin, end - begin, words, "busy" if starting else "s0"))
+        rows.append((f"group {member.group}", bars))
+    chart = timeline(rows, title="Replica groups: when each took part", x_format=duration)
+    listed = table(
+        ["time", "group", "", "step", "why"],
+        [
+            [clock(item.time), item.group, str(item.event), item.step, item.why[:120]]
+            for item in changes
+            if item.event is not Event.LEFT
+        ],
+        numeric=(1, 3),
+    )
+    return section("Replica groups", chart, folded("every change", listed))
 
 
 def _checkpoints(run: Path) -> Html:

@@ -207,7 +207,8 @@ GROUPS: dict[str, dict[str, Preset]] = {
     "ft": {
         "none": Preset("No fault tolerance beyond checkpoints.", {"enabled": False}),
         "torchft": Preset(
-            "Replica groups managed by TorchFT: a lost group does not stop the others.", {"enabled": True}
+            "Replica groups managed by TorchFT: a lost group does not stop the others, and is started again.",
+            {"enabled": True},
         ),
     },
     "tracking": {

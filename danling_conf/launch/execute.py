@@ -42,7 +42,9 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN, RESULT
 from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rank_environment import SINGLE
+from danling_conf.topology.rules.fault_tolerance import lighthouse_of
 from danling_conf.topology.violation import ConfigRefused, PlainError, Violation
 
 
@@ -149,15 +151,21 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
     """
     world_size = layout_of(config).world_size
     command, started_in = worker_command(), os.getcwd()
+    groups = config.ft.enabled and lighthouse_of(config, this_machine()) is None
 
     def task(_: DictConfig) -> Any:
-        if world_size == 1:
+        if world_size == 1 and not groups:
             return run_rank(app.function, config, Current(attempt=attempt, ranks=SINGLE), app.script.stem)
         # Hydra has changed the directory already if `hydra.job.chdir` is set. Workers run the script from its first
         # line, where a relative path must still resolve, and change the directory themselves.
         os.chdir(started_in)
         try:
-            run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
+            if groups:
+                from danling_conf.launch.groups import run_groups
+
+                run_groups(command, config, world_size, attempt.directory)
+            else:
+                run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
         except (WorkersFailed, WorkersInterrupted) as error:
             # Overwrite the main rank's result: it may have been killed before it wrote one, and where another rank
             # failed first it wrote only the consequence.

@@ -131,12 +131,15 @@ class Passes:
         self._proven = True
         return measured
 
-    def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> None:
+    def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> Tensor | None:
         """Complete the gradients over the data ranks, and divide them by the count where the loss returns one; call it
         after the last micro-batch of a step. Collective.
 
         Args:
             rescale: planned over actual micro-batches of a step, which a mean is multiplied by.
+
+        Returns:
+            The count, of all ranks together; None where the loss is a mean.
 
         Raises:
             ConfigRefused: a parameter has no gradient, which `parallel.unused_parameters` does not allow.
@@ -150,7 +153,7 @@ class Passes:
         if not self._weighted:
             if rescale != 1.0:
                 self._multiply(parameters, rescale)
-            return
+            return None
         counted = torch.zeros((), device=self.device) if self._counted is None else self._counted
         self._counted = None
         if is_distributed():
@@ -158,6 +161,7 @@ class Passes:
         # Gradients are means over the ranks with tokens of their own, of sums; tensor ranks counted the same tokens.
         factor = self._ranks_of_batch * self._copies / counted.clamp(min=1)
         self._multiply(parameters, factor)
+        return counted
 
     def forget(self) -> None:
         """Drop the micro-batches of the step under way: it does not take place."""

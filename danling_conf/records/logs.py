@@ -38,13 +38,13 @@ def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str
 
     The package's own logger does not propagate: on the console its lines would break the progress display.
     """
-    handlers: list[logging.Handler] = [_file_handler(rank_log(attempt, ranks.rank), ranks.rank)]
+    handlers: list[logging.Handler] = [_file_handler(rank_log(attempt, ranks.number), ranks.number)]
     root, ours = logging.getLogger(), logging.getLogger(_OURS)
     if root.level > logging.INFO or root.level == logging.NOTSET:
         root.setLevel(logging.INFO)
     root.addHandler(handlers[0])
     ours.addHandler(handlers[0])
-    if ranks.main and log:
+    if ranks.number == 0 and log:
         handlers.append(_file_handler(attempt / f"{job_name}.log", ranks.rank))
         ours.addHandler(handlers[1])
     if ranks.main and not log:

@@ -125,6 +125,7 @@ def set_up(
         data_degree=world.data_degree,
         seed=world.attempt.seed,
         collate_fn=collate_fn,
+        evaluating=(world.rank_in_group, world.layout.data_degree),
     )
     cadence = cadence_of(config, batches_per_epoch(split_loaders["train"]))
     model = model_factory(config.model) if model is None else model
@@ -233,7 +234,7 @@ def _utilisation(
         count=count,
         device=world.device,
         precision=config.precision,
-        devices=world.ranks.world_size,
+        devices=world.ranks.world_size * world.groups,
     )
 
 

@@ -12,11 +12,12 @@ from danling_conf.schema.checkpoint import CheckpointConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.dataloader import BatchConfig, DataloaderConfig
 from danling_conf.schema.deepspeed import DeepspeedConfig
+from danling_conf.schema.fault_tolerance import FtConfig
 from danling_conf.schema.fsdp import DTYPE_ALIASES, FsdpConfig
 from danling_conf.schema.observability import HeartbeatConfig, MlflowConfig, ProfilingConfig, WandbConfig
 from danling_conf.schema.optim import OptimConfig
 from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.schema.process import CommConfig, FtConfig, GcConfig
+from danling_conf.schema.process import CommConfig, GcConfig
 from danling_conf.schema.scheduler import SchedulerConfig
 from danling_conf.schema.setting import setting
 

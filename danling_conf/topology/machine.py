@@ -13,6 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from danling_conf.schema.fault_tolerance import LIGHTHOUSE_VARIABLE
 from danling_conf.topology.rank_environment import started_rank
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -37,6 +38,10 @@ class Machine:
     """Whether the package deepspeed is installed."""
     trackers: frozenset[str] = frozenset(TRACKERS)
     """Which of the packages of trackers are installed."""
+    torchft: bool = True
+    """Whether the package torchft is installed, which manages replica groups."""
+    lighthouse: str | None = None
+    """Address of the lighthouse that the environment names; None where it names none."""
 
     cluster_world_size: int | None = None
     """World size that fills a degree of -1 of a job on a cluster, whose ranks may be on several nodes; `devices` are
@@ -62,6 +67,8 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         safetensors=find_spec("safetensors") is not None,
         deepspeed=find_spec("deepspeed") is not None,
         trackers=frozenset(name for name in TRACKERS if find_spec(name) is not None),
+        torchft=find_spec("torchft") is not None,
+        lighthouse=environment.get(LIGHTHOUSE_VARIABLE) or None,
     )
 
 

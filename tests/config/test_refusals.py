@@ -60,7 +60,9 @@ REFUSED = {
         "deepspeed.zero_optimization.offload_param.device=nvme",
     ],
     "graph_of_several_processes": ["steps=3", "stack=graph", "parallel=fsdp2", "compile.memory_policy=budget:1.5"],
-    "fault_tolerance_that_is_not_built": ["steps=3", "ft=torchft"],
+    "fault_tolerance_of_too_few_groups": [
+        "steps=3", "ft=torchft", "ft.group_size=2", "ft.min_replica_size=3", "ft.replica_id=2", "ft.timeout_seconds=3",
+    ],
     "batch_that_microbatches_do_not_divide": [
         "steps=3", "parallel=pp2", "dataloader.batch_size=6", "parallel.pipeline_microbatch_size=4",
     ],

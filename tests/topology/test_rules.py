@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import fields
 
 import pytest
 
 from danling_conf.config.resolve import inspect, resolve
-from danling_conf.schema import facts_of
-from danling_conf.schema.process import FtConfig
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import (
     EFFECT_RULES,
@@ -21,18 +18,17 @@ from danling_conf.topology.rules import (
     checkpoints,
     deepspeed,
     effect,
+    fault_tolerance,
     ineffective_settings,
     observability,
     optimizers,
     options,
     paths,
     pipeline,
-    support,
     violations_of,
     world,
 )
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
-from tests.support.settings import another_value, nested, settings
 
 pytestmark = pytest.mark.composition
 
@@ -65,6 +61,8 @@ AXES = "parallel.axes."
 DS = {"stack": "deepspeed"}
 ZERO = "deepspeed.zero_optimization."
 STAGE, OFFLOAD = ZERO + "stage", ZERO + "offload_optimizer"
+
+FT = {"ft.enabled": True, "ft.group_size": 3}
 
 REFUSED = [
     (deepspeed.installed, {"stack": "deepspeed"}, NO_DEEPSPEED, "stack", "pip install danling-conf[deepspeed]"),
@@ -101,7 +99,20 @@ REFUSED = [
     (deepspeed.kept_promises, {**DS, "parallel.unused_parameters": "allow"}, CPU, "parallel.unused_parameters",
      "freeze"),
     (deepspeed.kept_promises, {**DS, STAGE: 2, "checkpoint.backend": "dcp"}, CPU, "checkpoint.backend", "file"),
-    (support.built_fault_tolerance, {"ft.enabled": True}, CPU, "ft.enabled", "ft=none"),
+    (fault_tolerance.installed, FT, Context(machine=Machine(torchft=False)), "ft.enabled", "danling-conf[ft]"),
+    (fault_tolerance.numbers_of_groups, {**FT, "ft.min_replica_size": 4}, CPU, "ft.min_replica_size", "3 or less"),
+    (fault_tolerance.numbers_of_groups, {**FT, "ft.replica_id": 3}, CPU, "ft.replica_id", "ft.group_size"),
+    (fault_tolerance.order_of_limits, {**FT, "ft.heartbeat_timeout_ms": 20000}, CPU, "ft.process_group_timeout_ms",
+     "ft.process_group_timeout_ms=20000"),
+    (fault_tolerance.order_of_limits, {**FT, "ft.timeout_seconds": 5}, CPU, "ft.timeout_seconds", "=10"),
+    (fault_tolerance.order_of_limits, {**FT, "ft.quorum_timeout_seconds": 59, "ft.timeout_seconds": 20}, CPU,
+     "ft.quorum_timeout_seconds", "ft.join_timeout_seconds"),
+    (fault_tolerance.groups_meet, {**FT, "ft.lighthouse": "here", "seed": 1}, CPU, "ft.lighthouse", "HOST:PORT"),
+    (fault_tolerance.groups_meet, {**FT, "ft.lighthouse": "here:80"}, CPU, "seed", "seed=0"),
+    (fault_tolerance.groups_meet, FT, TWO_NODES, "ft.lighthouse", "ft.replica_id"),
+    (fault_tolerance.groups_fit, {**FT, "ft.process_group": "nccl"}, CPU, "ft.process_group", "gloo"),
+    (fault_tolerance.groups_fit, {**FT, "stack": "graph"}, CPU, "ft.enabled", "stack=auto"),
+    (world.world_size, {**FT, AXES + "replicate": 2}, FOUR, "parallel", "smaller layout"),
     (world.whole_degrees, {AXES + "replicate": 0}, CPU, AXES + "replicate", "replicate=1"),
     (world.whole_degrees, {AXES + "replicate": -1, AXES + "shard": -1}, CPU, AXES + "shard", "all but one"),
     (world.sharding_is_fsdp, {AXES + "shard": 4}, CPU, AXES + "shard", "parallel=fsdp4"),
@@ -292,7 +303,12 @@ PASSED = [
     (deepspeed.fits_stage, {**DS, STAGE: 3, OFFLOAD: {"device": "cpu"}, "optim.type": "SGD"}, CPU),
     (deepspeed.fits_stage, {**DS, "optim.type": "muon", "compile.enable": True}, CPU),
     (deepspeed.kept_promises, {**DS, STAGE: 2, "precision": "bf16", "checkpoint.backend": "file"}, CPU),
-    (support.built_fault_tolerance, {"ft.group_size": 2}, CPU),
+    (fault_tolerance.installed, {"ft.group_size": 2}, Context(machine=Machine(torchft=False))),
+    (fault_tolerance.numbers_of_groups, {**FT, "ft.min_replica_size": 3, "ft.replica_id": 2}, CPU),
+    (fault_tolerance.order_of_limits, FT, CPU),
+    (fault_tolerance.groups_meet, {**FT, "ft.lighthouse": "http://here:80", "seed": 1}, TWO_NODES),
+    (fault_tolerance.groups_fit, {**FT, "ft.process_group": "nccl"}, FOUR),
+    (world.world_size, {**FT, "ft.lighthouse": "here:80", AXES + "replicate": 2}, FOUR),
     (world.whole_degrees, {AXES + "replicate": 2, AXES + "shard": -1}, CPU),
     (world.sharding_is_fsdp, {AXES + "shard": 4, "fsdp.enabled": True}, CPU),
     (world.sharding_is_fsdp, {"fsdp.enabled": True}, CPU),
@@ -438,12 +454,16 @@ INEFFECTIVE = [
                                             "deepspeed.prescale_gradients": True},
      CPU, {STAGE, ZERO + "overlap_comm", "deepspeed.prescale_gradients"}),
     (deepspeed.settings_without_the_stack, {**DS, STAGE: 2}, CPU, set()),
-    (effect.not_built_yet, {"ft.group_size": 2}, CPU, {"ft.group_size"}),
+    (observability.settings_of_what_is_off, {"ft.group_size": 2}, CPU, {"ft.group_size"}),
+    (fault_tolerance.unread_settings, {**FT, "ft.replica_id": 1, "ft.address": "10.0.0.1", "ft.sync_every": 3,
+                                       "ft.outer_lr": 1.0}, CPU,
+     {"ft.replica_id", "ft.address", "ft.sync_every", "ft.outer_lr"}),
+    (fault_tolerance.unread_settings, {**FT, "ft.lighthouse": "here:80", "ft.max_restarts": 1, "ft.sync": "diloco",
+                                       "ft.sync_every": 3, "ft.outer_lr": 1.0}, CPU, {"ft.max_restarts"}),
     (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "profiling.wait": 3,
                                              "wandb.project": "p", "mlflow.name": "n"}, CPU,
      {"heartbeat.interval_seconds", "profiling.wait", "wandb.project", "mlflow.name"}),
     (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "heartbeat.enabled": True}, CPU, set()),
-    (effect.not_built_yet, {"checkpoint.backend": "dcp"}, CPU, set()),
     (checkpoints.writing_settings, {"checkpoint.load_only": True, "checkpoint.keep_latest_k": 2}, CPU,
      {"checkpoint.keep_latest_k"}),
     (checkpoints.writing_settings, {"checkpoint.async_mode": "async", "checkpoint.async_enabled": False}, CPU,
@@ -528,25 +548,6 @@ def test_every_rule_of_effects_has_both_cases():
 
 def test_the_defaults_have_nothing_to_be_said_of():
     assert ineffective_settings(resolve({"steps": 1}, context=CPU), CPU) == []
-
-
-PENDING = [(path, item) for path, item in settings() if facts_of(item).pending]
-
-
-@pytest.mark.parametrize(("path", "item"), PENDING, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_is_not_built_is_taken_and_warned_of(path, item):
-    """A setting whose machinery is missing is accepted, and never silently."""
-    resolved = resolve({"steps": 1, **nested(path, another_value(path, item))}, context=CPU)
-    (said,) = ineffective_settings(resolved, CPU)
-    assert said.path == path
-    assert "not implemented yet" in said.reason
-
-
-def test_what_is_pending_is_known():
-    """All of it, so that no setting is marked by mistake."""
-    marked = {path for path, _ in PENDING}
-    fault_tolerance = {f"ft.{item.name}" for item in fields(FtConfig)} - {"ft.enabled"}
-    assert marked == fault_tolerance
 
 
 @pytest.mark.parametrize("place", [".", "made/best", "made/ckpt-s00000003"])

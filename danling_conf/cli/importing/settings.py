@@ -46,7 +46,7 @@ def translate(content: Mapping[str, Any]) -> Translation:
     translate_deepspeed(left, made)
     _dataloader(mapping(left.get("dataloader"), "dataloader"), made)
     if mapping(left.pop("ft", None), "ft").get("enabled"):
-        made.gone("ft.enabled", True, "TorchFT is not implemented yet")
+        made.gone("ft.enabled", True, "DanLing never starts a quorum: ft=torchft here is another training")
     for name in [name for name in left if name in _AT_ROOT]:
         made.keep(name, left.pop(name))
     for name in sorted(_SECTIONS & left.keys() - {"dataloader"}):

@@ -71,9 +71,6 @@ def keep_section(name: str, section: Mapping[str, Any], made: Translation) -> No
                 made.gone(path, value, GONE[path])
         elif known is None:
             made.gone(path, value, "there is no such setting here")
-        elif known.facts.pending is not None:
-            if value != known.default:
-                made.gone(path, value, f"{known.facts.pending} is not implemented")
         elif path == "gc.interval" and isinstance(value, int) and value <= 0:
             made.gone(path, value, "leave it unset for no pacing")
         else:

@@ -9,19 +9,18 @@ from danling_conf.topology.rules import (
     checkpoints,
     deepspeed,
     effect,
+    fault_tolerance,
     observability,
     optimizers,
     options,
     paths,
     pipeline,
-    support,
     world,
 )
 from danling_conf.topology.rules.rule import Context, EffectRule, Ineffective, Rule
 from danling_conf.topology.violation import Violation, unique
 
 RULES: tuple[Rule, ...] = (
-    support.built_fault_tolerance,
     deepspeed.installed,
     world.whole_degrees,
     world.sharding_is_fsdp,
@@ -64,6 +63,11 @@ RULES: tuple[Rule, ...] = (
     deepspeed.no_contradiction,
     deepspeed.fits_stage,
     deepspeed.kept_promises,
+    fault_tolerance.installed,
+    fault_tolerance.numbers_of_groups,
+    fault_tolerance.order_of_limits,
+    fault_tolerance.groups_meet,
+    fault_tolerance.groups_fit,
     optimizers.known_optimizer,
     optimizers.known_scheduler,
     paths.writable_root,
@@ -73,7 +77,6 @@ RULES: tuple[Rule, ...] = (
 )
 
 EFFECT_RULES: tuple[EffectRule, ...] = (
-    effect.not_built_yet,
     effect.policy_without_fsdp,
     effect.settings_without_axis,
     effect.options_without_compile,
@@ -86,6 +89,7 @@ EFFECT_RULES: tuple[EffectRule, ...] = (
     checkpoints.sources_to_exclude_from,
     deepspeed.settings_without_the_stack,
     observability.settings_of_what_is_off,
+    fault_tolerance.unread_settings,
 )
 
 
