@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from danling_conf.schema.nearest import nearest
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
@@ -50,6 +48,8 @@ class Gpu:
     """Bytes of the driver's context with the kernels that a run loads, outside of torch's allocator."""
     workspace: int = 16 * MIB
     """Bytes that cuBLAS takes as its workspaces."""
+    reported_as: tuple[str, ...] = ()
+    """Parts of the name that the driver reports for it."""
     sources: tuple[str, ...] = ()
     """Where these figures are from."""
 
@@ -96,45 +96,66 @@ _NDR = "network: one 400 Gb/s adapter for each GPU, as in DGX H100"
 _HDR = "network: one 200 Gb/s adapter for each GPU, as in DGX A100"
 _H100_SHEET = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (sparse figures halved)"
 
+_A100_SHEET = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet.pdf"
+_V100_SHEET = "https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf"
+_PCIE4, _PCIE5 = "link: PCIe 4.0 x16", "link: PCIe 5.0 x16"
+_ASSUMED = "network: {} Gb/s for each GPU is assumed"
+
+# A reported name may be a part of another one (`H100` of `H100 PCIe`): the more special entry stands first.
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40", 39.4, (19.5, 156, 312, None), 1555, 300, 200,
-             "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet.pdf",
-             _TOTALS, _HDR, matmul_efficiency=0.75),
-        _gpu("a100-80", 79.1, (19.5, 156, 312, None), 2039, 300, 200,
-             "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
-             "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
-             _TOTALS, _HDR, matmul_efficiency=0.75),
-        _gpu("h100", 79.1, (67, 494.7, 989.4, 1978.9), 3350, 450, 400, _H100_SHEET, _TOTALS, _NDR,
-             workspace=_HOPPER_WORKSPACE),
-        _gpu("h100-96", 95.0, (67, 494.7, 989.4, 1978.9), 2400, 450, 400,
-             _H100_SHEET, "memory and its bandwidth: HBM2e, "
-             "https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md", _NDR,
-             workspace=_HOPPER_WORKSPACE),
-        _gpu("h200", 139.7, (67, 494.7, 989.4, 1978.9), 4800, 450, 400,
+        _gpu("a100-40", 39.4, (19.5, 156, 312, None), 1555, 300, 200, _A100_SHEET, _TOTALS, _HDR,
+             matmul_efficiency=0.75, reported_as=("A100-SXM4-40GB", "A100-PCIE-40GB", "A100-SXM-40GB")),
+        _gpu("a100-80", 79.1, (19.5, 156, 312, None), 2039, 300, 200, _A100_SHEET, _TOTALS, _HDR,
+             matmul_efficiency=0.75, reported_as=("A100", "A800")),
+        _gpu("h100-pcie", 79.1, (51, 378, 756, 1513), 2000, 64, 200, _H100_SHEET, _TOTALS, _PCIE5,
+             _ASSUMED.format(200), link_kind="pcie", workspace=_HOPPER_WORKSPACE, reported_as=("H100 PCIe",)),
+        _gpu("h100-nvl", 93.0, (60, 417.5, 835, 1670.5), 3900, 300, 200, _H100_SHEET, _TOTALS,
+             "link: NVLink bridges between pairs", _ASSUMED.format(200), workspace=_HOPPER_WORKSPACE,
+             reported_as=("H100 NVL",)),
+        _gpu("h100", 79.1, (67, 494, 989, 1979), 3350, 450, 400, _H100_SHEET, _TOTALS, _NDR,
+             workspace=_HOPPER_WORKSPACE, reported_as=("H100", "H800")),
+        _gpu("h100-96", 95.0, (67, 494, 989, 1979), 2400, 450, 400, _H100_SHEET, "memory and its bandwidth: "
+             "HBM2e, https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md",
+             _NDR, workspace=_HOPPER_WORKSPACE),
+        _gpu("h200", 139.7, (67, 494, 989, 1979), 4800, 450, 400,
              "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446", _TOTALS, _NDR,
-             workspace=_HOPPER_WORKSPACE),
+             workspace=_HOPPER_WORKSPACE, reported_as=("H200",)),
         _gpu("b200", 178.3, (75, 1125, 2250, 4500), 7700, 900, 400,
              "https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet (of eight, sparse figures halved)",
-             _TOTALS, _NDR, workspace=_HOPPER_WORKSPACE),
+             _TOTALS, _NDR, workspace=_HOPPER_WORKSPACE, reported_as=("B200",)),
         _gpu("l40s", 44.5, (91.6, 183, 362, 733), 864, 32, 100,
              "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413 (sparse figures halved)", _TOTALS,
-             "link: PCIe 4.0 x16; network: 100 Gb/s for each GPU is assumed", link_kind="pcie"),
+             _PCIE4, _ASSUMED.format(100), link_kind="pcie", reported_as=("L40S",)),
         _gpu("l4", 22.0, (30.3, 60, 121, 242), 300, 32, 25,
              "https://resources.nvidia.com/en-us-data-center-overview/l4-gpu-datasheet (sparse figures halved)",
-             _TOTALS, "link: PCIe 4.0 x16; network: 25 Gb/s for each GPU is assumed", link_kind="pcie"),
-        _gpu("a10g", 22.0, (31.5, 35, 70, None), 600, 32, 12.5,
+             _TOTALS, _PCIE4, _ASSUMED.format(25), link_kind="pcie", reported_as=("NVIDIA L4",)),
+        _gpu("a10g", 22.0, (35, 35, 70, None), 600, 32, 12.5,
              "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf", _TOTALS,
-             "link: PCIe 4.0 x16; network: 100 Gb/s for eight GPUs, as in AWS g5.48xlarge", link_kind="pcie"),
+             _PCIE4, "network: 100 Gb/s for eight GPUs, as in AWS g5.48xlarge", link_kind="pcie",
+             reported_as=("A10G",)),
+        _gpu("a10", 22.0, (31.2, 62.5, 125, None), 600, 32, 25,
+             "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a10/pdf/a10-datasheet.pdf", _TOTALS,
+             _PCIE4, _ASSUMED.format(25), link_kind="pcie", reported_as=("NVIDIA A10",)),
         _gpu("rtx4090", 23.6, (82.6, 82.6, 165.2, 330.3), 1008, 32, 25,
              "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf", _TOTALS,
-             "link: PCIe 4.0 x16, without peer-to-peer; network: 25 Gb/s for each GPU is assumed", link_kind="pcie",
-             link_efficiency=0.5),
+             f"{_PCIE4}, without peer-to-peer", _ASSUMED.format(25), link_kind="pcie", link_efficiency=0.5,
+             reported_as=("RTX 4090",)),
+        _gpu("v100-32", 31.7, (15.7, 15.7, 125, None), 900, 150, 25, _V100_SHEET, _TOTALS,
+             "bfloat16 is emulated, and slower than its peak here", _ASSUMED.format(25), reported_as=("V100",)),
+        _gpu("t4", 14.6, (8.1, 8.1, 65, None), 300, 16, 12.5,
+             "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet.pdf",
+             _TOTALS, "link: PCIe 3.0 x16", _ASSUMED.format(12.5), link_kind="pcie", reported_as=("T4",)),
+        _gpu("mi250x", 64.0, (47.9, 47.9, 191.5, None), 1638, 100, 100,
+             "https://www.amd.com/content/dam/amd/en/documents/instinct-business-docs/product-briefs/"
+             "instinct-mi250x-product-brief.pdf", "of one of its two dies, which are devices of their own",
+             _ASSUMED.format(100), matmul_efficiency=0.55, reported_as=("MI250X",)),
         _gpu("mi300x", 191.9, (163.4, 653.7, 1307.4, 2614.9), 5300, 448, 400,
              "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-sheets/"
              "amd-instinct-mi300x-data-sheet.pdf", _TOTALS,
-             "link: seven Infinity Fabric links of 64 GB/s in each direction", _NDR, matmul_efficiency=0.55),
+             "link: seven Infinity Fabric links of 64 GB/s in each direction", _NDR, matmul_efficiency=0.55,
+             reported_as=("MI300X",)),
     )
 }  # fmt: skip
 """Accelerators by the name that `--gpu` takes."""
@@ -179,6 +200,11 @@ _SCALES = {"memory": ("memory_gib", GIB), "hbm": ("hbm_gb_per_s", 1e9), "link": 
 _SHARES = ("matmul_efficiency", "hbm_efficiency", "link_efficiency")
 
 
+def gpu_reported_as(name: str) -> Gpu | None:
+    """The accelerator of a name that the driver reports, such as `NVIDIA H100 80GB HBM3`; None where none is known."""
+    return next((gpu for gpu in GPUS.values() if any(part in name for part in gpu.reported_as)), None)
+
+
 def find_gpu(name: str) -> Gpu:
     """The accelerator of a name, or of a YAML file.
 
@@ -201,6 +227,8 @@ def _unknown(path: str, name: str) -> Violation:
 
 
 def _from_file(path: Path) -> Gpu:
+    import yaml  # here, since whoever names no file should not pay for it
+
     try:
         given = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
