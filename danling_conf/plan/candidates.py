@@ -41,8 +41,8 @@ class Candidate:
     """Samples of a pipeline's microbatch; the batch size without a pipeline."""
     schedule: str
     checkpointing: str
-    keep_gathered: bool = False
-    """Whether a block's weights stay gathered after forward."""
+    reshard: bool = True
+    """Whether a block's gathered weights are freed after its forward pass."""
 
     @property
     def microbatches(self) -> int:
@@ -92,9 +92,8 @@ def candidates(
                     )
                     if violations_of(configured(config, found), context):
                         continue
-                    yield found
-                    if layout.fsdp and layout.shard > 1 and (layout.pipeline > 1 or accumulation > 1):
-                        yield replace(found, keep_gathered=True)
+                    for reshard in _reshards(config, layout, accumulation):
+                        yield replace(found, reshard=reshard)
 
 
 def layouts(gpus: int, cluster: Cluster, dims: Mapping[str, int], samples: int) -> Iterator[Layout]:
@@ -152,6 +151,21 @@ def _schedules(config: RunnerConfig, layout: Layout, dims: Mapping[str, int]) ->
     ]
 
 
+def _reshards(config: RunnerConfig, layout: Layout, accumulation: int) -> tuple[bool, ...]:
+    """Whether blocks free their gathered weights after forward: as configured, else both where both make sense."""
+    given = config.fsdp.reshard_after_forward
+    if given is not None:
+        return (bool(given),)
+    if not layout.fsdp or layout.shard * layout.context == 1:
+        return (reshards_by_default(layout),)
+    return (False, True) if layout.pipeline > 1 or accumulation > 1 else (True,)
+
+
+def reshards_by_default(layout: Layout) -> bool:
+    """What an unset `fsdp.reshard_after_forward` means: stages of a pipeline stay gathered between microbatches."""
+    return layout.pipeline == 1
+
+
 def _batches(layout: Layout, samples: int) -> Iterator[tuple[int, int, int]]:
     """Batch size, accumulated batches and microbatch size of a data rank's samples of a step."""
     if layout.pipeline == 1:
@@ -174,8 +188,8 @@ def configured(config: RunnerConfig, candidate: Candidate) -> RunnerConfig:
     made.dataloader.batch_size = candidate.batch_size
     made.accum_steps = candidate.accumulation
     made.activation_checkpointing.mode = candidate.checkpointing
-    if candidate.keep_gathered:
-        made.fsdp.reshard_after_forward = False
+    if config.fsdp.reshard_after_forward is None and candidate.reshard != reshards_by_default(layout):
+        made.fsdp.reshard_after_forward = candidate.reshard
     if layout.pipeline > 1:
         made.parallel.pipeline_schedule = candidate.schedule
         made.parallel.pipeline_n_microbatches = candidate.microbatches

@@ -70,7 +70,9 @@ class Region:
     flops: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     recomputed: int = 0
     hbm_bytes: int = 0
-    collectives: dict[tuple[str, tuple[int, ...]], list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    collectives: dict[tuple[str, tuple[int, ...]], list[int]] = field(
+        default_factory=lambda: defaultdict(lambda: [0, 0])
+    )
     """By kind and ranks: calls and bytes."""
 
 
