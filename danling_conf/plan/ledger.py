@@ -115,6 +115,11 @@ class Ledger(TorchDispatchMode):
             self.regions.pop()
         self.regions.append(Region(name, len(self._entries)))
 
+    def turn(self, name: str) -> None:
+        """A part of the backward pass begins, with this region."""
+        self.phase = "backward"
+        self.enter(name)
+
     def restart(self, category: str) -> None:
         """Forget what has happened. What is alive, and nobody has said what it is, is of this category."""
         alive = list(self._alive.values())

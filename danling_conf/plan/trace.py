@@ -130,7 +130,7 @@ class OneRank:
             passes = Passes(
                 self.assembled,
                 self.subject.forward,
-                self.subject.loss,
+                self._loss,
                 self.layout,
                 CPU,
                 autocast=partial(precision.autocast, cast, CPU.type),
@@ -165,6 +165,13 @@ class OneRank:
         ledger.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()
+
+    def _loss(self, output: Any, batch: Any) -> Any:
+        found = self.subject.loss(output, batch)
+        total = found[0] if isinstance(found, tuple) else found
+        if isinstance(total, Tensor) and total.requires_grad:
+            total.register_hook(lambda _: self.ledger.turn(f"backward {AFTER}"))
+        return found
 
     def _optimizer(self) -> Optimizer:
         assembled, section = self.assembled, self.config.optim
@@ -215,19 +222,15 @@ class _Regions:
         self.ledger.enter(f"forward {name}")
         given = args[0] if args else next(iter(kwargs.values()), None)
         if first and isinstance(given, Tensor) and given.requires_grad:
-            given.register_hook(lambda _: self._turn(f"backward {BEFORE}"))
+            given.register_hook(lambda _: self.ledger.turn(f"backward {BEFORE}"))
 
     def _backward_of(self, name: str, block: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(first, Tensor) and first.requires_grad:
-            first.register_hook(lambda _: self._turn(f"backward {name}"))
+            first.register_hook(lambda _: self.ledger.turn(f"backward {name}"))
 
     def _behind(self, block: nn.Module, args: Any, output: Any) -> None:
         self.ledger.enter(f"forward {AFTER}")
-
-    def _turn(self, name: str) -> None:
-        self.ledger.phase = "backward"
-        self.ledger.enter(name)
 
 
 def _reduced(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
