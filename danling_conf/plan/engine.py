@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from danling_conf import _torch_private
 from danling_conf.components import dataloader as loaders
 from danling_conf.components.batch import count_samples as count_by_rule
-from danling_conf.components.batch import tensors
 from danling_conf.components.instantiate import model_factory
+from danling_conf.groups.layout_names import name_of
 from danling_conf.parallel import context as sequences
 from danling_conf.parallel.init_plan import made_by, meta_copy, to_meta
 from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened
-from danling_conf.plan.extend import Seen, Trace, added, calls_added, extended, trace_of
+from danling_conf.plan.extend import Trace, added, calls_added, extended, trace_of
 from danling_conf.plan.figures import Collective, LayoutFigures, Moment, RankFigures
 from danling_conf.plan.trace import OneRank, Subject
 from danling_conf.runner.batch import forward_of, loss_of_output
@@ -27,7 +25,6 @@ from danling_conf.runner.planning import Recipe
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import coordinates, layout_of
-from danling_conf.groups.layout_names import name_of
 
 
 def subject_of(recipe: Recipe) -> Subject:

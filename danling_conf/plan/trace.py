@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from danling_conf import _torch_private
 from danling_conf.components import gradients, precision
 from danling_conf.components import optimizer as optimizers
-from danling_conf.components.batch import map_tensors, tensors
 from danling_conf.components.batch import count_samples as count_by_rule
+from danling_conf.components.batch import map_tensors, tensors
 from danling_conf.parallel import mesh as meshes
 from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.model import Assembled, assemble

@@ -118,7 +118,8 @@ GPUS: Mapping[str, Gpu] = {
              workspace=_HOPPER_WORKSPACE, reported_as=("H100", "H800")),
         _gpu("h100-96", 95.0, (67, 494, 989, 1979), 2400, 450, 400, _H100_SHEET, "memory and its bandwidth: "
              "HBM2e, https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md",
-             _NDR, workspace=_HOPPER_WORKSPACE),
+             _NDR, "arithmetic: less of its peak, since it is run at 500 W there", matmul_efficiency=0.6,
+             workspace=_HOPPER_WORKSPACE),
         _gpu("h200", 139.7, (67, 494, 989, 1979), 4800, 450, 400,
              "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446", _TOTALS, _NDR,
              workspace=_HOPPER_WORKSPACE, reported_as=("H200",)),
