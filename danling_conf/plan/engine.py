@@ -157,7 +157,8 @@ def _learned(one: OneRank) -> tuple[Any, ...]:
         return None, 1, (), 0, {}
     actions = tuple(pipeline.actions(one.microbatches))
     size = math.prod(one.sent[0]) * one.sent[1].itemsize
-    placement, buffers, traffic = pipeline.placement, 0, {}
+    placement, buffers = pipeline.placement, 0
+    traffic: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
     for index in pipeline.parts:
         for other, exists in ((index - 1, index > 0), (index + 1, index < pipeline.last)):
             if not exists or placement[other] == pipeline.rank:

@@ -207,9 +207,7 @@ def _joined(first: Seen, second: Seen) -> Seen:
 
 def added(first: Mapping[Key, int], second: Mapping[Key, int], times: int = 1) -> dict[Key, int]:
     """The sum of two mappings, the second one counted so many times."""
-    return {
-        key: first.get(key, 0) + times * second.get(key, 0) for key in (*first, *(k for k in second if k not in first))
-    }
+    return {key: first.get(key, 0) + times * second.get(key, 0) for key in dict.fromkeys((*first, *second))}
 
 
 def calls_added(

@@ -76,7 +76,7 @@ class Region:
     """By kind and ranks: calls and bytes."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches what runs inside of it, with real or fake tensors.
 
     Attributes:
@@ -85,7 +85,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.regions: list[Region] = [Region("start", 0)]
         self.phase = "forward"
         self.active = False
@@ -290,9 +290,9 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         return int(formula(*args, **kwargs, out_val=result))
     name = packet.__name__
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return int(sdpa_flop_count(*(item.shape for item in args[:3])))
+        return int(sdpa_flop_count(*(item.shape for item in args[:3])))  # type: ignore[no-untyped-call]
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        return int(sdpa_backward_flop_count(*(item.shape for item in args[:4])))
+        return int(sdpa_backward_flop_count(*(item.shape for item in args[:4])))  # type: ignore[no-untyped-call]
     if "grouped_mm" in name or "grouped_outer" in name:
         return _grouped_flops(args, result)
     return 0
@@ -302,8 +302,8 @@ def _grouped_flops(args: Any, result: Any) -> int:
     """Of a product of rows with the matrix of their group: each row is multiplied once."""
     first, out = args[0], result if isinstance(result, Tensor) else result[0]
     if out.dim() == 2:  # (rows, inputs) and one matrix a group
-        return 2 * first.shape[0] * first.shape[1] * out.shape[1]
+        return int(2 * first.shape[0] * first.shape[1] * out.shape[1])
     # (rows, inputs) and (rows, outputs): the gradients of the matrices
     rows = max(first.shape) if first.dim() == 2 else first.shape[0]
     rows = first.shape[0] if first.shape[0] not in out.shape[1:] else rows
-    return 2 * rows * out.shape[-1] * out.shape[-2]
+    return int(2 * rows * out.shape[-1] * out.shape[-2])

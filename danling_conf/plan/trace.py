@@ -211,7 +211,8 @@ class OneRank:
 
         def objective(output: Any, microbatch: Any) -> Tensor:
             found = self._loss(output, microbatch)
-            return found[0] if isinstance(found, tuple) else found / cut
+            total: Tensor = found[0] if isinstance(found, tuple) else found / cut
+            return total
 
         pipeline.begin(microbatches, self.subject.forward, objective, passes.autocast)
         for index in sorted(pipeline.parts):
@@ -225,8 +226,10 @@ class OneRank:
         for number in range(TRACED_MICROBATCHES):
             ledger.action = f"{index}F{number}"
             ledger.begin(f"forward {BEFORE}{place}")
-            inputs = () if index == 0 else (self._received(f"backward {BEFORE}{place}"),)
-            output = stage.forward_maybe_with_nosync(*(inputs or (None,)))
+            inputs: tuple[Tensor, ...] = ()
+            if index:
+                inputs = (self._received(f"backward {BEFORE}{place}"),)
+            output: Any = stage.forward_maybe_with_nosync(*(inputs or (None,)))  # type: ignore[no-untyped-call]
             if index < pipeline.last:
                 self.sent = (output.shape, output.dtype)
             kept.append((output, inputs))
@@ -237,11 +240,12 @@ class OneRank:
             output, inputs = kept.pop(0)
             ledger.action = f"{index}{'I' if split else 'B'}{number}"
             ledger.turn(f"backward {AFTER}{place}")
-            gradient = (None,) if index == pipeline.last else (torch.empty_like(output),)
-            given = {"stage_output": (output,), "output_grads": gradient, "input_values": list(inputs)}
-            if index == pipeline.last:
-                given |= {"output_grads": None} if split else {"stage_output": output, "output_grads": None}
-            del output, inputs, gradient
+            given: dict[str, Any] = {"stage_output": (output,), "output_grads": None, "input_values": list(inputs)}
+            if index < pipeline.last:
+                given["output_grads"] = (torch.empty_like(output),)
+            elif not split:
+                given["stage_output"] = output
+            del output, inputs
             # What goes back to the stage before is kept until it is sent, behind the next action.
             back, groups = stage.backward_maybe_with_nosync("input" if split else "full", given)
             if split:
@@ -262,7 +266,7 @@ class OneRank:
         shape, kind = self.sent
         tensor = torch.empty(shape, dtype=kind).requires_grad_(kind.is_floating_point)
         if tensor.requires_grad:
-            tensor.register_hook(lambda _: self.ledger.turn(region))
+            tensor.register_hook(lambda _: self.ledger.turn(region))  # type: ignore[no-untyped-call]
         return tensor
 
     def _loss(self, output: Any, batch: Any) -> Any:
@@ -271,7 +275,7 @@ class OneRank:
         if isinstance(total, Tensor) and total.requires_grad:
             pipeline = self.assembled.pipeline
             place = "" if pipeline is None else of_stage(pipeline.last)
-            total.register_hook(lambda _: self.ledger.turn(f"backward {AFTER}{place}"))
+            total.register_hook(lambda _: self.ledger.turn(f"backward {AFTER}{place}"))  # type: ignore[no-untyped-call]
         return found
 
     def _optimizer(self) -> Optimizer:
@@ -328,12 +332,12 @@ class _Regions:
         self.ledger.enter(f"forward {name}")
         given = args[0] if args else next(iter(kwargs.values()), None)
         if first and isinstance(given, Tensor) and given.requires_grad:
-            given.register_hook(lambda _: self.ledger.turn(f"backward {BEFORE}{self.place}"))
+            given.register_hook(lambda _: self.ledger.turn(f"backward {BEFORE}{self.place}"))  # type: ignore[no-untyped-call]
 
     def _backward_of(self, name: str, block: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(first, Tensor) and first.requires_grad:
-            first.register_hook(lambda _: self.ledger.turn(f"backward {name}"))
+            first.register_hook(lambda _: self.ledger.turn(f"backward {name}"))  # type: ignore[no-untyped-call]
 
     def _behind(self, block: nn.Module, args: Any, output: Any) -> None:
         self.ledger.enter(f"forward {AFTER}{self.place}")
