@@ -740,7 +740,7 @@ def collective_of(operator: Any, arguments: Sequence[Any]) -> tuple[str, list[in
         text = next((item for item in reversed(arguments) if isinstance(item, str)), None)
         if text is None:
             return None
-        group = distributed_c10d._resolve_process_group(text)
+        group = distributed_c10d._resolve_process_group(text)  # type: ignore[arg-type]
         return name.strip("_"), torch.distributed.get_process_group_ranks(group)
     return None
 

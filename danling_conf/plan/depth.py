@@ -102,7 +102,7 @@ def shortened(model: nn.Module, runs: Sequence[Run], units: Sequence[int]) -> nn
                 if isinstance(container, nn.ModuleDict):
                     del container[key]
                 else:
-                    del container[int(key)]  # type: ignore[arg-type,operator]
+                    del container[int(key)]  # type: ignore[operator]
     return copy
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,18 +15,22 @@ from danling_conf import _torch_private
 from danling_conf.components import dataloader as loaders
 from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.instantiate import model_factory
-from danling_conf.groups.layout_names import name_of
+from danling_conf.config.identity import layout_name as name_of
 from danling_conf.parallel import context as sequences
+from danling_conf.parallel import stages as stages_of
+from danling_conf.parallel import trial as trials
+from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.init_plan import made_by, meta_copy, to_meta
 from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened
-from danling_conf.plan.extend import Trace, added, calls_added, extended, trace_of
+from danling_conf.plan.extend import Place, Trace, added, calls_added, extended, trace_of
 from danling_conf.plan.figures import Collective, LayoutFigures, Moment, RankFigures
-from danling_conf.plan.trace import OneRank, Subject
+from danling_conf.plan.schedule import Action, in_order
+from danling_conf.plan.trace import OneRank, Sent, Subject
 from danling_conf.runner.batch import forward_of, loss_of_output
 from danling_conf.runner.planning import Recipe
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
-from danling_conf.topology.layout import coordinates, layout_of
+from danling_conf.topology.layout import coordinates, layout_of, rank_at
 
 
 def subject_of(recipe: Recipe) -> Subject:
@@ -48,22 +54,22 @@ def subject_of(recipe: Recipe) -> Subject:
 
 def figures_of(subject: Subject) -> LayoutFigures:
     """One optimizer step of a layout, by kind of rank."""
-    layout = layout_of(subject.config)
-    config = subject.config
-    ranks = (_rank_figures(subject, layout, 0),)
+    layout, config = layout_of(subject.config), subject.config
     samples = subject.count_samples(subject.batch) * layout.data_degree * config.accum_steps
     length = sequences.sequence_length(subject.batch)
+    found = _pipeline_ranks(subject, layout) if layout.pipeline > 1 else [_only_rank(subject, layout)]
     return LayoutFigures(
         layout=name_of(layout),
         degrees=layout.degrees(),
-        ranks=ranks,
-        microbatches=1,
+        ranks=tuple(figures for figures, _ in found),
+        microbatches=found[0][1],
         accumulation=config.accum_steps,
         samples=samples,
         tokens=0 if length is None else samples * length,
         parameters=sum(item.numel() for item in subject.model.parameters()),
         settings=settings_of(config),
-        notes=(),
+        dims=_dims(subject, length),
+        notes=tuple(_notes(subject, layout)),
     )
 
 
@@ -81,56 +87,196 @@ def settings_of(config: RunnerConfig) -> dict[str, Any]:
     }
 
 
-def _rank_figures(subject: Subject, layout: Layout, rank: int) -> RankFigures:
-    config = subject.config
+def _only_rank(subject: Subject, layout: Layout) -> tuple[RankFigures, int]:
+    """The figures that hold for every rank of a layout without a pipeline."""
+    runs = runs_of(subject.model, every=_every(subject.config))
+    whole = whole_trace(subject, runs, 0).trace
+    moments = [Moment(_title(place, subject.config), seen.memory) for place, seen in whole.items() if seen.memory]
+    times = [(place, _times(place, subject.config)) for place in whole]
+    return summarised(whole, moments, times, layout, 0, ranks=layout.world_size, stages=(0,)), 1
+
+
+def _every(config: RunnerConfig) -> int:
     recomputation = config.activation_checkpointing
-    every = recomputation.every_n if recomputation.mode == "every_n" else 1
-    runs = runs_of(subject.model, every=every)
-    whole = whole_trace(subject, runs, rank)
-    return summarised(whole, layout, rank, ranks=layout.world_size, config=config)
+    return recomputation.every_n if recomputation.mode == "every_n" else 1
 
 
-def whole_trace(subject: Subject, runs: Sequence[Run], rank: int) -> Trace:
-    """The regions of a step of a rank at the model's real depth."""
+@dataclass(frozen=True)
+class Whole:
+    """The regions of a step of a rank at the model's real depth, and what was learned on the way."""
+
+    trace: Trace
+    sent: Sent | None
+    microbatches: int
+    actions: tuple[Action, ...]
+    buffers: int
+    """Bytes of what is received from other stages, for all microbatches."""
+    traffic: Mapping[tuple[str, tuple[int, ...]], tuple[int, int]]
+    """What is sent to other stages in one pass."""
+
+
+def whole_trace(
+    subject: Subject,
+    runs: Sequence[Run],
+    rank: int,
+    *,
+    own: Sequence[int] | None = None,
+    stages: Sequence[Sequence[str]] | None = None,
+    sent: Sent | None = None,
+) -> Whole:
+    """Trace a rank with few blocks, and extend.
+
+    Args:
+        runs: of the model's blocks.
+        own: positions of the runs that this rank holds; None for all.
+        stages: of a pipeline, names of the whole model's modules in each.
+        sent: what the rank's first stage receives.
+    """
     counts = [[FEW] * len(runs)]
     for index, run in enumerate(runs):
-        if run.long:
+        if run.long and (own is None or index in own):
             counts.append([FEW + (other == index) for other in range(len(runs))])
+    extra = [runs[index] for index in range(len(runs)) if own is None or index in own]
     traces, names = [], []
     for units in counts:
         of_runs = names_in(runs, units)
         model = shortened(subject.model, runs, units)
-        with OneRank(subject, model, [name for names in of_runs for name in names], rank) as one:
-            one.step()
+        cut = subject if stages is None else _with_stages(subject, runs, of_runs, units, stages)
+        with OneRank(cut, model, [name for names in of_runs for name in names], rank) as one:
+            one.step(sent)
             traces.append(trace_of(one.ledger))
-        names.append(of_runs)
-    return extended(runs, names, traces)
+            if len(traces) == 1:
+                learned = _learned(one)
+        names.append([item for index, item in enumerate(of_runs) if own is None or index in own])
+    return Whole(extended(extra, names, traces), *learned)
 
 
-def summarised(trace: Trace, layout: Layout, rank: int, *, ranks: int, config: RunnerConfig) -> RankFigures:
-    """A step's figures, all accumulated micro-batches counted."""
-    moments = [Moment(_title(place, config), seen.memory) for place, seen in trace.items() if seen.memory]
+def _learned(one: OneRank) -> tuple[Any, ...]:
+    pipeline = one.assembled.pipeline
+    if pipeline is None or one.sent is None:
+        return None, 1, (), 0, {}
+    actions = tuple(pipeline.actions(one.microbatches))
+    size = math.prod(one.sent[0]) * one.sent[1].itemsize
+    placement, buffers = pipeline.placement, 0
+    traffic: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
+    for index in pipeline.parts:
+        for other, exists in ((index - 1, index > 0), (index + 1, index < pipeline.last)):
+            if not exists or placement[other] == pipeline.rank:
+                continue
+            # torch keeps a buffer for every microbatch of what each stage receives, forward and backward.
+            buffers += size * one.microbatches
+            ranks = tuple(sorted((one.rank, pipeline.neighbour(other))))
+            count, total = traffic.get(("send_recv", ranks), (0, 0))
+            traffic["send_recv", ranks] = (count + one.microbatches, total + size * one.microbatches)
+    return one.sent, one.microbatches, actions, buffers, traffic
+
+
+def _pipeline_ranks(subject: Subject, layout: Layout) -> list[tuple[RankFigures, int]]:
+    """The figures of one rank of each place in a pipeline."""
+    names = _stage_names(subject, layout)
+    stage_of = {block: index for index, of_stage in enumerate(names) for block in of_stage}
+    runs = runs_of(subject.model, every=_every(subject.config), stage_of=stage_of)
+    placement = stages_of.placement(subject.config.parallel.pipeline_schedule, layout.pipeline, len(names))
+    found: list[tuple[RankFigures, int]] = []
+    sent: Sent | None = None
+    for place in range(layout.pipeline):
+        rank = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": place})
+        held = [index for index, at in enumerate(placement) if at == place]
+        own = [number for number, run in enumerate(runs) if stage_of.get(run.blocks[0]) in held]
+        whole = whole_trace(subject, runs, rank, own=own, stages=names, sent=sent)
+        sent = sent or whole.sent
+        moments, times = in_order(whole.trace, whole.actions, steps=subject.config.accum_steps, buffers=whole.buffers)
+        figures = summarised(
+            whole.trace,
+            moments,
+            times,
+            layout,
+            rank,
+            ranks=layout.world_size // layout.pipeline,
+            stages=tuple(held),
+            traffic={
+                key: (count * subject.config.accum_steps, size * subject.config.accum_steps)
+                for key, (count, size) in whole.traffic.items()
+            },
+        )
+        found.append((figures, whole.microbatches))
+    return found
+
+
+def _stage_names(subject: Subject, layout: Layout) -> stages_of.Names:
+    """Names of the modules of each stage of the whole model."""
+    section = subject.config.parallel
+    if section.module_fqns_per_model_part is not None:
+        return [list(names) for names in section.module_fqns_per_model_part]
+    blocks = stages_of.blocks_of(subject.model)
+    around = [name for side in stages_of.around(subject.model, blocks) for name in side]
+    few = [FEW] * len(runs := runs_of(subject.model, every=_every(subject.config)))
+    model = shortened(subject.model, runs, few)
+    # The trial shows which module is used before the blocks and which behind them: few blocks are enough for that.
+    trial = trials.run(
+        model, [name for names in names_in(runs, few) for name in names], around, subject.forward, subject.example
+    )
+    return stages_of.deal_out(
+        subject.model, layout.pipeline * stages_of.stages_per_rank(section.pipeline_schedule), trial
+    )
+
+
+def _with_stages(
+    subject: Subject,
+    runs: Sequence[Run],
+    names: Sequence[Sequence[str]],
+    units: Sequence[int],
+    stages: Sequence[Sequence[str]],
+) -> Subject:
+    """The same for a model with few blocks: its stages by the names that the blocks have there."""
+    renamed: dict[str, str | None] = {}
+    for run, of_run, count in zip(runs, names, units, strict=True):
+        renamed |= dict.fromkeys(run.blocks)
+        renamed |= dict(zip(run.kept(count), of_run, strict=True))
+    parts = [[new for name in of_stage if (new := renamed.get(name, name)) is not None] for of_stage in stages]
+    section = replace(subject.config.parallel, module_fqns_per_model_part=parts)
+    return replace(subject, config=replace(subject.config, parallel=section))
+
+
+def summarised(
+    trace: Trace,
+    moments: Sequence[Moment],
+    times: Sequence[tuple[Place, int]],
+    layout: Layout,
+    rank: int,
+    *,
+    ranks: int,
+    stages: tuple[int, ...],
+    traffic: Mapping[tuple[str, tuple[int, ...]], tuple[int, int]] | None = None,
+) -> RankFigures:
+    """A step's figures.
+
+    Args:
+        times: how often each region is run.
+        traffic: what is sent between stages.
+    """
     peak = max(moments, key=lambda moment: moment.total)
     flops: dict[str, int] = {}
     recomputed = hbm = 0
-    collectives: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
-    for place, seen in trace.items():
-        times = _times(place, config)
-        flops = added(flops, seen.flops, times)
-        recomputed += times * seen.recomputed
-        hbm += times * seen.hbm_bytes
-        collectives = calls_added(collectives, seen.collectives, times)
+    collectives = dict(traffic or {})
+    for place, count in times:
+        seen = trace[place]
+        flops = added(flops, seen.flops, count)
+        recomputed += count * seen.recomputed
+        hbm += count * seen.hbm_bytes
+        collectives = calls_added(collectives, seen.collectives, count)
     return RankFigures(
         coordinates=coordinates(layout, rank),
         rank=rank,
         ranks=ranks,
-        stages=(0,),
+        stages=stages,
         peak=dict(peak.memory),
         peak_moment=peak.name,
         moments=tuple(moments),
         collectives=tuple(
             Collective(kind, axis_of(layout, members), count, size, len(members), members[1] - members[0])
             for (kind, members), (count, size) in sorted(collectives.items())
+            if count
         ),
         flops=flops,
         recomputed_flops=recomputed,
@@ -160,6 +306,33 @@ def _title(place: tuple[str, int], config: RunnerConfig) -> str:
     if not passes or config.accum_steps == 1:
         return name
     return f"{name} ({'last' if number else 'an earlier'} micro-batch)"
+
+
+def _dims(subject: Subject, length: int | None) -> dict[str, int]:
+    """What limits the degrees of a layout, as far as the model says."""
+    found = {"blocks": len(repeated_blocks(subject.model))}
+    if length is not None:
+        found["sequence"] = length
+    config = getattr(subject.model, "config", None)
+    for name, keys in _DIMS.items():
+        value = next((item for key in keys if isinstance(item := getattr(config, key, None), int)), None)
+        if value:
+            found[name] = value
+    return found
+
+
+_DIMS = {
+    "heads": ("num_attention_heads", "heads"),
+    "key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "experts"),
+    "width": ("hidden_size", "width"),
+}
+"""Names that models give to their dims in their `config`."""
+
+
+def _notes(subject: Subject, layout: Layout) -> Iterator[str]:
+    if subject.config.compile.enable:
+        yield "compile: planned as eager code, which keeps at least as much for backward"
 
 
 def _on_meta(given: Any) -> nn.Module:

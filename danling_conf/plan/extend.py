@@ -25,6 +25,10 @@ class Seen:
     """What one region did."""
 
     memory: Mapping[str, int]
+    """At its peak, by category."""
+    level: Mapping[str, int]
+    """At its end."""
+    action: str = ""
     flops: Mapping[str, int] = field(default_factory=dict)
     recomputed: int = 0
     hbm_bytes: int = 0
@@ -41,15 +45,17 @@ def trace_of(ledger: Ledger) -> Trace:
     found: Trace = {}
     counts: dict[str, int] = {}
     before: Place | None = None
-    for region, memory in zip(ledger.regions, ledger.memory(), strict=True):
+    for region, (memory, level) in zip(ledger.regions, ledger.memory(), strict=True):
         seen = Seen(
             memory,
+            level,
+            region.action,
             dict(region.flops),
             region.recomputed,
             region.hbm_bytes,
-            {key: (count, size) for key, (count, size) in region.collectives.items()},
+            dict(region.collectives),
         )
-        if before is not None and before[0] == region.name:
+        if before is not None and before[0] == region.name and found[before].action == region.action:
             found[before] = _joined(found[before], seen)
             continue
         before = region.name, counts.get(region.name, 0)
@@ -157,11 +163,13 @@ def _extended(base: Seen, more: Sequence[Seen], factors: Sequence[int]) -> Seen:
         return first + sum(factor * (value(item) - first) for factor, item in zip(factors, more, strict=True))
 
     everything = (base, *more)
-    kinds = {key for seen in everything for key in seen.memory}
+    kinds = {key for seen in everything for key in (*seen.memory, *seen.level)}
     dtypes = {key for seen in everything for key in seen.flops}
     calls = {key: None for seen in everything for key in seen.collectives}
     return Seen(
         {key: max(0, mix(lambda seen, key=key: seen.memory.get(key, 0))) for key in sorted(kinds)},  # type: ignore[misc]
+        {key: max(0, mix(lambda seen, key=key: seen.level.get(key, 0))) for key in sorted(kinds)},  # type: ignore[misc]
+        base.action,
         {key: mix(lambda seen, key=key: seen.flops.get(key, 0)) for key in sorted(dtypes)},  # type: ignore[misc]
         mix(lambda seen: seen.recomputed),
         mix(lambda seen: seen.hbm_bytes),
@@ -176,18 +184,20 @@ def _extended(base: Seen, more: Sequence[Seen], factors: Sequence[int]) -> Seen:
 
 
 def _between(start: Seen, end: Seen, share: float) -> Seen:
-    keys = sorted({*start.memory, *end.memory})
-    memory = {
-        key: round(start.memory.get(key, 0) + share * (end.memory.get(key, 0) - start.memory.get(key, 0)))
-        for key in keys
-    }
-    return Seen(memory, start.flops, start.recomputed, start.hbm_bytes, start.collectives)
+    def mix(first: Mapping[str, int], last: Mapping[str, int]) -> dict[str, int]:
+        keys = sorted({*first, *last})
+        return {key: round(first.get(key, 0) + share * (last.get(key, 0) - first.get(key, 0))) for key in keys}
+
+    memory, level = mix(start.memory, end.memory), mix(start.level, end.level)
+    return Seen(memory, level, start.action, start.flops, start.recomputed, start.hbm_bytes, start.collectives)
 
 
 def _joined(first: Seen, second: Seen) -> Seen:
     larger = max(first.memory, second.memory, key=lambda memory: sum(memory.values()))
     return Seen(
         larger,
+        second.level,
+        first.action,
         added(first.flops, second.flops),
         first.recomputed + second.recomputed,
         first.hbm_bytes + second.hbm_bytes,
@@ -197,9 +207,7 @@ def _joined(first: Seen, second: Seen) -> Seen:
 
 def added(first: Mapping[Key, int], second: Mapping[Key, int], times: int = 1) -> dict[Key, int]:
     """The sum of two mappings, the second one counted so many times."""
-    return {
-        key: first.get(key, 0) + times * second.get(key, 0) for key in (*first, *(k for k in second if k not in first))
-    }
+    return {key: first.get(key, 0) + times * second.get(key, 0) for key in dict.fromkeys((*first, *second))}
 
 
 def calls_added(

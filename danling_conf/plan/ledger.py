@@ -67,16 +67,16 @@ class Region:
     name: str
     start: int
     """Position of its first entry in the ledger."""
+    action: str = ""
+    """What of a pipeline's schedule it is a part of."""
     flops: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     recomputed: int = 0
     hbm_bytes: int = 0
-    collectives: dict[tuple[str, tuple[int, ...]], list[int]] = field(
-        default_factory=lambda: defaultdict(lambda: [0, 0])
-    )
+    collectives: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = field(default_factory=dict)
     """By kind and ranks: calls and bytes."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches what runs inside of it, with real or fake tensors.
 
     Attributes:
@@ -85,10 +85,11 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.regions: list[Region] = [Region("start", 0)]
         self.phase = "forward"
         self.active = False
+        self.action = ""
         self._entries: list[tuple[int, int]] = []
         """Number of the storage, and bytes added or given back."""
         self._storages: list[_Storage] = []
@@ -113,7 +114,7 @@ class Ledger(TorchDispatchMode):
             return
         if self.regions[-1].start == len(self._entries) and not self.regions[-1].flops:
             self.regions.pop()
-        self.regions.append(Region(name, len(self._entries)))
+        self.regions.append(Region(name, len(self._entries), self.action))
 
     def turn(self, name: str) -> None:
         """A part of the backward pass begins, with this region."""
@@ -185,9 +186,8 @@ class Ledger(TorchDispatchMode):
         size = max((item.numel() * item.element_size() for item in (*tensors, *made)), default=0)
         if kind == "all_gather" and name.startswith("all_gather_into_tensor"):
             size = max(size, sum(item.numel() * item.element_size() for item in made))
-        count = region.collectives[kind, tuple(ranks)]
-        count[0] += 1
-        count[1] += size
+        count, total = region.collectives.get((kind, tuple(ranks)), (0, 0))
+        region.collectives[kind, tuple(ranks)] = (count + 1, total + size)
         if func.namespace == "c10d" and kind in ("all_gather", "reduce_scatter"):
             self._mark(tensors)
 
@@ -258,12 +258,13 @@ class Ledger(TorchDispatchMode):
         """Let go of the storages that are alive: they are freed later, when nobody counts any more."""
         self._alive.clear()
 
-    def memory(self) -> list[dict[str, int]]:
-        """By region: bytes by category at the moment with the most bytes."""
+    def memory(self) -> list[tuple[dict[str, int], dict[str, int]]]:
+        """By region: bytes by category at the moment with the most bytes, and at its end."""
         categories = [self.category(number) for number in range(len(self._storages))]
         ends = [region.start for region in self.regions[1:]] + [len(self._entries)]
         held: dict[str, int] = defaultdict(int)
-        total, position, peaks = 0, 0, []
+        total, position = 0, 0
+        peaks: list[tuple[dict[str, int], dict[str, int]]] = []
         for end in ends:
             most, best = total, dict(held)
             while position < end:
@@ -273,7 +274,7 @@ class Ledger(TorchDispatchMode):
                 if total > most:
                     most, best = total, dict(held)
                 position += 1
-            peaks.append({name: value for name, value in best.items() if value})
+            peaks.append(({name: value for name, value in best.items() if value}, dict(held)))
         return peaks
 
 
@@ -289,9 +290,9 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         return int(formula(*args, **kwargs, out_val=result))
     name = packet.__name__
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return int(sdpa_flop_count(*(item.shape for item in args[:3])))
+        return int(sdpa_flop_count(*(item.shape for item in args[:3])))  # type: ignore[no-untyped-call]
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        return int(sdpa_backward_flop_count(*(item.shape for item in args[:4])))
+        return int(sdpa_backward_flop_count(*(item.shape for item in args[:4])))  # type: ignore[no-untyped-call]
     if "grouped_mm" in name or "grouped_outer" in name:
         return _grouped_flops(args, result)
     return 0
@@ -301,8 +302,8 @@ def _grouped_flops(args: Any, result: Any) -> int:
     """Of a product of rows with the matrix of their group: each row is multiplied once."""
     first, out = args[0], result if isinstance(result, Tensor) else result[0]
     if out.dim() == 2:  # (rows, inputs) and one matrix a group
-        return 2 * first.shape[0] * first.shape[1] * out.shape[1]
+        return int(2 * first.shape[0] * first.shape[1] * out.shape[1])
     # (rows, inputs) and (rows, outputs): the gradients of the matrices
     rows = max(first.shape) if first.dim() == 2 else first.shape[0]
     rows = first.shape[0] if first.shape[0] not in out.shape[1:] else rows
-    return 2 * rows * out.shape[-1] * out.shape[-2]
+    return int(2 * rows * out.shape[-1] * out.shape[-2])

@@ -1,7 +1,7 @@
 """Trace of one rank: the real build of a model for its layout, and one optimizer step, on tensors without memory.
 
-Whatever `Runner` would do on that rank is done by the same code (`parallel`, `components`), inside of a process group of
-which only this rank exists. What is left out are values: weights are not drawn, and what depends on a tensor's value
+Whatever `Runner` would do on that rank is done by the same code (`parallel`, `components`), inside of a process group
+of which only this rank exists. What is left out are values: weights are not drawn, and what depends on a tensor's value
 (where a router sends its tokens) is taken at balance.
 """
 
@@ -28,14 +28,22 @@ from danling_conf.components.batch import map_tensors, tensors
 from danling_conf.parallel import mesh as meshes
 from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.model import Assembled, assemble
+from danling_conf.parallel.pass_through import PassThrough
+from danling_conf.parallel.pipeline import Pipeline
 from danling_conf.plan.figures import BATCH, BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
 from danling_conf.plan.ledger import Ledger
 from danling_conf.runner.batch import Forward
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.layout import Layout
+from danling_conf.schema.parallel import SPLIT_BACKWARD_SCHEDULES
 from danling_conf.topology.layout import layout_of
 
 CPU = torch.device("cpu")
+TRACED_MICROBATCHES = 2
+"""Of a pipeline: the first one gathers weights and makes gradients, all others are like the second."""
+
+Sent = tuple[torch.Size, torch.dtype]
+"""Shape and dtype of what one stage sends to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,9 @@ class OneRank:
         self.ledger = Ledger()
         self._model, self._blocks = model, blocks
         self._stack = ExitStack()
+        self.sent: Sent | None = None
+        """What the last stage that was traced here sends, or what is received."""
+        self.microbatches = 1
         self.fake: Any = _torch_private.fake_tensors()
 
     def __enter__(self) -> OneRank:
@@ -119,8 +130,16 @@ class OneRank:
         with self.fake, self.ledger.watching():
             yield
 
-    def step(self) -> None:
-        """One optimizer step, with everything in the ledger. The optimizer has its states before it."""
+    def step(self, received: Sent | None = None) -> None:
+        """One optimizer step, with everything in the ledger. The optimizer has its states before it.
+
+        In a pipeline, each stage of this rank alone: two microbatches forward, then backward, then the reduction of
+        gradients. What a schedule's own order makes of these is put together later (`plan.schedule`).
+
+        Args:
+            received: in a pipeline, what a stage receives. None where this rank holds the first one, of which it is
+                learned.
+        """
         config = self.config
         cast = None if config.fsdp.enabled else config.precision
         with self.fake:
@@ -136,19 +155,24 @@ class OneRank:
                 autocast=partial(precision.autocast, cast, CPU.type),
                 count=self.subject.count_samples,
             )
+            run = partial(self._step, passes, optimizer, parameters, batch)
+            if self.assembled.pipeline is not None:
+                self.sent = received
+                run = partial(self._stages, self.assembled.pipeline, passes, optimizer, parameters, batch)
             # The first step is another one than those that follow: optimizers make their states, and DTensor tries each
             # operator on whole shapes before it remembers the outcome. DDP has no second step here: it would arrange
             # its buckets anew, by numbers that ranks agree about.
             if any(isinstance(part, DistributedDataParallel) for part in self.assembled.parts):
                 self._make_states(optimizer, parameters)
             else:
-                self._step(passes, optimizer, parameters, batch)
+                run()
             self._hold(optimizer, batch)
             self.ledger.restart(GRADIENTS)
-            for part in self.assembled.parts:
-                _Regions(self.ledger, part, self._blocks)
+            pipeline = self.assembled.pipeline
+            for index, part in {0: self.assembled.parts[0]}.items() if pipeline is None else pipeline.parts.items():
+                _Regions(self.ledger, part, self._blocks, "" if pipeline is None else of_stage(index))
             with self.ledger.watching():
-                self._step(passes, optimizer, parameters, batch)
+                run()
 
     def _step(self, passes: Passes, optimizer: Optimizer, parameters: Sequence[nn.Parameter], batch: Any) -> None:
         config, ledger = self.config, self.ledger
@@ -159,18 +183,99 @@ class OneRank:
             ledger.boundary()
         ledger.phase = "optimizer"
         ledger.enter("gradients")
-        passes.finish(parameters)
-        if config.max_grad_norm is not None:
-            gradients.clip(parameters, config.max_grad_norm)
-        ledger.enter("optimizer")
+        self._update(passes, optimizer, parameters)
+
+    def _update(self, passes: Passes, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        pipeline = self.assembled.pipeline
+        self.ledger.phase, self.ledger.action = "optimizer", ""
+        self.ledger.enter("gradients")
+        if pipeline is None:  # stages were not run by `passes`
+            passes.finish(parameters)
+        if self.config.max_grad_norm is not None:
+            gradients.clip(parameters, self.config.max_grad_norm, pipeline=None if pipeline is None else pipeline.group)
+        self.ledger.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()
+
+    def _stages(
+        self,
+        pipeline: Pipeline,
+        passes: Passes,
+        optimizer: Optimizer,
+        parameters: Sequence[nn.Parameter],
+        batch: Any,
+    ) -> None:
+        microbatches = pipeline.microbatches(passes.part(batch))
+        self.microbatches = len(microbatches)
+        cut = len(microbatches) * self.config.accum_steps
+
+        def objective(output: Any, microbatch: Any) -> Tensor:
+            found = self._loss(output, microbatch)
+            total: Tensor = found[0] if isinstance(found, tuple) else found / cut
+            return total
+
+        pipeline.begin(microbatches, self.subject.forward, objective, passes.autocast)
+        for index in sorted(pipeline.parts):
+            self._stage(pipeline, index)
+        self._update(passes, optimizer, parameters)
+
+    def _stage(self, pipeline: Pipeline, index: int) -> None:
+        ledger, stage = self.ledger, pipeline.alone(index)
+        place = of_stage(index)
+        kept: list[tuple[Any, tuple[Tensor, ...]]] = []
+        for number in range(TRACED_MICROBATCHES):
+            ledger.action = f"{index}F{number}"
+            ledger.begin(f"forward {BEFORE}{place}")
+            inputs: tuple[Tensor, ...] = ()
+            if index:
+                inputs = (self._received(f"backward {BEFORE}{place}"),)
+            output: Any = stage.forward_maybe_with_nosync(*(inputs or (None,)))  # type: ignore[no-untyped-call]
+            if index < pipeline.last:
+                self.sent = (output.shape, output.dtype)
+            kept.append((output, inputs))
+        split = pipeline.section.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES and index > 0
+        later: list[dict[str, Any]] = []
+        back: Any = None
+        for number in range(TRACED_MICROBATCHES):
+            output, inputs = kept.pop(0)
+            ledger.action = f"{index}{'I' if split else 'B'}{number}"
+            ledger.turn(f"backward {AFTER}{place}")
+            given: dict[str, Any] = {"stage_output": (output,), "output_grads": None, "input_values": list(inputs)}
+            if index < pipeline.last:
+                given["output_grads"] = (torch.empty_like(output),)
+            elif not split:
+                given["stage_output"] = output
+            del output, inputs
+            # What goes back to the stage before is kept until it is sent, behind the next action.
+            back, groups = stage.backward_maybe_with_nosync("input" if split else "full", given)
+            if split:
+                later.append({"stage_output": given["stage_output"], "param_groups": groups})
+            del given
+        for number, given in enumerate(later):
+            ledger.action = f"{index}W{number}"
+            ledger.turn(f"weights{place}")
+            stage.backward_maybe_with_nosync("weight", given)
+        later.clear()
+        ledger.action = f"{index}R"
+        ledger.turn(f"reduction{place}")
+        stage.perform_reduce_grad(1)
+        del back
+
+    def _received(self, region: str) -> Tensor:
+        assert self.sent is not None  # ranks are traced from the first stage on
+        shape, kind = self.sent
+        tensor = torch.empty(shape, dtype=kind).requires_grad_(kind.is_floating_point)
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: self.ledger.turn(region))  # type: ignore[no-untyped-call]
+        return tensor
 
     def _loss(self, output: Any, batch: Any) -> Any:
         found = self.subject.loss(output, batch)
         total = found[0] if isinstance(found, tuple) else found
         if isinstance(total, Tensor) and total.requires_grad:
-            total.register_hook(lambda _: self.ledger.turn(f"backward {AFTER}"))
+            pipeline = self.assembled.pipeline
+            place = "" if pipeline is None else of_stage(pipeline.last)
+            total.register_hook(lambda _: self.ledger.turn(f"backward {AFTER}{place}"))  # type: ignore[no-untyped-call]
         return found
 
     def _optimizer(self) -> Optimizer:
@@ -204,12 +309,17 @@ BEFORE = "before the blocks"
 AFTER = "behind the blocks"
 
 
+def of_stage(index: int) -> str:
+    """What the names of regions end in that belong to a stage of a pipeline."""
+    return f" of stage {index}"
+
+
 class _Regions:
     """Tells a ledger which block runs."""
 
-    def __init__(self, ledger: Ledger, part: nn.Module, blocks: Sequence[str]) -> None:
-        self.ledger = ledger
-        modules = dict(part.named_modules())
+    def __init__(self, ledger: Ledger, part: nn.Module, blocks: Sequence[str], place: str) -> None:
+        self.ledger, self.place = ledger, place
+        modules = {name: module for name, module in part.named_modules() if not isinstance(module, PassThrough)}
         held = [(name, modules[found]) for name in blocks if (found := _found(modules, name)) is not None]
         for index, (name, block) in enumerate(held):
             last = index == len(held) - 1
@@ -222,15 +332,15 @@ class _Regions:
         self.ledger.enter(f"forward {name}")
         given = args[0] if args else next(iter(kwargs.values()), None)
         if first and isinstance(given, Tensor) and given.requires_grad:
-            given.register_hook(lambda _: self.ledger.turn(f"backward {BEFORE}"))
+            given.register_hook(lambda _: self.ledger.turn(f"backward {BEFORE}{self.place}"))  # type: ignore[no-untyped-call]
 
     def _backward_of(self, name: str, block: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(first, Tensor) and first.requires_grad:
-            first.register_hook(lambda _: self.ledger.turn(f"backward {name}"))
+            first.register_hook(lambda _: self.ledger.turn(f"backward {name}"))  # type: ignore[no-untyped-call]
 
     def _behind(self, block: nn.Module, args: Any, output: Any) -> None:
-        self.ledger.enter(f"forward {AFTER}")
+        self.ledger.enter(f"forward {AFTER}{self.place}")
 
 
 def _reduced(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

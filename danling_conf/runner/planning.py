@@ -1,7 +1,7 @@
 """Plan of a run: what a script passes to its runner, taken where training would be prepared.
 
-`danling-conf plan` calls the user's function as a launcher would. Whatever it does on the way (data sets, model classes,
-losses) is its own code; at `Runner.prepare` the plan is made, and the function is left.
+`danling-conf plan` calls the user's function as a launcher would. Whatever it does on the way (data sets, model
+classes, losses) is its own code; at `Runner.prepare` the plan is made, and the function is left.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _not_again() -> Iterator[None]:
 
 
 def world_of(config: RunnerConfig) -> World:
-    """The world of rank 0 as a script may ask for it before its runner prepares: no other rank, and no run directory."""
+    """The world of rank 0, for a script that asks before its runner prepares. It has no run directory."""
     layout = layout_of(config)
     ranks = RankEnvironment(launcher="a plan", rank=0, world_size=layout.world_size, local_rank=0, local_world_size=1)
     nowhere = Path(config.workspace_root) / "plan"
