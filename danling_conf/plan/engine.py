@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from danling_conf.parallel import context as sequences
 from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
+from danling_conf.parallel.fsdp import offloads
 from danling_conf.parallel.init_plan import made_by, meta_copy, to_meta
 from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened
 from danling_conf.plan.extend import Place, Trace, added, calls_added, extended, trace_of
-from danling_conf.plan.figures import Collective, LayoutFigures, Moment, RankFigures
+from danling_conf.plan.figures import GRADIENTS, OPTIMIZER, PARAMETERS, Collective, LayoutFigures, Moment, RankFigures
 from danling_conf.plan.schedule import Action, in_order
 from danling_conf.plan.trace import OneRank, Sent, Subject
 from danling_conf.runner.batch import forward_of, loss_of_output
@@ -48,6 +50,7 @@ def subject_of(recipe: Recipe) -> Subject:
         loss=recipe.loss or loss_of_output,
         batch=_batch(recipe, loaders.settings_for(config.dataloader, "train").batch_size or 1),
         example=_batch(recipe, 2),
+        cut=partial(_batch, recipe),
         count_samples=recipe.count_samples or count_by_rule,
     )
 
@@ -93,7 +96,9 @@ def _only_rank(subject: Subject, layout: Layout) -> tuple[RankFigures, int]:
     whole = whole_trace(subject, runs, 0).trace
     moments = [Moment(_title(place, subject.config), seen.memory) for place, seen in whole.items() if seen.memory]
     times = [(place, _times(place, subject.config)) for place in whole]
-    return summarised(whole, moments, times, layout, 0, ranks=layout.world_size, stages=(0,)), 1
+    return summarised(
+        whole, moments, times, layout, 0, ranks=layout.world_size, stages=(0,), host=offloads(subject.config.fsdp)
+    ), 1
 
 
 def _every(config: RunnerConfig) -> int:
@@ -194,6 +199,7 @@ def _pipeline_ranks(subject: Subject, layout: Layout) -> list[tuple[RankFigures,
             rank,
             ranks=layout.world_size // layout.pipeline,
             stages=tuple(held),
+            host=offloads(subject.config.fsdp),
             traffic={
                 key: (count * subject.config.accum_steps, size * subject.config.accum_steps)
                 for key, (count, size) in whole.traffic.items()
@@ -248,13 +254,18 @@ def summarised(
     ranks: int,
     stages: tuple[int, ...],
     traffic: Mapping[tuple[str, tuple[int, ...]], tuple[int, int]] | None = None,
+    host: bool = False,
 ) -> RankFigures:
     """A step's figures.
 
     Args:
         times: how often each region is run.
         traffic: what is sent between stages.
+        host: whether weights, gradients and the optimizer stay in host memory.
     """
+    if host:
+        on_device = [Moment(item.name, {k: v for k, v in item.memory.items() if k not in _ON_HOST}) for item in moments]
+        moments = [item for item in on_device if item.name not in _OF_OPTIMIZER]
     peak = max(moments, key=lambda moment: moment.total)
     flops: dict[str, int] = {}
     recomputed = hbm = 0
@@ -282,6 +293,10 @@ def summarised(
         recomputed_flops=recomputed,
         hbm_bytes=hbm,
     )
+
+
+_ON_HOST = (PARAMETERS, GRADIENTS, OPTIMIZER)
+_OF_OPTIMIZER = ("gradients", "optimizer")
 
 
 def axis_of(layout: Layout, members: Sequence[int]) -> str:

@@ -166,9 +166,14 @@ def _extended(base: Seen, more: Sequence[Seen], factors: Sequence[int]) -> Seen:
     kinds = {key for seen in everything for key in (*seen.memory, *seen.level)}
     dtypes = {key for seen in everything for key in seen.flops}
     calls = {key: None for seen in everything for key in seen.collectives}
+
+    def held(of: Callable[[Seen], Mapping[str, int]]) -> dict[str, int]:
+        found = {key: mix(lambda seen, key=key: of(seen).get(key, 0)) for key in sorted(kinds)}  # type: ignore[misc]
+        return {key: value for key, value in found.items() if value > 0}
+
     return Seen(
-        {key: max(0, mix(lambda seen, key=key: seen.memory.get(key, 0))) for key in sorted(kinds)},  # type: ignore[misc]
-        {key: max(0, mix(lambda seen, key=key: seen.level.get(key, 0))) for key in sorted(kinds)},  # type: ignore[misc]
+        held(lambda seen: seen.memory),
+        held(lambda seen: seen.level),
         base.action,
         {key: mix(lambda seen, key=key: seen.flops.get(key, 0)) for key in sorted(dtypes)},  # type: ignore[misc]
         mix(lambda seen: seen.recomputed),

@@ -62,6 +62,8 @@ class Subject:
     loss: Loss
     batch: Any
     example: Any
+    cut: Callable[[int], Any]
+    """Makes a batch of so many samples."""
     count_samples: Callable[[Any], int] = count_by_rule
 
 
