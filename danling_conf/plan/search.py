@@ -1,16 +1,13 @@
 """Search for layouts: traces a few shapes of a model, derives thousands of layouts, and traces the best ones.
 
-Traces of one process follow each other, and a machine has several cores: they run in copies of this process, each of
-which has the model already.
+The traces of one process follow each other, and a machine has several cores: they run in copies of this process, which
+have the model already.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from danling_conf.config.resolve import resolve
@@ -19,6 +16,7 @@ from danling_conf.plan.candidates import CHECKPOINTING, Candidate, candidates, c
 from danling_conf.plan.depth import runs_of, shortened
 from danling_conf.plan.derive import FEW, MORE, Costs, between, costs_of, crossed, derived
 from danling_conf.plan.figures import LayoutFigures
+from danling_conf.plan.forked import Failed, Forked
 from danling_conf.plan.proposals import SHOWN, Proposal, Proposals, proposal_of, ranked
 from danling_conf.runner.planning import Recipe
 from danling_conf.schema import RunnerConfig
@@ -32,7 +30,6 @@ SECONDS = 27.0
 """Within which proposals are made; traces of the best ones go on until then."""
 _ENDS = ("none", "full")
 """Modes of activation checkpointing with the most and the least memory."""
-_MOST_CORES = 8
 _TRACE_SECONDS = 4.0
 """That a trace of a deep model takes at most, about: none is begun later than this before the end."""
 
@@ -72,26 +69,17 @@ def propose(
     if not possible:
         raise refuse_batch(samples, gpus)
     _recipe = recipe
-    cores = min(_MOST_CORES, len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork")) as pool:
-        shapes = _shapes(config, possible)
-        notes: list[str] = []
-        traced = {
-            (shape, blocks): pool.submit(_traced_shape, shape, blocks, gpus, cluster)
-            for shape in shapes
-            for blocks in (FEW, MORE)
-        }
-        costs, like = _costs(shapes, traced, notes)
-        blocks = dims.get("blocks", 0)
-        found = []
-        looked_at = 0
+    notes: list[str] = []
+    with Forked() as tasks:
+        costs, like = _costs(tasks, _shapes(config, possible), gpus, cluster, notes)
+        found, looked_at = [], 0
         for candidate in candidates(config, gpus, cluster, dims, samples):
             looked_at += 1
             cost = _cost(candidate, costs)
             if cost is not None:
-                figures = derived(candidate, cost, like, blocks=blocks, samples=samples)
+                figures = derived(candidate, cost, like, blocks=dims.get("blocks", 0), samples=samples)
                 found.append(proposal_of(config, candidate, figures, cluster, traced=False))
-        best = _verified(pool, ranked(found), config, gpus, cluster, end, notes)
+        best = _verified(tasks, ranked(found), config, gpus, cluster, end, notes)
     return Proposals(gpus=gpus, samples=samples, looked_at=looked_at, ranked=best, notes=tuple(notes))
 
 
@@ -109,36 +97,41 @@ def _shapes(config: RunnerConfig, possible: Sequence[Layout]) -> list[_Shape]:
 
 
 def _costs(
-    shapes: Sequence[_Shape], traced: Mapping[tuple[_Shape, int], Future[LayoutFigures]], notes: list[str]
+    tasks: Forked, shapes: Sequence[_Shape], gpus: int, cluster: Cluster, notes: list[str]
 ) -> tuple[dict[_Shape, Costs], LayoutFigures]:
-    """The costs of each shape that could be traced, and the figures of one."""
+    """The costs of each shape that can be traced, and the figures of one."""
+    for shape in shapes:
+        for blocks in (FEW, MORE):
+            tasks.submit((shape, blocks), _traced_shape, shape, blocks, gpus, cluster)
+    results: dict[tuple[_Shape, int], LayoutFigures | Failed] = {}
+    while (done := tasks.next()) is not None:
+        results[done[0]] = done[1]
     found: dict[_Shape, Costs] = {}
     like: LayoutFigures | None = None
     for shape in shapes:
-        few, more = (_result(traced[shape, blocks]) for blocks in (FEW, MORE))
-        if isinstance(few, str) or isinstance(more, str):
-            reason = few if isinstance(few, str) else more
-            note = f"no layouts with {_named(shape)}: {reason}"
-            if note not in notes:
-                notes.append(note)
+        few, more = results[shape, FEW], results[shape, MORE]
+        if isinstance(few, Failed) or isinstance(more, Failed):
+            failed = few if isinstance(few, Failed) else more
+            assert isinstance(failed, Failed)
+            if shape == _Shape():
+                raise failed.error
+            note = f"no layouts with {_named(shape)}: {_reason(failed)}"
+            notes += [note] if note not in notes else []
             continue
         like = like or more
         found[shape] = costs_of(few, more)
-    if like is None:
-        raise ConfigRefused([])
+    assert like is not None
     return found, like
 
 
-def _result(future: Future[LayoutFigures]) -> LayoutFigures | str:
-    """The figures, or why there are none."""
-    error = future.exception()
-    if error is None:
-        return future.result()
+def _reason(failed: Failed) -> str:
+    """Why there are no figures of a layout. Raises what is not a refusal."""
+    error = failed.error
     if isinstance(error, SettingError):
         return error.violation.rule
     if isinstance(error, ConfigRefused) and error.violations:
         return error.violations[0].rule
-    raise error
+    return f"it cannot be traced ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
 
 
 def _named(shape: _Shape) -> str:
@@ -187,7 +180,7 @@ def _of_degree(axis: str, degree: int, mode: str, costs: Mapping[_Shape, Costs])
 
 
 def _verified(
-    pool: ProcessPoolExecutor,
+    tasks: Forked,
     best: list[Proposal],
     config: RunnerConfig,
     gpus: int,
@@ -197,30 +190,22 @@ def _verified(
 ) -> list[Proposal]:
     """Trace the proposals that would be shown, from the first one on, while there is time."""
     known: dict[str, Proposal] = {}
+    begun: set[str] = set()
     dropped: set[str] = set()
-    running: dict[Future[LayoutFigures], Proposal] = {}
     while time.monotonic() < end:
-        order = sorted(
-            (known.get(item.name, item) for item in best if item.name not in dropped), key=lambda item: item.key
-        )
-        waiting = [item for item in order[:SHOWN] if not item.traced and item not in running.values()]
-        while waiting and len(running) < _MOST_CORES and time.monotonic() < end - _TRACE_SECONDS:
-            item = waiting.pop(0)
-            running[pool.submit(_traced_candidate, item.candidate, gpus, cluster)] = item
-        if not running:
+        for item in _ordered(best, known, dropped)[:SHOWN]:
+            if item.name not in begun and tasks.idle and time.monotonic() < end - _TRACE_SECONDS:
+                begun.add(item.name)
+                tasks.submit(item, _traced_candidate, item.candidate, gpus, cluster)
+        done = tasks.next(end)
+        if done is None:
             break
-        done, _ = wait(running, timeout=max(0.0, end - time.monotonic()), return_when="FIRST_COMPLETED")
-        for future in done:
-            item = running.pop(future)
-            figures = _result(future)
-            if isinstance(figures, str):
-                dropped.add(item.name)
-                notes.append(f"{item.name} is left out: {figures}")
-            else:
-                known[item.name] = proposal_of(config, item.candidate, figures, cluster, traced=True)
-    for future in running:
-        future.cancel()
-    pool.shutdown(wait=False, cancel_futures=True)
+        item, figures = done
+        if isinstance(figures, Failed):
+            dropped.add(item.name)
+            notes.append(f"{item.name} is left out: {_reason(figures)}")
+        else:
+            known[item.name] = proposal_of(config, item.candidate, figures, cluster, traced=True)
     return _ordered(best, known, dropped)
 
 
