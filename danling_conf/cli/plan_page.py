@@ -78,7 +78,7 @@ def proposals_page(proposals: Proposals, command: str) -> str:
     sections = [
         section("Proposals", table(head, rows, numeric=(0, 3, 4, 5)), note=" ".join(proposals.notes)),
         section("Why the first", Html("".join(f"<p>{text(line)}</p>" for line in proposals.reasons))),
-        section("To paste", code("\n".join(item.command for item in found))),
+        section("To paste", code("\n".join(" ".join(item.overrides) for item in found))),
         section("Memory and time", chart),
     ]
     if found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -89,6 +90,7 @@ class Forked:
 
 
 def _run(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    warnings.simplefilter("ignore")  # of torch about the build of a model: whoever trains it sees them once
     try:
         result = function(*arguments)
     except Exception as error:  # of the user's model; whoever asked decides

@@ -48,15 +48,12 @@ _recipe: Recipe | None = None
 """Of this process: set before it is copied, since what a script passes cannot always be pickled."""
 
 
-def propose(
-    recipe: Recipe, gpus: int, cluster: Cluster, samples: int, dims: Mapping[str, int], *, end: float | None = None
-) -> Proposals:
+def propose(recipe: Recipe, gpus: int, cluster: Cluster, samples: int, *, end: float | None = None) -> Proposals:
     """Find the best layouts of a number of GPUs.
 
     Args:
         recipe: what a script has passed to its runner; its layout does not matter.
         samples: samples of an optimizer step.
-        dims: of the model, as `LayoutFigures.dims`.
         end: when to be done, on the clock of `time.monotonic`.
 
     Raises:
@@ -65,10 +62,12 @@ def propose(
     global _recipe
     end = time.monotonic() + SECONDS if end is None else end
     config = recipe.config
+    subject = engine.subject_of(recipe)
+    dims = engine.dims_of(subject)
     possible = list(layouts(gpus, cluster, dims, samples))
     if not possible:
         raise refuse_batch(samples, gpus)
-    _recipe = recipe
+    _recipe = replace(recipe, model=subject.model)
     notes: list[str] = []
     with Forked() as tasks:
         costs, like = _costs(tasks, _shapes(config, possible), gpus, cluster, notes)
@@ -100,10 +99,15 @@ def _costs(
     tasks: Forked, shapes: Sequence[_Shape], gpus: int, cluster: Cluster, notes: list[str]
 ) -> tuple[dict[_Shape, Costs], LayoutFigures]:
     """The costs of each shape that can be traced, and the figures of one."""
+    plain = _Shape()
+    # The first trace imports much, and fills caches: in this process, so that its copies have that already.
+    results: dict[tuple[_Shape, int], LayoutFigures | Failed] = {
+        (plain, FEW): _traced_shape(plain, FEW, gpus, cluster)
+    }
     for shape in shapes:
         for blocks in (FEW, MORE):
-            tasks.submit((shape, blocks), _traced_shape, shape, blocks, gpus, cluster)
-    results: dict[tuple[_Shape, int], LayoutFigures | Failed] = {}
+            if (shape, blocks) not in results:
+                tasks.submit((shape, blocks), _traced_shape, shape, blocks, gpus, cluster)
     while (done := tasks.next()) is not None:
         results[done[0]] = done[1]
     found: dict[_Shape, Costs] = {}
@@ -113,7 +117,7 @@ def _costs(
         if isinstance(few, Failed) or isinstance(more, Failed):
             failed = few if isinstance(few, Failed) else more
             assert isinstance(failed, Failed)
-            if shape == _Shape():
+            if shape == plain:
                 raise failed.error
             note = f"no layouts with {_named(shape)}: {_reason(failed)}"
             notes += [note] if note not in notes else []
