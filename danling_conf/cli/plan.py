@@ -21,7 +21,7 @@ from danling_conf.plan.figures import LayoutFigures, RankFigures
 from danling_conf.schema.nearest import nearest
 from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.preflight import Preflight
-from danling_conf.topology.hardware import Cluster, find_gpu
+from danling_conf.topology.hardware import GPUS_PER_NODE, Cluster, find_gpu
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.resources import Capacity
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from danling_conf.plan.remedies import Remedy
     from danling_conf.runner.planning import Recipe
 
-GPUS_PER_NODE = 8
-"""Of a node, where nothing else is said."""
 _NUMBERS = ("--gpus", "--gpus-per-node", "--global-batch")
 _TEXTS = ("--gpu", "--html")
 

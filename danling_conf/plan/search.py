@@ -101,9 +101,7 @@ def _costs(
     """The costs of each shape that can be traced, and the figures of one."""
     plain = _Shape()
     # The first trace imports much, and fills caches: in this process, so that its copies have that already.
-    results: dict[tuple[_Shape, int], LayoutFigures | Failed] = {
-        (plain, FEW): _traced_shape(plain, FEW, gpus, cluster)
-    }
+    results: dict[tuple[_Shape, int], LayoutFigures | Failed] = {(plain, FEW): _traced_shape(plain, FEW, gpus, cluster)}
     for shape in shapes:
         for blocks in (FEW, MORE):
             if (shape, blocks) not in results:

@@ -17,6 +17,9 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 GIB = 1 << 30
 MIB = 1 << 20
 
+GPUS_PER_NODE = 8
+"""Of a node, where nothing else is said."""
+
 DTYPES = ("float32", "tf32", "bfloat16", "float16", "float8")
 """Data types of a matrix product that have a peak of their own. `tf32` is float32 where torch may round to TF32."""
 
@@ -167,7 +170,7 @@ class Cluster:
     """The devices that a plan is for."""
 
     gpu: Gpu
-    gpus_per_node: int = 8
+    gpus_per_node: int = GPUS_PER_NODE
 
     def crosses(self, group_size: int, stride: int) -> bool:
         """Whether neighbours of a group are on several nodes; ranks fill one node after another."""
