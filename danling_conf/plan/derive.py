@@ -81,7 +81,7 @@ def _share(figures: LayoutFigures) -> Share:
     rank = figures.worst
     data = math.prod(figures.degrees.get(axis, 1) for axis in ("shard", "context"))
     samples = figures.samples / figures.degrees.get("replicate", 1) / figures.degrees.get("shard", 1)
-    passed = {}
+    passed: dict[tuple[str, str], tuple[float, float]] = {}
     gathered = 0.0
     for item in rank.collectives:
         if set(item.axis.split("+")) <= set(_ACTIVATION_AXES) and not _of_weights(item, figures):

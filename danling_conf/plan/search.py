@@ -90,7 +90,7 @@ def _shapes(config: RunnerConfig, possible: Sequence[Layout]) -> list[_Shape]:
     for axis in ("tensor", "expert"):
         degrees = sorted({getattr(layout, axis) for layout in possible} - {1})
         for degree in dict.fromkeys([*degrees[:1], *degrees[-1:]]):
-            found += [_Shape(**{axis: degree}, checkpointing=mode) for mode in _ENDS]  # type: ignore[arg-type]
+            found += [_Shape(**{axis: degree}, checkpointing=mode) for mode in _ENDS]
     context = sorted({layout.context for layout in possible} - {1})
     return found + [_Shape(context=degree) for degree in context[:1]]
 
