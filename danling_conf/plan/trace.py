@@ -7,6 +7,7 @@ of which only this rank exists. What is left out are values: weights are not dra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -91,6 +92,8 @@ class OneRank:
             if self.layout.world_size > 1 or self.layout.fsdp:
                 stack.enter_context(_torch_private.fake_world(self.rank, self.layout.world_size))
             stack.enter_context(_torch_private.quiet_fake_tensors())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             self.assembled = self._assembled()
             self._stack = stack.pop_all()
         return self
@@ -114,7 +117,7 @@ class OneRank:
             parallel=config.parallel,
             expert_mesh=meshes.make_expert(self.layout, mesh),
             precision=config.precision,
-            example=lambda: subject.example,
+            example=None if subject.example is None else lambda: subject.example,
             forward=subject.forward,
             fake=self._making(),
         )
@@ -123,8 +126,8 @@ class OneRank:
             if isinstance(part, DistributedDataParallel):
                 # A lambda, since DDP reads annotations and takes no text for them.
                 part.register_comm_hook(None, lambda _, bucket: _reduced(bucket))
-        # Ranks share buffers after a step by comparing values.
-        return replace(built, buffers=None)
+        # Ranks compare values to share buffers, and try attention with real ones.
+        return replace(built, buffers=None, check_attention=None)
 
     @contextmanager
     def _making(self) -> Iterator[None]:
@@ -225,7 +228,7 @@ class OneRank:
         ledger, stage = self.ledger, pipeline.alone(index)
         place = of_stage(index)
         kept: list[tuple[Any, tuple[Tensor, ...]]] = []
-        for number in range(TRACED_MICROBATCHES):
+        for number in range(TRACED_MICROBATCHES if ledger.active else 1):
             ledger.action = f"{index}F{number}"
             ledger.begin(f"forward {BEFORE}{place}")
             inputs: tuple[Tensor, ...] = ()
@@ -238,7 +241,7 @@ class OneRank:
         split = pipeline.section.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES and index > 0
         later: list[dict[str, Any]] = []
         back: Any = None
-        for number in range(TRACED_MICROBATCHES):
+        for number in range(TRACED_MICROBATCHES if ledger.active else 1):
             output, inputs = kept.pop(0)
             ledger.action = f"{index}{'I' if split else 'B'}{number}"
             ledger.turn(f"backward {AFTER}{place}")
@@ -295,7 +298,7 @@ class OneRank:
     @property
     def traced_micro_batches(self) -> int:
         """Of the accumulated ones: all but the last are alike."""
-        return min(self.config.accum_steps, 2)
+        return min(self.config.accum_steps, 2) if self.ledger.active else 1
 
     def _hold(self, optimizer: Optimizer, batch: Any) -> None:
         hold = self.ledger.hold
