@@ -208,8 +208,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
-        help="its overrides, as on its own command line; among them -m for a sweep, and --gpus-per-node N and "
-        "--cpus-per-node N for what the nodes of a cluster have",
+        help="its overrides, as on its own command line; among them -m for a sweep, --gpus-per-node N and "
+        "--cpus-per-node N for what the nodes of a cluster have, and --gpu NAME to refuse what does not fit its memory",
     )
     plan = commands.add_parser(
         "plan", help="memory, communication and time of a layout of any size, planned on this machine (docs/plan.md)"

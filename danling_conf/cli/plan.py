@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from danling_conf.cli.inspect_app import inspect_app
+from danling_conf.cli.plan_page import layout_page, proposals_page, write_page
+from danling_conf.cli.plan_proposals import proposal_lines, propose_layouts
 from danling_conf.config.check import compose_or_refuse
 from danling_conf.config.hydra_adapter import ConfigSearch, composer, overrides_of
 from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.app import App
 from danling_conf.plan.assessment import Assessment, assess, gib, memory_lines, time_lines
 from danling_conf.plan.figures import LayoutFigures, RankFigures
+from danling_conf.schema.nearest import nearest
 from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.preflight import Preflight
-from danling_conf.topology.hardware import Cluster, find_gpu
+from danling_conf.topology.hardware import GPUS_PER_NODE, Cluster, find_gpu
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.resources import Capacity
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
@@ -26,8 +30,8 @@ if TYPE_CHECKING:
     from danling_conf.plan.remedies import Remedy
     from danling_conf.runner.planning import Recipe
 
-GPUS_PER_NODE = 8
-"""Of a node, where nothing else is said."""
+_NUMBERS = ("--gpus", "--gpus-per-node", "--global-batch")
+_TEXTS = ("--gpu", "--html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,10 @@ class Request:
     gpu: str | None
     gpus_per_node: int
     as_json: bool
+    gpus: int | None = None
+    """Number of GPUs to propose layouts for; None for a plan of the configured one."""
+    global_batch: int | None = None
+    html: str | None = None
 
     @property
     def cluster(self) -> Cluster | None:
@@ -58,15 +66,36 @@ def plan_app(script: str, argv: list[str]) -> list[str]:
     """Plan an app's run. Returns the lines to print.
 
     Args:
-        argv: overrides, and anywhere among them `--gpu NAME`, `--gpus-per-node N` and `--json`.
+        argv: overrides, and anywhere among them `--gpu NAME`, `--gpus-per-node N`, `--gpus N`, `--global-batch N`,
+            `--html FILE` and `--json`.
 
     Raises ConfigRefused where the configuration, or the plan, is refused.
     """
-    request = parse(argv)
+    request, begun = parse(argv), time.monotonic()
+    if request.gpus is not None:
+        return _propose(request, script, begun)
     planned = inspect_app(script, request.overrides, partial(_plan, request))
+    pages = []
+    if request.html is not None and planned.assessment is not None:
+        pages = [write_page(request.html, layout_page(planned.assessment, shell_line(script, *request.overrides)))]
     if request.as_json:
         return [json.dumps(as_json(planned), indent=1)]
-    return lines_of(planned, request, script)
+    return [*lines_of(planned, request, script), *pages]
+
+
+def _propose(request: Request, script: str, begun: float) -> list[str]:
+    cluster, gpus = request.cluster, request.gpus
+    assert cluster is not None
+    assert gpus is not None
+    look = partial(propose_layouts, gpus, cluster, request.global_batch, begun)
+    found = inspect_app(script, request.overrides, look)
+    pages = []
+    if request.html is not None:
+        command = shell_line("danling-conf", "plan", script, *request.overrides, "--gpus", str(gpus))
+        pages = [write_page(request.html, proposals_page(found, command))]
+    if request.as_json:
+        return [json.dumps(found.as_json(), indent=1)]
+    return [*proposal_lines(found, cluster, script, request.overrides), *pages]
 
 
 def _plan(request: Request, app: App, search: ConfigSearch, overrides: list[str]) -> Planned:
@@ -169,27 +198,42 @@ def collective_lines(rank: RankFigures) -> list[str]:
 def parse(argv: list[str]) -> Request:
     """Read a command line. Raises ConfigRefused."""
     overrides: list[str] = []
-    gpu: str | None = None
-    per_node, in_json = GPUS_PER_NODE, False
+    texts: dict[str, str] = {}
+    in_json = False
     rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
         if word == "--json":
             in_json = True
-        elif name == "--gpu":
-            gpu = value if equals else next(rest, "")
-        elif name == "--gpus-per-node":
-            text = value if equals else next(rest, "")
-            if not text.isdecimal() or not int(text):
-                fault = Violation(name, text or ABSENT, "it is a whole number above 0", f"write {name} 8")
-                raise ConfigRefused([fault])
-            per_node = int(text)
+        elif name in (*_NUMBERS, *_TEXTS):
+            texts[name] = value if equals else next(rest, "")
         elif word.startswith("--"):
-            rule = "danling-conf plan has no such option"
-            raise ConfigRefused([Violation(word, ABSENT, rule, "choose --gpu, --gpus-per-node or --json")])
+            near = nearest(name, (*_NUMBERS, *_TEXTS, "--json"))
+            fix = f"did you mean {near}?" if near else f"choose among {', '.join((*_NUMBERS, *_TEXTS, '--json'))}"
+            raise ConfigRefused([Violation(word, ABSENT, "danling-conf plan has no such option", fix)])
         else:
             overrides.append(word)
-    return Request(overrides=overrides, gpu=gpu, gpus_per_node=per_node, as_json=in_json)
+    numbers = {name: _number(name, texts[name]) for name in _NUMBERS if name in texts}
+    if "--gpu" not in texts:
+        for name in ("--gpus", "--html"):
+            if name in texts:
+                rule = "it needs an accelerator, whose memory and speed decide"
+                raise ConfigRefused([Violation(name, texts[name], rule, "add --gpu h100, or another one")])
+    return Request(
+        overrides=overrides,
+        gpu=texts.get("--gpu"),
+        gpus_per_node=numbers.get("--gpus-per-node", GPUS_PER_NODE),
+        as_json=in_json,
+        gpus=numbers.get("--gpus"),
+        global_batch=numbers.get("--global-batch"),
+        html=texts.get("--html"),
+    )
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ConfigRefused([Violation(name, text or ABSENT, "it is a whole number above 0", f"write {name} 8")])
+    return int(text)
 
 
 def _count(value: float) -> str:

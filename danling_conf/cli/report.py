@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from danling_conf.cli.pages.scales import short
 from danling_conf.records.attempts import AttemptFacts, attempts_of
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.metrics import goodput, read_metrics, series
+from danling_conf.records.planned import read_plan
 from danling_conf.records.reading import read_fields
 from danling_conf.records.status import Status
 from danling_conf.schema.files import RUN_FILE
@@ -74,6 +75,7 @@ def report(run: Path) -> str:
         _overview(run, history, attempts),
         _curves(history),
         _speed(history),
+        _planned(run, history),
         _attempts(attempts, run),
         _checkpoints(run),
         _configuration(newest),
@@ -164,6 +166,39 @@ def _speed(history: list[dict[str, Any]]) -> Html:
         shares = [Series("MFU", [(step, 100 * value) for step, value in used])]
         charts.append(line_chart(shares, title="Model FLOPs utilisation, %", zero=True))
     return section("Speed and memory", *charts, columns=2)
+
+
+def _planned(run: Path, history: list[dict[str, Any]]) -> Html:
+    """What was planned, beside what was measured."""
+    plan = read_plan(run)
+    if plan is None:
+        return Html("")
+    rows: list[list[object]] = []
+    peaks = series(history, "memory.peak_bytes")
+    measured = max((value for _, value in peaks), default=None)
+    rows.append(["peak memory of the fullest rank", *_compared(plan.peak_bytes, measured, readable_size)])
+    if plan.step_seconds is not None:
+        times = sorted(value for _, value in series(history, "train.step_seconds"))
+        rows.append(
+            ["time of a step", *_compared(plan.step_seconds, times[len(times) // 2] if times else None, duration)]
+        )
+    if plan.mfu is not None:
+        used = sorted(value for _, value in series(history, "train.mfu"))
+        rows.append(["MFU", *_compared(plan.mfu, used[len(used) // 2] if used else None, lambda share: f"{share:.1%}")])
+    held = facts({f"{name}, planned": readable_size(size) for name, size in plan.of_fullest.memory.items() if size})
+    note = f"for {plan.layout}" + (
+        f" on {plan.gpu}" if plan.gpu else "; on a CPU, what is measured is the whole process"
+    )
+    head = ["", "planned", "measured", "difference"]
+    return section(
+        "Planned and measured", table(head, rows, numeric=(1, 2, 3)), folded("what holds it", held), note=note
+    )
+
+
+def _compared(planned: float, measured: float | None, shown: Callable[[float], str]) -> list[object]:
+    if measured is None or not planned:
+        return [shown(planned), None, None]
+    return [shown(planned), shown(measured), f"{100 * (measured / planned - 1):+.1f} %"]
 
 
 def _milliseconds(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

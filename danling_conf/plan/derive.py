@@ -1,9 +1,9 @@
 """Figures of a layout derived from a few traces, for the thousands of layouts that nobody has time to trace.
 
-A model is traced with two and with four blocks, under a few tensor degrees and modes of activation checkpointing, over so
-many data ranks that what is sharded takes next to nothing. Their difference is what a block takes, the rest is what the
-model takes around its blocks. Weights, gradients and optimizer states are divided by the ranks that share them,
-activations and arithmetic multiplied by samples, and a pipeline's stages have their share of the blocks.
+A model is traced with two and with four blocks, under a few tensor degrees and modes of activation checkpointing. The
+difference is what two blocks take, the rest is what the model takes around its blocks. Weights, gradients and optimizer
+states are divided by the ranks that share them, activations and arithmetic multiplied by samples, and a pipeline's
+stages have their share of the blocks.
 
 What is shown in the end is traced again (`proposals`), so that a shortcut here costs a rank in the list, not its truth.
 """
@@ -27,10 +27,9 @@ from danling_conf.plan.figures import (
     LayoutFigures,
     RankFigures,
 )
-from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import V_SCHEDULES
 
-FEW, MORE = 2, 4
+FEW, MORE = 2, 3
 """Blocks of the two models that are traced."""
 _OPTIMIZER_PASSES = 8
 """Times that an optimizer reads or writes each of a parameter, its gradient and its states, in all."""
@@ -142,17 +141,58 @@ def _scaled(share: Share, factor: float) -> Share:
 
 def between(low: Costs, high: Costs, degrees: tuple[int, int], degree: int) -> Costs:
     """Costs under a tensor degree between or beyond two that were traced: what is split over it is proportional to
-    1 / degree, and the rest constant."""
+    1 / degree, and the rest constant. Where that would make the rest negative, all is proportional."""
     first, second = degrees
     weight = (1 / degree - 1 / second) / (1 / first - 1 / second)
 
     def mix(a: float, b: float) -> float:
+        if a > b * second / first:
+            return b * second / degree
         return max(0.0, weight * a + (1.0 - weight) * b)
 
     return Costs(
         block=_joined(low.block, high.block, mix),
         around=_joined(low.around, high.around, mix),
         boundary=mix(low.boundary, high.boundary),
+    )
+
+
+def crossed(first: Costs, second: Costs, neither: Costs, degree: int) -> Costs:
+    """Costs under two changes at once (a tensor degree; a context degree or a mode of activation checkpointing), from
+    those under either alone: each changes what the other leaves by the same factor.
+
+    Args:
+        degree: the tensor degree of the first, which divides what context ranks pass to each other.
+    """
+
+    def join(split: Share, along: Share, whole: Share) -> Share:
+        def ratio(a: float, b: float, c: float) -> float:
+            return a * b / c if c else a
+
+        passed = {key: value for key, value in along.passed.items() if key not in split.passed}
+        share = ratio(1.0, along.activations, whole.activations)
+        return Share(
+            parameters=split.parameters,
+            optimizer=split.optimizer,
+            gathered=split.gathered,
+            activations=split.activations * share,
+            temporaries=ratio(split.temporaries, along.temporaries, whole.temporaries),
+            flops={
+                dtype: ratio(value, along.flops.get(dtype, 0.0), whole.flops.get(dtype, 0.0))
+                for dtype, value in split.flops.items()
+            },
+            recomputed=ratio(split.recomputed, along.recomputed, whole.recomputed),
+            traffic=ratio(split.traffic, along.traffic, whole.traffic),
+            passed={
+                **{key: (calls, size * share) for key, (calls, size) in split.passed.items()},
+                **{key: (calls, size / degree) for key, (calls, size) in passed.items()},
+            },
+        )
+
+    return Costs(
+        block=join(first.block, second.block, neither.block),
+        around=join(first.around, second.around, neither.around),
+        boundary=first.boundary,
     )
 
 
@@ -191,10 +231,10 @@ def _rank(candidate: Candidate, costs: Costs, stage: int, blocks: int, kinds: in
     # Embedding and head are on the outer stages; alone they are about half of what is around the blocks each.
     share = 1.0 if layout.pipeline == 1 else 0.5
     sharing = layout.shard * layout.context if layout.fsdp else 1
-    experts = max(1, layout.expert)
-    kept = (costs.block.parameters * held + costs.around.parameters * share) / experts
-    states = (costs.block.optimizer * held + costs.around.optimizer * share) / experts
-    computed = _computed(costs, candidate)
+    kept = costs.block.parameters * held + costs.around.parameters * share
+    states = costs.block.optimizer * held + costs.around.optimizer * share
+    # Blocks are gathered for forward and again for backward.
+    computed = costs.block.gathered / 2
     weights = computed * held + costs.around.gathered * share
     passes = candidate.batch_size * candidate.accumulation  # samples of this rank a step
     turns = candidate.microbatches * candidate.accumulation if layout.pipeline > 1 else candidate.accumulation
@@ -239,11 +279,6 @@ def _rank(candidate: Candidate, costs: Costs, stage: int, blocks: int, kinds: in
         recomputed_flops=int(costs.block.recomputed * held * passes),
         hbm_bytes=int(traffic),
     )
-
-
-def _computed(costs: Costs, candidate: Candidate) -> float:
-    """Bytes of a block's weights as they are gathered: half of those that blocks gather for forward and backward."""
-    return costs.block.gathered / 2 / max(1, candidate.layout.expert)
 
 
 def _in_flight(candidate: Candidate, stage: int, held: int) -> float:
@@ -308,8 +343,3 @@ def _of_activations(candidate: Candidate, costs: Costs, held: int, share: float)
             layout.pipeline,
             stride,
         )
-
-
-def degrees_of(layouts: Iterable[Layout], axis: str) -> list[int]:
-    """The degrees that layouts have on an axis, in order."""
-    return sorted({getattr(layout, axis) for layout in layouts})

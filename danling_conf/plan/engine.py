@@ -82,6 +82,11 @@ def figures_of(subject: Subject, *, places: Sequence[int] | None = None, load: b
     )
 
 
+def dims_of(subject: Subject) -> dict[str, int]:
+    """What limits the degrees of a layout, as far as the model and its data say; see `LayoutFigures.dims`."""
+    return _dims(subject, sequences.sequence_length(subject.batch))
+
+
 def settings_of(config: RunnerConfig) -> dict[str, Any]:
     """The settings that memory and time depend on, and that a plan may propose to change."""
     return {

@@ -17,7 +17,7 @@ from danling_conf.topology.hardware import Cluster
 
 BAND = 0.25
 """Share by which a step's time may be off, either way."""
-FUSED_TRAFFIC = 0.45
+FUSED_TRAFFIC = 0.6
 """Share of the memory traffic that is left where a compiler fuses operations."""
 HIDING = 0.85
 """Share of the computation that can hide communication beside it: kernels take turns, and share the memory."""

@@ -47,16 +47,16 @@ class PlannedRun:
     @property
     def peak_bytes(self) -> int:
         """Of the fullest rank."""
-        return max(rank.peak_bytes for rank in self.ranks)
+        return self.of_fullest.peak_bytes
 
     def rank_at(self, pipeline: int) -> PlannedRank:
         """The plan of a rank by its coordinate on the pipeline axis."""
         return next((rank for rank in self.ranks if rank.pipeline == pipeline), self.ranks[0])
 
     @property
-    def breakdown(self) -> list[str]:
-        """Lines that say what holds the memory of the fullest rank."""
-        return breakdown_of(max(self.ranks, key=lambda rank: rank.peak_bytes))
+    def of_fullest(self) -> PlannedRank:
+        """Of the rank with the highest peak."""
+        return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
 
 def breakdown_of(rank: PlannedRank) -> list[str]:

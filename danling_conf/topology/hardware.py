@@ -17,6 +17,9 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 GIB = 1 << 30
 MIB = 1 << 20
 
+GPUS_PER_NODE = 8
+"""Of a node, where nothing else is said."""
+
 DTYPES = ("float32", "tf32", "bfloat16", "float16", "float8")
 """Data types of a matrix product that have a peak of their own. `tf32` is float32 where torch may round to TF32."""
 
@@ -118,7 +121,8 @@ GPUS: Mapping[str, Gpu] = {
              workspace=_HOPPER_WORKSPACE, reported_as=("H100", "H800")),
         _gpu("h100-96", 95.0, (67, 494, 989, 1979), 2400, 450, 400, _H100_SHEET, "memory and its bandwidth: "
              "HBM2e, https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md",
-             _NDR, workspace=_HOPPER_WORKSPACE),
+             _NDR, "arithmetic: less of its peak, since it is run at 500 W there", matmul_efficiency=0.6,
+             workspace=_HOPPER_WORKSPACE),
         _gpu("h200", 139.7, (67, 494, 989, 1979), 4800, 450, 400,
              "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446", _TOTALS, _NDR,
              workspace=_HOPPER_WORKSPACE, reported_as=("H200",)),
@@ -166,7 +170,7 @@ class Cluster:
     """The devices that a plan is for."""
 
     gpu: Gpu
-    gpus_per_node: int = 8
+    gpus_per_node: int = GPUS_PER_NODE
 
     def crosses(self, group_size: int, stride: int) -> bool:
         """Whether neighbours of a group are on several nodes; ranks fill one node after another."""
