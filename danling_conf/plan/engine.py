@@ -36,8 +36,11 @@ from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import coordinates, layout_of, rank_at
 
 
-def subject_of(recipe: Recipe) -> Subject:
+def subject_of(recipe: Recipe, *, accelerated: bool = False) -> Subject:
     """What is planned, of what a script has passed to its runner: its model without values, and a batch of its data.
+
+    Args:
+        accelerated: whether it is planned for an accelerator.
 
     Raises:
         SettingError: the model cannot be built without values, or the data has no sample.
@@ -53,6 +56,7 @@ def subject_of(recipe: Recipe) -> Subject:
         example=_batch(recipe, 2),
         cut=partial(_batch, recipe),
         count_samples=recipe.count_samples or count_by_rule,
+        accelerated=accelerated,
     )
 
 

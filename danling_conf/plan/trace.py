@@ -7,6 +7,7 @@ of which only this rank exists. What is left out are values: weights are not dra
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import SPLIT_BACKWARD_SCHEDULES
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError
 
 CPU = torch.device("cpu")
 TRACED_MICROBATCHES = 2
@@ -66,6 +68,8 @@ class Subject:
     cut: Callable[[int], Any]
     """Makes a batch of so many samples."""
     count_samples: Callable[[Any], int] = count_by_rule
+    accelerated: bool = False
+    """Whether it is planned for an accelerator, where torch's optimizers take all plain tensors at once."""
 
 
 class OneRank:
@@ -145,6 +149,27 @@ class OneRank:
             received: in a pipeline, what a stage receives. None where this rank holds the first one, of which it is
                 learned.
         """
+        try:
+            self._observed(received)
+        except (SettingError, ConfigRefused):
+            raise
+        except Exception as error:  # of the user's model, which may ask for values that are not there
+            raise self._untraceable(error) from error
+
+    def _untraceable(self, error: Exception) -> SettingError:
+        """The refusal of a model that does not run without values, with the line of it that does not."""
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+        kind = type(self.subject.model).__name__
+        if isinstance(error, _torch_private.fake_errors()):
+            what = f"{kind} asks for the value of a tensor{place}, and a plan has none"
+        else:
+            what = f"{kind} does not run on tensors without values{place} ({type(error).__name__}: {error})"
+        return SettingError(
+            "model", ABSENT, what, "leave .item(), .tolist(), nonzero() and branches on tensors out of it"
+        )
+
+    def _observed(self, received: Sent | None) -> None:
         config = self.config
         cast = None if config.fsdp.enabled else config.precision
         with self.fake:
@@ -286,8 +311,14 @@ class OneRank:
     def _optimizer(self) -> Optimizer:
         assembled, section = self.assembled, self.config.optim
         if assembled.pipeline is None:
-            return optimizers.make(assembled.module, section)
-        return optimizers.make(assembled.named_parameters(), section, whole=assembled.whole)
+            made = optimizers.make(assembled.module, section)
+        else:
+            made = optimizers.make(assembled.named_parameters(), section, whole=assembled.whole)
+        for group in made.param_groups if self.subject.accelerated else ():
+            plain = not any(isinstance(item, DTensor) for item in group["params"])
+            if "foreach" in group and group["foreach"] is None and not group.get("fused") and plain:
+                group["foreach"] = True
+        return made
 
     def _make_states(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -354,6 +385,10 @@ def _reduced(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
+
+
+def _is_ours(filename: str) -> bool:
+    return any(part in filename for part in ("/torch/", "/danling_conf/", "<"))
 
 
 def _found(modules: dict[str, nn.Module], name: str) -> str | None:
