@@ -69,7 +69,7 @@ def _assessed(app: App, config: RunnerConfig, cluster: Cluster) -> Assessment:
     from danling_conf.runner.planning import plan_of_function
 
     def plan(recipe: Recipe) -> Assessment:
-        return assess(figures_of(subject_of(recipe)), cluster)
+        return assess(figures_of(subject_of(recipe, accelerated=True)), cluster)
 
     try:
         found = plan_of_function(app.function, config, plan)

@@ -120,7 +120,7 @@ def planned_run(app: App, config: Any, cluster: Cluster | None) -> Planned:
     from danling_conf.runner.planning import plan_of_function
 
     def plan(recipe: Recipe) -> Planned:
-        subject = subject_of(recipe)
+        subject = subject_of(recipe, accelerated=cluster is not None)
         figures = figures_of(subject)
         assessment = None if cluster is None else assess(figures, cluster)
         return Planned(figures, remedies_of(subject, figures), assessment)

@@ -18,6 +18,7 @@ from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.instantiate import model_factory
 from danling_conf.config.identity import layout_name as name_of
 from danling_conf.parallel import context as sequences
+from danling_conf.parallel import expert
 from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
@@ -35,8 +36,11 @@ from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import coordinates, layout_of, rank_at
 
 
-def subject_of(recipe: Recipe) -> Subject:
+def subject_of(recipe: Recipe, *, accelerated: bool = False) -> Subject:
     """What is planned, of what a script has passed to its runner: its model without values, and a batch of its data.
+
+    Args:
+        accelerated: whether it is planned for an accelerator.
 
     Raises:
         SettingError: the model cannot be built without values, or the data has no sample.
@@ -52,15 +56,21 @@ def subject_of(recipe: Recipe) -> Subject:
         example=_batch(recipe, 2),
         cut=partial(_batch, recipe),
         count_samples=recipe.count_samples or count_by_rule,
+        accelerated=accelerated,
     )
 
 
-def figures_of(subject: Subject) -> LayoutFigures:
-    """One optimizer step of a layout, by kind of rank."""
+def figures_of(subject: Subject, *, places: Sequence[int] | None = None, load: bool = True) -> LayoutFigures:
+    """One optimizer step of a layout, by kind of rank.
+
+    Args:
+        places: on the pipeline axis, to look at alone; None for all.
+        load: whether a busy rank is planned too, where experts are dealt out.
+    """
     layout, config = layout_of(subject.config), subject.config
     samples = subject.count_samples(subject.batch) * layout.data_degree * config.accum_steps
     length = sequences.sequence_length(subject.batch)
-    found = _pipeline_ranks(subject, layout) if layout.pipeline > 1 else [_only_rank(subject, layout)]
+    found = _pipeline_ranks(subject, layout, places) if layout.pipeline > 1 else [_only_rank(subject, layout)]
     return LayoutFigures(
         layout=name_of(layout),
         degrees=layout.degrees(),
@@ -72,7 +82,7 @@ def figures_of(subject: Subject) -> LayoutFigures:
         parameters=sum(item.numel() for item in subject.model.parameters()),
         settings=settings_of(config),
         dims=_dims(subject, length),
-        notes=tuple(_notes(subject, layout)),
+        notes=tuple(_notes(subject, layout, [figures for figures, _ in found], load=load)),
     )
 
 
@@ -181,15 +191,17 @@ def _learned(one: OneRank) -> tuple[Any, ...]:
     return one.sent, one.microbatches, actions, buffers, traffic
 
 
-def _pipeline_ranks(subject: Subject, layout: Layout) -> list[tuple[RankFigures, int]]:
+def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | None) -> list[tuple[RankFigures, int]]:
     """The figures of one rank of each place in a pipeline."""
-    names = _stage_names(subject, layout)
+    names, one_tensor = _stage_names(subject, layout)
+    if one_tensor:  # the trial of the whole model is over; with an example each trace would try its own
+        subject = replace(subject, example=None)
     stage_of = {block: index for index, of_stage in enumerate(names) for block in of_stage}
     runs = runs_of(subject.model, every=_every(subject.config), stage_of=stage_of)
     placement = stages_of.placement(subject.config.parallel.pipeline_schedule, layout.pipeline, len(names))
     found: list[tuple[RankFigures, int]] = []
     sent: Sent | None = None
-    for place in range(layout.pipeline):
+    for place in range(layout.pipeline) if places is None else sorted({0, *places}):
         rank = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": place})
         held = [index for index, at in enumerate(placement) if at == place]
         own = [number for number, run in enumerate(runs) if stage_of.get(run.blocks[0]) in held]
@@ -214,11 +226,11 @@ def _pipeline_ranks(subject: Subject, layout: Layout) -> list[tuple[RankFigures,
     return found
 
 
-def _stage_names(subject: Subject, layout: Layout) -> stages_of.Names:
-    """Names of the modules of each stage of the whole model."""
+def _stage_names(subject: Subject, layout: Layout) -> tuple[stages_of.Names, bool]:
+    """Names of the modules of each stage of the whole model; and whether its blocks are known to return one tensor."""
     section = subject.config.parallel
     if section.module_fqns_per_model_part is not None:
-        return [list(names) for names in section.module_fqns_per_model_part]
+        return [list(names) for names in section.module_fqns_per_model_part], False
     blocks = stages_of.blocks_of(subject.model)
     around = [name for side in stages_of.around(subject.model, blocks) for name in side]
     few = [FEW] * len(runs := runs_of(subject.model, every=_every(subject.config)))
@@ -227,9 +239,8 @@ def _stage_names(subject: Subject, layout: Layout) -> stages_of.Names:
     trial = trials.run(
         model, [name for names in names_in(runs, few) for name in names], around, subject.forward, subject.example
     )
-    return stages_of.deal_out(
-        subject.model, layout.pipeline * stages_of.stages_per_rank(section.pipeline_schedule), trial
-    )
+    count = layout.pipeline * stages_of.stages_per_rank(section.pipeline_schedule)
+    return stages_of.deal_out(subject.model, count, trial), not any(trial.returns)
 
 
 def _with_stages(
@@ -350,9 +361,23 @@ _DIMS = {
 """Names that models give to their dims in their `config`."""
 
 
-def _notes(subject: Subject, layout: Layout) -> Iterator[str]:
+def _notes(subject: Subject, layout: Layout, ranks: Sequence[RankFigures], *, load: bool) -> Iterator[str]:
     if subject.config.compile.enable:
         yield "compile: planned as eager code, which keeps at least as much for backward"
+    if layout.expert > 1 and load:
+        worst = max(ranks, key=lambda rank: rank.peak_bytes)
+        place = worst.coordinates["pipeline"]
+        with expert.planned_load(BUSY):
+            busy = figures_of(subject, places=[place], load=False)
+        peak = next(rank for rank in busy.ranks if rank.coordinates["pipeline"] == place).peak_bytes
+        yield (
+            f"experts: tokens are routed evenly; a rank whose experts are sent {BUSY:g} times the mean needs "
+            f"{(peak - worst.peak_bytes) / 2**30:.2g} GiB more"
+        )
+
+
+BUSY = 2.0
+"""Load of a rank's experts, relative to the mean, that is planned as the worst case."""
 
 
 def _on_meta(given: Any) -> nn.Module:

@@ -30,13 +30,13 @@ class Remedy:
 def remedies_of(subject: Subject, figures: LayoutFigures) -> list[Remedy]:
     """What would need less memory, in the order of what it saves. What the layout refuses is left out."""
     found = []
-    peak = figures.worst.peak_bytes
+    peak, place = figures.worst.peak_bytes, figures.worst.coordinates["pipeline"]
     for overrides, config, batch, costs in _candidates(subject):
         try:
-            other = figures_of(replace(subject, config=config, batch=batch))
+            other = figures_of(replace(subject, config=config, batch=batch), places=[place])
         except (SettingError, ConfigRefused):  # this layout does not take it
             continue
-        saved = peak - other.worst.peak_bytes
+        saved = peak - next(rank for rank in other.ranks if rank.coordinates["pipeline"] == place).peak_bytes
         if saved > peak // 200:
             found.append(Remedy(overrides, saved, costs))
     return sorted(found, key=lambda remedy: -remedy.saves)

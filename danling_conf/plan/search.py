@@ -238,7 +238,9 @@ def _traced_shape(shape: _Shape, blocks: int, gpus: int, cluster: Cluster) -> La
 def _traced_candidate(candidate: Candidate, gpus: int, cluster: Cluster) -> LayoutFigures:
     """Trace a candidate. In a copy of this process."""
     assert _recipe is not None
-    return engine.figures_of(engine.subject_of(replace(_recipe, config=_resolved(candidate, gpus, cluster))))
+    return engine.figures_of(
+        engine.subject_of(replace(_recipe, config=_resolved(candidate, gpus, cluster)), accelerated=True)
+    )
 
 
 def _resolved(candidate: Candidate, gpus: int, cluster: Cluster) -> RunnerConfig:

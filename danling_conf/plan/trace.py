@@ -7,6 +7,8 @@ of which only this rank exists. What is left out are values: weights are not dra
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +39,7 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import SPLIT_BACKWARD_SCHEDULES
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError
 
 CPU = torch.device("cpu")
 TRACED_MICROBATCHES = 2
@@ -65,6 +68,8 @@ class Subject:
     cut: Callable[[int], Any]
     """Makes a batch of so many samples."""
     count_samples: Callable[[Any], int] = count_by_rule
+    accelerated: bool = False
+    """Whether it is planned for an accelerator, where torch's optimizers take all plain tensors at once."""
 
 
 class OneRank:
@@ -91,6 +96,8 @@ class OneRank:
             if self.layout.world_size > 1 or self.layout.fsdp:
                 stack.enter_context(_torch_private.fake_world(self.rank, self.layout.world_size))
             stack.enter_context(_torch_private.quiet_fake_tensors())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             self.assembled = self._assembled()
             self._stack = stack.pop_all()
         return self
@@ -114,7 +121,7 @@ class OneRank:
             parallel=config.parallel,
             expert_mesh=meshes.make_expert(self.layout, mesh),
             precision=config.precision,
-            example=lambda: subject.example,
+            example=None if subject.example is None else lambda: subject.example,
             forward=subject.forward,
             fake=self._making(),
         )
@@ -123,8 +130,8 @@ class OneRank:
             if isinstance(part, DistributedDataParallel):
                 # A lambda, since DDP reads annotations and takes no text for them.
                 part.register_comm_hook(None, lambda _, bucket: _reduced(bucket))
-        # Ranks share buffers after a step by comparing values.
-        return replace(built, buffers=None)
+        # Ranks compare values to share buffers, and try attention with real ones.
+        return replace(built, buffers=None, check_attention=None)
 
     @contextmanager
     def _making(self) -> Iterator[None]:
@@ -142,6 +149,27 @@ class OneRank:
             received: in a pipeline, what a stage receives. None where this rank holds the first one, of which it is
                 learned.
         """
+        try:
+            self._observed(received)
+        except (SettingError, ConfigRefused):
+            raise
+        except Exception as error:  # of the user's model, which may ask for values that are not there
+            raise self._untraceable(error) from error
+
+    def _untraceable(self, error: Exception) -> SettingError:
+        """The refusal of a model that does not run without values, with the line of it that does not."""
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+        kind = type(self.subject.model).__name__
+        if isinstance(error, _torch_private.fake_errors()):
+            what = f"{kind} asks for the value of a tensor{place}, and a plan has none"
+        else:
+            what = f"{kind} does not run on tensors without values{place} ({type(error).__name__}: {error})"
+        return SettingError(
+            "model", ABSENT, what, "leave .item(), .tolist(), nonzero() and branches on tensors out of it"
+        )
+
+    def _observed(self, received: Sent | None) -> None:
         config = self.config
         cast = None if config.fsdp.enabled else config.precision
         with self.fake:
@@ -225,7 +253,7 @@ class OneRank:
         ledger, stage = self.ledger, pipeline.alone(index)
         place = of_stage(index)
         kept: list[tuple[Any, tuple[Tensor, ...]]] = []
-        for number in range(TRACED_MICROBATCHES):
+        for number in range(TRACED_MICROBATCHES if ledger.active else 1):
             ledger.action = f"{index}F{number}"
             ledger.begin(f"forward {BEFORE}{place}")
             inputs: tuple[Tensor, ...] = ()
@@ -238,7 +266,7 @@ class OneRank:
         split = pipeline.section.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES and index > 0
         later: list[dict[str, Any]] = []
         back: Any = None
-        for number in range(TRACED_MICROBATCHES):
+        for number in range(TRACED_MICROBATCHES if ledger.active else 1):
             output, inputs = kept.pop(0)
             ledger.action = f"{index}{'I' if split else 'B'}{number}"
             ledger.turn(f"backward {AFTER}{place}")
@@ -283,8 +311,14 @@ class OneRank:
     def _optimizer(self) -> Optimizer:
         assembled, section = self.assembled, self.config.optim
         if assembled.pipeline is None:
-            return optimizers.make(assembled.module, section)
-        return optimizers.make(assembled.named_parameters(), section, whole=assembled.whole)
+            made = optimizers.make(assembled.module, section)
+        else:
+            made = optimizers.make(assembled.named_parameters(), section, whole=assembled.whole)
+        for group in made.param_groups if self.subject.accelerated else ():
+            plain = not any(isinstance(item, DTensor) for item in group["params"])
+            if "foreach" in group and group["foreach"] is None and not group.get("fused") and plain:
+                group["foreach"] = True
+        return made
 
     def _make_states(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -295,7 +329,7 @@ class OneRank:
     @property
     def traced_micro_batches(self) -> int:
         """Of the accumulated ones: all but the last are alike."""
-        return min(self.config.accum_steps, 2)
+        return min(self.config.accum_steps, 2) if self.ledger.active else 1
 
     def _hold(self, optimizer: Optimizer, batch: Any) -> None:
         hold = self.ledger.hold
@@ -351,6 +385,10 @@ def _reduced(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
+
+
+def _is_ours(filename: str) -> bool:
+    return any(part in filename for part in ("/torch/", "/danling_conf/", "<"))
 
 
 def _found(modules: dict[str, nn.Module], name: str) -> str | None:
