@@ -244,7 +244,9 @@ def test_layouts_are_derived_from_the_difference_of_two_traces():
             rank(
                 peak={"parameters": (2 + blocks) * GIB, "activations": 2 * blocks * GIB},
                 flops={"bfloat16": 10**12 * (1 + blocks)},
-            )
+            ),
+            dims={**DIMS, "blocks": blocks},
+            samples=8,
         )
         for blocks in (FEW, MORE)
     )
@@ -254,8 +256,8 @@ def test_layouts_are_derived_from_the_difference_of_two_traces():
     )  # fmt: skip
     found = derived(candidate, costs_of(few, more), more, blocks=8, samples=16).worst
     assert found.peak["parameters"] == (2 + 8) * GIB
-    assert found.peak["activations"] == 2 * 8 * GIB
-    assert found.flops["bfloat16"] == pytest.approx(10**12 * (1 + 8))
+    assert found.peak["activations"] == 2 * 2 * 8 * GIB, "of two samples"
+    assert found.flops["bfloat16"] == pytest.approx(2 * 10**12 * (1 + 8))
     halved = replace(candidate, layout=parse_layout("fsdp16"))
     assert derived(halved, costs_of(few, more), more, blocks=8, samples=32).worst.peak["parameters"] == 5 * GIB
 

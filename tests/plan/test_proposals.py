@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
+from danling_conf.cli import plan_proposals
 from danling_conf.cli.main import main
 from danling_conf.plan import engine
 
@@ -16,38 +16,27 @@ SMALL = ["model.depth=4", "model.width=64", "model.context=32", "data.context=32
 
 
 @pytest.mark.slow
-def test_proposals_are_ranked_and_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_proposals_are_traced_ranked_and_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_proposals, "SECONDS", 1000.0)  # however busy the machine is
     page = tmp_path / "plan.html"
-    words = ["plan", EXAMPLE, "parallel=fsdp", *SMALL, "--gpus", "8", "--gpu", "a10g", "--html", str(page)]
+    words = ["plan", EXAMPLE, "parallel=fsdp", *SMALL, "--gpus", "2", "--gpu", "a10g", "--html", str(page)]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert "64 samples a step" in text, "the configured batch of 8 on each of 8 data ranks"
+    assert "16 samples a step" in text, "the configured batch of 8 on each of 2 data ranks"
     listed = re.findall(r"^ *(\d+)  (\w+) ", text, re.MULTILINE)
-    assert [int(number) for number, _ in listed] == list(range(1, 11))
-    assert len({name for _, name in listed}) == 10
+    assert {name for _, name in listed} == {"fsdp2", "ddp2", "tp2", "pp2"}
+    assert "derived" not in text, "there was time to trace them all"
     assert f"{listed[0][1]} is " in text
-    assert "faster than" in text or "fewer axes" in text
-    # What is to be pasted is accepted as it stands, with the same samples a step.
+    # What is to be pasted is accepted as it stands.
     pasted = [line.split()[2:] for line in text.splitlines() if line.startswith("  python ")]
-    assert len(pasted) == 10
-    for overrides in pasted[:3]:
+    assert len(pasted) == len(listed)
+    for overrides in pasted:
         assert main(["check", EXAMPLE, *overrides, "--gpus-per-node", "8"]) == 0
     html = page.read_text()
     assert "Why the first" in html
     assert all(name in html for _, name in listed)
-
-
-@pytest.mark.slow
-def test_the_best_layouts_are_traced_and_bear_out_what_was_derived(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", EXAMPLE, "parallel=ddp2", *SMALL, "--gpus", "2", "--gpu", "a10g", "--global-batch", "4", "--json"]
-    assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 4
-    first = found["proposals"][0]
-    assert first["traced"]
-    assert first["verdict"]["word"] == "fits"
-    seconds = [item["time"]["seconds"] for item in found["proposals"]]
-    assert seconds[0] <= 1.05 * min(seconds)
 
 
 def test_a_batch_that_no_layout_takes(capsys: pytest.CaptureFixture[str]) -> None:
