@@ -712,6 +712,15 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def computes_shapes(mode: Any) -> bool:
+    """Whether a context of `fake_tensors` is finding out what an operator returns: what runs then is no computation of
+    the model. `DTensor` does so with whole tensors, of which a rank has only its part.
+
+    Without `in_kernel_invocation`, plans of tensor parallelism count memory that no rank takes.
+    """
+    return bool(mode is not None and mode.in_kernel_invocation)
+
+
 def is_wrapper(kind: type) -> bool:
     """Whether tensors of a class only stand for others, which their operators are passed on to (`DTensor`, the result
     of a collective under way)."""
