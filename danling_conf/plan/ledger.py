@@ -22,7 +22,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from danling_conf._torch_private import (
     TorchDispatchMode,
     collective_of,
-    computes_shapes,
     is_view,
     is_wrapper,
     storage_identity,
@@ -80,20 +79,16 @@ class Region:
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches what runs inside of it, with real or fake tensors.
 
-    Args:
-        fake: the context of fake tensors around it; None for real ones.
-
     Attributes:
         regions: in their order. A name may come several times.
         phase: `forward`, `backward` or `optimizer`.
     """
 
-    def __init__(self, fake: Any = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.regions: list[Region] = [Region("start", 0)]
         self.phase = "forward"
         self.active = False
-        self._fake = fake
         self.action = ""
         self._entries: list[tuple[int, int]] = []
         """Number of the storage, and bytes added or given back."""
@@ -155,8 +150,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(_stands_for_another(kind) for kind in types):
             return NotImplemented  # it comes again with the tensors of this rank
         result = func(*args, **(kwargs or {}))
-        if computes_shapes(self._fake):
-            return result
         self._see(func, args, kwargs or {}, result)
         return result
 

@@ -84,7 +84,7 @@ class OneRank:
         self.subject, self.config, self.rank = subject, subject.config, rank
         self.layout: Layout = layout_of(self.config)
         self.fake: Any = _torch_private.fake_tensors()
-        self.ledger = Ledger(self.fake)
+        self.ledger = Ledger()
         self._model, self._blocks = model, blocks
         self._stack = ExitStack()
         self.sent: Sent | None = None

@@ -1,12 +1,27 @@
-"""Classification of scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, which come with the package."""
+"""Classification of scikit-learn's handwritten digits, the task `digits`: 1,797 images of 8 x 8 pixels, which come with
+the package."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from models.mlp import MLP, MLPConfig
+from tasks.section import check_val_fraction, section_of
+from tasks.task import Batch, Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 PIXELS = 64
 CLASSES = 10
@@ -27,3 +42,48 @@ def digits(val_fraction: float) -> dict[str, TensorDataset]:
         split: TensorDataset(torch.from_numpy(scaler.transform(x)).float(), torch.from_numpy(y).long())
         for split, x, y in (("train", train_x, train_y), ("val", val_x, val_y))
     }
+
+
+@dataclass(kw_only=True)
+class DigitsData:
+    """`data` of the task `digits`."""
+
+    val_fraction: float = 0.2
+    """Share of the images, of each digit alike, that is for validation."""
+
+    def __post_init__(self) -> None:
+        check_val_fraction(self.val_fraction)
+
+
+def task(model: Mapping[str, Any], data: Mapping[str, Any]) -> Task:
+    """See `build_task`."""
+    config = section_of(MLPConfig, "model", model)
+    settings = section_of(DigitsData, "data", data)
+    for key, needed in (("inputs", PIXELS), ("classes", CLASSES)):
+        if getattr(config, key) != needed:
+            raise ValueError(f"model.{key}={getattr(config, key)}: the task digits has {needed}; leave the key out")
+    return Task(
+        name="digits",
+        model=partial(MLP, config),
+        datasets=digits(settings.val_fraction),
+        loss=_loss,
+        metrics={"accuracy": _accuracy},
+        report=_report,
+    )
+
+
+def _accuracy() -> Metric:
+    # Imported on use: torchmetrics brings scipy, and transformers where that is installed.
+    from torchmetrics.classification import MulticlassAccuracy
+
+    return MulticlassAccuracy(num_classes=CLASSES, average="micro")
+
+
+def _loss(logits: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(logits.float(), batch[1])
+
+
+def _report(model: nn.Module | None, results: Mapping[str, float]) -> list[str]:
+    if "val.accuracy" not in results:
+        return []
+    return [f"val.accuracy {results['val.accuracy']:.1%}, by chance {1 / CLASSES:.0%}"]
