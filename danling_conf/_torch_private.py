@@ -714,6 +714,25 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def around_shapes(enter: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Inside of it, each time that `DTensor` runs an operator on tensors of the whole, unsharded size, only to learn
+    the shape of its result, that happens inside of a context of its own: no rank ever has such tensors."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with enter():
+            return original(self, *args, **kwargs)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore[method-assign]
+
+
 def is_wrapper(kind: type) -> bool:
     """Whether tensors of a class only stand for others, which their operators are passed on to (`DTensor`, the result
     of a collective under way)."""

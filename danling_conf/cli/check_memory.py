@@ -1,4 +1,4 @@
-"""`danling-conf check --gpu NAME`: whether the jobs of a sweep fit their devices; those that are alike, planned once."""
+"""`danling-conf check --gpu NAME`: whether jobs fit their devices; those that are alike are planned once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError,
 if TYPE_CHECKING:
     from danling_conf.runner.planning import Recipe
 
-_NEUTRAL = ("seed", "deterministic", "steps", "epochs", "eval_interval", "evaluate_first", "patience", "score_",
-            "nonfinite", "workspace_root", "lineage", "experiment", "auto_resume", "resume", "force_resume", "pretrained", "log",
-            "tensorboard", "optim.lr", "optim.weight_decay", "optim.betas", "optim.eps", "scheduler.", "checkpoint.",
-            "comm.", "gc.", "ft.", "profiling.", "heartbeat.", "plan.", "wandb.", "mlflow.")  # fmt: skip
+_NEUTRAL = (
+    *("seed", "deterministic", "steps", "epochs", "eval_interval", "evaluate_first", "patience", "score_", "nonfinite"),
+    *("workspace_root", "lineage", "experiment", "auto_resume", "resume", "force_resume", "pretrained", "log"),
+    *("optim.lr", "optim.weight_decay", "optim.betas", "optim.eps", "scheduler.", "checkpoint.", "comm.", "gc.", "ft."),
+    *("tensorboard", "profiling.", "heartbeat.", "plan.", "wandb.", "mlflow."),
+)
 """Settings that take no memory of a device: jobs that differ in nothing else are planned once."""
 
 

@@ -69,7 +69,7 @@ def proposal_lines(found: Proposals, cluster: Cluster, script: str, overrides: S
         f"{found.samples:,} samples a step; {found.looked_at:,} layouts with their settings looked at",
         "",
     ]
-    rows = [("", "layout", "GiB", "step", "MFU", "arithmetic", "memory", "waits", "bubble", "")]
+    rows: list[tuple[str, ...]] = [("", "layout", "GiB", "step", "MFU", "arithmetic", "memory", "waits", "bubble", "")]
     for number, item in enumerate(found.shown, 1):
         time_of = item.time
         parts = (time_of.matmul, time_of.memory, time_of.exposed, time_of.bubble)

@@ -178,21 +178,18 @@ def _planned(run: Path, history: list[dict[str, Any]]) -> Html:
     measured = max((value for _, value in peaks), default=None)
     rows.append(["peak memory of the fullest rank", *_compared(plan.peak_bytes, measured, readable_size)])
     if plan.step_seconds is not None:
-        times = sorted(value for _, value in series(history, "train.step_seconds"))
-        rows.append(
-            ["time of a step", *_compared(plan.step_seconds, times[len(times) // 2] if times else None, duration)]
-        )
+        rows.append(["time of a step", *_compared(plan.step_seconds, _median(history, "train.step_seconds"), duration)])
     if plan.mfu is not None:
-        used = sorted(value for _, value in series(history, "train.mfu"))
-        rows.append(["MFU", *_compared(plan.mfu, used[len(used) // 2] if used else None, lambda share: f"{share:.1%}")])
+        rows.append(["MFU", *_compared(plan.mfu, _median(history, "train.mfu"), lambda share: f"{share:.1%}")])
     held = facts({f"{name}, planned": readable_size(size) for name, size in plan.of_fullest.memory.items() if size})
-    note = f"for {plan.layout}" + (
-        f" on {plan.gpu}" if plan.gpu else "; on a CPU, what is measured is the whole process"
-    )
-    head = ["", "planned", "measured", "difference"]
-    return section(
-        "Planned and measured", table(head, rows, numeric=(1, 2, 3)), folded("what holds it", held), note=note
-    )
+    note = f"for {plan.layout}" + (f" on {plan.gpu}" if plan.gpu else "; on a CPU, the whole process is measured")
+    listed = table(["", "planned", "measured", "difference"], rows, numeric=(1, 2, 3))
+    return section("Planned and measured", listed, folded("what holds it", held), note=note)
+
+
+def _median(history: list[dict[str, Any]], key: str) -> float | None:
+    values = sorted(value for _, value in series(history, key))
+    return values[len(values) // 2] if values else None
 
 
 def _compared(planned: float, measured: float | None, shown: Callable[[float], str]) -> list[object]:

@@ -127,7 +127,7 @@ def _data_layouts(
     base = Layout(tensor=tensor, context=context, pipeline=pipeline, fsdp=True, shard=data)
     shards = {data, max(1, min(data, cluster.gpus_per_node // (tensor * context)))}
     for shard in sorted(shards, reverse=True):
-        if data % shard == 0:
+        if data % shard == 0 and shard * context > 1:
             sharded = replace(base, shard=shard, replicate=data // shard)
             yield sharded
             for expert in _divisors(dims.get("experts", 0)):

@@ -67,10 +67,13 @@ class Costs:
 
 
 def costs_of(few: LayoutFigures, more: LayoutFigures) -> Costs:
-    """Costs by the figures of a model with `FEW` and with `MORE` blocks, on one pipeline stage."""
+    """Costs by the figures of a model with `FEW` and with `MORE` blocks, on one pipeline stage. A model that has not so
+    many is the same both times, and all of it counts as what is around its blocks."""
     less, full = _share(few), _share(more)
-    block = _scaled(_minus(full, less), 1.0 / (MORE - FEW))
-    around = _minus(less, _scaled(block, FEW))
+    had = few.dims.get("blocks", FEW)
+    more_of_them = more.dims.get("blocks", MORE) - had
+    block = _scaled(_minus(full, less), 1.0 / more_of_them) if more_of_them else Share()
+    around = _minus(less, _scaled(block, had))
     boundary = max(
         (size / max(1.0, calls) for (kind, axis), (calls, size) in less.passed.items() if axis == "tensor"), default=0.0
     )
@@ -81,7 +84,7 @@ def _share(figures: LayoutFigures) -> Share:
     rank = figures.worst
     data = math.prod(figures.degrees.get(axis, 1) for axis in ("shard", "context"))
     samples = figures.samples / figures.degrees.get("replicate", 1) / figures.degrees.get("shard", 1)
-    passed = {}
+    passed: dict[tuple[str, str], tuple[float, float]] = {}
     gathered = 0.0
     for item in rank.collectives:
         if set(item.axis.split("+")) <= set(_ACTIVATION_AXES) and not _of_weights(item, figures):

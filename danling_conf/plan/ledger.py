@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from danling_conf._torch_private import (
     TorchDispatchMode,
+    around_shapes,
     collective_of,
     is_view,
     is_wrapper,
@@ -89,6 +90,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.regions: list[Region] = [Region("start", 0)]
         self.phase = "forward"
         self.active = False
+        self._paused = False
         self.action = ""
         self._entries: list[tuple[int, int]] = []
         """Number of the storage, and bytes added or given back."""
@@ -103,10 +105,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The context in which everything is recorded."""
         self.active = True
         try:
-            with watched_resizes(self._resized), self:
+            with watched_resizes(self._resized), around_shapes(self._pause), self:
                 yield self
         finally:
             self.active = False
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Nothing inside is memory or work of this rank."""
+        self._paused, before = True, self._paused
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def enter(self, name: str) -> None:
         """What runs from now on belongs to this region."""
@@ -150,6 +161,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(_stands_for_another(kind) for kind in types):
             return NotImplemented  # it comes again with the tensors of this rank
         result = func(*args, **(kwargs or {}))
+        if self._paused:
+            return result
         self._see(func, args, kwargs or {}, result)
         return result
 

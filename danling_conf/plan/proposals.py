@@ -151,7 +151,7 @@ def overrides_of(config: RunnerConfig, candidate: Candidate) -> list[str]:
 def why(first: Proposal, second: Proposal) -> list[str]:
     """Why a proposal is before another one, by the parts of a step's time."""
     if first.verdict.word != second.verdict.word:
-        return [f"{first.name} {first.verdict.word}, and {second.name} is {second.verdict.word}"]
+        return [f"{first.name}: {first.verdict.word}; {second.name}: {second.verdict.word}"]
     gain = second.time.seconds - first.time.seconds
     parts = {
         "arithmetic": second.time.matmul - first.time.matmul,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from danling_conf.config.resolve import resolve
 from danling_conf.plan import engine
 from danling_conf.plan.candidates import CHECKPOINTING, Candidate, candidates, configured, layouts, refuse_batch
-from danling_conf.plan.depth import runs_of, shortened
+from danling_conf.plan.depth import Run, runs_of, shortened
 from danling_conf.plan.derive import FEW, MORE, Costs, between, costs_of, crossed, derived
 from danling_conf.plan.figures import LayoutFigures
 from danling_conf.plan.forked import Failed, Forked
@@ -90,7 +90,7 @@ def _shapes(config: RunnerConfig, possible: Sequence[Layout]) -> list[_Shape]:
     for axis in ("tensor", "expert"):
         degrees = sorted({getattr(layout, axis) for layout in possible} - {1})
         for degree in dict.fromkeys([*degrees[:1], *degrees[-1:]]):
-            found += [_Shape(**{axis: degree}, checkpointing=mode) for mode in _ENDS]  # type: ignore[arg-type]
+            found += [_Shape(**{axis: degree}, checkpointing=mode) for mode in _ENDS]
     context = sorted({layout.context for layout in possible} - {1})
     return found + [_Shape(context=degree) for degree in context[:1]]
 
@@ -216,8 +216,8 @@ def _ordered(best: Sequence[Proposal], known: Mapping[str, Proposal], dropped: C
     return sorted(found, key=lambda item: item.key)
 
 
-def _traced_shape(shape: _Shape, blocks: int, gpus: int, cluster: Cluster) -> LayoutFigures:
-    """Trace a shape with few blocks, one sample and as many data ranks as there can be. In a copy of this process."""
+def _traced_shape(shape: _Shape, units: int, gpus: int, cluster: Cluster) -> LayoutFigures:
+    """Trace a shape with few blocks of each kind, one sample and as many data ranks as there can be."""
     assert _recipe is not None
     data = max(1, gpus // (shape.tensor * shape.context))
     layout = Layout(fsdp=True, shard=data, tensor=shape.tensor, context=shape.context, expert=shape.expert)
@@ -230,13 +230,20 @@ def _traced_shape(shape: _Shape, blocks: int, gpus: int, cluster: Cluster) -> La
         checkpointing=shape.checkpointing,
     )
     subject = engine.subject_of(replace(_recipe, config=_resolved(candidate, layout.world_size, cluster)))
-    runs = runs_of(subject.model)
-    model = shortened(subject.model, runs, [blocks] * len(runs)) if any(run.long for run in runs) else subject.model
-    return engine.figures_of(replace(subject, model=model))
+    runs = [_Cut(run.blocks, run.period) for run in runs_of(subject.model)]
+    return engine.figures_of(replace(subject, model=shortened(subject.model, runs, [units] * len(runs))))
+
+
+class _Cut(Run):
+    """A run that is cut even where it is short: the difference of two models is what is looked for."""
+
+    @property
+    def long(self) -> bool:
+        return True
 
 
 def _traced_candidate(candidate: Candidate, gpus: int, cluster: Cluster) -> LayoutFigures:
-    """Trace a candidate. In a copy of this process."""
+    """Trace a candidate."""
     assert _recipe is not None
     return engine.figures_of(
         engine.subject_of(replace(_recipe, config=_resolved(candidate, gpus, cluster)), accelerated=True)

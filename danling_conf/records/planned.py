@@ -77,7 +77,8 @@ def read_plan(run: Path) -> PlannedRun | None:
     """The plan in a run's file; None where there is none, or it is damaged."""
     found = read_fields(run / RUN_FILE).table(KEY)
     ranks = found.values.get("ranks")
-    known = [_rank(Fields(found.path, item)) for item in ranks if isinstance(item, dict)] if ranks else []
+    given = ranks if isinstance(ranks, list) else []
+    known = [_rank(Fields(found.path, item)) for item in given if isinstance(item, dict)]
     if not known:
         return None
     return PlannedRun(

@@ -191,6 +191,8 @@ def test_the_poison_works(tmp_path):
         "danling_conf.cli.import_danling",
         "danling_conf.cli.watch",
         "danling_conf.plan.figures",
+        "danling_conf.plan.proposals",
+        "danling_conf.cli.plan",
         "danling_conf.cli.report",
         "hydra_plugins.danling_conf_plugin",
         "hydra_plugins.danling_conf_plugin.local_launcher",

@@ -140,8 +140,10 @@ def plan_command(
     section: PlanConfig, started_by: Sequence[str], ranks: RankEnvironment, device: torch.device
 ) -> list[str]:
     """The command that plans a run."""
-    known = gpu_reported_as(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    gpu = section.gpu or (None if known is None else known.name)
+    gpu = section.gpu
+    if gpu is None and device.type == "cuda":
+        known = gpu_reported_as(torch.cuda.get_device_name(device))
+        gpu = None if known is None else known.name
     options = [] if gpu is None else ["--gpu", gpu]
     per_node = section.gpus_per_node or ranks.local_world_size
     return [
