@@ -83,13 +83,13 @@ class OneRank:
     def __init__(self, subject: Subject, model: nn.Module, blocks: Sequence[str], rank: int) -> None:
         self.subject, self.config, self.rank = subject, subject.config, rank
         self.layout: Layout = layout_of(self.config)
+        self.fake: Any = _torch_private.fake_tensors()
         self.ledger = Ledger()
         self._model, self._blocks = model, blocks
         self._stack = ExitStack()
         self.sent: Sent | None = None
         """What the last stage that was traced here sends, or what is received."""
         self.microbatches = 1
-        self.fake: Any = _torch_private.fake_tensors()
 
     def __enter__(self) -> OneRank:
         with ExitStack() as stack:
@@ -278,6 +278,7 @@ class OneRank:
             del output, inputs
             # What goes back to the stage before is kept until it is sent, behind the next action.
             back, groups = stage.backward_maybe_with_nosync("input" if split else "full", given)
+            ledger.boundary()
             if split:
                 later.append({"stage_output": given["stage_output"], "param_groups": groups})
             del given
@@ -285,6 +286,7 @@ class OneRank:
             ledger.action = f"{index}W{number}"
             ledger.turn(f"weights{place}")
             stage.backward_maybe_with_nosync("weight", given)
+            ledger.boundary()
         later.clear()
         ledger.action = f"{index}R"
         ledger.turn(f"reduction{place}")
