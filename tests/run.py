@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+SITE = ("mkdocs", "build", "--strict", "--quiet")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
     return (
         (
             Part("lint", tuple((here, "-m", *tool) for tool in TOOLS), counts=False),
+            Part("docs", ((here, "-m", *SITE),), counts=False),
             Part("composition", (pytest(hydra_14, "-m", "composition"),)),
             Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),)),
             Part("tests", (pytest(here, "-m", "not slurm", "--durations", "25"),)),
