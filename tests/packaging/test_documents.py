@@ -68,3 +68,11 @@ def test_exit_codes_are_the_codes_own():
     assert named
     for code, name in named:
         assert exit_code_of_signal(getattr(signal, name)) == int(code)
+
+
+def test_the_version_is_one():
+    """In the package, in its metadata's source, in the changelog and in the name of the wheel of the quickstart."""
+    version = danling_conf.__version__
+    assert f'\nversion = "{version}"\n' in text("pyproject.toml")
+    assert re.search(r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", text("CHANGELOG.md"), re.MULTILINE)[1] == version
+    assert f"dist/danling_conf-{version}-py3-none-any.whl" in text("docs/quickstart.md")
