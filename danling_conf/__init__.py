@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from danling_conf.schema.imports import import_large
 
 if TYPE_CHECKING:
     from danling_conf.app import compose, main
@@ -61,7 +62,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import an export when it is first used, so that composing imports no torch."""
     if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
+        return getattr(import_large(_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -7,7 +7,6 @@ torch changes the name, and thus what to test with a new version of torch.
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import json
 import logging
@@ -688,7 +687,10 @@ def forget_meshes() -> None:
     from torch.distributed.tensor import debug
 
     debug._clear_sharding_prop_cache()
-    for item in gc.get_objects():
-        # By its type: `isinstance` would wake objects that stand in for others.
-        if type(item) is functools._lru_cache_wrapper and str(item.__module__).startswith("torch.distributed."):
-            item.cache_clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.distributed."):
+            for item in list(vars(module).values()):
+                # By its type: `isinstance` would wake objects that stand in for others.
+                for value in (item, *(vars(item).values() if type(item) is type else ())):
+                    if type(value) is functools._lru_cache_wrapper:
+                        value.cache_clear()

@@ -3,12 +3,15 @@
 python tests/run.py --hydra-14 .venv-hydra-1.4/bin/python --optuna .venv-optuna/bin/python
 python tests/run.py slurm tests -- -k resume     # two parts, with arguments for pytest
 
-Parts of one lane run one after another, lanes side by side. A part that fails stops no other; the exit code is 1 then.
+Parts of one lane run one after another, lanes side by side, stages one after another. A part that fails stops no other;
+the exit code is 1 then.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,11 @@ from xml.etree import ElementTree
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 SITE = ("mkdocs", "build", "--strict", "--quiet")
+POLITE = ("sh", "-c", '{ echo 19 > /proc/self/autogroup; } 2>/dev/null; exec nice -n 19 "$@"', "sh")
+"""Runs a command with what processors others leave. Linux shares them among sessions first: a session has its own."""
+
+Lanes = tuple[tuple["Part", ...], ...]
+_running: set[subprocess.Popen[str]] = set()
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Part:
     name: str
     commands: tuple[tuple[str, ...], ...]
     counts: bool = True
+    polite: bool = False
+    """Whether other lanes go first: their tests have time limits."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,8 @@ class Outcome:
         return not any(self.codes) and not self.tests["failed"] + self.tests["errors"]
 
 
-def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[str]) -> tuple[tuple[Part, ...], ...]:
-    """The lanes.
+def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[str]) -> tuple[Lanes, ...]:
+    """The stages.
 
     Args:
         here: the Python of the environment with everything.
@@ -65,17 +75,17 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
         spread = ("-n", str(workers), "--dist", "loadfile") if parallel else ()
         return (python, "-m", "pytest", *spread, *arguments, *rest)
 
-    return (
-        (
-            Part("lint", tuple((here, "-m", *tool) for tool in TOOLS), counts=False),
-            Part("docs", ((here, "-m", *SITE),), counts=False),
-            Part("composition", (pytest(hydra_14, "-m", "composition"),)),
-            Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),)),
-            Part("tests", (pytest(here, "-m", "not slurm", "--durations", "25"),)),
-            # Alone: beside other tests on two cores its jobs start too late for their time limits.
-            Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),)),
-        ),
+    # Slurm's tests wait for most of their time, and their jobs start too late beside others of the same priority.
+    slurm = Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),))
+    beside = (
+        Part("lint", tuple((here, "-m", *tool) for tool in TOOLS), counts=False, polite=True),
+        Part("docs", ((here, "-m", *SITE),), counts=False, polite=True),
+        Part("hydra-1.4", (pytest(hydra_14, "-m", "composition"),), polite=True),
+        Part("hydra-1.3", (pytest(here, "-m", "composition"),), polite=True),
+        Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),), polite=True),
     )
+    others = Part("tests", (pytest(here, "-m", "not slurm and not composition", "--durations", "25"),))
+    return ((slurm,), beside), ((others,),)
 
 
 def run(part: Part, show: Callable[[str], None]) -> Outcome:
@@ -86,7 +96,7 @@ def run(part: Part, show: Callable[[str], None]) -> Outcome:
             report = Path(folder, f"{number}.xml")
             argv = [*command, f"--junit-xml={report}"] if part.counts else command
             show(f"$ {' '.join(command)}\n")
-            codes.append(code := exit_code(argv, show))
+            codes.append(code := exit_code([*POLITE, *argv] if part.polite else argv, show))
             found = counted(report) if part.counts else Counter[str]()
             # An exit code without a failed test (no tests, a crash, a linter) is an error, and so is no report: a test
             # may have ended its process, with any code.
@@ -100,16 +110,25 @@ def exit_code(argv: Sequence[str], show: Callable[[str], None]) -> int:
     """Run a command; its exit code, or a shell's for a command that does not start."""
     try:
         process = subprocess.Popen(
-            argv, cwd=REPOSITORY, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+            argv, cwd=REPOSITORY, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
     except OSError as error:
         show(f"{error}\n")
         return 127
+    _running.add(process)
     with process:
         assert process.stdout is not None
         for line in process.stdout:
             show(line)
+    _running.discard(process)
     return process.returncode
+
+
+def interrupt() -> None:
+    """Pass Ctrl-C on: what runs is in sessions of its own."""
+    for process in list(_running):
+        os.killpg(process.pid, signal.SIGINT)
 
 
 def counted(report: Path) -> Counter[str]:
@@ -123,7 +142,7 @@ def counted(report: Path) -> Counter[str]:
 
 
 def side_by_side(lanes: Sequence[Sequence[Part]]) -> list[Outcome]:
-    """Run lanes at the same time. The first shows its output as it comes, others a part at a time."""
+    """Run lanes at the same time. The last shows its output as it comes, others a part at a time."""
     shown = threading.Lock()
 
     def write(text: str) -> None:
@@ -143,8 +162,12 @@ def side_by_side(lanes: Sequence[Sequence[Part]]) -> list[Outcome]:
         return outcomes
 
     with ThreadPoolExecutor(len(lanes)) as pool:
-        running = [pool.submit(follow, lane, index == 0) for index, lane in enumerate(lanes)]
-        return [outcome for lane in running for outcome in lane.result()]
+        running = [pool.submit(follow, lane, index == len(lanes) - 1) for index, lane in enumerate(lanes)]
+        try:
+            return [outcome for lane in running for outcome in lane.result()]
+        except KeyboardInterrupt:
+            interrupt()
+            raise
 
 
 def closing(outcomes: Sequence[Outcome], seconds: float) -> str:
@@ -175,13 +198,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--optuna", default=".venv-optuna/bin/python", help="Python with Optuna's sweeper")
     parser.add_argument("--workers", type=int, default=2, help="processes for tests that run side by side")
     given = parser.parse_args(own)
-    lanes = parts(sys.executable, given.hydra_14, given.optuna, given.workers, rest)
-    unknown = set(given.names) - {part.name for lane in lanes for part in lane}
+    stages = parts(sys.executable, given.hydra_14, given.optuna, given.workers, rest)
+    unknown = set(given.names) - {part.name for stage in stages for lane in stage for part in lane}
     if unknown:
         parser.error(f"no part is named {', '.join(sorted(unknown))}")
-    began = time.monotonic()
-    chosen = [[part for part in lane if not given.names or part.name in given.names] for lane in lanes]
-    outcomes = side_by_side([lane for lane in chosen if lane])
+    began, outcomes = time.monotonic(), []
+    for stage in stages:
+        chosen = [[part for part in lane if not given.names or part.name in given.names] for lane in stage]
+        lanes = [lane for lane in chosen if lane]
+        outcomes += side_by_side(lanes) if lanes else []
     print(closing(outcomes, time.monotonic() - began), flush=True)
     return 0 if all(outcome.good for outcome in outcomes) else 1
 

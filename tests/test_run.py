@@ -58,8 +58,12 @@ def test_commands_that_fail_or_do_not_start_fail_their_part_and_no_other() -> No
 
 def test_no_test_is_in_no_part() -> None:
     """What has no mark of a part of its own is in `tests`."""
-    lanes = run.parts("here", "hydra-1.4", "optuna", 2, ["-x"])
-    words = {part.name: part.commands[0] for lane in lanes for part in lane if part.counts}
+    stages = run.parts("here", "hydra-1.4", "optuna", 2, ["-x"])
+    words = {part.name: part.commands[0] for stage in stages for lane in stage for part in lane if part.counts}
     assert all(argv[-1] == "-x" for argv in words.values())
     chosen = {name: argv[argv.index("-m", 2) + 1] for name, argv in words.items()}
-    assert chosen == {"composition": "composition", "sweepers": "sweeper", "tests": "not slurm", "slurm": "slurm"}
+    assert chosen == {
+        "slurm": "slurm", "hydra-1.4": "composition", "hydra-1.3": "composition", "sweepers": "sweeper",
+        "tests": "not slurm and not composition",
+    }  # fmt: skip
+    assert (words["hydra-1.4"][0], words["hydra-1.3"][0]) == ("hydra-1.4", "here")

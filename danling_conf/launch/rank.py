@@ -5,12 +5,12 @@ Every way to start a rank ends in `run_rank`. `run_worker` is the process of a r
 
 from __future__ import annotations
 
+import faulthandler
 import gc
-import json
 import logging
 import os
 import sys
-import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any, NoReturn
 from danling_conf.config.hydra_adapter import output_directory
 from danling_conf.config.readonly import place_output
 from danling_conf.launch.parent import end_with_parent
-from danling_conf.launch.workers import RAISED_AT, REASON, STATUS
+from danling_conf.launch.store import serve
+from danling_conf.launch.workers import record_failure
 from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
-from danling_conf.records.logs import close_logs, configure_job_logging, open_logs, rank_log, redirect_output
+from danling_conf.records.logs import close_logs, configure_job_logging, open_logs
 from danling_conf.records.run_directory import write_result
 from danling_conf.records.run_lock import RankLock
 from danling_conf.records.status import Status, outcome_of
@@ -98,15 +99,12 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
     """Run as a rank that `run_workers` started. After an error it exits with the outcome's code; the parent prints the
     error."""
     end_with_parent()
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    handler = get_error_handler()
-    handler.initialize()
+    faulthandler.enable()  # a rank that crashes in C++ says where it was
     try:
+        # Before all else: other ranks may be waiting for the store.
+        serve()
         content = frozen.read_text()
         config, attempt = thaw(content)
-        if not ranks.main:
-            redirect_output(rank_log(attempt.directory, ranks.rank))
         hydra = take_part_in(content)
         if ranks.main and hydra is not None:
             configure_job_logging(hydra)
@@ -115,12 +113,8 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
     except KeyboardInterrupt as interrupt:
         sys.exit(outcome_of(interrupt).exit_code)
     except Exception as error:
-        raised_at, outcome = time.time(), outcome_of(error)
-        handler.record_exception(error)
-        record = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-        # Elastic records whole seconds. Other ranks fail within milliseconds of the first, and would look as early.
-        facts = {RAISED_AT: raised_at, STATUS: outcome.status, REASON: outcome.message}
-        record.write_text(json.dumps({**json.loads(record.read_text()), **facts}))
+        outcome = outcome_of(error)
+        record_failure(error, traceback.format_exc(), outcome)
         leave_at_once(outcome.exit_code)
 
 

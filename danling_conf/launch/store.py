@@ -1,6 +1,8 @@
-"""Rendezvous store of ranks under torchrun or srun: rank 0 publishes the frozen configuration, and the others read it.
+"""Rendezvous stores. Of ranks on one machine that a command has started: rank 0 serves it. Of ranks under torchrun or
+srun: rank 0 publishes the frozen configuration, and the others read it.
 
-The configuration does not go through a file, since nodes may not share a file system, or see a new file only later.
+There the configuration does not go through a file, since nodes may not share a file system, or see a new file only
+later.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from danling_conf.schema.imports import import_large
 from danling_conf.topology.rank_environment import RankEnvironment
 from danling_conf.topology.rendezvous import listen_as_master, rendezvous_variables
 
@@ -19,12 +22,33 @@ _DONE = "danling_conf/done"
 _REFUSED = b"refused"
 _WAIT = timedelta(minutes=10)
 _LINGER_SECONDS = 10.0
+SERVED_VARIABLE = "DANLING_CONF_STORE"
+"""Environment variable of rank 0: the descriptor of the socket at which the command of local ranks listens."""
+_served: Any = None
+"""The store that this process serves: it ends with the last reference."""
+
+
+def serve() -> None:
+    """Serve the store of local ranks from now on, where this is their rank 0.
+
+    Not in the process that started them: it would need torch, and ranks that save after its death need the store.
+    """
+    global _served
+    distributed = import_large("torch.distributed")  # on every rank, since every rank needs it
+    descriptor = os.environ.pop(SERVED_VARIABLE, "")
+    if descriptor:
+        _served = distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=int(descriptor),
+        )
 
 
 def meet(ranks: RankEnvironment) -> Any:
     """The `torch.distributed.Store` of this world, at MASTER_ADDR and MASTER_PORT. Blocks until rank 0 serves it."""
-    import torch.distributed as distributed
-
+    distributed = import_large("torch.distributed")
     for name, value in rendezvous_variables(ranks, os.environ).items():
         os.environ.setdefault(name, value)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun serves the store

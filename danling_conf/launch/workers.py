@@ -1,21 +1,29 @@
-"""Workers: the ranks of a run on this machine, started and watched by torch elastic.
+"""Workers: the ranks of a run on this machine, started, watched and ended together.
 
-Each has its own log. When several fail, the earliest error is shown, since the others follow from it.
+Each has its own log. When several fail, the earliest error is shown, since the others follow from it. The process that
+watches them imports no torch: its import takes as long as that of a rank, and no rank would start before.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import math
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from danling_conf.launch.loopback import loopback
 from danling_conf.launch.parent import as_parent
-from danling_conf.records.logs import rank_log
+from danling_conf.launch.store import SERVED_VARIABLE
+from danling_conf.records.logs import log_descriptor, rank_log
+from danling_conf.records.reading import read_fields
+from danling_conf.records.run_directory import write_whole
 from danling_conf.records.status import (
     EXIT_FAILED,
     HasOutcome,
@@ -27,18 +35,19 @@ from danling_conf.records.status import (
 )
 from danling_conf.records.stopped import STOPPING, is_stop, note_stop
 from danling_conf.schema.files import error_file
-from danling_conf.topology.rendezvous import LOOPBACK
+from danling_conf.topology.rendezvous import LOOPBACK, listen
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
-RAISED_AT = "raised_at"
-"""Key of a rank's error file: when the error was raised, in seconds."""
-STATUS, REASON = "status", "reason"
-"""Keys of a rank's error file: what the error means for the run. Torch elastic writes the others."""
-_ELASTICS = ("SIGHUP", "SIGQUIT")
-"""Signals that elastic's own handler passes on to the ranks."""
-_NOTICED_SECONDS = 2.0
-_SAVING_SECONDS = 24 * 3600
+ERROR_VARIABLE = "DANLING_CONF_ERROR"
+"""Environment variable that names the file of a worker's error."""
+_PASSED_ON = (*STOPPING, "SIGHUP", "SIGQUIT")
+"""Signals that the ranks get too. They are in sessions of their own, out of reach of the terminal's Ctrl-C."""
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 30.0
+"""How long ranks may take to end once another has failed, or after a second signal."""
+_NOTICED_SECONDS = 0.5
+"""How long before it is noticed a rank may have died: other ranks record the loss within milliseconds."""
 
 
 class WorkersFailed(HasOutcome, RuntimeError):
@@ -73,6 +82,132 @@ class WorkersInterrupted(HasOutcome, RuntimeError):
         return Outcome(status=Status.INTERRUPTED, exit_code=exit_code_of_signal(self.number), message=str(self))
 
 
+@dataclass
+class _Rank:
+    """One process, and when its end was noticed, in seconds since 1970."""
+
+    process: subprocess.Popen[bytes]
+    error: Path
+    ended_at: float = math.inf
+    told: bool = False
+    """Whether it was told to end because another rank had failed."""
+
+
+class Workers:
+    """The ranks of one world on this machine, as processes.
+
+    Args:
+        command: argv of every rank.
+        world_size: how many.
+        attempt: directory of their logs and errors.
+        environment: further variables of every rank.
+        first: whether rank 0 has this process's output, rather than a log.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        world_size: int,
+        attempt: Path,
+        environment: Mapping[str, str],
+        *,
+        first: bool = True,
+    ) -> None:
+        self._attempt = attempt
+        self._ranks: list[_Rank] = []
+        self._end_at = self._kill_at = math.inf
+        # Rank 0 serves the store at a socket that listens already: nobody else can take the port, and ranks that are
+        # earlier than rank 0 wait in its queue.
+        with listen(LOOPBACK, 0) as listening, ExitStack() as opened:
+            common = {
+                **os.environ, **as_parent(), **threads(world_size), **environment,
+                "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(listening.getsockname()[1]),
+                "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
+                # As torchrun says that every rank, the first too, is a client of the store.
+                "TORCHELASTIC_RUN_ID": attempt.name, "TORCHELASTIC_RESTART_COUNT": "0",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+            }  # fmt: skip
+            for rank in range(world_size):
+                error = error_file(attempt, rank)
+                own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_VARIABLE: str(error)}
+                passed: tuple[int, ...] = ()
+                if rank == 0:
+                    passed = (listening.fileno(),)
+                    own[SERVED_VARIABLE] = str(listening.fileno())
+                output = None
+                if rank > 0 or not first:
+                    output = log_descriptor(rank_log(attempt, rank))
+                    opened.callback(os.close, output)
+                try:
+                    process = subprocess.Popen(
+                        command, env=own, stdout=output, stderr=output, pass_fds=passed, start_new_session=True
+                    )
+                except BaseException:
+                    self.kill()
+                    raise
+                self._ranks.append(_Rank(process, error))
+
+    def running(self) -> bool:
+        """Whether a rank still runs. Ends the others where one has failed; to be called again and again."""
+        now = time.time()
+        for rank in self._ranks:
+            if rank.ended_at == math.inf and rank.process.poll() is not None:
+                rank.ended_at = now
+                self._note_end(rank.process.returncode, now)
+        alive = self._alive()
+        if alive and now >= self._end_at:
+            self._end_at, self._kill_at = math.inf, min(self._kill_at, now + _GRACE_SECONDS)
+            for rank in alive:
+                rank.told = True
+                _send(rank.process, signal.SIGTERM)
+        if alive and now >= self._kill_at:
+            self.kill()
+        return bool(alive)
+
+    def pass_on(self, number: int) -> None:
+        """Send a signal to every rank. Told once they save, which may take long; told again they leave."""
+        if any(rank.told for rank in self._ranks):
+            self._kill_at = min(self._kill_at, time.time() + _GRACE_SECONDS)
+        for rank in self._alive():
+            rank.told = True
+            _send(rank.process, number)
+
+    def kill(self) -> None:
+        """Kill every rank, with the processes that it has started."""
+        for rank in self._alive():
+            try:
+                os.killpg(rank.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # it has just ended
+            rank.process.wait()
+
+    def failure(self) -> WorkersFailed | WorkersInterrupted | None:
+        """What ended ranks that have not ended well: the error of the first. None where all returned."""
+        found = [
+            (_when(rank), number, rank.process.returncode)
+            for number, rank in enumerate(self._ranks)
+            if rank.process.returncode
+        ]
+        if not found:
+            return None
+        _, number, code = min(found)
+        if is_stop(code):  # a rank received the signal, and all ranks stopped together
+            return WorkersInterrupted(signal_of_exit_code(code))
+        written = read_fields(self._ranks[number].error)
+        status = written_status(written.text("status")) or Status.FAILED
+        return WorkersFailed(number, code, _message(written, code, status), rank_log(self._attempt, number), status)
+
+    def _alive(self) -> list[_Rank]:
+        return [rank for rank in self._ranks if rank.process.poll() is None]
+
+    def _note_end(self, code: int, now: float) -> None:
+        told = any(rank.told for rank in self._ranks)
+        if code and not (told and is_stop(code)):
+            # Ranks that stop together end within moments of each other, and need not be told.
+            self._end_at = min(self._end_at, now + (_GRACE_SECONDS if told or is_stop(code) else 0.0))
+
+
 def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path) -> None:
     """Run `command` as `world_size` ranks on this machine and wait for them.
 
@@ -82,75 +217,53 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
         WorkersFailed: a rank failed; the error is that of the first one.
         WorkersInterrupted: this process, or a rank, received a stop signal.
     """
-    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with signals_noted() as received:
+        workers = Workers(command, world_size, attempt, {FROZEN_VARIABLE: str(frozen)})
+        passed = 0
+        try:
+            while workers.running():
+                while passed < len(received):
+                    workers.pass_on(received[passed])
+                    passed += 1
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            workers.kill()
+            raise
+    failure = workers.failure()
+    if failure is not None:
+        raise WorkersInterrupted(received[0]) if received else failure
 
-    class RankLogs(LogsSpecs):
-        """One file a rank for output and errors; rank 0 keeps the terminal."""
 
-        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-            paths = {rank: "" if rank == 0 else str(rank_log(attempt, rank)) for rank in envs}
-            errors = {rank: str(error_file(attempt, rank)) for rank in envs}
-            for rank, environment in envs.items():
-                environment["TORCHELASTIC_ERROR_FILE"] = errors[rank]
-            return LogsDest(stdouts=paths, stderrs=dict(paths), error_files=errors)
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """The signals that this process receives inside the block and that its ranks have to get, as they come."""
+    received: list[int] = []
 
-        @property
-        def root_log_dir(self) -> str:
-            return str(attempt)
-
-    def stop(number: int, frame: Any) -> None:
-        # Not elastic's own handler, which does the same: the death of this process's parent must not count as a second
-        # signal, see `launch.parent`.
+    def note(number: int, frame: Any) -> None:
+        # The death of this process's parent must not count as a second signal, see `launch.parent`.
         note_stop()
-        raise SignalException(f"stopped by {signal.Signals(number).name}", sigval=signal.Signals(number))
+        received.append(number)
 
-    environment = {FROZEN_VARIABLE: str(frozen), **as_parent(), **_threads(world_size)}
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=attempt.name,
-        rdzv_backend=loopback(),
-        local_addr=LOOPBACK,
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=RankLogs(),
-        signals_to_handle=",".join(_ELASTICS),
-        # Elastic kills workers that outlive this timeout after a signal, and saving a checkpoint may take long. A
-        # second signal ends them at once.
-        shutdown_timeout=_SAVING_SECONDS,
-    )
-    before = {name: os.environ.get(name) for name in environment}
-    # Elastic installs signal handlers and never restores the earlier ones.
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in (*STOPPING, *_ELASTICS)}
-    for name in STOPPING:
-        signal.signal(getattr(signal, name), stop)
-    os.environ.update(environment)
-    # Elastic logs every failure at length; WorkersFailed has what the user needs.
-    elastic_log = logging.getLogger("torch.distributed.elastic")
-    level = elastic_log.level
-    elastic_log.setLevel(logging.CRITICAL + 1)
-    for name in ("multiprocessing.api", "agent.server.api", "agent.server.local_elastic_agent"):
-        logging.getLogger(f"{elastic_log.name}.{name}").setLevel(logging.NOTSET)
+    numbers = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
-        if is_stop(failure.exitcode):  # a rank received the signal, and all ranks stopped together
-            raise WorkersInterrupted(signal_of_exit_code(failure.exitcode)) from None
-        status = written_status((failure.error_file_data or {}).get(STATUS)) or Status.FAILED
-        message = _message(failure, status)
-        raise WorkersFailed(rank, failure.exitcode, message, rank_log(attempt, rank), status) from None
-    except SignalException as error:
-        raise WorkersInterrupted(error.sigval) from None
+        yield received
     finally:
-        elastic_log.setLevel(level)
-        for name, handler in handlers.items():
-            signal.signal(getattr(signal, name), handler)
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for number, handler in before.items():
+            if handler is not None:  # one that was not installed from Python cannot be put back
+                signal.signal(number, handler)
+
+
+def record_failure(error: Exception, trace: str, outcome: Outcome) -> None:
+    """Write why this rank failed, for the process that started it."""
+    content = {
+        "raised_at": time.time(),
+        "message": f"{type(error).__name__}: {error}",
+        "traceback": trace,
+        "status": outcome.status,
+        "reason": outcome.message,
+    }
+    write_whole(Path(os.environ[ERROR_VARIABLE]), json.dumps(content) + "\n")
 
 
 def worker_command() -> list[str]:
@@ -167,7 +280,7 @@ def worker_command() -> list[str]:
     return [sys.executable, "-u", str(Path(sys.argv[0]).absolute()), *sys.argv[1:]]
 
 
-def _threads(world_size: int) -> dict[str, str]:
+def threads(world_size: int) -> dict[str, str]:
     """Threads per rank: the cores divided by the ranks, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
@@ -175,24 +288,25 @@ def _threads(world_size: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // world_size))}
 
 
-def _when(failure: Any) -> float:
-    """Time of a rank's failure in seconds, to find the first one (elastic records whole seconds only)."""
-    if RAISED_AT in failure.error_file_data:
-        return float(failure.error_file_data[RAISED_AT])
-    if failure.exitcode == -signal.SIGTERM:
-        return math.inf  # stopped by elastic after another rank failed
-    # A rank without an error file was killed or exited by itself. Elastic notices that at its next poll, before another
-    # rank can have recorded the loss, but rounds to whole seconds.
-    return float(failure.timestamp) - _NOTICED_SECONDS
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    # To the rank alone, not to the loaders' processes that it still needs for what it has begun.
+    process.send_signal(number)
 
 
-def _message(failure: Any, status: Status) -> str:
+def _when(rank: _Rank) -> float:
+    """When a rank failed, in seconds since 1970, to find the first."""
+    raised_at = read_fields(rank.error).number("raised_at") if rank.error.exists() else None
+    if raised_at is not None:
+        return raised_at
+    if rank.told:
+        return math.inf  # it ended because another had failed
+    return rank.ended_at - _NOTICED_SECONDS
+
+
+def _message(written: Any, code: int, status: Status) -> str:
     if status is not Status.FAILED:  # the reason says it all, and a traceback would hide it
-        return str(failure.error_file_data[REASON])
-    content = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
-    if isinstance(content, dict):
-        callstack = content.get("extraInfo", {}).get("py_callstack", "")
-        return f"{content.get('message', '')}\n{callstack}".strip()
-    if failure.exitcode < 0:
-        return f"ended by {signal.Signals(-failure.exitcode).name}"
-    return str(content) if failure.error_file_data else f"ended with exit code {failure.exitcode}"
+        return str(written.text("reason"))
+    message = written.text("message")
+    if message is not None:
+        return f"{message}\n{written.text('traceback') or ''}".strip()
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from danling_conf._torch_private import forget_meshes, process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
-from danling_conf.topology.rendezvous import LOOPBACK, listen, listen_as_master
+from danling_conf.topology.rendezvous import LOOPBACK, listen_as_master
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
 _waiting: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
@@ -86,21 +86,10 @@ def _store_of(rank: int, world_size: int, timeout: timedelta) -> dist.Store | No
         )
     if address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    # Local workers. The command serves the store at this address, and may be killed; the ranks then save, which may
-    # need new groups. So they meet there, and use a store of their own.
+    # Local workers, which may start groups again: in a part of the store without the keys of earlier ones.
     _stores += 1
-    key = f"danling_conf/port-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_stores}"
-    met = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    if rank > 0:
-        port = int(met.get(key))
-        return dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    socket = listen(LOOPBACK, 0)
-    port = socket.getsockname()[1]
-    store = dist.TCPStore(
-        LOOPBACK, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=socket.detach()
-    )
-    met.set(key, str(port))
-    return store
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return dist.PrefixStore(f"danling_conf-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_stores}", store)
 
 
 def tighten(section: CommConfig) -> None:

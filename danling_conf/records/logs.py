@@ -98,15 +98,20 @@ def _show_unwritable(path: str, record: logging.LogRecord) -> None:
         traceback.print_exc()
 
 
+def log_descriptor(path: Path) -> int:
+    """Open a rank's log for its standard output and error. O_APPEND keeps what is printed and what is logged in order,
+    as two descriptors of one file have two positions."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+
 def redirect_output(path: Path) -> None:
     """Append this process's standard output and error to `path`.
 
-    The descriptors are replaced, not `sys.stdout`: NCCL and other C++ code write to them directly. O_APPEND keeps what
-    is printed and what is logged in order, as two descriptors of one file have two positions.
+    The descriptors are replaced, not `sys.stdout`: NCCL and other C++ code write to them directly.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = log_descriptor(path)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

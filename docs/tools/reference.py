@@ -31,7 +31,7 @@ def pages() -> dict[str, str]:
     made |= {
         f"{FOLDER}/{name}.md": "\n".join([f"# {name}", "", "## Presets", "", *_presets(name)]) + "\n" for name in alone
     }
-    return {OVERVIEW: _overview(sections, alone), **dict(sorted(made.items()))}
+    return {OVERVIEW: _overview(sections, alone), **made}
 
 
 def _class_of(path: str) -> type | None:

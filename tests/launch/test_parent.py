@@ -109,8 +109,7 @@ def test_ranks_of_a_command_that_is_killed_save_and_keep_the_run_until_they_have
     env = {"PYTHONPATH": str(REPOSITORY), "THREADS": "16"}
     with started(command, cwd=tmp_path, env=env) as process:
         pids = Ranks(tmp_path).wait(2, process)
-        for pid in (process.pid, *pids.values()):
-            assert listening(pid) == {"0100007F"}
+        listened = [listening(pid) for pid in (process.pid, *pids.values())]
         process.kill()
         process.wait()
         # Told at once, they are still in their step.
@@ -122,6 +121,7 @@ def test_ranks_of_a_command_that_is_killed_save_and_keep_the_run_until_they_have
         gate.touch()
         assert all_gone(pids)
         out, err = process.communicate()
+    assert listened == [set(), {"0100007F"}, {"0100007F"}]
     assert "second signal" not in out + err
     (directory,) = runs(tmp_path)
     latest = (directory / "checkpoints" / "latest").resolve().name

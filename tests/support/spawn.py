@@ -7,6 +7,7 @@ start, no import and no cold cache; each call still has a process group of its o
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -191,6 +192,8 @@ def _serve(connection: Connection, port: int, rank: int, world_size: int) -> Non
     """Be a rank: answer calls until the connection ends."""
     faulthandler.enable()  # a rank that crashes in C++ says where it was
     torch.set_num_threads(1)
+    # What the server has imported stays. The collector, which `stop` calls, would copy all of it into this process.
+    gc.freeze()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dynamo, environment = torch._dynamo.config.save_config(), dict(os.environ)
     server = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
