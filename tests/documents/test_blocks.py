@@ -156,7 +156,7 @@ class Document:
     def installable(self, words: list[str], where: str) -> None:
         project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
         for word in words:
-            found = re.fullmatch(r"danling-conf\[([\w,]+)\]", word)
+            found = re.fullmatch(r"(?:danling-conf|\.)\[([\w,]+)\]", word)
             assert word == "." or found, where
             if found:
                 assert set(found[1].split(",")) <= project["optional-dependencies"].keys(), where

@@ -76,3 +76,8 @@ def test_the_version_is_one():
     assert f'\nversion = "{version}"\n' in text("pyproject.toml")
     assert re.search(r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", text("CHANGELOG.md"), re.MULTILINE)[1] == version
     assert f"dist/danling_conf-{version}-py3-none-any.whl" in text("docs/quickstart.md")
+
+
+def test_the_readme_is_short():
+    """What needs more than a screen is a guide."""
+    assert len(text("README.md").splitlines()) <= 150
