@@ -44,7 +44,8 @@ def _overview(sections: list[str], alone: list[str]) -> str:
         "# Settings and presets",
         "",
         "Every setting and every preset, from the docs in the code that `danling-conf explain` prints too. A setting "
-        "is `section.name=value` on a command line, a preset is `group=name`. The search of this site finds both.",
+        "is `section.name=value` on a command line, a preset is `group=name`. The search of this site finds both. "
+        "A preset holds only what it names, so presets of different groups combine in any order.",
         "",
         "| Section or group | Holds | Presets, the default first |",
         "|---|---|---|",
