@@ -45,6 +45,7 @@ class CheckpointManager:
         allow_degree_change: whether checkpoints of other layouts may be loaded.
         check_token, token: see `Folder`.
         on_node: see `Loader`.
+        whole: whether rank 0 has all tensors of a save, whole.
         groups: index of this replica group, number of them, and how often this one was started by a command that
             starts them all; 0 where it is a run of its own.
 
@@ -67,6 +68,7 @@ class CheckpointManager:
         check_token: Callable[[], None] = lambda: None,
         token: str = "",
         on_node: tuple[int, int] = (0, 1),
+        whole: bool = False,
         groups: tuple[int, int, int] = (0, 1, 0),
     ) -> None:
         self.section, self.enabled = section, not section.load_only
@@ -76,7 +78,7 @@ class CheckpointManager:
         mark = f"{token}-{self._group}-{starts}" if starts and token else token
         self.folder = Folder(run / section.dir_name, check_token, mark)
         several = layout.world_size > 1
-        self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
+        self.backend = section.backend if section.backend != "auto" else "dcp" if several and not whole else "file"
         self.replica = (
             ReplicaFolder(section, self.folder.path, rank, self._group if self._groups > 1 else None)
             if self._keeps_replicas

@@ -17,7 +17,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.hydra_adapter import Composer, hydra_settings, job_directory, settings_in
+from danling_conf.config.hydra_adapter import Composer, hydra_settings, settings_in
+from danling_conf.config.hydra_directories import chosen_run_directory, make_directory
 from danling_conf.launch.app import App
 from danling_conf.launch.rank import run_rank
 from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
@@ -52,9 +53,9 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 
     Raises ConfigRefused where the run, or a rank, refuses the configuration.
     """
-    attempt, lock = open_attempt(app, composed, config)
+    attempt, directory, lock = open_attempt(app, composed, config)
     try:
-        run_job = partial(composing.run_job, composed, directory=job_directory(composed, attempt.directory))
+        run_job = partial(composing.run_job, composed, directory=directory)
         return run_attempt(app, run_job, config, attempt)
     except (ConfigRefused, SystemExit):
         raise
@@ -65,15 +66,22 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
         lock.release()
 
 
-def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, RunLock]:
-    """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`."""
+def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, Path, RunLock]:
+    """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`.
+
+    Returns:
+        The attempt, the directory of Hydra's job, and the lock of the run.
+    """
+    chosen = chosen_run_directory(composed)
+    if chosen is not None:
+        make_directory("hydra.run.dir", chosen)
     attempt, lock = claim(config)
-    directory = job_directory(composed, attempt.directory)
+    directory = chosen or attempt.directory
     with releasing(lock), refusing_unwritable(config):
         reserve_result(attempt.directory)
         freeze_attempt(config, attempt, app.script, hydra_settings(composed, directory))
     warn(attempt, config)
-    return attempt, lock
+    return attempt, directory, lock
 
 
 @contextmanager

@@ -77,14 +77,18 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def show_unwritable(path: Path | str, error: OSError) -> None:
+def show_unwritable(path: Path | str, error: OSError, so: str = "records miss what cannot be written") -> None:
     """Show that a record cannot be written, once in a process for each kind of error: a full disk fails every line of
-    every file."""
+    every file.
+
+    Args:
+        so: what that means.
+    """
     if error.errno in _shown:
         return
     _shown.add(error.errno)
     try:
-        print(f"warning: {path}: {error.strerror}: records miss what cannot be written", file=sys.stderr, flush=True)
+        print(f"warning: {path}: {error.strerror}: {so}", file=sys.stderr, flush=True)
     except OSError:  # standard error is a file on the same disk
         return
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ from danling_conf.components import gradients
 from danling_conf.components.batch import to_device
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel import process_group
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.forward_backward import Measured
 from danling_conf.parallel.replica_groups import NoQuorum
 from danling_conf.parallel.waiting import waiting
@@ -346,13 +348,16 @@ class Loop:
         Returns:
             Whether the step counts; False where the replica groups have refused it.
         """
-        setup, state, nonfinite = self.setup, self.state, self.observers.nonfinite
+        setup, nonfinite = self.setup, self.observers.nonfinite
+        if setup.zero is not None:
+            self._update_by(setup.zero, rescale)
+            return True
         with waiting("the gradients"):
             counted = setup.passes.finish(setup.parameters, rescale=rescale)
             # Before anything looks at the gradients: until the vote, they may be garbage.
             if not self._agreed(counted):
                 return False
-            state.training_loss.commit()
+            self.state.training_loss.commit()
             measures = self.config.max_grad_norm is not None or nonfinite.measures_gradients
             hook = self.callbacks.before_optimizer_step
             if setup.scaler is not None and (measures or hook is not None):
@@ -372,11 +377,29 @@ class Loop:
             setup.scaler.step(self.setup.optimizer)
             setup.scaler.update()
         self.setup.optimizer.zero_grad()
-        setup.schedule.after_step()
-        state.step += 1
-        state.epoch_step += 1
-        self.observers.stepped()
+        self._count_step()
         return True
+
+    def _update_by(self, zero: ZeroEngine, rescale: float) -> None:
+        """The same by ZeRO, which clips and steps at once, and leaves out a step whose gradients are not finite."""
+        nonfinite = self.observers.nonfinite
+        with waiting("the gradients"):
+            self.setup.passes.finish(self.setup.parameters, rescale=rescale)
+            self.state.training_loss.commit()
+            if nonfinite.skips():
+                zero.forget()
+            else:
+                applied = zero.step()
+                if not applied or self.config.max_grad_norm is not None or nonfinite.measures_gradients:
+                    self.observers.norm(zero.norm, expected=False)
+                nonfinite.drop()  # the norm is that of this step, which is decided
+        self._count_step()
+
+    def _count_step(self) -> None:
+        self.setup.schedule.after_step()
+        self.state.step += 1
+        self.state.epoch_step += 1
+        self.observers.stepped()
 
     def _agreed(self, counted: Tensor | None) -> bool:
         """Whether the step under way counts, also with the other replica groups."""
@@ -548,7 +571,15 @@ class Loop:
         setup, lines = self.setup, []
         if self.report is not None:
             # Text of growing length would be compiled again and again.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), setup.autocast(), waiting("the report"):
+            engine = setup.assembled.engine
+            gathered: AbstractContextManager[object] = nullcontext() if engine is None else engine.whole_weights()
+            with (
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                setup.autocast(),
+                waiting("the report"),
+                gathered,
+            ):
                 setup.assembled.train(False)
                 self.display.activity("reporting")
                 whole = None if setup.assembled.pipeline is not None else _without_ddp(setup.model)

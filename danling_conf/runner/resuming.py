@@ -175,13 +175,14 @@ class Resumption:
     def _load_checkpoint(self, source: Path) -> Loaded:
         """Load model and optimizer; the rest is returned. Raises NothingSaved, or ConfigRefused."""
         try:
-            return self.checkpoints.loader.restore(
-                source,
-                parts=self.setup.assembled.parts,
-                optimizer=self.setup.optimizer,
-                choose=not self._named,
-                extra=self.callbacks.tensors(),
-            )
+            with self.setup.whole(loading=True) as (parts, optimizer):
+                return self.checkpoints.loader.restore(
+                    source,
+                    parts=parts,
+                    optimizer=optimizer,
+                    choose=not self._named,
+                    extra=self.callbacks.tensors(),
+                )
         except (NothingSaved, SettingError):
             raise
         except LayoutDiffers as error:
@@ -194,7 +195,8 @@ class Resumption:
     def _load_weights(self, source: Path, key: str = "pretrained") -> None:
         """Load weights, and nothing else, from a checkpoint, an export or safetensors. Raises ConfigRefused."""
         try:
-            self.checkpoints.loader.load_weights(source, self.setup.assembled.parts)
+            with self.setup.whole(loading=True) as (parts, _):
+                self.checkpoints.loader.load_weights(source, parts)
         except SettingError:
             raise
         except _LOADING_ERRORS as error:

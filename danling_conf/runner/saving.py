@@ -127,12 +127,10 @@ class RunSaver:
         if self.callbacks.export_start is not None:
             self.callbacks.export_start()
         try:
-            return self.checkpoints.export(
-                parts=self.setup.assembled.parts,
-                optimizer=self.setup.optimizer,
-                step=self.state.step,
-                epoch=self.state.epoch,
-            )
+            with self.setup.whole() as (parts, optimizer):
+                return self.checkpoints.export(
+                    parts=parts, optimizer=optimizer, step=self.state.step, epoch=self.state.epoch
+                )
         finally:
             if self.callbacks.export_end is not None:
                 self.callbacks.export_end()
@@ -154,18 +152,19 @@ class RunSaver:
             "callbacks": self.callbacks.state_dict(),
         }
         self.display.activity("saving")
-        self.checkpoints.save(
-            parts=setup.assembled.parts,
-            optimizer=setup.optimizer,
-            shared=shared,
-            own=self._own(),
-            step=state.step,
-            epoch=state.epoch,
-            between_epochs=between,
-            history=history,
-            best=best,
-            extra=self.callbacks.tensors(),
-        )
+        with setup.whole() as (parts, optimizer):
+            self.checkpoints.save(
+                parts=parts,
+                optimizer=optimizer,
+                shared=shared,
+                own=self._own(),
+                step=state.step,
+                epoch=state.epoch,
+                between_epochs=between,
+                history=history,
+                best=best,
+                extra=self.callbacks.tensors(),
+            )
         self.display.activity(None)
         state.saved_at = state.step
 

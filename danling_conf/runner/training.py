@@ -45,7 +45,7 @@ from danling_conf.runner.signals import StopRequest
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World, join
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.violation import refused
+from danling_conf.topology.violation import ABSENT, SettingError, refused
 
 Item = TypeVar("Item")
 _FINISHED = "has finished"
@@ -294,9 +294,12 @@ class Runner:
             )
             if self.setup.artifact is not None:
                 self._stack.callback(self.setup.artifact.save)
-            self._callbacks = Callbacks([*configured(self.config.callbacks), *given(callbacks)], self)
+            self._callbacks = Callbacks([*configured(self.config), *given(callbacks)], self)
             self._stack.callback(self._call_of_exception)
             self._callbacks.check_ranks()
+            if self.setup.zero is not None and self._callbacks.before_optimizer_step is not None:
+                rule = "on_before_optimizer_step finds no gradients: ZeRO has joined and cut them"
+                raise SettingError("callbacks", ABSENT, rule, "deepspeed.zero_optimization.stage=0, or stack=auto")
             if self._callbacks.setup is not None:
                 self._callbacks.setup()
         self._display = self._make_display()
@@ -373,6 +376,7 @@ class Runner:
             check_token=self.world.attempt.check_token,
             token=self.world.attempt.token,
             on_node=(self.world.ranks.local_rank, self.world.ranks.local_world_size),
+            whole=self.setup.zero is not None,
             groups=(self.world.group, self.world.groups, self.world.ranks.starts if self.lead.several else 0),
         )
 

@@ -80,7 +80,7 @@ def join(config: RunnerConfig) -> World:
     device = local_device(kind, ranks.local_rank)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
-    if ranks.world_size > 1 or layout.fsdp:
+    if ranks.world_size > 1 or layout.fsdp or config.stack == "deepspeed":
         if not distributed.is_initialized():
             if config.ft.address is None:
                 keep_to_loopback(ranks, os.environ)

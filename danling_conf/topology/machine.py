@@ -34,6 +34,8 @@ class Machine:
     """Whether a C++ compiler and Python's headers are present; torch.compile generates C++ for the CPU."""
     safetensors: bool = True
     """Whether the package safetensors is installed, which writes exports."""
+    deepspeed: bool = True
+    """Whether the package deepspeed is installed."""
     trackers: frozenset[str] = frozenset(TRACKERS)
     """Which of the packages of trackers are installed."""
     torchft: bool = True
@@ -63,6 +65,7 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         launcher=rank.launcher if rank else None,
         compiler=_can_compile(environment),
         safetensors=find_spec("safetensors") is not None,
+        deepspeed=find_spec("deepspeed") is not None,
         trackers=frozenset(name for name in TRACKERS if find_spec(name) is not None),
         torchft=find_spec("torchft") is not None,
         lighthouse=environment.get(LIGHTHOUSE_VARIABLE) or None,

@@ -25,7 +25,7 @@ from danling_conf.components import dataloader, optimizer, scheduler
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
 from danling_conf.launch import execute
 from danling_conf.parallel import compile as compilation
-from danling_conf.parallel import fsdp, process_group
+from danling_conf.parallel import deepspeed, fsdp, process_group
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.runner.display import Display
 from danling_conf.schema import RunnerConfig
@@ -133,6 +133,15 @@ def rates_of_ten_steps(config: RunnerConfig) -> list[float]:
         if schedule is not None:
             schedule.step(*([1.0] if scheduler.is_metric_driven(config.scheduler) else []))
     return rates
+
+
+def given_to_deepspeed(config: RunnerConfig) -> Any:
+    """What of ZeRO is cut, and what is on the host; None under another stack."""
+    if config.stack != "deepspeed":
+        return None
+    given = deepspeed.configuration(config.deepspeed, batch_size=1, max_norm=None)["zero_optimization"]
+    found = {name: given[name]["device"] for name in ("offload_optimizer", "offload_param") if name in given}
+    return {"stage": given["stage"], **found}
 
 
 def limits_of_collectives(config: RunnerConfig) -> dict[str, Any]:
@@ -328,6 +337,16 @@ OBSERVED: dict[str, Group] = {
             "cosine": [1.0, 0.978, 0.914, 0.815, 0.689, 0.55, 0.411, 0.285, 0.186, 0.122],
             "wsd": [1.0] * 9 + [0.5],
             "plateau": [1.0] * 4 + [0.1] * 3 + [0.01] * 3,
+        },
+    ),
+    "deepspeed": Group(
+        given_to_deepspeed,
+        {
+            "none": None,
+            "zero1": {"stage": 1},
+            "zero2": {"stage": 2},
+            "zero3": {"stage": 3},
+            "zero3_offload": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
         },
     ),
     "comm": Group(

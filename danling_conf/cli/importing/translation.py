@@ -20,7 +20,6 @@ GONE = {
     "evaluate_splits": "every other split is evaluated",
     "score": "set score_name, score_split and score_mode",
     "fp8": "there is no fp8",
-    "deepspeed": "DeepSpeed is not used; parallel=fsdpN shards as its ZeRO stage 3, with fsdp=zero2 as stage 2",
     "checkpoint.fail_on_error": "a save that fails always fails the run",
     "fsdp.mesh": "it is an object; the mesh follows from the layout",
     "fsdp.shard_placement_fn": "it is an object, which a configuration cannot hold",
