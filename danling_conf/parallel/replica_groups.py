@@ -233,7 +233,7 @@ def _manager_class() -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     from torchft.manager import Manager
 
-    class RetryingManager(Manager):  # type: ignore[misc]
+    class RetryingManager(Manager):
         """A manager that can ask for a quorum again after that failed; torchft's raises the same error for ever."""
 
         def forget_quorum(self) -> None:

@@ -58,7 +58,8 @@ def test_a_group_alone_trains_as_a_run_without_groups(tmp_path, lighthouse):
 
 
 def test_a_refused_step_is_repeated_and_counted_nowhere(tmp_path, lighthouse):
-    settings = {"accum_steps": 2, "scheduler": {"type": "cosine"}, "steps": 5, "max_grad_norm": 0.1, "nonfinite": "skip"}
+    settings = {"accum_steps": 2, "scheduler": {"type": "cosine"}, "steps": 5, "max_grad_norm": 0.1}
+    settings["nonfinite"] = "skip"
     alone, _ = fit(tmp_path / "alone", settings)
     group, votes = fit(tmp_path / "group", {**settings, **of_group(lighthouse)}, refused=(0, 2, 3))
     assert votes == [0, 0, 1, 1, 1, 2, 3, 4]
