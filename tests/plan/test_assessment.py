@@ -290,8 +290,8 @@ def test_the_page_of_a_layout(tmp_path: Path):
     stages = (rank(collectives=passed), rank(stages=(1,), peak={"activations": 70 * GIB}))
     html = layout_page(assess(figures(*stages, notes=("<b>a note</b>",)), H100), "train.py parallel=pp2")
     for words in (
-        "Memory along a step", "Memory at the peak", "forward layers.0", "all_gather", "train.py parallel=pp2", "stage 1",
-        "too close to call", "nvidia-tensor-core", "&lt;b&gt;a note",
+        "Memory along a step", "Memory at the peak", "forward layers.0", "all_gather", "train.py parallel=pp2",
+        "stage 1", "too close to call", "nvidia-tensor-core", "&lt;b&gt;a note",
     ):  # fmt: skip
         assert words in html
     assert "<b>a note" not in html
