@@ -20,6 +20,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/compile.md",
+    "docs/deepspeed.md",
     "docs/danling.md",
     "docs/editor.md",
     "docs/existing_app.md",
