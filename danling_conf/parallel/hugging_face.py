@@ -35,7 +35,7 @@ def one_sequence_a_row() -> Iterator[None]:
     tensors have no values it takes it that there are, and makes a mask that costs memory in each block."""
     masks: Any = sys.modules.get("transformers.masking_utils")
     name = "find_packed_sequence_indices"
-    with mock.patch.object(masks, name, lambda position_ids: None) if hasattr(masks, name) else nullcontext():
+    with mock.patch.object(masks, name, return_value=None) if hasattr(masks, name) else nullcontext():
         yield
 
 
