@@ -35,7 +35,6 @@ def test_as_json_with_everything_that_is_shown(capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["parallel=fsdp"], "name all degrees"),
         (["parallel=fsdp64_tp8"], "parallel.axes.tensor=8"),
         (["parallel=fsdp4", "--gpu", "h1000"], "--gpu"),
         (["parallel=fsdp4", "--gpu-memory", "80"], "no such option"),

@@ -112,7 +112,8 @@ def test_a_step_costs_six_operations_a_weight_and_token():
     attention = rank.flops["float32"] / products - 1
     assert 0 < attention < 0.2
     again = figures("parallel=single", "activation_checkpointing.mode=full", depth=6, width=128).ranks[0]
-    assert again.recomputed_flops == pytest.approx((rank.flops["float32"]) / 3, rel=0.1)
+    # The forward of the blocks, up to the last tensor that backward needs; not the head's.
+    assert 0.7 < again.recomputed_flops / (rank.flops["float32"] / 3) < 1
     assert again.flops["float32"] == rank.flops["float32"] + again.recomputed_flops
 
 
