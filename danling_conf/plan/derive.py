@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from danling_conf.groups.layout_names import name_of
+from danling_conf.config.identity import layout_name
 from danling_conf.plan.candidates import Candidate
 from danling_conf.plan.figures import (
     ACTIVATIONS,
@@ -217,7 +217,7 @@ def derived(candidate: Candidate, costs: Costs, like: LayoutFigures, *, blocks: 
     layout = candidate.layout
     stages = [0] if layout.pipeline == 1 else [0, layout.pipeline - 1]
     return LayoutFigures(
-        layout=name_of(layout),
+        layout=layout_name(layout),
         degrees=layout.degrees(),
         ranks=tuple(_rank(candidate, costs, stage, blocks, len(stages)) for stage in stages),
         microbatches=candidate.microbatches if layout.pipeline > 1 else 1,
