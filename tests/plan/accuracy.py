@@ -181,7 +181,7 @@ def measured(cell: Cell, root: str) -> tuple[int, int]:
             with record_function("measured"):
                 for batch in step:
                     runner.step(batch)
-            tracked = _tracked(runner, [next(batches) for _ in range(count)])
+            tracked = 0 if by_allocator(cell) else _tracked(runner, [next(batches) for _ in range(count)])
         finally:
             runner.close()
     events = list(_events(profiler.profiler.kineto_results.experimental_event_tree()))
@@ -202,6 +202,7 @@ def _tracked(runner: danling_conf.Runner, step: list[Any]) -> int:
     tracker.track_external(*runner.setup.assembled.parts, runner.optimizer, *held)
     with tracker:
         for batch in step:
+            tracker.reset_mod_stats()  # it takes one pass through a module only
             runner.step(batch)
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
