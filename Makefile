@@ -9,7 +9,7 @@ PYTEST_ARGUMENTS ?=
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: train test quick composition sweepers parity plan-accuracy crash gpu benchmark lint clean
+.PHONY: train test quick composition sweepers docs parity plan-accuracy crash gpu benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
@@ -32,6 +32,10 @@ composition: $(VENV_HYDRA_14)/installed
 sweepers: $(VENV_OPTUNA)/installed
 	$(VENV_OPTUNA)/bin/python -m pytest -m sweeper $(PYTEST_ARGUMENTS)
 
+# The documentation as a site, in site/; a warning is an error. It needs no network to be read.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 # Layouts against one process, cell by cell, and layouts drawn at random.
 parity: $(VENV)/installed
 	$(VENV)/bin/python -m tests.distributed.matrix --random 6
@@ -40,9 +44,11 @@ parity: $(VENV)/installed
 plan-accuracy: $(VENV)/installed
 	PYTHONPATH=examples $(VENV)/bin/python -m tests.plan.accuracy --write
 
-# Kills 240 runs while they save, and says in which phase; `make test` has a short form of it.
+# Kills 240 runs while they save, and says in which phase; then ranks of replica groups 30 times, in three runs. `make
+# test` has a short form of both.
 crash: $(VENV)/installed
 	$(VENV)/bin/python -m tests.crash.run
+	$(VENV)/bin/python -m tests.crash.group_killing
 
 # What is promised of accelerators, on one card in eight minutes, with this machine's own torch and the packages that
 # pyproject.toml requires. `$(PYTHON) -m tests.gpu --device cpu --size tiny` tries the script where there is none.
@@ -86,4 +92,4 @@ $(VENV_OPTUNA)/installed: pyproject.toml constraints/hydra-optuna.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_HYDRA_14) $(VENV_OPTUNA) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_HYDRA_14) $(VENV_OPTUNA) dist build site .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -169,7 +169,7 @@ def compare(chosen: list[int]) -> None:
 def speed() -> bool:
     """Print how long plans take. Returns whether all are within their goals."""
     begun = time.perf_counter()
-    config = config_of("fsdp64_tp8_pp8", 8, {"activation_checkpointing.mode": "full"})
+    config = config_of("fsdp512_tp8", 1, {"activation_checkpointing.mode": "full"})
     engine.figures_of(engine.subject_of(recipe_of("8B", 8192, config)))
     one = time.perf_counter() - begun
     begun = time.perf_counter()

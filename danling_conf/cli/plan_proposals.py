@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from danling_conf.config.check import Checker, compose_or_refuse, context_of
+from danling_conf.config.check import check_composed, compose_or_refuse, context_of
 from danling_conf.config.hydra_adapter import ConfigSearch, composer
 from danling_conf.launch.app import App
 from danling_conf.plan.assessment import gib, seconds
@@ -40,7 +40,7 @@ def propose_layouts(
     machine = Machine(devices=cluster.gpus_per_node, cluster_world_size=gpus)
     with composer(search) as composing:
         composed = compose_or_refuse(composing, overrides)
-        config = Checker(composing).check(composed, context_of(overrides, machine))
+        config = check_composed(composed, context_of(overrides, machine))
     wanted = global_batch(config, gpus) if samples is None else samples
 
     # torch, and all that is built with it, only once the configuration is accepted.

@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.buffers import SharedBuffers
 from danling_conf.parallel.context import ContextParallel
 from danling_conf.parallel.data_gradients import DataGradients
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.gathered_blocks import GatheredBlocks
 from danling_conf.parallel.init_plan import (
     Source,
@@ -41,6 +42,7 @@ from danling_conf.parallel.init_plan import (
     make_contiguous,
     meta_copy,
     named_tensors,
+    refuse_for_ranks,
     refuse_meta,
 )
 from danling_conf.parallel.initialize import materialize
@@ -87,6 +89,8 @@ class Assembled:
     blocks: GatheredBlocks | None = None
     """Blocks that FSDP gathers one by one; None in a pipeline, whose schedule passes each."""
     compiled: bool = False
+    engine: ZeroEngine | None = None
+    """Of DeepSpeed; None without it."""
     buffers: SharedBuffers | None = None
     """Shares buffers over the data ranks; None where there is one, and under DDP, which does that itself."""
 
@@ -94,6 +98,9 @@ class Assembled:
         """What `function` returns for the model: a loss, or nothing. It runs inside of the wrapped model's forward, so
         that it may use any method or parameter of the model, and its own outputs may be of any type. Collective."""
         module = self.module
+        if self.engine is not None:
+            found: torch.Tensor | None = self.engine.run(function, training=training)
+            return found
         if isinstance(module, _torch_private.Replicated):
             # In evaluation DDP's forward would synchronise buffers, which it does not change.
             return module.run_inside(function) if training else function(module.module)
@@ -105,6 +112,11 @@ class Assembled:
     def inputs(self, batch: object) -> object:
         """A batch as the model takes it."""
         return sharding.cast_inputs(batch, self.policy)
+
+    def explaining(self, inputs: object) -> AbstractContextManager[None]:
+        """Explains a failure of a forward on `inputs`, as `inputs()` returned them, where they are not its dtype's."""
+        casts = self.policy is None or self.policy.cast_forward_inputs
+        return nullcontext() if casts else sharding.explaining_uncast(inputs, self.policy)
 
     @property
     def module(self) -> nn.Module:
@@ -140,6 +152,7 @@ def assemble(
     precision: str | None = None,
     example: Callable[[], Any] | None = None,
     forward: Forward | None = None,
+    for_engine: bool = False,
     fake: AbstractContextManager[object] | None = None,
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
@@ -160,6 +173,7 @@ def assemble(
             are used, and attention is checked for the context axis. Without it, modules are put where they are defined,
             and the first step checks both.
         forward: runs the model on the example.
+        for_engine: leave the gradients of a layout that only replicates to an engine, see `with_engine`.
         fake: of a plan: the context in which the tensors of this rank are made. `model` is then a module on the meta
             device, and gets no values.
 
@@ -182,7 +196,7 @@ def assemble(
     _check_layout(layout, mesh, fsdp)
     whole, source = _whole_model(model, seed, device, without_values=fake is not None)
     hugging_face.prepare(whole)
-    by_ddp = ddp.is_plain(mesh) and not fsdp.enabled
+    by_ddp = ddp.is_plain(mesh) and not fsdp.enabled and not for_engine
     if source is not None and fsdp.enabled:
         make_contiguous(whole)
     if source is None and not by_ddp:
@@ -210,7 +224,7 @@ def assemble(
         sharded_logits = sharded_logits or sharded
         recomputation.apply(part, activation_checkpointing, recomputed)
         per_block = _compile_blocks(part, compile, layout)
-        if not by_ddp:
+        if not by_ddp and not for_engine:
             _wrap_blocks(
                 part,
                 fsdp,
@@ -245,6 +259,14 @@ def assemble(
         compiled=compile.enable,
         buffers=_buffers(list(parts.values()), batch_mesh(mesh), by_ddp=by_ddp),
     )
+
+
+def with_engine(assembled: Assembled, engine: ZeroEngine, mesh: DeviceMesh | None) -> Assembled:
+    """A model that was assembled `for_engine`, in the hands of one, which was made with its optimizer."""
+    gradients = DataGradients(
+        assembled.module, unused=data_gradients.REFUSE, mesh=batch_mesh(mesh), reached=engine.has_gradient
+    )
+    return replace(assembled, engine=engine, gradients=gradients)
 
 
 @dataclass(frozen=True)
@@ -297,6 +319,8 @@ def _whole_model(
     if not isinstance(model, nn.Module):
         return build(model, seed, device)
     refuse_meta(model)
+    if is_distributed():
+        refuse_for_ranks(model)
     return model, None
 
 
@@ -344,6 +368,29 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
 
 
+def _warn_of_buffers(trial: Trial, normalised: Sequence[str]) -> None:
+    """A warning for buffers that forward changes: it is called once a microbatch. Batch normalisation has its own."""
+    if changed := sorted(name for name in trial.changed if name.rpartition(".")[0] not in normalised):
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        _log.warning(
+            "pipeline: forward runs once a microbatch, as in one process with accum_steps, and each time changes the "
+            "buffer %s%s",
+            changed[0],
+            more,
+        )
+
+
+def _refuse_own_hooks(model: nn.Module) -> None:
+    """Refuse hooks on the model itself: each stage would call them, with what it was sent. Raises SettingError."""
+    if _torch_private.hooks_of(model):
+        raise SettingError(
+            "parallel.axes.pipeline",
+            ABSENT,
+            f"{type(model).__name__} itself has a hook, which each stage would call with what it is sent",
+            "register it on a module inside, or set the degree to 1",
+        )
+
+
 def _cut(
     model: nn.Module,
     layout: Layout,
@@ -356,6 +403,7 @@ def _cut(
     degree = layout.pipeline
     if degree == 1:
         return None
+    _refuse_own_hooks(model)
     names = parallel.module_fqns_per_model_part
     if names is None:
         blocks = stages_of.blocks_of(model)
@@ -373,14 +421,20 @@ def _cut(
         stages_of.check(model, names)
         stages_of.check_used(model, names, trial)
         rehearse(trial, names, blocks, forward, batch)
+        trial.twin.discard(trials.PATH)
 
     normalised = [name for name, module in model.named_modules() if isinstance(module, batch_norm.BATCH_NORMS)]
     if normalised:
-        _log.warning("pipeline: %s normalises over the samples of a microbatch, not of a batch", normalised[0])
+        _log.warning(
+            "pipeline: %s normalises over the samples of a microbatch, as in one process with accum_steps, not of a "
+            "batch",
+            normalised[0],
+        )
     trial = None
     if example is not None and forward is not None:
         batch = example()
         trial = trials.together(partial(tried, forward, batch))
+        _warn_of_buffers(trial, normalised)
     if names is None:
         names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule), trial)
     stages_of.check(model, names)

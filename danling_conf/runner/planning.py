@@ -97,6 +97,8 @@ def world_of(config: RunnerConfig) -> World:
     return World(
         ranks=ranks,
         layout=layout,
+        group=0,
+        groups=1,
         device=torch.device("cpu"),
         mesh=None,
         expert_mesh=None,

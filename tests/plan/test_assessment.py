@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from danling_conf.cli.plan_page import layout_page, write_page
 from danling_conf.config.resolve import resolve
 from danling_conf.groups.layout_names import name_of, parse_layout
 from danling_conf.plan import links
@@ -279,3 +280,23 @@ def test_the_order_of_proposals_and_its_reason():
     assert [item.name for item in order] == ["fsdp8", "fsdp4_tp2", "fsdp2_tp4"]
     assert "less communication over tensor" in why(order[0], order[1])[0]
     assert why(order[1], order[2]) == ["fsdp4_tp2: fits; fsdp2_tp4: does not fit"]
+
+
+# The page.
+
+
+def test_the_page_of_a_layout(tmp_path: Path):
+    passed = (Collective("all_gather", "shard", 16, 16 * GIB, 16),)
+    stages = (rank(collectives=passed), rank(stages=(1,), peak={"activations": 70 * GIB}))
+    html = layout_page(assess(figures(*stages, notes=("<b>a note</b>",)), H100), "train.py parallel=pp2")
+    for words in (
+        "Memory along a step", "Memory at the peak", "forward layers.0", "all_gather", "train.py parallel=pp2",
+        "stage 1",
+        "too close to call", "nvidia-tensor-core", "&lt;b&gt;a note",
+    ):  # fmt: skip
+        assert words in html
+    assert "<b>a note" not in html
+    target = tmp_path / "there" / "plan.html"
+    assert write_page(str(target), html) == f"page: {target}"
+    with pytest.raises(ConfigRefused, match="it cannot be written"):
+        write_page(str(target / "below"), html)

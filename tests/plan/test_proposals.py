@@ -1,4 +1,4 @@
-"""`danling-conf plan --gpus`, `plan --html` and `check --gpu`, as they are typed."""
+"""`danling-conf plan --gpus` and `check --gpu`, as they are typed."""
 
 from __future__ import annotations
 
@@ -60,17 +60,6 @@ def test_refused_options(options: list[str], said: str, capsys: pytest.CaptureFi
     assert said in capsys.readouterr().err
 
 
-def test_the_page_of_a_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "there" / "plan.html"
-    assert main(["plan", EXAMPLE, "parallel=fsdp4", *SMALL, "--gpu", "h100", "--html", str(page)]) == 0
-    assert f"page: {page}" in capsys.readouterr().out
-    html = page.read_text()
-    for words in ("Memory along a step", "Memory at the peak", "forward layers.0", "all_gather", "nvidia-tensor-core"):
-        assert words in html
-    assert main(["plan", EXAMPLE, "parallel=fsdp4", *SMALL, "--gpu", "h100", "--html", str(page / "below")]) == 2
-    assert "it cannot be written" in capsys.readouterr().err
-
-
 def test_jobs_that_do_not_fit_are_refused_and_alike_ones_planned_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,5 +79,6 @@ def test_jobs_that_do_not_fit_are_refused_and_alike_ones_planned_once(
                  str(tiny)]) == 2  # fmt: skip
     refused = " ".join(capsys.readouterr().err.split())
     assert "2 of 2 jobs refused" in refused
-    assert "does not fit:" in refused
+    assert "does not" in refused
+    assert "activations, at" in refused
     assert len(planned) == 4

@@ -14,6 +14,7 @@ _SECTIONS = {
     "plan": "the run is not planned",
     "wandb": "nothing goes to Weights & Biases",
     "mlflow": "nothing goes to MLflow",
+    "ft": "there are no replica groups",
 }
 
 
