@@ -184,7 +184,8 @@ def crossed(first: Costs, second: Costs, neither: Costs, degree: int) -> Costs:
                 dtype: ratio(value, along.flops.get(dtype, 0.0), whole.flops.get(dtype, 0.0))
                 for dtype, value in split.flops.items()
             },
-            recomputed=ratio(split.recomputed, along.recomputed, whole.recomputed),
+            # One of the two at most recomputes what neither did: the other changes it as it changes all arithmetic.
+            recomputed=split.recomputed * _arithmetic(along, whole) + along.recomputed * _arithmetic(split, whole),
             traffic=ratio(split.traffic, along.traffic, whole.traffic),
             passed={
                 **{key: (calls, size * share) for key, (calls, size) in split.passed.items()},
@@ -197,6 +198,11 @@ def crossed(first: Costs, second: Costs, neither: Costs, degree: int) -> Costs:
         around=join(first.around, second.around, neither.around),
         boundary=first.boundary,
     )
+
+
+def _arithmetic(share: Share, whole: Share) -> float:
+    """FLOPs of a share, of those of another one."""
+    return sum(share.flops.values()) / (sum(whole.flops.values()) or 1.0)
 
 
 def derived(candidate: Candidate, costs: Costs, like: LayoutFigures, *, blocks: int, samples: int) -> LayoutFigures:
