@@ -9,7 +9,7 @@ PYTEST_ARGUMENTS ?=
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: train test quick composition sweepers parity plan-accuracy crash gpu benchmark lint clean
+.PHONY: train test quick composition sweepers docs parity plan-accuracy crash gpu benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
@@ -31,6 +31,10 @@ composition: $(VENV_HYDRA_14)/installed
 # Sweepers that consume scores, on the newer Hydra.
 sweepers: $(VENV_OPTUNA)/installed
 	$(VENV_OPTUNA)/bin/python -m pytest -m sweeper $(PYTEST_ARGUMENTS)
+
+# The documentation as a site, in site/; a warning is an error. It needs no network to be read.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # Layouts against one process, cell by cell, and layouts drawn at random.
 parity: $(VENV)/installed
@@ -88,4 +92,4 @@ $(VENV_OPTUNA)/installed: pyproject.toml constraints/hydra-optuna.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_HYDRA_14) $(VENV_OPTUNA) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_HYDRA_14) $(VENV_OPTUNA) dist build site .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from danling_conf.schema import RunnerConfig
     from danling_conf.topology.violation import ConfigRefused
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "Callback": "danling_conf.runner.callbacks",

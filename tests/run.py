@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+SITE = ("mkdocs", "build", "--strict", "--quiet")
 POLITE = ("sh", "-c", '{ echo 19 > /proc/self/autogroup; } 2>/dev/null; exec nice -n 19 "$@"', "sh")
 """Runs a command with what processors others leave. Linux shares them among sessions first: a session has its own."""
 
@@ -78,6 +79,7 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
     slurm = Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),))
     beside = (
         Part("lint", tuple((here, "-m", *tool) for tool in TOOLS), counts=False, polite=True),
+        Part("docs", ((here, "-m", *SITE),), counts=False, polite=True),
         Part("hydra-1.4", (pytest(hydra_14, "-m", "composition"),), polite=True),
         Part("hydra-1.3", (pytest(here, "-m", "composition"),), polite=True),
         Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),), polite=True),

@@ -61,7 +61,8 @@ class Passes:
     is made of its gradients, and on all ranks alike.
 
     Args:
-        forward, loss: see `Forward` and `Loss`; called with this rank's part of the batch.
+        forward: see `Forward`; called with this rank's part of the batch.
+        loss: see `Loss`; likewise.
         layout: of the run.
         autocast: makes the context of forward and loss.
         scaler: of the loss, for fp16.

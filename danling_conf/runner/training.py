@@ -210,7 +210,9 @@ class Runner:
         """Train to the end of the budget; returns the best score.
 
         Args:
-            model, datasets, options: see `prepare`; `callbacks=[...]` for instance.
+            model: see `prepare`.
+            datasets: see `prepare`.
+            options: the other arguments of `prepare`: `loss=`, `callbacks=[...]`.
 
         Raises:
             ConfigRefused: the configuration does not fit the model or the data.

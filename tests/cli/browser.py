@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_DARK = ("--force-dark-mode", "--blink-settings=preferredColorScheme=0")
 REQUIRED = os.environ.get("DANLING_REQUIRE_BROWSER") == "1"
 
 
@@ -33,14 +34,14 @@ def _run(folder: Path, *given: str) -> str:
     return done.stdout
 
 
-def dom_of(page: Path, folder: Path, *arguments: str) -> str:
-    """The document after its scripts have run."""
-    return _run(folder, "--dump-dom", *arguments, page.as_uri())
+def dom_of(page: Path | str, folder: Path, *arguments: str, dark: bool = False) -> str:
+    """The document of a file or an address after its scripts have run."""
+    address = page if isinstance(page, str) else page.as_uri()
+    return _run(folder, "--dump-dom", *(_DARK if dark else ()), *arguments, address)
 
 
 def picture_of(page: Path, folder: Path, *, width: int, height: int, dark: bool = False) -> bytes:
     """A screenshot, PNG."""
     target = folder / f"page-{width}-{dark}.png"
-    more = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []
-    _run(folder, f"--screenshot={target}", f"--window-size={width},{height}", *more, page.as_uri())
+    _run(folder, f"--screenshot={target}", f"--window-size={width},{height}", *(_DARK if dark else ()), page.as_uri())
     return target.read_bytes()

@@ -33,7 +33,7 @@ LAYOUTS = (
 )  # fmt: skip
 """Every axis alone, and combinations of up to four at up to eight ranks."""
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
 EAGER = {"enable": True, "backend": "aot_eager"}
@@ -207,7 +207,7 @@ def accepted(layout: Layout) -> bool:
 
 
 def table(errors: dict[str, float]) -> str:
-    """The README's table of layouts: what each is compared in, and the largest error found in fp32."""
+    """The table of docs/parity.md: what each is compared in, and the largest error found in fp32."""
     rows = ["| Layout | Ranks | Also with | Largest difference |", "|---|---|---|---|"]
     for layout in dict.fromkeys(cell.layout for cell in CELLS):
         variants = [cell.variant for cell in CELLS if cell.layout == layout and cell.variant != "plain"]
@@ -216,18 +216,18 @@ def table(errors: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def write_readme(errors: dict[str, float]) -> None:
-    text = README.read_text()
+def write_document(errors: dict[str, float]) -> None:
+    text = DOCUMENT.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(errors)}\n{END}{after}")
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(errors)}\n{END}{after}")
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.distributed.matrix", description=__doc__)
     parser.add_argument("layouts", nargs="*", help="only cells of these layouts")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="cells of N layouts drawn at random as well")
-    parser.add_argument("--readme", action="store_true", help="write the table of README.md; needs all cells")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/parity.md; needs all cells")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed, and drawn when left out")
     given = parser.parse_args(arguments)
     cells = [cell for cell in (*CELLS, *CONTROLS) if not given.layouts or cell.layout in given.layouts]
@@ -256,8 +256,8 @@ def main(arguments: list[str]) -> int:
         )
     close_shared()
     print(f"{len(cells)} cells, {failed} failed")
-    if given.readme and not failed and not given.layouts:
-        write_readme(errors)
+    if given.write and not failed and not given.layouts:
+        write_document(errors)
     return 1 if failed else 0
 
 

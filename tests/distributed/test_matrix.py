@@ -12,9 +12,9 @@ from tests.distributed.matrix import (
     BEGIN,
     CELLS,
     CONTROLS,
+    DOCUMENT,
     END,
     LAYOUTS,
-    README,
     accepted,
     by_world_size,
     drawn,
@@ -55,10 +55,10 @@ def test_the_matrix_has_every_axis_and_only_layouts_that_the_rules_accept() -> N
         assert any(getattr(layout, axis) > 1 for layout in layouts)
 
 
-def test_the_readme_has_the_table_of_this_matrix() -> None:
-    text = README.read_text()
+def test_the_document_has_the_table_of_this_matrix() -> None:
+    text = DOCUMENT.read_text()
     shown = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
     wanted = table(dict.fromkeys((cell.layout for cell in CELLS), 0.0)).splitlines()
-    # All but the numbers, which are those of the machine that wrote it: python -m tests.distributed.matrix --readme
+    # All but the numbers, which are those of the machine that wrote it: python -m tests.distributed.matrix --write
     assert [row.split("|")[1:4] for row in shown] == [row.split("|")[1:4] for row in wanted]
     assert all(float(row.split("|")[4]) <= TOLERANCE["fp32"] for row in shown[2:])

@@ -65,7 +65,6 @@ def test_blocks_that_repeat_in_a_pattern_are_cut_by_whole_patterns():
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("parallel=single",),
         ("parallel=fsdp4", "precision=bf16", "accum_steps=2"),
         ("parallel=fsdp2_tp2", "activation_checkpointing.mode=full"),
         ("parallel=single", "activation_checkpointing.mode=every_n"),
@@ -138,7 +137,7 @@ def test_a_busy_expert_is_named_as_the_worst_case():
 
 
 def test_remedies_say_what_they_save():
-    given = subject("parallel=fsdp2", width=128, batch=8)
+    given = subject("parallel=single", depth=3, width=128, batch=8)
     found = remedies_of(given, figures_of(given))
     saved = {remedy.overrides: remedy.saves for remedy in found}
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
