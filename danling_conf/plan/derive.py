@@ -263,6 +263,10 @@ def _rank(candidate: Candidate, costs: Costs, stage: int, blocks: int, kinds: in
     }
     if not layout.fsdp:
         memory[GRADIENTS] = int(kept)
+    # The optimizer's step takes all parameters at once, and a copy of them as it computes.
+    own = int(kept / sharing)
+    step = {PARAMETERS: own, OPTIMIZER: memory[OPTIMIZER], GRADIENTS: own, TEMPORARIES: own}
+    memory = max(memory, step, key=lambda each: sum(each.values()))
     collectives = [
         *_of_data(candidate, weights, computed, held, turns),
         *_of_activations(candidate, costs, held, share),
