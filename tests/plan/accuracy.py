@@ -277,33 +277,42 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
     given = parser.parse_args()
     cells = [cell for cell in CELLS if all(word in str(cell) for word in given.only)]
-    rows, outcomes, failed = [], [], []
+    rows: list[str] = []
+    outcomes: list[Outcome] = []
+    failed: list[Cell] = []
     for cell in sorted(cells, key=lambda cell: cell.world_size):
         try:
             outcome = compare(cell)
-        except Exception as error:
+        except Exception as error:  # the other cells are still to be shown
             print(f"FAILED {cell}: {type(error).__name__}: {str(error)[-600:]}", flush=True)
             failed.append(cell)
             continue
         outcomes.append(outcome)
-        worst = outcome.errors.index(outcome.worst)
-        plan, real = (value[worst] / 2**20 for value in (outcome.planned, outcome.measured))
-        settings = " ".join(f"`{item}`" for item in cell.settings)
-        rows.append(
-            f"| {cell.family} | {cell.layout} | {settings} | {cell.world_size} | {plan:.2f} | {real:.2f} | "
-            f"{100 * outcome.worst:+.2f} % |"
-        )
+        rows.append(_row(cell, outcome))
         print(rows[-1], f"{outcome.seconds:.1f} s", flush=True)
+        if given.write:
+            DOCUMENT.write_text(_HEAD + "\n".join(rows) + "\n\n" + _summary(outcomes) + "\n")
     spawn.close_shared()
-    errors = [abs(outcome.worst) for outcome in outcomes]
-    summary = (
-        f"{len(rows)} cells; the largest error is {100 * max(errors):.2f} %, the median "
-        f"{100 * statistics.median(errors):.2f} %.\n"
+    print(_summary(outcomes))
+    return int(bool(failed) or max(abs(outcome.worst) for outcome in outcomes) > TOLERANCE)
+
+
+def _row(cell: Cell, outcome: Outcome) -> str:
+    worst = outcome.errors.index(outcome.worst)
+    plan, real = (value[worst] / 2**20 for value in (outcome.planned, outcome.measured))
+    settings = " ".join(f"`{item}`" for item in cell.settings)
+    return (
+        f"| {cell.family} | {cell.layout} | {settings} | {cell.world_size} | {plan:.2f} | {real:.2f} | "
+        f"{100 * outcome.worst:+.2f} % |"
     )
-    print(summary)
-    if given.write:
-        DOCUMENT.write_text(_HEAD + "\n".join(rows) + "\n\n" + summary)
-    return int(bool(failed) or max(errors) > TOLERANCE)
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    errors = [abs(outcome.worst) for outcome in outcomes]
+    return (
+        f"{len(errors)} cells; the largest error is {100 * max(errors):.2f} %, the median "
+        f"{100 * statistics.median(errors):.2f} %."
+    )
 
 
 if __name__ == "__main__":
