@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +27,16 @@ def is_model(model: nn.Module) -> bool:
     """Whether a model is one of transformers' own."""
     library = sys.modules.get("transformers")
     return library is not None and isinstance(model, library.PreTrainedModel)
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Of a plan: each row of a batch is one sequence. The library compares positions to find several in a row; where
+    tensors have no values it takes it that there are, and makes a mask that costs memory in each block."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    name = "find_packed_sequence_indices"
+    with mock.patch.object(masks, name, return_value=None) if hasattr(masks, name) else nullcontext():
+        yield
 
 
 def prepare(model: nn.Module) -> None:

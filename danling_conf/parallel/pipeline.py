@@ -161,20 +161,23 @@ class Pipeline:
         """The rank, among all, that holds a stage."""
         return dist.get_global_rank(self.group, self.placement[index])
 
-    def actions(self, count: int) -> list[tuple[int, str, int | None]]:
-        """What this rank does in a step of so many microbatches, in order: stage, what (`F`, `B`; `I` and `W` where a
-        backward pass is split into inputs and weights) and microbatch."""
+    def actions(self, count: int) -> dict[int, list[tuple[int, str, int | None]]]:
+        """By pipeline rank, what it does in a step of so many microbatches, in order: stage, what (`F`, `B`; `I` and
+        `W` where a backward pass is split into inputs and weights) and microbatch."""
         kind = get_schedule_class(self.section.pipeline_schedule)
         stages = [self.alone(index) for index in sorted(self.parts)]
         single = issubclass(kind, PipelineScheduleSingle)
         schedule = kind(stages[0] if single else stages, count, loss_fn=lambda output, _: output, scale_grads=False)
-        order = (schedule.pipeline_order or {})[self.rank]
-        found = []
-        for action in order:
-            for item in (action.sub_actions or (action,)) if action is not None else ():
-                if item.computation_type.value in ("F", "B", "I", "W"):
-                    found.append((item.stage_index, item.computation_type.value, item.microbatch_index))
-        return found
+        return {
+            rank: [
+                (item.stage_index, item.computation_type.value, item.microbatch_index)
+                for action in order
+                if action is not None
+                for item in action.sub_actions or (action,)
+                if item.computation_type.value in ("F", "B", "I", "W")
+            ]
+            for rank, order in (schedule.pipeline_order or {}).items()
+        }
 
     @torch.no_grad()
     def evaluate(

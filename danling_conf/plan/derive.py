@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from danling_conf.groups.layout_names import name_of
+from danling_conf.config.identity import layout_name
 from danling_conf.plan.candidates import Candidate
 from danling_conf.plan.figures import (
     ACTIVATIONS,
@@ -184,7 +184,8 @@ def crossed(first: Costs, second: Costs, neither: Costs, degree: int) -> Costs:
                 dtype: ratio(value, along.flops.get(dtype, 0.0), whole.flops.get(dtype, 0.0))
                 for dtype, value in split.flops.items()
             },
-            recomputed=ratio(split.recomputed, along.recomputed, whole.recomputed),
+            # One of the two at most recomputes what neither did: the other changes it as it changes all arithmetic.
+            recomputed=split.recomputed * _arithmetic(along, whole) + along.recomputed * _arithmetic(split, whole),
             traffic=ratio(split.traffic, along.traffic, whole.traffic),
             passed={
                 **{key: (calls, size * share) for key, (calls, size) in split.passed.items()},
@@ -199,6 +200,11 @@ def crossed(first: Costs, second: Costs, neither: Costs, degree: int) -> Costs:
     )
 
 
+def _arithmetic(share: Share, whole: Share) -> float:
+    """FLOPs of a share, of those of another one."""
+    return sum(share.flops.values()) / (sum(whole.flops.values()) or 1.0)
+
+
 def derived(candidate: Candidate, costs: Costs, like: LayoutFigures, *, blocks: int, samples: int) -> LayoutFigures:
     """Figures of a candidate.
 
@@ -211,7 +217,7 @@ def derived(candidate: Candidate, costs: Costs, like: LayoutFigures, *, blocks: 
     layout = candidate.layout
     stages = [0] if layout.pipeline == 1 else [0, layout.pipeline - 1]
     return LayoutFigures(
-        layout=name_of(layout),
+        layout=layout_name(layout),
         degrees=layout.degrees(),
         ranks=tuple(_rank(candidate, costs, stage, blocks, len(stages)) for stage in stages),
         microbatches=candidate.microbatches if layout.pipeline > 1 else 1,
@@ -257,6 +263,10 @@ def _rank(candidate: Candidate, costs: Costs, stage: int, blocks: int, kinds: in
     }
     if not layout.fsdp:
         memory[GRADIENTS] = int(kept)
+    # The optimizer's step takes all parameters at once, and a copy of them as it computes.
+    own = int(kept / sharing)
+    step = {PARAMETERS: own, OPTIMIZER: memory[OPTIMIZER], GRADIENTS: own, TEMPORARIES: own}
+    memory = max(memory, step, key=lambda each: sum(each.values()))
     collectives = [
         *_of_data(candidate, weights, computed, held, turns),
         *_of_activations(candidate, costs, held, share),

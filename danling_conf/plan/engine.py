@@ -24,7 +24,7 @@ from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.fsdp import offloads
 from danling_conf.parallel.init_plan import made_by, meta_copy, to_meta
-from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened
+from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened, signature
 from danling_conf.plan.extend import Place, Trace, added, calls_added, extended, trace_of
 from danling_conf.plan.figures import GRADIENTS, OPTIMIZER, PARAMETERS, Collective, LayoutFigures, Moment, RankFigures
 from danling_conf.plan.schedule import Action, in_order
@@ -128,7 +128,8 @@ class Whole:
     trace: Trace
     sent: Sent | None
     microbatches: int
-    actions: tuple[Action, ...]
+    actions: Mapping[int, Sequence[Action]]
+    """Of one pass through the schedule, by pipeline rank."""
     buffers: int
     """Bytes of what is received from other stages, for all microbatches."""
     traffic: Mapping[tuple[str, tuple[int, ...]], tuple[int, int]]
@@ -174,8 +175,8 @@ def whole_trace(
 def _learned(one: OneRank) -> tuple[Any, ...]:
     pipeline = one.assembled.pipeline
     if pipeline is None or one.sent is None:
-        return None, 1, (), 0, {}
-    actions = tuple(pipeline.actions(one.microbatches))
+        return None, 1, {}, 0, {}
+    actions = pipeline.actions(one.microbatches)
     size = math.prod(one.sent[0]) * one.sent[1].itemsize
     placement, buffers = pipeline.placement, 0
     traffic: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
@@ -198,16 +199,33 @@ def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | No
         subject = replace(subject, example=None)
     stage_of = {block: index for index, of_stage in enumerate(names) for block in of_stage}
     runs = runs_of(subject.model, every=_every(subject.config), stage_of=stage_of)
+    kinds = [signature(subject.model.get_submodule(run.blocks[0])) for run in runs]
     placement = stages_of.placement(subject.config.parallel.pipeline_schedule, layout.pipeline, len(names))
     found: list[tuple[RankFigures, int]] = []
+    known: dict[object, tuple[Whole, list[int], list[int]]] = {}
     sent: Sent | None = None
     for place in range(layout.pipeline) if places is None else sorted({0, *places}):
         rank = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": place})
         held = [index for index, at in enumerate(placement) if at == place]
         own = [number for number, run in enumerate(runs) if stage_of.get(run.blocks[0]) in held]
-        whole = whole_trace(subject, runs, rank, own=own, stages=names, sent=sent)
+        # Stages between the first and the last one do the same if they have as many blocks of the same kinds.
+        key = (
+            tuple((index in (0, len(names) - 1) and index, len(names[index])) for index in held),
+            tuple((len(runs[number].blocks), runs[number].period, kinds[number]) for number in own),
+        )
+        if key not in known:
+            known[key] = whole_trace(subject, runs, rank, own=own, stages=names, sent=sent), held, own
+        whole, traced, blocks = known[key]
         sent = sent or whole.sent
-        moments, times = in_order(whole.trace, whole.actions, steps=subject.config.accum_steps, buffers=whole.buffers)
+        stage = dict(zip(held, traced, strict=True))
+        actions = [(stage[index], what, number) for index, what, number in whole.actions[place]]
+        moments, times = in_order(whole.trace, actions, steps=subject.config.accum_steps, buffers=whole.buffers)
+        called = {
+            old: new
+            for other, number in zip(blocks, own, strict=True)
+            for old, new in zip(runs[other].blocks, runs[number].blocks, strict=True)
+        }
+        moments = [replace(moment, name=_renamed(moment.name, called)) for moment in moments]
         figures = summarised(
             whole.trace,
             moments,
@@ -224,6 +242,13 @@ def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | No
         )
         found.append((figures, whole.microbatches))
     return found
+
+
+def _renamed(moment: str, called: Mapping[str, str]) -> str:
+    """A moment's name with the name of another block."""
+    return " ".join(
+        called.get(word.rstrip(","), word.rstrip(",")) + "," * word.endswith(",") for word in moment.split(" ")
+    )
 
 
 def _stage_names(subject: Subject, layout: Layout) -> tuple[stages_of.Names, bool]:

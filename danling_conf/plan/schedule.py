@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from danling_conf.plan.extend import Place, Seen, Trace
-from danling_conf.plan.figures import ACTIVATIONS, Moment
+from danling_conf.plan.figures import ACTIVATIONS, GRADIENTS, Moment
 
 Action = tuple[int, str, "int | None"]
 """Stage, what, and microbatch."""
@@ -44,21 +44,34 @@ def in_order(
     level[ACTIVATIONS] = level.get(ACTIVATIONS, 0) + buffers
     moments: list[Moment] = []
     counts: dict[str, int] = {}
+    stages = sorted({action[0] for action in actions})
+    reduced: int | None = None
     for step in range(steps):
         done: set[tuple[int, str]] = set()
-        for stage, what, number in [*actions, *((index, "R", None) for index in sorted({a[0] for a in actions}))]:
-            for name in _traced(spans, stage, what, first=(stage, what) not in done and (step == 0 or what != "B")):
+        for stage, what, number in [*actions, *((index, "R", None) for index in stages)]:
+            # Gradients that FSDP has reduced are made anew in the next pass; others are added to.
+            again = step > 0 and what in ("B", "W") and not _frees_gradients(spans.get(f"{stage}R"))
+            for name in _traced(spans, stage, what, first=(stage, what) not in done and not again):
                 span = spans[name]
                 counts[name] = counts.get(name, 0) + 1
                 moments.append(_moment(level, span, "" if number is None else f", microbatch {number}"))
                 level = _after(level, span)
             done.add((stage, what))
+        # Later passes add to the reduced gradients of the first one.
+        reduced = level.get(GRADIENTS, 0) if reduced is None else reduced
+        level[GRADIENTS] = reduced
     tail = spans.get("")
     if tail is not None:
         for name, seen in tail.regions:
             moments.append(Moment(name, _added(level, tail.before, seen.memory)))
     times = [(place, counts.get(seen.action, 1 if not seen.action else 0)) for place, seen in trace.items()]
     return moments, times
+
+
+def _frees_gradients(reduction: _Span | None) -> bool:
+    if reduction is None:
+        return False
+    return reduction.regions[-1][1].level.get(GRADIENTS, 0) < reduction.before.get(GRADIENTS, 0)
 
 
 def _spans(trace: Trace) -> dict[str, _Span]:

@@ -27,6 +27,7 @@ from danling_conf.components import gradients, precision
 from danling_conf.components import optimizer as optimizers
 from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.batch import map_tensors, tensors
+from danling_conf.parallel import hugging_face
 from danling_conf.parallel import mesh as meshes
 from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.model import Assembled, assemble
@@ -96,6 +97,7 @@ class OneRank:
             if self.layout.world_size > 1 or self.layout.fsdp:
                 stack.enter_context(_torch_private.fake_world(self.rank, self.layout.world_size))
             stack.enter_context(_torch_private.quiet_fake_tensors())
+            stack.enter_context(hugging_face.one_sequence_a_row())
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             self.assembled = self._assembled()

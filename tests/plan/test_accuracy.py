@@ -7,16 +7,14 @@ import pytest
 from tests.plan.accuracy import CELLS, TOLERANCE, compare
 
 CHOSEN = (
-    "decoder single activation_checkpointing.mode=full",
     "llama single",
-    "decoder ddp2 accum_steps=2",
     "decoder fsdp2 precision=bf16 activation_checkpointing.mode=full accum_steps=2 max_grad_norm=1",
     "decoder tp2",
     "decoder pp2 parallel.pipeline_schedule=Interleaved1F1B",
     "experts fsdp2_ep2",
 )
 
-pytestmark = [pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", CHOSEN)

@@ -291,8 +291,7 @@ def test_the_page_of_a_layout(tmp_path: Path):
     html = layout_page(assess(figures(*stages, notes=("<b>a note</b>",)), H100), "train.py parallel=pp2")
     for words in (
         "Memory along a step", "Memory at the peak", "forward layers.0", "all_gather", "train.py parallel=pp2",
-        "stage 1",
-        "too close to call", "nvidia-tensor-core", "&lt;b&gt;a note",
+        "stage 1", "too close to call", "nvidia-tensor-core", "&lt;b&gt;a note",
     ):  # fmt: skip
         assert words in html
     assert "<b>a note" not in html

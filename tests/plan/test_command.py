@@ -10,9 +10,10 @@ import pytest
 from danling_conf.cli.main import main
 
 EXAMPLE = str(Path(__file__).resolve().parents[2] / "examples" / "train.py")
-SMALL = ["model.depth=6", "model.width=64", "model.context=32"]
+SMALL = ["model.depth=4", "model.width=64", "model.context=32"]
 
 
+@pytest.mark.slow
 def test_one_layout(capsys):
     assert main(["plan", EXAMPLE, "parallel=fsdp64_tp2", "precision=bf16", *SMALL, "--gpu", "h100"]) == 0
     text = capsys.readouterr().out
@@ -35,7 +36,6 @@ def test_as_json_with_everything_that_is_shown(capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["parallel=fsdp"], "name all degrees"),
         (["parallel=fsdp64_tp8"], "parallel.axes.tensor=8"),
         (["parallel=fsdp4", "--gpu", "h1000"], "--gpu"),
         (["parallel=fsdp4", "--gpu-memory", "80"], "no such option"),

@@ -65,7 +65,6 @@ def test_blocks_that_repeat_in_a_pattern_are_cut_by_whole_patterns():
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("parallel=single",),
         ("parallel=fsdp4", "precision=bf16", "accum_steps=2"),
         ("parallel=fsdp2_tp2", "activation_checkpointing.mode=full"),
         ("parallel=single", "activation_checkpointing.mode=every_n"),
@@ -112,7 +111,8 @@ def test_a_step_costs_six_operations_a_weight_and_token():
     attention = rank.flops["float32"] / products - 1
     assert 0 < attention < 0.2
     again = figures("parallel=single", "activation_checkpointing.mode=full", depth=6, width=128).ranks[0]
-    assert again.recomputed_flops == pytest.approx((rank.flops["float32"]) / 3, rel=0.1)
+    # The forward of the blocks, up to the last tensor that backward needs; not the head's.
+    assert 0.7 < again.recomputed_flops / (rank.flops["float32"] / 3) < 1
     assert again.flops["float32"] == rank.flops["float32"] + again.recomputed_flops
 
 
@@ -137,7 +137,7 @@ def test_a_busy_expert_is_named_as_the_worst_case():
 
 
 def test_remedies_say_what_they_save():
-    given = subject("parallel=fsdp2", width=128, batch=8)
+    given = subject("parallel=single", depth=3, width=128, batch=8)
     found = remedies_of(given, figures_of(given))
     saved = {remedy.overrides: remedy.saves for remedy in found}
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
