@@ -1,4 +1,4 @@
-"""Every documented setting acts: for each, `proofs.tsv` names the test that fails when it stops doing so."""
+"""Documented settings act: for each, `proofs.tsv` names the test that fails when it stops doing so."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from danling_conf.schema import RunnerConfig
-from danling_conf.schema.docs import describe
 from tests.support.settings import documented
 
 pytestmark = pytest.mark.composition
@@ -24,15 +22,9 @@ def functions(file: Path) -> set[str]:
     return {item.name for item in ast.parse(file.read_text()).body if isinstance(item, ast.FunctionDef)}
 
 
-def pending(path: str) -> bool:
-    """Whether a setting waits for what is not implemented, which a warning says."""
-    found = describe(RunnerConfig, path)
-    return (found is not None and found.facts.pending is not None) or path == "ft.enabled"
-
-
 def test_every_documented_setting_has_a_proof() -> None:
     assert len(PROOFS) == len(LINES)
-    wanted = {row.path for row in documented() if not pending(row.path)}
+    wanted = {row.path for row in documented()}
     assert wanted - PROOFS.keys() == set()
     assert PROOFS.keys() - {row.path for row in documented()} == set()
 
