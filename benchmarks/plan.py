@@ -137,7 +137,7 @@ def recipe_of(model: str, length: int, config: RunnerConfig) -> Recipe:
 def planned(case: Published) -> Assessment:
     """The plan of a published run."""
     config = config_of(case.layout, case.batch, case.settings)
-    figures = engine.figures_of(engine.subject_of(recipe_of(case.model, case.length, config)))
+    figures = engine.figures_of(engine.subject_of(recipe_of(case.model, case.length, config), accelerated=True))
     return assess(figures, Cluster(gpu=GPUS[case.gpu]))
 
 
@@ -170,7 +170,7 @@ def speed() -> bool:
     """Print how long plans take. Returns whether all are within their goals."""
     begun = time.perf_counter()
     config = config_of("fsdp512_tp8", 1, {"activation_checkpointing.mode": "full"})
-    engine.figures_of(engine.subject_of(recipe_of("8B", 8192, config)))
+    engine.figures_of(engine.subject_of(recipe_of("8B", 8192, config), accelerated=True))
     one = time.perf_counter() - begun
     begun = time.perf_counter()
     propose(recipe_of("70B", 8192, config_of("single", 1, {})), 512, Cluster(gpu=GPUS["h100"]), 1024)

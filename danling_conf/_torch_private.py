@@ -560,7 +560,12 @@ def is_view(operator: Any) -> bool:
 def storage_identity(tensor: torch.Tensor) -> int:
     """What views and `.data` of one tensor have in common; meta tensors have no address to compare. Without `_cdata`
     no model can be built on the meta device."""
-    return tensor.untyped_storage()._cdata
+    return identity_of(tensor.untyped_storage())
+
+
+def identity_of(storage: torch.UntypedStorage) -> int:
+    """The same of a storage."""
+    return storage._cdata
 
 
 # Fake tensors.

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from danling_conf.config.identity import flatten, plain
 from danling_conf.config.job import Job
 from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.app import App
 from danling_conf.plan.assessment import Assessment, assess, verdict_line
+from danling_conf.plan.script import plan_of_script
 from danling_conf.schema import RunnerConfig
 from danling_conf.sweep.preflight import Refused
 from danling_conf.sweep.preflight_tables import numbers_as_text
 from danling_conf.topology.hardware import Cluster
-from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
-
-if TYPE_CHECKING:
-    from danling_conf.runner.planning import Recipe
+from danling_conf.topology.violation import Violation
 
 _NEUTRAL = (
     *("seed", "deterministic", "steps", "epochs", "eval_interval", "evaluate_first", "patience", "score_", "nonfinite"),
@@ -66,16 +64,8 @@ def _alike(config: RunnerConfig) -> str:
 def _assessed(app: App, config: RunnerConfig, cluster: Cluster) -> Assessment:
     # torch only where a job is planned.
     from danling_conf.plan.engine import figures_of, subject_of
-    from danling_conf.runner.planning import plan_of_function
 
-    def plan(recipe: Recipe) -> Assessment:
+    def plan(recipe: Any) -> Assessment:
         return assess(figures_of(subject_of(recipe, accelerated=True)), cluster)
 
-    try:
-        found = plan_of_function(app.function, config, plan)
-    except SettingError as error:
-        raise ConfigRefused([error.violation]) from error
-    if found is None:
-        rule = f"{app.function.__name__} returned without a runner that prepares a training"
-        raise ConfigRefused([Violation("--gpu", ABSENT, rule, "call danling_conf.Runner(config).fit(...)")])
-    return found
+    return plan_of_script(app.function, app.script.name, config, plan)

@@ -18,17 +18,17 @@ from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.app import App
 from danling_conf.plan.assessment import Assessment, assess, gib, memory_lines, time_lines
 from danling_conf.plan.figures import LayoutFigures, RankFigures
+from danling_conf.plan.script import plan_of_script
 from danling_conf.schema.nearest import nearest
 from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.preflight import Preflight
 from danling_conf.topology.hardware import GPUS_PER_NODE, Cluster, find_gpu
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.resources import Capacity
-from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 if TYPE_CHECKING:
     from danling_conf.plan.remedies import Remedy
-    from danling_conf.runner.planning import Recipe
 
 _NUMBERS = ("--gpus", "--gpus-per-node", "--global-batch")
 _TEXTS = ("--gpu", "--html")
@@ -117,22 +117,14 @@ def planned_run(app: App, config: Any, cluster: Cluster | None) -> Planned:
     # torch, and all that is built with it, only once the configuration is accepted.
     from danling_conf.plan.engine import figures_of, subject_of
     from danling_conf.plan.remedies import remedies_of
-    from danling_conf.runner.planning import plan_of_function
 
-    def plan(recipe: Recipe) -> Planned:
+    def plan(recipe: Any) -> Planned:
         subject = subject_of(recipe, accelerated=cluster is not None)
         figures = figures_of(subject)
         assessment = None if cluster is None else assess(figures, cluster)
         return Planned(figures, remedies_of(subject, figures), assessment)
 
-    try:
-        found = plan_of_function(app.function, config, plan)
-    except SettingError as error:
-        raise ConfigRefused([error.violation]) from error
-    if found is None:
-        rule = f"{app.function.__name__} returned without a runner that prepares a training"
-        raise ConfigRefused([Violation("SCRIPT", app.script.name, rule, "call danling_conf.Runner(config).fit(...)")])
-    return found
+    return plan_of_script(app.function, app.script.name, config, plan)
 
 
 def as_json(planned: Planned) -> dict[str, Any]:

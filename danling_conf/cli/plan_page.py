@@ -7,12 +7,23 @@ from pathlib import Path
 
 from danling_conf.cli.pages.charts import Point, scatter
 from danling_conf.cli.pages.page import Html, badge, code, facts, page, section, table, text, tiles
+from danling_conf.cli.pages.scales import short
 from danling_conf.cli.pages.stacks import stacked_area, stacked_bars
 from danling_conf.plan.assessment import Assessment, gib, seconds, verdict_line
 from danling_conf.plan.device_memory import stack_of
-from danling_conf.plan.figures import BATCH, BUFFERS, RankFigures
+from danling_conf.plan.figures import (
+    ACTIVATIONS,
+    BATCH,
+    BUFFERS,
+    GATHERED,
+    GRADIENTS,
+    OPTIMIZER,
+    PARAMETERS,
+    TEMPORARIES,
+    RankFigures,
+)
 from danling_conf.plan.proposals import Proposals
-from danling_conf.topology.hardware import Cluster
+from danling_conf.topology.hardware import GIB, Cluster
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _KINDS = {"fits": "good", "does not fit": "bad", "too close to call": "busy"}
@@ -21,6 +32,8 @@ _SHOWN_RANKS = 4
 _FEW = {BUFFERS: "others", BATCH: "others", "context": "device", "communicators": "device", "workspaces": "device",
         "allocator": "device"}  # fmt: skip
 """Small categories that share a colour."""
+_SHOWN = (PARAMETERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, GATHERED, TEMPORARIES, "others", "device")
+"""Categories in the order of their colours."""
 
 
 def write_page(target: str, content: str) -> str:
@@ -98,7 +111,7 @@ def _overview(found: Assessment) -> Html:
         ("time of a step", seconds(time.seconds), f"± {100 * time.band:.0f} %"),
         ("MFU", f"{100 * time.mfu:.1f} %", "of the devices' peak"),
         ("devices", devices, f"{found.cluster.gpus_per_node} to a node"),
-        ("parameters", f"{figures.parameters:,}", ""),
+        ("parameters", short(figures.parameters), f"{figures.parameters:,}"),
         ("samples a step", f"{figures.samples:,}", f"{figures.tokens:,} tokens" if figures.tokens else ""),
     ]
     if time.tokens_per_second:
@@ -114,7 +127,7 @@ def _memory(found: Assessment) -> list[Html]:
         stacked_area(
             [(moment.name, _folded(moment.memory)) for moment in rank.moments],
             title=f"{_rank_name(rank, len(ranks))}: the most at {rank.peak_moment}",
-            limit=found.cluster.gpu.memory,
+            limit=found.cluster.gpu.memory / GIB,
             limit_name="device",
             value_format=_gib,
         )
@@ -131,7 +144,7 @@ def _memory_rows(rows: Sequence[tuple[str, RankFigures, Cluster]]) -> list[Html]
     chart = stacked_bars(
         stacks,
         title="Memory at the peak, GiB",
-        limit=rows[0][2].gpu.memory,
+        limit=rows[0][2].gpu.memory / GIB,
         limit_name="device",
         value_format=_gib,
     )
@@ -169,7 +182,7 @@ def _time(found: Assessment) -> Html:
                 item.group_size,
                 "yes" if item.crosses_nodes else "no",
                 item.count,
-                _gib(item.bytes),
+                gib(item.bytes),
                 f"{item.seconds:.4f}",
                 f"{item.exposed:.4f}",
             ]
@@ -184,7 +197,7 @@ def _assumptions(found: Assessment) -> Html:
     gpu, figures = found.cluster.gpu, found.figures
     notes = [*figures.notes, *(note for rank in figures.ranks for note in rank.notes)]
     shown: dict[str, object] = {
-        "device": f"{gpu.name}, {_gib(gpu.memory)} GiB, {gpu.hbm / 1e9:,.0f} GB/s",
+        "device": f"{gpu.name}, {gib(gpu.memory)} GiB, {gpu.hbm / 1e9:,.0f} GB/s",
         "links": f"{gpu.link / 1e9:,.0f} GB/s within a node ({gpu.link_kind}), "
         f"{gpu.network / 1e9:,.1f} GB/s between nodes",
         "efficiency": f"arithmetic {gpu.matmul_efficiency:.0%}, memory {gpu.hbm_efficiency:.0%}, "
@@ -203,12 +216,12 @@ def _rank_name(rank: RankFigures, kinds: int) -> str:
 
 
 def _folded(stack: Mapping[str, int]) -> dict[str, float]:
-    """A stack with its small categories joined."""
-    found: dict[str, float] = {}
+    """A stack in GiB, with its small categories joined, in the same order on all charts."""
+    found = dict.fromkeys(_SHOWN, 0.0)
     for name, value in stack.items():
-        found[_FEW.get(name, name)] = found.get(_FEW.get(name, name), 0.0) + value
-    return {name: value for name, value in found.items() if value > 0}
+        found[_FEW.get(name, name)] = found.get(_FEW.get(name, name), 0.0) + value / GIB
+    return found
 
 
 def _gib(value: float) -> str:
-    return gib(value)
+    return gib(value * GIB)

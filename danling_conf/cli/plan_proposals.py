@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from danling_conf.config.check import check_composed, compose_or_refuse, context_of
 from danling_conf.config.hydra_adapter import ConfigSearch, composer
@@ -11,13 +11,10 @@ from danling_conf.launch.app import App
 from danling_conf.plan.assessment import gib, seconds
 from danling_conf.plan.candidates import global_batch
 from danling_conf.plan.proposals import Proposals
+from danling_conf.plan.script import plan_of_script
 from danling_conf.schema.printable import shell_line
 from danling_conf.topology.hardware import Cluster
 from danling_conf.topology.machine import Machine
-from danling_conf.topology.violation import ConfigRefused, SettingError, Violation
-
-if TYPE_CHECKING:
-    from danling_conf.runner.planning import Recipe
 
 SECONDS = 26.0
 """Of a command, within which proposals are traced; the first ones are there much earlier."""
@@ -45,19 +42,11 @@ def propose_layouts(
 
     # torch, and all that is built with it, only once the configuration is accepted.
     from danling_conf.plan.search import propose
-    from danling_conf.runner.planning import plan_of_function
 
-    def plan(recipe: Recipe) -> Proposals:
+    def plan(recipe: Any) -> Proposals:
         return propose(recipe, gpus, cluster, wanted, end=begun + SECONDS)
 
-    try:
-        found = plan_of_function(app.function, config, plan)
-    except SettingError as error:
-        raise ConfigRefused([error.violation]) from error
-    if found is None:
-        rule = f"{app.function.__name__} returned without a runner that prepares a training"
-        raise ConfigRefused([Violation("SCRIPT", app.script.name, rule, "call danling_conf.Runner(config).fit(...)")])
-    return found
+    return plan_of_script(app.function, app.script.name, config, plan)
 
 
 def proposal_lines(found: Proposals, cluster: Cluster, script: str, overrides: Sequence[str]) -> list[str]:

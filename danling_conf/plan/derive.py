@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from danling_conf.groups.layout_names import name_of
+from danling_conf.config.identity import layout_name
 from danling_conf.plan.candidates import Candidate
 from danling_conf.plan.figures import (
     ACTIVATIONS,
@@ -217,7 +217,7 @@ def derived(candidate: Candidate, costs: Costs, like: LayoutFigures, *, blocks: 
     layout = candidate.layout
     stages = [0] if layout.pipeline == 1 else [0, layout.pipeline - 1]
     return LayoutFigures(
-        layout=name_of(layout),
+        layout=layout_name(layout),
         degrees=layout.degrees(),
         ranks=tuple(_rank(candidate, costs, stage, blocks, len(stages)) for stage in stages),
         microbatches=candidate.microbatches if layout.pipeline > 1 else 1,
@@ -263,6 +263,10 @@ def _rank(candidate: Candidate, costs: Costs, stage: int, blocks: int, kinds: in
     }
     if not layout.fsdp:
         memory[GRADIENTS] = int(kept)
+    # The optimizer's step takes all parameters at once, and a copy of them as it computes.
+    own = int(kept / sharing)
+    step = {PARAMETERS: own, OPTIMIZER: memory[OPTIMIZER], GRADIENTS: own, TEMPORARIES: own}
+    memory = max(memory, step, key=lambda each: sum(each.values()))
     collectives = [
         *_of_data(candidate, weights, computed, held, turns),
         *_of_activations(candidate, costs, held, share),

@@ -23,6 +23,7 @@ from danling_conf._torch_private import (
     TorchDispatchMode,
     around_shapes,
     collective_of,
+    identity_of,
     is_view,
     is_wrapper,
     storage_identity,
@@ -215,7 +216,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "recompute" if self.phase == "backward" and torch.is_grad_enabled() else self.phase
 
     def _book(self, storage: torch.UntypedStorage, category: str | None, origin: str | None = None) -> int:
-        identity = storage._cdata
+        identity = identity_of(storage)
         known = self._alive.get(identity)
         if known is not None:
             return known[0]
@@ -235,7 +236,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._entries.append((number, -size))
 
     def _resized(self, storage: torch.UntypedStorage, before: int) -> None:
-        identity, after = storage._cdata, storage.nbytes()
+        identity, after = identity_of(storage), storage.nbytes()
         if identity not in self._alive:
             self._book(storage, GATHERED, "resize")
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from danling_conf.groups.layout_names import name_of
+from danling_conf.config.identity import layout_name
 from danling_conf.plan.assessment import assess, gib, seconds
 from danling_conf.plan.candidates import Candidate, local_batch, reshards_by_default
 from danling_conf.plan.device_memory import Verdict
@@ -39,7 +39,7 @@ class Proposal:
 
     @property
     def name(self) -> str:
-        return name_of(self.candidate.layout)
+        return layout_name(self.candidate.layout)
 
     @property
     def settings_text(self) -> str:
@@ -129,7 +129,7 @@ def overrides_of(config: RunnerConfig, candidate: Candidate) -> list[str]:
     layout = candidate.layout
     train: Any = vars(config.dataloader).get("train")
     own = (isinstance(train, Mapping) and train.get("batch_size")) or getattr(train, "batch_size", None)
-    found = [f"parallel={name_of(layout)}"]
+    found = [f"parallel={layout_name(layout)}"]
     if candidate.batch_size != local_batch(config):
         found.append(f"dataloader.{'train.' if own else ''}batch_size={candidate.batch_size}")
     if candidate.accumulation != config.accum_steps:

@@ -62,7 +62,7 @@ def propose(recipe: Recipe, gpus: int, cluster: Cluster, samples: int, *, end: f
     global _recipe
     end = time.monotonic() + SECONDS if end is None else end
     config = recipe.config
-    subject = engine.subject_of(recipe)
+    subject = engine.subject_of(recipe, accelerated=True)
     dims = engine.dims_of(subject)
     possible = list(layouts(gpus, cluster, dims, samples))
     if not possible:
@@ -229,7 +229,9 @@ def _traced_shape(shape: _Shape, units: int, gpus: int, cluster: Cluster) -> Lay
         schedule=_recipe.config.parallel.pipeline_schedule,
         checkpointing=shape.checkpointing,
     )
-    subject = engine.subject_of(replace(_recipe, config=_resolved(candidate, layout.world_size, cluster)))
+    subject = engine.subject_of(
+        replace(_recipe, config=_resolved(candidate, layout.world_size, cluster)), accelerated=True
+    )
     runs = [_Cut(run.blocks, run.period) for run in runs_of(subject.model)]
     return engine.figures_of(replace(subject, model=shortened(subject.model, runs, [units] * len(runs))))
 

@@ -13,6 +13,7 @@ from danling_conf.cli.pages.style import COLOURS
 _WIDTH = 1120.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 30.0, 20.0, 30.0
 _ROW, _AREA = 30.0, 260.0
+_FAR = 3.0
 Stack = Mapping[str, float]
 """Parts of a whole, by name."""
 
@@ -59,10 +60,13 @@ def stacked_area(
     limit_name: str,
     value_format: Callable[[float], str],
 ) -> Html:
-    """Parts of a whole at moments in their order, stacked, and a line where the limit is."""
+    """Parts of a whole at moments in their order, stacked, and a line where the limit is, unless it is far above."""
     names = _names(stack for _, stack in moments)
     height, bottom = _AREA + _BOTTOM, _AREA
-    most = max([limit, *(sum(stack.values()) for _, stack in moments)])
+    most = max(sum(stack.values()) for _, stack in moments)
+    # A limit far above would leave nothing to see below it.
+    limited = limit < _FAR * most
+    most = max(most, limit) if limited else most
     y = Scale(0.0, 1.04 * most, bottom, _TOP)
     width = (_WIDTH - _LEFT - _RIGHT) / max(1, len(moments))
     body = []
@@ -88,7 +92,8 @@ def stacked_area(
             f'height="{bottom - _TOP}" data-tip="{words}"><title>{words}</title></rect>'
         )
     body.append(f'<line class="base" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-    body.append(_limit(_LEFT, _WIDTH - _RIGHT, y(limit), y(limit), f"{limit_name}: {value_format(limit)}"))
+    if limited:
+        body.append(_limit(_LEFT, _WIDTH - _RIGHT, y(limit), y(limit), f"{limit_name}: {value_format(limit)}"))
     body.append(axis_label((_LEFT + _WIDTH - _RIGHT) / 2, height - 8, "moments of a step, in order", "middle"))
     return figure(title, names, svg(body, title, height, "", _WIDTH), wide=True)
 
@@ -96,7 +101,7 @@ def stacked_area(
 def _names(stacks: Iterable[Stack]) -> list[str]:
     found: dict[str, None] = {}
     for stack in stacks:
-        found |= dict.fromkeys(name for name, value in stack.items() if value > 0)
+        found |= dict.fromkeys(stack)
     return list(found)
 
 
