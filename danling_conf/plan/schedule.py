@@ -69,9 +69,10 @@ def in_order(
 
 
 def _frees_gradients(reduction: _Span | None) -> bool:
+    """Whether a reduction leaves a share of the gradients: half at most, where there are several ranks."""
     if reduction is None:
         return False
-    return reduction.regions[-1][1].level.get(GRADIENTS, 0) < reduction.before.get(GRADIENTS, 0)
+    return reduction.regions[-1][1].level.get(GRADIENTS, 0) < 0.75 * reduction.before.get(GRADIENTS, 0)
 
 
 def _spans(trace: Trace) -> dict[str, _Span]:

@@ -290,10 +290,10 @@ class OneRank:
             stage.backward_maybe_with_nosync("weight", given)
             ledger.boundary()
         later.clear()
+        del back
         ledger.action = f"{index}R"
         ledger.turn(f"reduction{place}")
         stage.perform_reduce_grad(1)
-        del back
 
     def _received(self, region: str) -> Tensor:
         assert self.sent is not None  # ranks are traced from the first stage on
