@@ -40,9 +40,11 @@ docs: $(VENV)/installed
 parity: $(VENV)/installed
 	$(VENV)/bin/python -m tests.distributed.matrix --random 6
 
-# Kills 240 runs while they save, and says in which phase; `make test` has a short form of it.
+# Kills 240 runs while they save, and says in which phase; then ranks of replica groups 30 times, in three runs. `make
+# test` has a short form of both.
 crash: $(VENV)/installed
 	$(VENV)/bin/python -m tests.crash.run
+	$(VENV)/bin/python -m tests.crash.group_killing
 
 # What is promised of accelerators, on one card in eight minutes, with this machine's own torch and the packages that
 # pyproject.toml requires. `$(PYTHON) -m tests.gpu --device cpu --size tiny` tries the script where there is none.

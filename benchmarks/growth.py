@@ -216,7 +216,7 @@ def runs(count: int, folder: Path) -> Times:
     return cpu(lambda: show_runs(str(folder))), None
 
 
-@row("report", (10**4, 3 * 10**4, 10**5), "lines of metrics", wanted="linear")
+@row("report", (10**4, 3 * 10**4, 10**5), "lines of metrics", wanted="linear, memory flat")
 def report_page(count: int, folder: Path) -> Times:
     from danling_conf.cli.report import report
 
@@ -245,14 +245,18 @@ def check_sweep(count: int, folder: Path) -> Times:
 def save_file(size: int, folder: Path) -> Times:
     import torch
 
-    from danling_conf.checkpoint import durable, writing
+    from danling_conf.checkpoint import writing
+    from danling_conf.checkpoint.folder import Folder
+    from danling_conf.checkpoint.manifest import Manifest
 
     tensors = {f"{number}": torch.ones(1 << 20) for number in range(size // 4)}
+    facts = Manifest(step=1, epoch=0, saved="2026-01-01T00:00:00+00:00", backend="file", layout="single", degrees={},
+                     fsdp=False, history=True, optimizer="AdamW", files={})  # fmt: skip
+    snapshot = writing.Snapshot(name="ckpt-s00000001", tensors=tensors, shared=b"", own=b"", facts=facts, best=False)
+    writer = writing.Writer(Folder(folder), rank=0, world_size=1, group=None, keep=0)
 
     def ours() -> None:
-        with durable.create(folder / "ours.pt") as file:
-            writing.save_tensors(tensors, file)
-        durable.sync(folder / "ours.pt")
+        writer.write_checkpoint(snapshot)
 
     def by_hand() -> None:
         with open(folder / "theirs.pt", "wb") as file:

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
+from torch.utils import checkpoint
 
 # Trees of tensors, and the hook into the dispatcher; neither module is documented. Without them batches cannot be moved
 # or cut, and nothing records what the constructor of a model on the meta device does.
@@ -54,7 +55,10 @@ __all__ = [
     "forget_compiled_code",
     "forget_meshes",
     "gather_in_methods",
+    "has_hooks",
+    "hooks_of",
     "is_fake",
+    "is_gathering_input",
     "is_operator",
     "is_view",
     "keep_for_backward",
@@ -70,6 +74,7 @@ __all__ = [
     "real_tensors",
     "record_collectives",
     "record_memory_history",
+    "reentrant_checkpoints",
     "replicate",
     "reset_data_parallel",
     "reset_fully_sharded",
@@ -369,6 +374,12 @@ def gather_in_methods(module: Any, enter: Callable[[], None]) -> None:
         setattr(module, name, whole_in(getattr(module, name)))
 
 
+def is_gathering_input(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what FSDP2 has made of a module's input, which torch lets nobody change in place. Without
+    this class's name, that is torch's own error."""
+    return type(tensor.grad_fn).__name__ == "RegisterPostBackwardFunctionBackward"
+
+
 def _in_forward(state: Any) -> bool:
     return state._is_root is False and state._state_ctx.iter_forward_root is not None
 
@@ -560,7 +571,13 @@ def fake_tensors() -> AbstractContextManager[object]:
     of several ranks can be built other than on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    class OneMode(FakeTensorMode):
+        # A copied tensor copies its mode, and that copy frees weak references of storages which are not its own:
+        # a crash, at whatever collection of garbage comes next.
+        def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensorMode:
+            return self
+
+    return OneMode(allow_non_fake_inputs=True)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -596,6 +613,19 @@ def truncated_normal(call: Callable[..., torch.Tensor]) -> Iterator[None]:
         nn.init._no_grad_trunc_normal_ = original
 
 
+def has_hooks(parameter: torch.Tensor) -> bool:
+    """Whether a function is to be called with the gradient of a parameter. Without these attributes no model can be
+    built for several ranks."""
+    return bool(parameter._backward_hooks) or bool(parameter._post_accumulate_grad_hooks)
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """What is called around a module's forward and backward. Without these attributes no model can be cut for a
+    pipeline."""
+    registered = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return [hook for hooks in registered for hook in hooks.values()]
+
+
 def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
     """What was set on a tensor by attribute; of a fake one, without what makes it fake."""
     found = vars(tensor)
@@ -622,6 +652,24 @@ def quiet_fake_tensors() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def reentrant_checkpoints(called: Callable[[], object]) -> Iterator[None]:
+    """Call `called` in place of what `torch.utils.checkpoint` does with `use_reentrant=True`. Without
+    `CheckpointFunction`, no model can be tried for a pipeline."""
+
+    class Called:
+        @staticmethod
+        def apply(*_: object) -> object:
+            return called()
+
+    original = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = Called  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
 # Schedulers, loaders, memory.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -42,6 +41,7 @@ from danling_conf.checkpoint.writing import SHARED, rank_file
 from danling_conf.parallel.waiting import waiting
 from danling_conf.schema.checkpoint import LOADED_PARTS, CheckpointConfig, excluded
 from danling_conf.schema.layout import Layout
+from danling_conf.schema.nearest import nearest
 from danling_conf.topology.layout import data_rank
 from danling_conf.topology.violation import SettingError
 
@@ -307,8 +307,8 @@ class Loader:
             found = any(name == key or name.startswith(f"{key}.") for name in names)
             if found or key.split(".")[0] not in ("model", "optimizer"):
                 continue
-            near = get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else "name a part of the model as its state calls it"
+            near = nearest(key, names)
+            hint = f"did you mean {near}?" if near else "name a part of the model as its state calls it"
             rule = "the checkpoint holds nothing of that name"
             raise SettingError("checkpoint.exclude_from_loading", key, rule, hint)
 

@@ -45,6 +45,9 @@ class CheckpointManager:
         allow_degree_change: whether checkpoints of other layouts may be loaded.
         check_token, token: see `Folder`.
         on_node: see `Loader`.
+        whole: whether rank 0 has all tensors of a save, whole.
+        groups: index of this replica group, number of them, and how often this one was started by a command that
+            starts them all; 0 where it is a run of its own.
 
     Attributes:
         enabled: whether checkpoints are written.
@@ -65,13 +68,22 @@ class CheckpointManager:
         check_token: Callable[[], None] = lambda: None,
         token: str = "",
         on_node: tuple[int, int] = (0, 1),
+        whole: bool = False,
+        groups: tuple[int, int, int] = (0, 1, 0),
     ) -> None:
         self.section, self.enabled = section, not section.load_only
         self.rank, self.layout, self.layout_name = rank, layout, layout_name
-        self.folder = Folder(run / section.dir_name, check_token, token)
+        self._group, self._groups, starts = groups
+        # A name of its own for what each group has not finished: the ranks of a dead one may still write.
+        mark = f"{token}-{self._group}-{starts}" if starts and token else token
+        self.folder = Folder(run / section.dir_name, check_token, mark)
         several = layout.world_size > 1
-        self.backend = section.backend if section.backend != "auto" else "dcp" if several else "file"
-        self.replica = ReplicaFolder(section, self.folder.path, rank) if self._keeps_replicas else None
+        self.backend = section.backend if section.backend != "auto" else "dcp" if several and not whole else "file"
+        self.replica = (
+            ReplicaFolder(section, self.folder.path, rank, self._group if self._groups > 1 else None)
+            if self._keeps_replicas
+            else None
+        )
         self.mode = async_mode(section)
         # Two threads must not share a process group: a collective of the save on one rank would be matched with one of
         # training on another.
@@ -90,7 +102,9 @@ class CheckpointManager:
             on_node=on_node,
         )
         self.unfinished: list[str] = []
-        if self.enabled and rank == 0 and self.folder.path.is_dir():
+        # Not where another group may be saving.
+        first = self._group == 0 and starts <= 1 if starts else True
+        if self.enabled and rank == 0 and first and self.folder.path.is_dir():
             self.unfinished = self.folder.repair()
 
     @property
@@ -163,6 +177,19 @@ class CheckpointManager:
             durable.enter(durable.IDLE)
         return self.folder.path / name
 
+    def save_place(self, own: dict[str, Any], *, step: int, epoch: int, between_epochs: bool = False) -> None:
+        """Save what is this replica's own of a checkpoint that another replica group writes. Raises SaveFailed."""
+        if self.enabled and self.replica is not None:
+            self._write_place(self.replica, name_of(step, epoch if between_epochs else None), _bytes(own["loader"]))
+            self.replica.prune({path.name for path in self.folder.path.glob("ckpt-*")}, newest=2)
+
+    @staticmethod
+    def _write_place(replica: ReplicaFolder, name: str, content: bytes) -> None:
+        try:
+            replica.write(name, content)
+        except OSError as error:
+            raise SaveFailed(f"{replica.path}: the loader's state could not be written: {error}") from error
+
     def export(self, *, parts: Sequence[nn.Module], optimizer: Optimizer, step: int, epoch: int) -> Path:
         """Write the model alone, as `checkpoint.export_dtype` says, to `export`. Raises SaveFailed, on every rank."""
         self._wait_for_previous(EXPORT)
@@ -232,10 +259,7 @@ class CheckpointManager:
 
     def _write(self, writer: Writer, snapshot: Snapshot, replica: bytes | None) -> None:
         if self.replica is not None and replica is not None:
-            try:
-                self.replica.write(snapshot.name, replica)
-            except OSError as error:
-                raise SaveFailed(f"{self.replica.path}: the loader's state could not be written: {error}") from error
+            self._write_place(self.replica, snapshot.name, replica)
         writer.write_checkpoint(snapshot)
         if self.replica is not None:
             self.replica.prune({path.name for path in self.folder.path.glob("ckpt-*")})
@@ -276,6 +300,8 @@ class CheckpointManager:
             fsdp=self.layout.fsdp,
             history=history,
             optimizer=class_of(optimizer),
+            groups=self._groups,
+            group=self._group,
         )
 
 

@@ -51,6 +51,10 @@ class Manifest:
     """Whether to keep it when `latest` and `best` have moved on."""
     optimizer: str
     """Class of the optimizer."""
+    groups: int = 1
+    """Replica groups that trained; one of them wrote the checkpoint."""
+    group: int = 0
+    """Which one."""
     files: Mapping[str, Sum] = field(default_factory=dict)
     """Size and checksum of every other file of the checkpoint, by name."""
 
@@ -58,6 +62,11 @@ class Manifest:
     def made_under(self) -> Layout:
         """The layout it was written under."""
         return Layout(**self.degrees, fsdp=self.fsdp)
+
+    @property
+    def data_degree(self) -> int:
+        """How many data ranks there were, of all replica groups."""
+        return self.made_under.data_degree * self.groups
 
     @property
     def time(self) -> datetime:
@@ -101,7 +110,9 @@ def read(folder: Path, name: str = FACTS) -> Manifest:
         raise Broken(f"{path}: it cannot be read: its format is {made_by}, and this version reads {FORMAT}")
     try:
         content["files"] = {name: Sum(**item) for name, item in content["files"].items()}
-        found = Manifest(**{item.name: content[item.name] for item in fields(Manifest)})
+        # Those of earlier versions say nothing of replica groups.
+        known = {"groups": 1, "group": 0, **content}
+        found = Manifest(**{item.name: known[item.name] for item in fields(Manifest)})
         _check_types(found)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise Broken(f"{path}: it cannot be read: {type(error).__name__}: {error}") from error
@@ -114,7 +125,7 @@ def read(folder: Path, name: str = FACTS) -> Manifest:
 
 def _check_types(found: Manifest) -> None:
     """Raises ValueError or TypeError where a fact is not what the field says: a fitting checksum does not tell."""
-    counts = [found.step, found.epoch, *found.degrees.values()]
+    counts = [found.step, found.epoch, found.groups, found.group, *found.degrees.values()]
     for item in found.files.values():
         counts += [item.size, item.crc32]
     wrong: list[Any] = [item for item in counts if type(item) is not int or item < 0]

@@ -22,11 +22,15 @@ VARIABLE = "FT_REPLICA_ID"
 class ReplicaFolder:
     """The dataloader states of the replica that this rank belongs to.
 
-    `checkpoint.ft_replica_id` names the replica, else the environment variable FT_REPLICA_ID, else it is the rank.
+    `checkpoint.ft_replica_id` names the replica, else the environment variable FT_REPLICA_ID, else it is the replica
+    group, and without those the rank. With replica groups a name is followed by the group's number.
     """
 
-    def __init__(self, section: CheckpointConfig, folder: Path, rank: int) -> None:
-        self.replica = section.ft_replica_id or os.environ.get(VARIABLE) or str(rank)
+    def __init__(self, section: CheckpointConfig, folder: Path, rank: int, group: int | None = None) -> None:
+        named = section.ft_replica_id or os.environ.get(VARIABLE)
+        self.replica = named or str(rank if group is None else group)
+        if named and group is not None:
+            self.replica = f"{named}-{group}"  # one setting for all groups of a command
         self.path = folder / f"{section.ft_dataloader_checkpoint_prefix}-{self.replica}"
         self._suffix = f".rank-{rank}"
 
@@ -58,9 +62,11 @@ class ReplicaFolder:
             raise Broken(f"{data}: it cannot be read: its checksum differs")
         return data
 
-    def prune(self, checkpoints: set[str]) -> None:
-        """Remove the states of checkpoints that are gone. Raises OSError."""
-        for facts in self.path.glob(f"*{self._suffix}.json"):
+    def prune(self, checkpoints: set[str], newest: int = 0) -> None:
+        """Remove the states of checkpoints that are gone, but for the `newest` so many, whose checkpoints another
+        replica group may still be writing. Raises OSError."""
+        written = sorted(self.path.glob(f"*{self._suffix}.json"), key=lambda path: path.stat().st_mtime)
+        for facts in written[: len(written) - newest]:
             name = facts.name.removesuffix(f"{self._suffix}.json")
             if name not in checkpoints:
                 facts.unlink()

@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from danling_conf.cli.inspect_app import inspect_app
 from danling_conf.config.check import compose_or_refuse, warnings_of
 from danling_conf.config.hydra_adapter import ConfigSearch, composer, overrides_of
+from danling_conf.config.hydra_directories import run_directory_faults
 from danling_conf.config.identity import config_id, difference_from_defaults, job_id
 from danling_conf.config.job import check_launcher
 from danling_conf.groups.layout_names import name_of
@@ -55,7 +56,13 @@ def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[st
         capacity = request.capacity or _nodes_of
         # Hydra's own overrides belong to the sweep's configuration, all others to its only job.
         given = overrides_of(master, "task")
-        job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
+        faults = run_directory_faults(master)
+        try:
+            job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
+        except ConfigRefused as refusal:
+            raise ConfigRefused([*faults, *refusal.violations]) from refusal
+        if faults:
+            raise ConfigRefused(faults)
     config, layout = job.config, job.layout
     changed = [f"  {path}={show(value)}" for path, value in difference_from_defaults(config).items()]
     processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
@@ -73,8 +80,7 @@ def _check_sweep(request: _Request, app: App, search: ConfigSearch, overrides: l
     with composer(search) as composing:
         given = [*overrides, *launcher_override(composing, overrides)]
         master = compose_or_refuse(composing, given, multirun=True)
-        if any(item.lstrip("+").startswith("hydra.sweep.dir=") for item in overrides):
-            check_directory(composing, given)
+        check_directory(composing, given)
         try:
             jobs = composing.sweep_jobs(master)
         except HydraException as error:

@@ -16,7 +16,7 @@ from danling_conf.config.identity import flatten, plain
 from danling_conf.config.typed import setting_paths
 from danling_conf.groups.layout_names import EXAMPLES, GRAMMAR, LayoutNameError, parse_layout
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
-from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, LAYOUTS, layout_settings
+from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, LAYOUTS, SUBMITIT, layout_settings
 from danling_conf.launch.app import App
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.docs import Described, describe, field_docs
@@ -27,6 +27,7 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, sh
 _MISSING = object()
 _WIDTH = 100
 _LAUNCHER_SECTION = "hydra.launcher"
+_LAUNCHERS = {**LAUNCHERS, **SUBMITIT}
 
 
 def explain(key: str, script: str | None, overrides: list[str]) -> list[str]:
@@ -219,28 +220,31 @@ def _explain_launcher(key: str) -> list[str]:
     """Lines that explain a launcher or one of its settings. Raises ConfigRefused for any other key."""
     group, equals, name = key.partition("=")
     if equals and group == LAUNCHER_GROUP:
-        if name not in LAUNCHERS:
-            near = nearest(name, LAUNCHERS)
-            fix = f"did you mean {LAUNCHER_GROUP}={near}?" if near else f"choose among {', '.join(LAUNCHERS)}"
+        if name not in _LAUNCHERS:
+            near = nearest(name, _LAUNCHERS)
+            fix = f"did you mean {LAUNCHER_GROUP}={near}?" if near else f"choose among {', '.join(_LAUNCHERS)}"
             raise ConfigRefused([Violation(LAUNCHER_GROUP, name, "there is no such launcher of ours", fix)])
         return _launcher(name)
     if key in (LAUNCHER_GROUP, _LAUNCHER_SECTION):
         lines = [f"launchers ({LAUNCHER_GROUP}=NAME)"]
-        for other, kind in LAUNCHERS.items():
+        for other, kind in _LAUNCHERS.items():
             lines += [f"  {other}", *_paragraph(kind.__doc__ or "", indent=4)]
         return [*lines, f"  settings of each: danling-conf explain {LAUNCHER_GROUP}=NAME"]
     setting = key.removeprefix(f"{_LAUNCHER_SECTION}.")
     lines = []
     if setting != key:
-        for name, kind in LAUNCHERS.items():
+        for name, kind in _LAUNCHERS.items():
             found = describe(kind, setting)
             if found is not None:
-                # Settings that both launchers have are shown once.
+                # A setting that several launchers have is shown once.
                 lines = lines or _setting_lines(replace(found, path=key))
                 lines.append(f"  of       {LAUNCHER_GROUP}={name}")
     if lines:
         return lines
-    known = sorted({f"{_LAUNCHER_SECTION}.{item}" for kind in LAUNCHERS.values() for item in _launcher_settings(kind)})
+    if key.startswith("hydra.") and not key.startswith(f"{_LAUNCHER_SECTION}."):
+        fix = "see --hydra-help, and docs/existing_app.md for what each does under danling_conf.main"
+        raise ConfigRefused([Violation(key, ABSENT, "it is a setting of Hydra's own", fix)])
+    known = sorted({f"{_LAUNCHER_SECTION}.{item}" for kind in _LAUNCHERS.values() for item in _launcher_settings(kind)})
     near = nearest(key, known)
     fix = (
         f"did you mean {near}?"
@@ -251,7 +255,7 @@ def _explain_launcher(key: str) -> list[str]:
 
 
 def _launcher(name: str) -> list[str]:
-    kind = LAUNCHERS[name]
+    kind = _LAUNCHERS[name]
     lines = [f"{LAUNCHER_GROUP}={name}", *_paragraph(kind.__doc__ or ""), "  settings:"]
     docs = field_docs(kind)
     for item in _launcher_settings(kind):
@@ -286,8 +290,6 @@ def _setting_lines(found: Described) -> list[str]:
     if facts.aliases:
         lines.append("  aliases  " + ", ".join(f"{alias} = {name}" for alias, name in facts.aliases.items()))
     lines.append(f"  read by  {found.read_by}")
-    if facts.pending:
-        lines.append(f"  note     no effect yet: {facts.pending} is not implemented")
     return lines
 
 

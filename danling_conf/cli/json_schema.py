@@ -11,7 +11,6 @@ import json
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +27,7 @@ from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, LAYOUTS
 from danling_conf.launch.app import App
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.docs import field_docs
+from danling_conf.schema.nearest import nearest
 from danling_conf.schema.setting import Facts, facts_of
 from danling_conf.schema.torch_options import OPTIMIZERS, SCHEDULERS, Entry
 from danling_conf.topology.violation import ConfigRefused, Violation
@@ -113,8 +113,8 @@ def _of_section(section: str, kind: type, root: Schema) -> Schema:
     """The schema of a file in a section's group. Raises ConfigRefused."""
     names = [item.name for item in fields(kind) if section_type(item) is not None]
     if section not in names:
-        near = get_close_matches(section, names, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"choose among {', '.join(names)}"
+        near = nearest(section, names)
+        fix = f"did you mean {near}?" if near else f"choose among {', '.join(names)}"
         raise ConfigRefused([Violation("--section", section, "there is no such section", fix)])
     properties: Schema = root["properties"]
     found: Schema = dict(properties[section]["anyOf"][0])

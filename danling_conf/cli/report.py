@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -30,8 +29,11 @@ from danling_conf.cli.pages.page import (
 from danling_conf.cli.pages.scales import short
 from danling_conf.records.attempts import AttemptFacts, attempts_of
 from danling_conf.records.find import runs_or_refuse
-from danling_conf.records.metrics import goodput, read_metrics, series
+from danling_conf.records.history import History, read_history
+from danling_conf.records.membership import GONE, Event, changes_of, members_of
+from danling_conf.records.metrics import goodput
 from danling_conf.records.reading import read_fields
+from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.status import Status
 from danling_conf.schema.files import RUN_FILE
 from danling_conf.sweep.ends import standing_of
@@ -63,7 +65,7 @@ def write_report(directory: str, html: str) -> list[str]:
 def report(run: Path) -> str:
     """The page of a run, as HTML."""
     state = standing_of(run)
-    history, attempts = read_metrics(run), attempts_of(run, state)
+    history, attempts = read_history(run), attempts_of(run, state)
     newest = attempts[-1] if attempts else None
     made = read_fields(run / RUN_FILE, "config_id", "created")
     heading = Html(
@@ -75,6 +77,7 @@ def report(run: Path) -> str:
         _curves(history),
         _speed(history),
         _attempts(attempts, run),
+        _groups(newest_attempt(run)),
         _checkpoints(run),
         _configuration(newest),
         _environment(newest),
@@ -82,54 +85,51 @@ def report(run: Path) -> str:
     return page(f"Run {run.name}", [item for item in sections if item], subtitle=heading)
 
 
-def _overview(run: Path, history: list[dict[str, Any]], attempts: Sequence[AttemptFacts]) -> Html:
-    last = history[-1] if history else {}
+def _overview(run: Path, history: History, attempts: Sequence[AttemptFacts]) -> Html:
+    last, curves = history.last, history.curves
     items: list[tuple[str, object, object]] = [("step", last.get("step"), f"epoch {last.get('epoch', 0)}")]
     scored = next((item.score for item in reversed(attempts) if item.score is not None), None)
     if scored is not None:
         items.append(("best score", f"{scored:.6g}", ""))
     for key, label in (("train.loss", "train loss"), ("val.loss", "val loss")):
-        found = series(history, key)
-        if found:
-            least = min(found, key=lambda point: point[1])
-            items.append((label, f"{found[-1][1]:.5g}", f"lowest {least[1]:.5g} at step {least[0]}"))
-    unit = "tokens" if series(history, "train.tokens_per_second") else "samples"
-    speed = series(history, f"train.{unit}_per_second")
-    if speed:
-        middle = sorted(value for _, value in speed)[len(speed) // 2]
-        items.append(("throughput", f"{short(middle)}/s", f"{unit}, the median"))
-    memory = series(history, "memory.peak_bytes")
-    if memory:
-        items.append(("peak memory", readable_size(max(value for _, value in memory)), "of the fullest rank"))
+        if key in curves:
+            step, least = curves[key].least
+            items.append((label, f"{curves[key].last:.5g}", f"lowest {least:.5g} at step {step}"))
+    unit = "tokens" if "train.tokens_per_second" in curves else "samples"
+    speed = curves.get(f"train.{unit}_per_second")
+    if speed is not None:
+        items.append(("throughput", f"{short(speed.median)}/s", f"{unit}, the median"))
+    if "memory.peak_bytes" in curves:
+        items.append(("peak memory", readable_size(curves["memory.peak_bytes"].most), "of the fullest rank"))
     share = goodput(run)
     if share is not None:
         items.append(("goodput", f"{100 * share:.1f} %", "of wall time in steps that count"))
     wall = sum(each.end - each.begin for each in attempts)
     count = len(attempts)
     items.append(("wall time", duration(wall), f"{count} attempt{'' if count == 1 else 's'}"))
-    bad = max((value for _, value in series(history, "train.nonfinite_steps")), default=0)
+    bad = curves["train.nonfinite_steps"].most if "train.nonfinite_steps" in curves else 0
     if bad:
         items.append(("not finite", f"{bad:.0f}", "steps of an attempt"))
     return section("Overview", tiles(items))
 
 
-def _curves(history: list[dict[str, Any]]) -> Html:
-    keys = sorted({key for line in history for key in line if key.partition(".")[0] not in _OTHERS and "." in key})
+def _curves(history: History) -> Html:
+    keys = sorted(key for key in history.curves if key.partition(".")[0] not in _OTHERS and "." in key)
     of_losses = dict.fromkeys(("train.loss", *(key for key in keys if key.endswith(".loss"))))
-    losses = [Series(key, series(history, key)) for key in of_losses]
+    losses = [Series(key, history.points(key)) for key in of_losses]
     values = [value for each in losses for _, value in each.points]
     log = bool(values) and min(values) > 0 and max(values) / min(values) > LOSS_RATIO
     charts = [
         line_chart(losses, title="Loss", log_y=log),
-        line_chart([Series("train.lr", series(history, "train.lr"))], title="Learning rate", zero=True),
+        line_chart([Series("train.lr", history.points("train.lr"))], title="Learning rate", zero=True),
     ]
-    norm = series(history, "train.grad_norm")
+    norm = history.points("train.grad_norm")
     if norm:
         charts.append(line_chart([Series("train.grad_norm", norm)], title="Gradient norm", zero=True))
     names = sorted({key.partition(".")[2] for key in keys if not key.endswith(".loss") and not _of_training(key)})
     for name in names:
         of_splits = [key for key in keys if key.partition(".")[2] == name and not _of_training(key)]
-        charts.append(line_chart([Series(key, series(history, key)) for key in of_splits], title=name.capitalize()))
+        charts.append(line_chart([Series(key, history.points(key)) for key in of_splits], title=name.capitalize()))
     return section("Training", *charts, columns=2)
 
 
@@ -140,9 +140,9 @@ def _of_training(key: str) -> bool:
     return key.startswith("train.")
 
 
-def _speed(history: list[dict[str, Any]]) -> Html:
-    unit = "tokens" if series(history, "train.tokens_per_second") else "samples"
-    speed = series(history, f"train.{unit}_per_second")
+def _speed(history: History) -> Html:
+    unit = "tokens" if "train.tokens_per_second" in history.curves else "samples"
+    speed = history.points(f"train.{unit}_per_second")
     if not speed:
         return Html("")
     parts = [
@@ -150,24 +150,24 @@ def _speed(history: list[dict[str, Any]]) -> Html:
         Series("data", _milliseconds(history, "train.data_seconds")),
         Series("compute and communication", _milliseconds(history, "train.compute_seconds")),
     ]
-    ranks = sorted({key for line in history for key in line if key.startswith("memory.peak_bytes.rank-")})
-    ranks = sorted(ranks, key=lambda key: int(key.rpartition("-")[2]))
-    memory = [Series(key.rpartition(".")[2], series(history, key)) for key in ranks[:8]]
-    memory = memory or [Series("peak", series(history, "memory.peak_bytes"))]
+    ranks = [key for key in history.curves if key.startswith("memory.peak_bytes.rank-")]
+    ranks.sort(key=lambda key: int(key.rpartition("-")[2]))
+    memory = [Series(key.rpartition(".")[2], history.points(key)) for key in ranks[:8]]
+    memory = memory or [Series("peak", history.points("memory.peak_bytes"))]
     charts = [
         line_chart([Series(unit, speed)], title=f"Throughput, {unit} per second", zero=True),
         line_chart(parts, title="Time of a step, ms", zero=True),
         line_chart(memory, title="Peak memory", zero=True, y_format=readable_size),
     ]
-    used = series(history, "train.mfu")
+    used = history.points("train.mfu")
     if used:
         shares = [Series("MFU", [(step, 100 * value) for step, value in used])]
         charts.append(line_chart(shares, title="Model FLOPs utilisation, %", zero=True))
     return section("Speed and memory", *charts, columns=2)
 
 
-def _milliseconds(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(step, 1000 * value) for step, value in series(history, key)]
+def _milliseconds(history: History, key: str) -> list[tuple[float, float]]:
+    return [(step, 1000 * value) for step, value in history.points(key)]
 
 
 def _attempts(attempts: Sequence[AttemptFacts], run: Path) -> Html:
@@ -203,6 +203,39 @@ def _attempts(attempts: Sequence[AttemptFacts], run: Path) -> Html:
         numeric=(0, 2, 6),
     )
     return section("Attempts", chart, Html('<div style="height:12px"></div>'), listed)
+
+
+def _groups(attempt: Path | None) -> Html:
+    """The replica groups of an attempt on its time line: from when to when each took part."""
+    changes = [] if attempt is None else changes_of(attempt)
+    if not changes:
+        return Html("")
+    begin, end = changes[0].time, changes[-1].time
+    rows = []
+    for member in members_of(changes):
+        bars, since, starting = [], None, False
+        for item in [each for each in changes if each.group == member.group]:
+            if item.event in (Event.STARTED, Event.JOINED, *GONE) and since is not None:
+                words = f"group {member.group}: {'starting' if starting else 'takes part'} until {clock(item.time)}"
+                bars.append(Bar(since - begin, item.time - begin, words, "busy" if starting else "s0"))
+                since = None
+            if item.event in (Event.STARTED, Event.JOINED):
+                since, starting = item.time, item.event is Event.STARTED
+        if since is not None:
+            words = f"group {member.group}: {member.state}"
+            bars.append(Bar(since - begin, end - begin, words, "busy" if starting else "s0"))
+        rows.append((f"group {member.group}", bars))
+    chart = timeline(rows, title="Replica groups: when each took part", x_format=duration)
+    listed = table(
+        ["time", "group", "", "step", "why"],
+        [
+            [clock(item.time), item.group, str(item.event), item.step, item.why[:120]]
+            for item in changes
+            if item.event is not Event.LEFT
+        ],
+        numeric=(1, 3),
+    )
+    return section("Replica groups", chart, folded("every change", listed))
 
 
 def _checkpoints(run: Path) -> Html:

@@ -14,7 +14,7 @@ from danling_conf.cli.pages.parallel import Axis, parallel_coordinates
 from danling_conf.cli.pages.style import COLOURS
 from danling_conf.cli.report import clock, duration
 from danling_conf.cli.runs import Seen, look
-from danling_conf.records.metrics import read_metrics, series
+from danling_conf.records.history import History, read_history
 from danling_conf.records.status import Status
 from danling_conf.sweep.rows import Row, set_swept
 from danling_conf.sweep.table import count_states, step_of, value_of
@@ -47,7 +47,7 @@ def write_page(directory: str, html: str) -> str:
 
 def page_of(seen: Seen) -> str:
     """The page, as HTML: a part for each sweep and each metric, since neither settings nor scores compare across."""
-    histories = {str(row.run): read_metrics(row.run) for row in seen.rows if row.run is not None}
+    histories = {str(row.run): read_history(row.run) for row in seen.rows if row.run is not None}
     parts = _parts(seen, histories)
     sections = [] if len(parts) == 1 else [_contents(parts)]
     for part in parts:
@@ -75,10 +75,10 @@ class _Part:
         return f"{self.name}: {words[0].lower()}{words[1:]}" if self.name else words
 
 
-def _parts(seen: Seen, histories: Mapping[str, list[dict[str, Any]]]) -> list[_Part]:
+def _parts(seen: Seen, histories: Mapping[str, History]) -> list[_Part]:
     found: dict[tuple[Path | None, str], list[Row]] = {}
     for row in seen.rows:
-        found.setdefault((row.sweep, _metric(row, histories.get(str(row.run), []))), []).append(row)
+        found.setdefault((row.sweep, _metric(row, histories.get(str(row.run)))), []).append(row)
     _join_unscored(found)
     several_metrics = len({metric for _, metric in found}) > 1
     places: dict[Path | None, int] = {sweep.path: place for place, sweep in enumerate(seen.sweeps)}
@@ -115,13 +115,15 @@ def _varying(rows: Sequence[Row], sweep: Path | None) -> list[str]:
     return kept
 
 
-def _metric(row: Row, history: Sequence[Mapping[str, Any]]) -> str:
+def _metric(row: Row, history: History | None) -> str:
     """The metric of a row's score: `val.accuracy`; without the split where nothing says which it was."""
     name, split = str(row.config.get("score_name") or "loss"), row.config.get("score_split")
-    keys = dict.fromkeys(key for line in history for key in line if key.partition(".")[2] == name)
+    curves = {} if history is None else history.curves
+    keys = [key for key in curves if key.partition(".")[2] == name]
     if f"{split}.{name}" in keys:
         return f"{split}.{name}"
-    scored = [key for key in keys if any(line.get(key) == row.score for line in history)]
+    # The best value of a metric is one of its extremes, which a curve keeps.
+    scored = [key for key in keys if any(value == row.score for _, value in curves[key].points)]
     held_out = [key for key in scored if not key.startswith("train")]
     return next(iter([*held_out, *scored]), name)
 
@@ -187,16 +189,16 @@ def _why(row: Row) -> str:
     return "" if row.state == Status.COMPLETED else (row.error or "").partition("\n")[0][:100]
 
 
-def _curves(part: _Part, histories: Mapping[str, list[dict[str, Any]]]) -> Html:
+def _curves(part: _Part, histories: Mapping[str, History]) -> Html:
     """The losses and the metric of the best runs, one chart for each split."""
-    shown = [row for row in part.rows if histories.get(str(row.run))]
+    shown = [row for row in part.rows if str(row.run) in histories and histories[str(row.run)].curves]
     if not shown:
         return Html("")
-    keys = {key for row in shown for line in histories[str(row.run)] for key in line}
+    keys = {key for row in shown for key in histories[str(row.run)].curves}
     keys = {key for key in keys if key.endswith(".loss") or key == part.metric}
     charts = []
     for key in sorted(keys, key=lambda key: (key != "train.loss", key)):
-        lines = [(row, series(histories[str(row.run)], key)) for row in shown]
+        lines = [(row, histories[str(row.run)].points(key)) for row in shown]
         lines = [(row, points) for row, points in lines if points][:_CURVES]
         values = [value for _, points in lines for _, value in points]
         log = bool(values) and min(values) > 0 and max(values) / min(values) > LOSS_RATIO

@@ -16,6 +16,7 @@ from rich.text import Text
 from danling_conf.cli.checkpoints import readable_size
 from danling_conf.cli.report import duration
 from danling_conf.records.find import runs_or_refuse
+from danling_conf.records.membership import Member
 from danling_conf.records.ranks import RankSeen, RunSeen, look_at
 from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.schema.printable import printable
@@ -94,6 +95,8 @@ def view(seen: Sequence[RunSeen]) -> RenderableType:
         parts.append(_heading(each))
         if each.ranks and each.status is Status.RUNNING:
             parts.append(_table(each))
+            if each.groups:
+                parts.append(_groups(each.groups))
             parts.append(_verdict(each))
     return Group(*parts)
 
@@ -121,6 +124,18 @@ def _table(seen: RunSeen) -> Table:
     for rank in seen.missing:
         table.add_row(str(rank), "?", "?", "no heartbeat yet", "", "", "", "", "", "", style="red")
     return table
+
+
+def _groups(members: Sequence[Member]) -> Text:
+    """The quorum of a run's replica groups: who takes part, who is missing, and why."""
+    present = [each for each in members if each.takes_part]
+    line = Text(f"{len(present)} of {len(members)} replica groups take part", style="green")
+    for each in members:
+        if not each.takes_part:
+            why = f", after {printable(each.why.partition(chr(10))[0])}" if each.why else ""
+            ago = duration(max(0.0, time.time() - each.since))
+            line.append(f"\n  group {each.group}: {each.state} for {ago}, start {each.starts}{why}", style="yellow")
+    return line
 
 
 def _row(each: RankSeen, seen: RunSeen) -> list[str]:

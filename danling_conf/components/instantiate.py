@@ -19,6 +19,7 @@ from danling_conf.config.resolve import merge_leaves
 from danling_conf.config.typed import check_declarations
 from danling_conf.schema.open_mapping import plain_values
 from danling_conf.schema.open_sections import open_sections
+from danling_conf.schema.runner import of_python
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError
 
 Section = TypeVar("Section")
@@ -78,8 +79,11 @@ def from_target(section: Mapping[str, Any], where: str) -> Any:
         where: path of the section in the configuration, such as `model`.
 
     Raises:
-        SettingError: the target cannot be imported, or refuses its arguments.
+        SettingError: the target is Python's own, cannot be imported, or refuses its arguments.
     """
+    if module := of_python(section[TARGET]):
+        rule = f"Python's own {module} makes nothing that a run needs"
+        raise SettingError(f"{where}.{TARGET}", section[TARGET], rule, "name a class or a function of a package")
     options: dict[str, Any] = {"_convert_": "all"}
     if "_execution_whitelist_" in inspect.signature(instantiate).parameters:  # Hydra 1.4
         # 1.4 calls only what the caller permits. These are the targets that the user's own configuration names.

@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from danling_conf.config.faults import all_faults, faults_of_sweep, in_files
-from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
+from danling_conf.config.hydra_directories import run_directory_faults
 from danling_conf.config.resolve import declared_kind, given_in, inspect
 from danling_conf.schema import RunnerConfig, notes_of
 from danling_conf.topology.machine import Machine, this_machine
@@ -20,53 +21,37 @@ from danling_conf.topology.rules import Context, ineffective_settings
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 
-class Checker:
-    """Checks the configurations of one composer.
+def check_composed(
+    composed: DictConfig,
+    context: Context,
+    also: Callable[[RunnerConfig | None], list[Violation]] | None = None,
+    *,
+    spent: bool = False,
+) -> RunnerConfig:
+    """Returns the resolved, read-only form of a composed configuration.
 
-    A sweep uses one checker for all of its jobs, so that whatever they share is looked up once.
+    Args:
+        context: further input of the rules, such as the machine.
+        also: finds further faults; its argument is None where settings are missing.
+        spent: whether `composed` may be changed, since the caller does not use it afterwards.
+
+    Raises:
+        ConfigRefused: with all violations.
     """
-
-    def __init__(self, composing: Composer) -> None:
-        self._composing = composing
-        self._shadowed: dict[type[RunnerConfig], list[Violation]] = {}
-
-    def check(
-        self,
-        composed: DictConfig,
-        context: Context,
-        also: Callable[[RunnerConfig | None], list[Violation]] | None = None,
-        *,
-        spent: bool = False,
-    ) -> RunnerConfig:
-        """Returns the resolved, read-only configuration.
-
-        Args:
-            context: further input of the rules, such as the machine.
-            also: finds further faults; its argument is None where settings are missing.
-            spent: whether `composed` may be changed, since the caller does not use it afterwards.
-
-        Raises:
-            ConfigRefused: with all violations.
-        """
-        kind = declared_kind(composed) or RunnerConfig
-        config, found = inspect(composed, kind=kind, context=context, spent=spent)
-        violations = self._shadowed_settings(kind) + found
-        if also is not None:
-            violations += also(config)
-        if violations or config is None:
-            raise ConfigRefused(violations)
-        return config
-
-    def _shadowed_settings(self, kind: type[RunnerConfig]) -> list[Violation]:
-        if kind not in self._shadowed:
-            self._shadowed[kind] = shadowed_settings(self._composing, kind)
-        return list(self._shadowed[kind])
+    kind = declared_kind(composed) or RunnerConfig
+    config, violations = inspect(composed, kind=kind, context=context, spent=spent)
+    if also is not None:
+        violations += also(config)
+    if violations or config is None:
+        raise ConfigRefused(violations)
+    return config
 
 
 def check(composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> RunnerConfig:
     """Check a single run. Raises ConfigRefused with all violations."""
     try:
-        return Checker(composing).check(composed, context_of(overrides))
+        also = run_directory_faults(composed)
+        return check_composed(composed, context_of(overrides), lambda _: also)
     except ConfigRefused as refusal:
         raise ConfigRefused(in_files(composing, overrides, refusal.violations)) from refusal
 

@@ -15,7 +15,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, shadowed_settings
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
 from danling_conf.config.job import PREFIX, launcher_in
 from danling_conf.config.resolve import declared_kind, inspect, merge_leaves
 from danling_conf.config.typed import NO_SUCH_SETTING, setting_paths, unknown_key, wrong_type
@@ -68,12 +68,10 @@ def all_faults(
             return unique([*violations, *broken])
         sound, found = _faults_of_files(composer, command_line.choices)
         if sound is None or not found:
-            hidden = shadowed_settings(composer, RunnerConfig)
-            return _explained_by(hidden, violations) or [_composition_fault(composer, error)]
+            return violations or [_composition_fault(composer, error)]
         config = sound
         violations += found
     kind = declared_kind(config) or RunnerConfig
-    violations = _explained_by(shadowed_settings(composer, kind), violations)
     violations += _faults_of_values(composer, command_line.values, config, kind, {item.path for item in violations})
     faulty = {item.path for item in violations}
     violations += [item for item in _faults_of_settings(config, kind, context, also) if item.path not in faulty]
@@ -190,9 +188,19 @@ def _faults_of_files(composer: Composer, choices: list[str]) -> tuple[DictConfig
         elif node is not None:
             given: Any = OmegaConf.to_container(content)
             given.pop("hydra", None)
+            given = _without_hydra(given)
             found = merge_leaves(node, given, OmegaConf.get_type(node) or RunnerConfig)
             violations += [replace(item, rule=f"{item.rule} (in {source}.yaml)") for item in found]
     return node, violations
+
+
+def _without_hydra(value: Any) -> Any:
+    """Values of files with a text in place of each that refers to Hydra's own settings, which are not there."""
+    if isinstance(value, dict):
+        return {key: _without_hydra(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_hydra(inner) for inner in value]
+    return "hydra" if isinstance(value, str) and "${hydra" in value else value
 
 
 def _faults_of_values(
@@ -221,12 +229,6 @@ def _faults_of_settings(
     if also is not None and resolved is not None:
         found += also(resolved, config)
     return found
-
-
-def _explained_by(hidden: list[Violation], violations: list[Violation]) -> list[Violation]:
-    """Violations of hidden settings replace others with the same path, since they explain them."""
-    paths = {item.path for item in hidden}
-    return [*hidden, *(item for item in violations if item.path not in paths)]
 
 
 def _choice_fault(composer: Composer, override: Override) -> Violation | None:
@@ -404,6 +406,10 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
 
 def _no_such_choice(composer: Composer, group: str, name: str, where: str = "") -> Violation:
     options = composer.options(group)
+    if group in vars(RunnerConfig):  # a setting at the root that is no section: only those have defaults there
+        rule = f"the folder {group}/ among the configs hides the setting of that name{where}"
+        fix = f"choose one of {', '.join(options)}, write '{group}: {name}' in a file, or rename the folder"
+        return Violation(group, name, rule, fix)
     near = nearest(name, options, cutoff=0.6 if group in _OTHERS else 0.5)
     listed = GRAMMAR if group == LAYOUTS else f"{', '.join(options)}{_OTHERS.get(group, '')}"
     fix = f"did you mean {group}={near}? " if near else ""

@@ -12,8 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass
-from dataclasses import fields as fields_of
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from omegaconf.errors import OmegaConfBaseException
 from danling_conf.config.defects import circle_from, defect_of
 from danling_conf.config.typed_text import restore_typed, restore_written, written_in
 from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, SUBMITIT, NameSource
-from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import LONGEST_NAME
 from danling_conf.schema.printable import unprintable
 from danling_conf.schema.setting import OUTPUT_DIRECTORY
@@ -57,14 +55,6 @@ MOST_JOBS = 100_000
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """Errors of composing for a faulty command line or configuration file."""
-
-
-_SHIPPED = {
-    "run.dir": "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}",
-    "sweep.dir": "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}",
-    "sweep.subdir": "${hydra.job.num}",
-}
-"""Hydra's own directories (`hydra/output=default`), in place of which a run and a sweep have ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,36 +513,6 @@ def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     return {**settings, "mode": mode.name, "run": run, "runtime": runtime}
 
 
-def job_directory(composed: DictConfig, attempt: Path) -> Path:
-    """Where a single run is Hydra's job, with `.hydra` and the job's log: `hydra.run.dir` where it is set, else the
-    directory of the attempt."""
-    if _as_shipped(composed, "run.dir"):
-        return attempt
-    return Path(str(composed.hydra.run.dir)).absolute()
-
-
-def sweep_directory_chosen(master: DictConfig) -> bool:
-    """Whether an app or a command line sets `hydra.sweep.dir`."""
-    return not _as_shipped(master, "sweep.dir")
-
-
-def refused_in_sweep(master: DictConfig) -> list[Violation]:
-    """Faults of Hydra's own settings in a sweep."""
-    if _as_shipped(master, "sweep.subdir"):
-        return []
-    written: Any = OmegaConf.to_container(master.hydra.sweep)
-    rule = "a job has no directory in its sweep: it writes to that of its run, which another sweep may continue"
-    fix = "leave it out; `danling-conf runs` shows which job made which run"
-    return [Violation("hydra.sweep.subdir", written["subdir"], rule, fix)]
-
-
-def _as_shipped(composed: DictConfig, path: str) -> bool:
-    """Whether a setting of Hydra has the value that Hydra ships."""
-    written: Any = OmegaConf.to_container(composed.hydra)
-    section, _, key = path.partition(".")
-    return bool(written[section][key] == _SHIPPED[path])
-
-
 def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[str, Any]:
     """The entries that Hydra 1.3 adds to `hydra.job` for a job's overrides; 1.4 computes them when they are read."""
     name = getattr(config_loader_impl, "get_overrides_dirname", None)
@@ -634,21 +594,3 @@ def output_directory() -> str | None:
     if node is None or OmegaConf.is_missing(node.hydra.runtime, "output_dir"):
         return None
     return str(node.hydra.runtime.output_dir)
-
-
-def shadowed_settings(composer: Composer, kind: type[RunnerConfig]) -> list[Violation]:
-    """Faults of config folders that are named like a setting: Hydra reads `name=value` as a choice from the folder."""
-    violations = []
-    for item in fields_of(kind):
-        if item.name.startswith("_") or item.default is MISSING:  # a section may have a folder of its name
-            continue
-        if composer.group_exists(item.name):
-            violations.append(
-                Violation(
-                    item.name,
-                    ABSENT,
-                    f"the folder {item.name}/ among the configs hides the setting of that name",
-                    f"rename the folder, to recipe/ for instance, and choose by recipe=... instead of {item.name}=...",
-                )
-            )
-    return violations

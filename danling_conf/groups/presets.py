@@ -25,6 +25,11 @@ class Preset:
     """Where the settings go: the group's own section when None, `_global_` for the root."""
 
 
+def _zero(stage: int, doc: str, **more: Any) -> Preset:
+    settings = {"stack": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage, **more}}}
+    return Preset(doc, settings, GLOBAL)
+
+
 GROUPS: dict[str, dict[str, Preset]] = {
     "fsdp": {
         "default": Preset("FSDP2 as torch has it; `precision` decides the dtypes. A layout's name switches FSDP on."),
@@ -48,6 +53,18 @@ GROUPS: dict[str, dict[str, Preset]] = {
         "zero2": Preset(
             "Keep gathered parameters between forward and backward: saves an all-gather per block, costs the memory.",
             {"reshard_after_forward": False},
+        ),
+    },
+    "deepspeed": {
+        "none": Preset("No DeepSpeed."),
+        "zero1": _zero(1, "ZeRO 1: each data rank holds a part of the optimizer's states, all else whole."),
+        "zero2": _zero(2, "ZeRO 2: gradients are cut too, the traffic is that of ZeRO 1."),
+        "zero3": _zero(3, "ZeRO 3: weights are cut too, and gathered where they are used: least memory, more traffic."),
+        "zero3_offload": _zero(
+            3,
+            "ZeRO 3 with weights, optimizer states and step on the host: for what does not fit otherwise.",
+            offload_optimizer={"device": "cpu"},
+            offload_param={"device": "cpu"},
         ),
     },
     "compile": {
@@ -190,7 +207,8 @@ GROUPS: dict[str, dict[str, Preset]] = {
     "ft": {
         "none": Preset("No fault tolerance beyond checkpoints.", {"enabled": False}),
         "torchft": Preset(
-            "Replica groups managed by TorchFT: a lost group does not stop the others.", {"enabled": True}
+            "Replica groups managed by TorchFT: a lost group does not stop the others, and is started again.",
+            {"enabled": True},
         ),
     },
     "tracking": {
@@ -217,6 +235,7 @@ GROUPS: dict[str, dict[str, Preset]] = {
 DEFAULT_CHOICES: dict[str, str] = {
     "parallel": "single",
     "fsdp": "default",
+    "deepspeed": "none",
     "compile": "none",
     "checkpoint": "default",
     "dataloader": "default",

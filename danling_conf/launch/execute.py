@@ -17,7 +17,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.hydra_adapter import Composer, hydra_settings, job_directory, settings_in
+from danling_conf.config.hydra_adapter import Composer, hydra_settings, settings_in
+from danling_conf.config.hydra_directories import chosen_run_directory, make_directory
 from danling_conf.launch.app import App
 from danling_conf.launch.rank import run_rank
 from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
@@ -41,7 +42,9 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN, RESULT
 from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.layout import layout_of
+from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rank_environment import SINGLE
+from danling_conf.topology.rules.fault_tolerance import lighthouse_of
 from danling_conf.topology.violation import ConfigRefused, PlainError, Violation
 
 
@@ -50,9 +53,9 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 
     Raises ConfigRefused where the run, or a rank, refuses the configuration.
     """
-    attempt, lock = open_attempt(app, composed, config)
+    attempt, directory, lock = open_attempt(app, composed, config)
     try:
-        run_job = partial(composing.run_job, composed, directory=job_directory(composed, attempt.directory))
+        run_job = partial(composing.run_job, composed, directory=directory)
         return run_attempt(app, run_job, config, attempt)
     except (ConfigRefused, SystemExit):
         raise
@@ -63,15 +66,22 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
         lock.release()
 
 
-def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, RunLock]:
-    """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`."""
+def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[Attempt, Path, RunLock]:
+    """Claim the run, freeze the attempt, and print warnings. Raises ConfigRefused like `claim`.
+
+    Returns:
+        The attempt, the directory of Hydra's job, and the lock of the run.
+    """
+    chosen = chosen_run_directory(composed)
+    if chosen is not None:
+        make_directory("hydra.run.dir", chosen)
     attempt, lock = claim(config)
-    directory = job_directory(composed, attempt.directory)
+    directory = chosen or attempt.directory
     with releasing(lock), refusing_unwritable(config):
         reserve_result(attempt.directory)
         freeze_attempt(config, attempt, app.script, hydra_settings(composed, directory))
     warn(attempt, config)
-    return attempt, lock
+    return attempt, directory, lock
 
 
 @contextmanager
@@ -141,15 +151,21 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
     """
     world_size = layout_of(config).world_size
     command, started_in = worker_command(), os.getcwd()
+    groups = config.ft.enabled and lighthouse_of(config, this_machine()) is None
 
     def task(_: DictConfig) -> Any:
-        if world_size == 1:
+        if world_size == 1 and not groups:
             return run_rank(app.function, config, Current(attempt=attempt, ranks=SINGLE), app.script.stem)
         # Hydra has changed the directory already if `hydra.job.chdir` is set. Workers run the script from its first
         # line, where a relative path must still resolve, and change the directory themselves.
         os.chdir(started_in)
         try:
-            run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
+            if groups:
+                from danling_conf.launch.groups import run_groups
+
+                run_groups(command, config, world_size, attempt.directory)
+            else:
+                run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
         except (WorkersFailed, WorkersInterrupted) as error:
             # Overwrite the main rank's result: it may have been killed before it wrote one, and where another rank
             # failed first it wrote only the consequence.

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.types import RunMode
 
 from danling_conf.config.check import check, compose_or_refuse
-from danling_conf.config.hydra_adapter import ConfigSearch, composer, job_directory
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
 from danling_conf.launch.app import App, refuse
 from danling_conf.launch.execute import open_attempt
 from danling_conf.launch.rank import leave_at_once, run_rank
@@ -56,7 +56,7 @@ def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: Ran
             if composed.hydra.mode == RunMode.MULTIRUN:
                 raise ConfigRefused([_no_sweep("hydra.mode", ranks)])
             config = check(composing, composed, parsed.overrides)
-            attempt, lock = open_attempt(app, composed, config)
+            attempt, directory, lock = open_attempt(app, composed, config)
         except ConfigRefused:
             # The others already wait for the configuration: without a word they would wait until their timeout.
             announce(meet(ranks), None, ranks.world_size)
@@ -68,7 +68,7 @@ def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: Ran
             outcome = composing.run_job(
                 composed,
                 lambda _: run_rank(app.function, config, start, search.job_name),
-                job_directory(composed, attempt.directory),
+                directory,
             )
         finally:
             lock.release()

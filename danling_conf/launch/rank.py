@@ -24,13 +24,13 @@ from danling_conf.launch.workers import record_failure
 from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
-from danling_conf.records.logs import close_logs, configure_job_logging, open_logs
+from danling_conf.records.logs import close_logs, configure_job_logging, open_logs, rank_log, redirect_output
 from danling_conf.records.run_directory import write_result
 from danling_conf.records.run_lock import RankLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.records.stopped import Stopped
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.rank_environment import RankEnvironment
+from danling_conf.topology.rank_environment import RankEnvironment, in_group
 from danling_conf.topology.rendezvous import keep_to_loopback
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     Rank 0 writes the outcome to `result.json`. Raises whatever the function raised.
     """
     attempt, ranks = start.attempt, start.ranks
-    keep_to_loopback(ranks, os.environ)
+    if config.ft.address is None:
+        keep_to_loopback(ranks, os.environ)
     share = RankLock(attempt.run_directory, attempt.token)
     handlers = open_logs(attempt.directory, ranks, log=config.log, job_name=job_name)
     _log.info("%s", _place_of(ranks))
@@ -52,14 +53,14 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
         place_output(config, directory)
     try:
         value = function(config)
-        if ranks.main:
+        if ranks.main:  # of several groups each, with the same result: the first of them that ends
             write_result(attempt.directory, outcome_of(None), value)
         return value
     except BaseException as error:
         outcome = outcome_of(error)
         if outcome.status in (Status.FAILED, Status.OUT_OF_MEMORY):
             _log.exception("rank %d failed", ranks.rank)
-        if ranks.main:
+        if ranks.main and ranks.groups == 1:
             write_result(attempt.directory, outcome)
         raise
     finally:
@@ -73,12 +74,14 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
 
 def _place_of(ranks: RankEnvironment) -> str:
     """Rank, host and master of a rank, for its log: the first thing to compare when ranks do not find each other."""
+    of_group = f"replica group {ranks.group} of {ranks.groups}, start {ranks.starts}; " if ranks.groups > 1 else ""
     if ranks.world_size == 1:
-        return f"one process, on {os.uname().nodename}"
+        return f"{of_group}one process, on {os.uname().nodename}"
     master = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     return (
-        f"rank {ranks.rank} of {ranks.world_size}, local rank {ranks.local_rank} of {ranks.local_world_size} on "
-        f"{os.environ.get('SLURMD_NODENAME', os.uname().nodename)}, started by {ranks.launcher}; master {master}"
+        f"{of_group}rank {ranks.rank} of {ranks.world_size}, local rank {ranks.local_rank} of "
+        f"{ranks.local_world_size} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)}, "
+        f"started by {ranks.launcher}; master {master}"
     )
 
 
@@ -105,11 +108,15 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
         serve()
         content = frozen.read_text()
         config, attempt = thaw(content)
+        ranks, terminal = replace(in_group(ranks), launcher="local workers"), None
+        if ranks.groups > 1 and ranks.main:
+            # The terminal is for the group that leads, and which one does may change.
+            terminal = os.dup(1)
+            redirect_output(rank_log(attempt.directory, ranks.number))
         hydra = take_part_in(content)
         if ranks.main and hydra is not None:
             configure_job_logging(hydra)
-        ranks = replace(ranks, launcher="local workers")
-        return run_rank(function, config, Current(attempt=attempt, ranks=ranks), job_name)
+        return run_rank(function, config, Current(attempt=attempt, ranks=ranks, terminal=terminal), job_name)
     except KeyboardInterrupt as interrupt:
         sys.exit(outcome_of(interrupt).exit_code)
     except Exception as error:

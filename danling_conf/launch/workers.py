@@ -36,6 +36,7 @@ from danling_conf.records.status import (
 from danling_conf.records.stopped import STOPPING, is_stop, note_stop
 from danling_conf.schema.files import error_file
 from danling_conf.topology.rendezvous import LOOPBACK, listen
+from danling_conf.topology.violation import PlainError
 
 FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
 """Environment variable that names the frozen configuration of a worker."""
@@ -43,7 +44,7 @@ ERROR_VARIABLE = "DANLING_CONF_ERROR"
 """Environment variable that names the file of a worker's error."""
 _PASSED_ON = (*STOPPING, "SIGHUP", "SIGQUIT")
 """Signals that the ranks get too. They are in sessions of their own, out of reach of the terminal's Ctrl-C."""
-_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05
 _GRACE_SECONDS = 30.0
 """How long ranks may take to end once another has failed, or after a second signal."""
 _NOTICED_SECONDS = 0.5
@@ -102,6 +103,7 @@ class Workers:
         attempt: directory of their logs and errors.
         environment: further variables of every rank.
         first: whether rank 0 has this process's output, rather than a log.
+        numbered_from: number of rank 0 in the names of logs and errors, of worlds that share a directory.
     """
 
     def __init__(
@@ -112,8 +114,9 @@ class Workers:
         environment: Mapping[str, str],
         *,
         first: bool = True,
+        numbered_from: int = 0,
     ) -> None:
-        self._attempt = attempt
+        self._attempt, self._numbered_from = attempt, numbered_from
         self._ranks: list[_Rank] = []
         self._end_at = self._kill_at = math.inf
         # Rank 0 serves the store at a socket that listens already: nobody else can take the port, and ranks that are
@@ -129,7 +132,7 @@ class Workers:
                 "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             }  # fmt: skip
             for rank in range(world_size):
-                error = error_file(attempt, rank)
+                error = error_file(attempt, numbered_from + rank)
                 own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_VARIABLE: str(error)}
                 passed: tuple[int, ...] = ()
                 if rank == 0:
@@ -137,7 +140,7 @@ class Workers:
                     own[SERVED_VARIABLE] = str(listening.fileno())
                 output = None
                 if rank > 0 or not first:
-                    output = log_descriptor(rank_log(attempt, rank))
+                    output = log_descriptor(rank_log(attempt, numbered_from + rank))
                     opened.callback(os.close, output)
                 try:
                     process = subprocess.Popen(
@@ -164,6 +167,11 @@ class Workers:
         if alive and now >= self._kill_at:
             self.kill()
         return bool(alive)
+
+    @property
+    def died(self) -> bool:
+        """Whether a signal has ended a rank."""
+        return any((rank.process.returncode or 0) < 0 for rank in self._ranks)
 
     def pass_on(self, number: int) -> None:
         """Send a signal to every rank. Told once they save, which may take long; told again they leave."""
@@ -196,6 +204,7 @@ class Workers:
             return WorkersInterrupted(signal_of_exit_code(code))
         written = read_fields(self._ranks[number].error)
         status = written_status(written.text("status")) or Status.FAILED
+        number += self._numbered_from
         return WorkersFailed(number, code, _message(written, code, status), rank_log(self._attempt, number), status)
 
     def _alive(self) -> list[_Rank]:
@@ -225,7 +234,7 @@ def run_workers(command: list[str], world_size: int, attempt: Path, frozen: Path
                 while passed < len(received):
                     workers.pass_on(received[passed])
                     passed += 1
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         except BaseException:
             workers.kill()
             raise
@@ -258,8 +267,9 @@ def record_failure(error: Exception, trace: str, outcome: Outcome) -> None:
     """Write why this rank failed, for the process that started it."""
     content = {
         "raised_at": time.time(),
-        "message": f"{type(error).__name__}: {error}",
-        "traceback": trace,
+        # A plain error says it all, for a user.
+        "message": str(error) if isinstance(error, PlainError) else f"{type(error).__name__}: {error}",
+        "traceback": "" if isinstance(error, PlainError) else trace,
         "status": outcome.status,
         "reason": outcome.message,
     }

@@ -209,7 +209,8 @@ def check_attention(model: nn.Module, degree: int, forward: Callable[[Any, Any],
         for name in named:
             module = twin.model.get_submodule(name)
             module.forward = MethodType(planned, module)
-    twin.call(forward, batch, path=f"parallel.axes.context={degree}")
+    path = f"parallel.axes.context={degree}"
+    twin.call(forward, batch, path=path)
     wanted = [(name, twin.model.get_submodule(name)) for name in named] or repeated_blocks(twin.model)
     for name, module in wanted or [("the model", twin.model)]:
         if called.isdisjoint(module.modules()):
@@ -220,6 +221,9 @@ def check_attention(model: nn.Module, degree: int, forward: Callable[[Any, Any],
                 f"none, and would see this rank's tokens alone",
                 "set the degree to 1",
             )
+    called.clear()
+    del wanted, name, module
+    twin.discard(path)
 
 
 def parallelize(model: nn.Module, context: ContextParallel) -> None:

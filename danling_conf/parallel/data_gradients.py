@@ -6,7 +6,8 @@ dimension to shard and one dtype. A model that is otherwise is trained as in one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf._torch_private import whole_parameters
+from danling_conf._torch_private import saved_buffers, whole_parameters
 from danling_conf.components.optimizer import cleaned
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.parallel.batch_norm import BATCH_NORMS
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
-ALLOW = "allow"
+_log = logging.getLogger(__name__)
+
+ALLOW, REFUSE = "allow", "refuse"
 _SETTING = "parallel.unused_parameters"
 _SHOWN = 20
+_PIECE = 2**24
 _HIDING = "CheckpointFunction"
 """Nodes that run a graph of their own in the backward pass (reentrant checkpointing): what it uses cannot be seen."""
 
@@ -34,13 +39,24 @@ class DataGradients:
         unused: `parallel.unused_parameters`.
         replicated: parameters that every rank holds whole beside sharded ones, and that no wrapper reduces.
         mesh: the ranks whose gradients are averaged; None for DDP without a mesh.
+        reached: whether a micro-batch of the step has reached a parameter, under an engine that reduces gradients as
+            DDP does, of every parameter on every rank, and need not keep them beside it.
     """
 
     def __init__(
-        self, model: nn.Module, *, unused: str, replicated: Sequence[nn.Parameter] = (), mesh: DeviceMesh | None
+        self,
+        model: nn.Module,
+        *,
+        unused: str,
+        replicated: Sequence[nn.Parameter] = (),
+        mesh: DeviceMesh | None,
+        reached: Callable[[nn.Parameter], bool] | None = None,
     ) -> None:
         self.model = model
-        self.allowed, self.by_ddp = unused == ALLOW, isinstance(model, DistributedDataParallel)
+        self.allowed = unused == ALLOW
+        self.by_ddp = isinstance(model, DistributedDataParallel) or reached is not None
+        self._reached = reached or _has_gradient
+        self._may_allow = reached is None
         self.named = [(name, item) for name, item in cleaned(model) if item.requires_grad]
         identities = {id(item) for item in replicated}
         self.replicated = [item for _, item in self.named if id(item) in identities]
@@ -61,13 +77,15 @@ class DataGradients:
             last: whether this is the last micro-batch of its step.
 
         Raises:
-            ConfigRefused: a parameter gets no gradient, and that is not allowed. On all ranks.
+            ConfigRefused: a parameter gets no gradient, and that is not allowed; or the first forward has changed a
+                parameter otherwise on other ranks. On all ranks.
         """
         if self._without is None or (self.allowed and not self.by_ddp):
             mine = self._mask(loss)
             # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
             self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
         if self._without is None and last and not self.allowed:
+            self._compare_ranks()
             self._refuse_unused()
 
     def finish(self) -> None:
@@ -83,9 +101,9 @@ class DataGradients:
                 self._drop_unused()
             self._without = set()
             return
-        without = {name for name, item in self.named if item.grad is None}
+        without = {name for name, item in self.named if not self._reached(item)}
         if self._without is not None and without != self._without:
-            raise _refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
+            raise self._refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
         self._without = without
 
     def forget(self) -> None:
@@ -98,6 +116,46 @@ class DataGradients:
         found = [int(reached is None or id(whole.get(id(item), item)) in reached) for _, item in self.named]
         return torch.tensor(found, dtype=torch.int32)
 
+    def _compare_ranks(self) -> None:
+        """Refuse a forward that changes parameters by a rank's own samples, which DDP does not notice; warn of one that
+        changes buffers so."""
+        if self.by_ddp and (parted := self._parted(cleaned(self.model))):
+            raise ConfigRefused(
+                [
+                    Violation(
+                        "model",
+                        ABSENT,
+                        f"after one forward, ranks have other values of {parted[0]}: it is changed by each rank's own "
+                        f"samples",
+                        "change parameters between steps, in a callback, or let it be a buffer",
+                    )
+                ]
+            )
+        # Batch normalisation has a warning of its own.
+        known = {
+            id(item) for module in self.model.modules() if isinstance(module, BATCH_NORMS) for item in module.buffers()
+        }
+        saved = {id(item) for module in self.model.modules() for item in saved_buffers(module)} - known
+        if parted := self._parted([(name, item) for name, item in self.model.named_buffers() if id(item) in saved]):
+            more = f" and {len(parted) - 1} more" if len(parted) > 1 else ""
+            _log.warning(
+                "forward changes the buffer %s%s by the samples of each rank, not of the whole batch as one process "
+                "does; the first rank's is kept",
+                parted[0].removeprefix("module."),
+                more,
+            )
+
+    def _parted(self, named: Sequence[tuple[str, Tensor]]) -> list[str]:
+        """Names of the plain tensors whose values differ between ranks. Collective."""
+        named = [(name, item) for name, item in named if type(item.data) is Tensor and item.layout is torch.strided]
+        if not named:
+            return []
+        sums = torch.stack([_sum_of_bytes(item).to(self.device) for _, item in named])
+        both = torch.cat([sums, -sums])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        most, least = both.chunk(2)
+        return [name for (name, _), parted in zip(named, (most != -least).tolist(), strict=True) if parted]
+
     def _refuse_unused(self) -> None:
         least, most = self._over_ranks(self._used, dist.ReduceOp.MIN), self._over_ranks(self._used, dist.ReduceOp.MAX)
         self._used = torch.zeros_like(self._used)
@@ -106,7 +164,7 @@ class DataGradients:
         names = [name for (name, _), faulty in zip(self.named, wrong.tolist(), strict=True) if faulty]
         if names:
             where = "get no gradient" if bool((most == 0)[wrong].all()) else "get a gradient on some ranks only"
-            raise _refusal(names, where)
+            raise self._refusal(names, where)
 
     def _average_replicated(self) -> None:
         if not self.replicated:
@@ -130,10 +188,28 @@ class DataGradients:
                 item.grad = None
         self._used = torch.zeros_like(self._used)
 
+    def _refusal(self, names: Sequence[str], what: str) -> ConfigRefused:
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        rule = f"these trainable parameters {what}: {shown}"
+        fix = "freeze them (requires_grad_(False)) or remove them"
+        fix += f"; or train around them: {_SETTING}={ALLOW}" if self._may_allow else "; or stack=auto"
+        return ConfigRefused([Violation(_SETTING, REFUSE, rule, fix)])
+
     def _over_ranks(self, mask: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         reduced = mask.to(self.device)
         dist.all_reduce(reduced, op=operation, group=self.group)
         return reduced.cpu()
+
+
+def _sum_of_bytes(item: Tensor) -> Tensor:
+    """A number that is the same in any order of summation."""
+    found = item.detach().contiguous().reshape(-1).view(torch.uint8)
+    # In pieces: on the CPU, torch makes a copy of eight bytes for each.
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in found.split(_PIECE)]).sum()
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None
 
 
 def _leaves(loss: Tensor) -> set[int] | None:
@@ -155,10 +231,3 @@ def _leaves(loss: Tensor) -> set[int] | None:
             found.add(id(variable))
         waiting.extend(following for following, _ in node.next_functions if following is not None)
     return found
-
-
-def _refusal(names: Sequence[str], what: str) -> ConfigRefused:
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    rule = f"these trainable parameters {what}: {shown}"
-    fix = f"freeze them (requires_grad_(False)) or remove them; or train around them: {_SETTING}={ALLOW}"
-    return ConfigRefused([Violation(_SETTING, "refuse", rule, fix)])

@@ -132,12 +132,15 @@ class Passes:
         self._proven = True
         return measured
 
-    def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> None:
+    def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> Tensor | None:
         """Complete the gradients over the data ranks, and divide them by the count where the loss returns one; call it
         after the last micro-batch of a step. Collective.
 
         Args:
             rescale: planned over actual micro-batches of a step, which a mean is multiplied by.
+
+        Returns:
+            The count, of all ranks together; None where the loss is a mean.
 
         Raises:
             ConfigRefused: a parameter has no gradient, which `parallel.unused_parameters` does not allow.
@@ -150,21 +153,24 @@ class Passes:
             self._weighted = self._agreed(self._counted is not None)
         if not self._weighted:
             if rescale != 1.0:
-                _multiply(parameters, rescale)
-            return
+                self._multiply(parameters, rescale)
+            return None
         counted = torch.zeros((), device=self.device) if self._counted is None else self._counted
         self._counted = None
         if is_distributed():
             dist.all_reduce(counted)
         # Gradients are means over the ranks with tokens of their own, of sums; tensor ranks counted the same tokens.
         factor = self._ranks_of_batch * self._copies / counted.clamp(min=1)
-        _multiply(parameters, factor)
+        self._multiply(parameters, factor)
+        return counted
 
     def forget(self) -> None:
         """Drop the micro-batches of the step under way: it does not take place."""
         self._counted = None
         for part in self.model.parts:
             gradients.forget(part)
+        if self.model.engine is not None:
+            self.model.engine.forget()
         if self.model.gradients is not None:
             self.model.gradients.forget()
 
@@ -210,7 +216,7 @@ class Passes:
 
         def evaluated(module: nn.Module) -> None:
             with self.autocast():
-                take(self.forward(module, self.model.inputs(batch)), batch)
+                take(self._output(module, batch), batch)
 
         with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
@@ -249,6 +255,11 @@ class Passes:
         watched = not self._proven and not self.model.compiled and second_derivatives.are_missing(self.layout)
         return second_derivatives.NoSecondDerivatives(self.layout) if watched else nullcontext()
 
+    def _output(self, module: nn.Module, batch: Any) -> Any:
+        inputs = self.model.inputs(batch)
+        with self.model.explaining(inputs):
+            return self.forward(module, inputs)
+
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
             return _measured(self.loss(output, batch))
@@ -263,7 +274,7 @@ class Passes:
 
         def objective(module: nn.Module) -> Tensor:
             with self.autocast():
-                found.append(self._measured(self.forward(module, self.model.inputs(part)), part))
+                found.append(self._measured(self._output(module, part), part))
             return found[0].total
 
         # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
@@ -274,7 +285,11 @@ class Passes:
         measured = Measured(total, found[0].weight)
         if self.model.gradients is not None:
             self.model.gradients.before_backward(total, last=last)
-        self._scaled(measured, micro_batches).backward()
+        scaled = self._scaled(measured, micro_batches)
+        if self.model.engine is None:
+            scaled.backward()
+        else:
+            self.model.engine.backward(scaled, last=last)
         return Measured(total.detach(), measured.weight)
 
     def _train_graph(self, step: WholeStep, batch: Any, micro_batches: int) -> Measured:
@@ -336,6 +351,14 @@ class Passes:
         else:
             value = measured.total if cut == 1 else measured.total / cut
         return value if self.scaler is None else self.scaler.scale(value)
+
+    def _multiply(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+        """Multiply the gradients of a step; those that ZeRO holds, when it steps."""
+        engine = self.model.engine
+        if engine is not None and engine.partitions:
+            engine.scale(factor)
+        else:
+            _multiply(parameters, factor)
 
     def _count(self, measured: Measured) -> None:
         weight = torch.as_tensor(measured.weight, dtype=torch.float32, device=self.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from danling_conf._torch_private import tree_map
-from danling_conf.components.batch import map_tensors
+from danling_conf.components.batch import map_tensors, tensors
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.precision import dtype
 from danling_conf.parallel.batch_norm import BATCH_NORMS
@@ -58,7 +59,8 @@ def shard(
         one_group: gather the whole model at once, for ranks that may pass different blocks.
 
     Raises:
-        SettingError: the mesh has no shard axis, or `reshard_after_forward` does not divide it.
+        SettingError: the mesh has no shard axis, `reshard_after_forward` does not divide it, or a module is of a kind
+            that FSDP2 does not take.
     """
     if not section.enabled:
         return model
@@ -69,6 +71,7 @@ def shard(
             f"the mesh has no shard axis (its axes: {', '.join(axes_of(mesh)) or 'none'})",
             "choose a layout with FSDP, such as parallel=fsdp, and start the process group before the mesh is made",
         )
+    _check_modules(model)
     options = _options(section, mesh, precision, pipelined=pipelined)
     whole = options["ignored_params"] = {item for item in model.parameters() if not item.dim() or _is_complex(item)}
     _shard_experts(model, experts, expert_mesh, options)
@@ -91,11 +94,42 @@ def shard(
     return model
 
 
+def _check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        what = None
+        if isinstance(module, torch.jit.ScriptModule):
+            what = "is a ScriptModule, which FSDP cannot shard"
+        elif getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            what = "gives sparse gradients, which FSDP cannot reduce"
+        if what is not None:
+            fix = "use a plain module (sparse=False, no torch.jit.script)"
+            raise SettingError(
+                "fsdp.enabled", True, f"{name} {what}", f"{fix}, or a layout that only replicates (parallel=ddpN)"
+            )
+
+
 def cast_inputs(value: Any, policy: MixedPrecisionPolicy | None) -> Any:
     """The inputs of a model as FSDP2 casts them: floating-point tensors in the dtype of the computation."""
     if policy is None or policy.param_dtype is None or not policy.cast_forward_inputs:
         return value
     return map_tensors(partial(_to, kind=policy.param_dtype), value)
+
+
+@contextmanager
+def explaining_uncast(value: Any, policy: MixedPrecisionPolicy | None) -> Iterator[None]:
+    """Raise SettingError where a model fails on inputs that the policy leaves in another dtype than its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        own = None if policy is None or policy.cast_forward_inputs else policy.param_dtype
+        others = {item.dtype for item in tensors(value) if item.is_floating_point()} - {own}
+        if own is None or not others or type(error) is not RuntimeError:  # subclasses: out of memory, a lost rank
+            raise
+        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in others))
+        rule = f"the model computes in {str(own).removeprefix('torch.')}, is given {names}, and fails: "
+        rule += str(error).strip().partition("\n")[0]
+        fix = "leave it out, or let the model cast what it is given"
+        raise SettingError("fsdp.mp_policy.cast_forward_inputs", False, rule, fix) from error
 
 
 def _cast(value: Any, kind: torch.dtype) -> Any:

@@ -18,12 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
-from danling_conf._torch_private import gather_in_methods, tree_leaves
+from danling_conf._torch_private import gather_in_methods, is_gathering_input, storage_identity, tree_leaves
 from danling_conf.components.optimizer import cleaned
 from danling_conf.parallel.fsdp import is_sharded
 from danling_conf.topology.violation import ConfigRefused, SettingError, Violation
 
 _PATH = "parallel.unused_parameters"
+_NO_CHANGES = ("requires_grad_", "detach_", "share_memory_")
 _END = -1
 """In the place of a block: the forward is over."""
 
@@ -61,15 +62,15 @@ class GatheredBlocks:
         Collective in the first one.
 
         Raises:
-            SettingError: in the first forward: a parameter is used outside of its block.
+            SettingError: in the first forward: a parameter is used outside of its block, or changed.
             ConfigRefused: ranks pass different blocks; in the first forward on all ranks, later on those whose order is
                 another one than before.
         """
-        self._passed, watched = 0, not self._agreed and not self.compiled and bool(self.names)
+        self._passed, watched = 0, not self._agreed and not self.compiled
         if not self._agreed:  # the one before may have failed, and been survived
             self._order = []
         try:
-            with _Reading(self.model) if watched else nullcontext():
+            with _Watching(self.model) if watched else nullcontext():
                 yield
             self.enter(_END)
             self._agreed = True
@@ -99,24 +100,62 @@ class GatheredBlocks:
         return "ends" if index == _END else f"passes {self.names[index]}"
 
 
-class _Reading(TorchFunctionMode):
-    """Refuses a computation with a parameter that is sharded at that moment: its gradient would be that of a shard."""
+class _Watching(TorchFunctionMode):
+    """Refuses what FSDP would make wrong or torch refuse without a name: a computation with a parameter that is sharded
+    at that moment, whose gradient would be that of a shard; a change of one that is gathered, which is not kept; and a
+    change of what a block is given."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.model = model
         self.names = {id(item): name for name, item in cleaned(model) if is_sharded(item)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         used = next((self.names[id(item)] for item in tree_leaves(args) if id(item) in self.names), None)
+        target = _changed(func, args, kwargs or {})
+        if target is not None and target.grad_fn is None:
+            self._check_kept(target)
         try:
             result = func(*args, **(kwargs or {}))
         except RuntimeError as error:
+            if target is not None and is_gathering_input(target):
+                raise _input_changed(func) from error
             if used is None:
                 raise
             raise _outside(used) from error
         if used is not None and isinstance(result, torch.Tensor) and result.grad_fn is not None:
             raise _outside(used)
         return result
+
+    def _check_kept(self, target: torch.Tensor) -> None:
+        changed = storage_identity(target)
+        for name, item in cleaned(self.model):
+            # FSDP has taken those it gathers; what it leaves whole is every rank's own.
+            if name in self.names.values() and not is_sharded(item) and storage_identity(item) == changed:
+                raise SettingError(
+                    "fsdp.enabled",
+                    True,
+                    f"the forward changes the parameter {name}, and FSDP keeps no change of a gathered parameter",
+                    "change it between steps, in a callback, or choose a layout that only replicates (parallel=ddpN)",
+                )
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The tensor that a function of torch changes in place, by its name."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+    in_place = in_place or kwargs.get("inplace") is True
+    first = args[0] if args else None
+    return first if in_place and name not in _NO_CHANGES and isinstance(first, torch.Tensor) else None
+
+
+def _input_changed(func: Any) -> SettingError:
+    return SettingError(
+        "fsdp.enabled",
+        True,
+        f"a block changes its input in place ({func.__name__}), which FSDP does not allow",
+        "let it make a new tensor, or choose a layout that only replicates (parallel=ddpN)",
+    )
 
 
 def _outside(name: str) -> SettingError:

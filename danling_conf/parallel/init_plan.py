@@ -23,8 +23,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from danling_conf import _torch_private
+from danling_conf.parallel.function_caches import fake_values_forgotten
 from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
 from danling_conf.topology.violation import ABSENT, SettingError
 
@@ -119,10 +121,11 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     Raises NotReplayable, and what the factory raises on fake tensors.
     """
     mode = _torch_private.fake_tensors()
-    with seeded(seed), _torch_private.quiet_fake_tensors():
+    with fake_values_forgotten(), seeded(seed), _torch_private.quiet_fake_tensors():
         recording = Recording()
         with mode, recording, _torch_private.truncated_normal(recording.call):
             model = made_by(factory)
+            refuse_for_ranks(model)
             refs = {name: recording.ref(tensor) for name, tensor in named_tensors(model)}
         program = recording.program()
     if shared := _sharing(model):
@@ -130,9 +133,8 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     to_meta(model)
     alive = weakref.ref(mode)
     del mode, recording
-    # At once, and always: torch 2.13 crashes now and then where fake tensors in cycles are collected later, in the
-    # middle of something else.
-    gc.collect()
+    if alive() is not None:  # held by a cycle, or by the model
+        gc.collect()
     if alive() is not None:
         raise NotReplayable(_kept(model))
     return Recorded(model=model, program=program, refs=refs, seed=seed)
@@ -148,7 +150,41 @@ def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
             f"it returned a {type(model).__name__}, and a model factory returns an nn.Module",
             "return the model from it",
         )
+    for name, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"{name} of {type(model).__name__} has no shape: a lazy module learns it from its first input",
+                "call the model once in the function that builds it, or give the module its sizes",
+            )
     return model
+
+
+def refuse_for_ranks(model: nn.Module) -> None:
+    """Refuse what several ranks would do otherwise than one process. A layout puts other parameters in the place of
+    those that a function waits for, or completes their gradients later; and rows that a rank renormalises are those of
+    its own samples. Raises SettingError."""
+    kind = type(model).__name__
+    for name, parameter in model.named_parameters():
+        if _torch_private.has_hooks(parameter):
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"the parameter {name} of {kind} has a hook on its gradient, which would be lost, or be called with "
+                f"the gradient of one rank",
+                "change gradients in a callback (on_before_optimizer_step), or by a hook of the module "
+                "(register_full_backward_hook)",
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"{name} of {kind} changes its weight in the forward (max_norm={module.max_norm:g}), on each rank the "
+                f"rows of its own samples",
+                "renormalise it between steps, in a callback, or train in one process (parallel=single)",
+            )
 
 
 def refuse_meta(model: nn.Module) -> None:
@@ -262,6 +298,8 @@ def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) 
         if turn == turns[own]:
             try:
                 model = _whole(factory, seed)
+                refuse_for_ranks(model)
+                _refuse_fake(model)
                 if own == 0:
                     held = {name: tensor.detach() for name, tensor in named_tensors(model)}
                 if shared := _sharing(model):
@@ -279,6 +317,18 @@ def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) 
         raise failure
     assert model is not None
     return model, FromRankZero(deep_copy(model), held, device)
+
+
+def _refuse_fake(model: nn.Module) -> None:
+    for name, tensor in named_tensors(model):
+        if _torch_private.is_fake(tensor):
+            raise SettingError(
+                "model",
+                ABSENT,
+                f"{name} of {type(model).__name__} comes from a global variable, a class or the like, that its "
+                f"construction had filled, and has no value there when it is built a second time",
+                "compute it in the constructor, or keep it by functools.lru_cache",
+            )
 
 
 def _alike(number: int, device: torch.device) -> bool:

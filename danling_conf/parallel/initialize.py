@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from danling_conf.parallel.init_plan import Source, named_tensors, replace_tensors
+from danling_conf.topology.violation import ABSENT, SettingError
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -25,24 +26,41 @@ def materialize(
     `parts` are the model of the `source` or stages of it, sharded or not; each rank keeps the part that is its own. So
     the values depend on neither layout nor device. Tied parameters stay tied. Collective where the source is.
 
+    Raises SettingError for a tensor that the source does not have.
+
     `parameter_device` is where parameters live if not on `device` (FSDP's CPU offload).
     """
     targets: dict[str, list[torch.Tensor]] = {}
+    # A module that the model's author has compiled has the name of a wrapper in the source too.
+    known = {_unwrapped(name): name for name, _ in named_tensors(source.model)}
     for part in parts:
-        _allocate(part, device, parameter_device or device)
+        allocated = _allocate(part, device, parameter_device or device)
         for name, tensor in named_tensors(part):
-            targets.setdefault(_unwrapped(name), []).append(tensor)
+            if (given := known.get(_unwrapped(name))) is not None:
+                targets.setdefault(given, []).append(tensor)
+            elif id(tensor) in allocated:
+                raise SettingError(
+                    "model",
+                    ABSENT,
+                    f"{name} of {type(part).__name__} is no tensor of the model that the factory returned, and has no "
+                    f"value",
+                    "make it in the factory",
+                )
     for name, value in source.values(targets.keys()):
         for target in targets.get(name, ()):
             _store(value, target)
 
 
-def _allocate(model: nn.Module, device: torch.device, parameter_device: torch.device) -> None:
+def _allocate(model: nn.Module, device: torch.device, parameter_device: torch.device) -> set[int]:
+    """Returns the identities of the tensors that have no value yet."""
+    before = {name for name, tensor in named_tensors(model) if tensor.device.type == "meta"}
+
     def allocate(tensor: torch.Tensor) -> torch.Tensor:
         where = parameter_device if isinstance(tensor, nn.Parameter) else device
         return torch.empty_like(tensor, device=where) if tensor.device.type == "meta" else tensor
 
     replace_tensors(model, allocate)
+    return {id(tensor) for name, tensor in named_tensors(model) if name in before}
 
 
 def _store(value: torch.Tensor, target: torch.Tensor) -> None:

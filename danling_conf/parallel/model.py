@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,8 +33,17 @@ from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.buffers import SharedBuffers
 from danling_conf.parallel.context import ContextParallel
 from danling_conf.parallel.data_gradients import DataGradients
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.gathered_blocks import GatheredBlocks
-from danling_conf.parallel.init_plan import Source, build, make_contiguous, meta_copy, named_tensors, refuse_meta
+from danling_conf.parallel.init_plan import (
+    Source,
+    build,
+    make_contiguous,
+    meta_copy,
+    named_tensors,
+    refuse_for_ranks,
+    refuse_meta,
+)
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
 from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
@@ -79,6 +88,8 @@ class Assembled:
     blocks: GatheredBlocks | None = None
     """Blocks that FSDP gathers one by one; None in a pipeline, whose schedule passes each."""
     compiled: bool = False
+    engine: ZeroEngine | None = None
+    """Of DeepSpeed; None without it."""
     buffers: SharedBuffers | None = None
     """Shares buffers over the data ranks; None where there is one, and under DDP, which does that itself."""
 
@@ -86,6 +97,9 @@ class Assembled:
         """What `function` returns for the model: a loss, or nothing. It runs inside of the wrapped model's forward, so
         that it may use any method or parameter of the model, and its own outputs may be of any type. Collective."""
         module = self.module
+        if self.engine is not None:
+            found: torch.Tensor | None = self.engine.run(function, training=training)
+            return found
         if isinstance(module, _torch_private.Replicated):
             # In evaluation DDP's forward would synchronise buffers, which it does not change.
             return module.run_inside(function) if training else function(module.module)
@@ -97,6 +111,11 @@ class Assembled:
     def inputs(self, batch: object) -> object:
         """A batch as the model takes it."""
         return sharding.cast_inputs(batch, self.policy)
+
+    def explaining(self, inputs: object) -> AbstractContextManager[None]:
+        """Explains a failure of a forward on `inputs`, as `inputs()` returned them, where they are not its dtype's."""
+        casts = self.policy is None or self.policy.cast_forward_inputs
+        return nullcontext() if casts else sharding.explaining_uncast(inputs, self.policy)
 
     @property
     def module(self) -> nn.Module:
@@ -132,6 +151,7 @@ def assemble(
     precision: str | None = None,
     example: Callable[[], Any] | None = None,
     forward: Forward | None = None,
+    for_engine: bool = False,
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
@@ -151,6 +171,7 @@ def assemble(
             are used, and attention is checked for the context axis. Without it, modules are put where they are defined,
             and the first step checks both.
         forward: runs the model on the example.
+        for_engine: leave the gradients of a layout that only replicates to an engine, see `with_engine`.
 
     Raises:
         SettingError: the layout asks for what the model does not implement, or shards without FSDP.
@@ -171,7 +192,7 @@ def assemble(
     _check_layout(layout, mesh, fsdp)
     whole, source = _whole_model(model, seed, device)
     hugging_face.prepare(whole)
-    by_ddp = ddp.is_plain(mesh) and not fsdp.enabled
+    by_ddp = ddp.is_plain(mesh) and not fsdp.enabled and not for_engine
     if source is not None and fsdp.enabled:
         make_contiguous(whole)
     if source is None and not by_ddp:
@@ -199,7 +220,7 @@ def assemble(
         sharded_logits = sharded_logits or sharded
         recomputation.apply(part, activation_checkpointing, recomputed)
         per_block = _compile_blocks(part, compile, layout)
-        if not by_ddp:
+        if not by_ddp and not for_engine:
             _wrap_blocks(
                 part,
                 fsdp,
@@ -231,6 +252,14 @@ def assemble(
         compiled=compile.enable,
         buffers=_buffers(list(parts.values()), batch_mesh(mesh), by_ddp=by_ddp),
     )
+
+
+def with_engine(assembled: Assembled, engine: ZeroEngine, mesh: DeviceMesh | None) -> Assembled:
+    """A model that was assembled `for_engine`, in the hands of one, which was made with its optimizer."""
+    gradients = DataGradients(
+        assembled.module, unused=data_gradients.REFUSE, mesh=batch_mesh(mesh), reached=engine.has_gradient
+    )
+    return replace(assembled, engine=engine, gradients=gradients)
 
 
 @dataclass(frozen=True)
@@ -280,6 +309,8 @@ def _whole_model(
     if not isinstance(model, nn.Module):
         return build(model, seed, device)
     refuse_meta(model)
+    if is_distributed():
+        refuse_for_ranks(model)
     return model, None
 
 
@@ -327,6 +358,29 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
 
 
+def _warn_of_buffers(trial: Trial, normalised: Sequence[str]) -> None:
+    """A warning for buffers that forward changes: it is called once a microbatch. Batch normalisation has its own."""
+    if changed := sorted(name for name in trial.changed if name.rpartition(".")[0] not in normalised):
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        _log.warning(
+            "pipeline: forward runs once a microbatch, as in one process with accum_steps, and each time changes the "
+            "buffer %s%s",
+            changed[0],
+            more,
+        )
+
+
+def _refuse_own_hooks(model: nn.Module) -> None:
+    """Refuse hooks on the model itself: each stage would call them, with what it was sent. Raises SettingError."""
+    if _torch_private.hooks_of(model):
+        raise SettingError(
+            "parallel.axes.pipeline",
+            ABSENT,
+            f"{type(model).__name__} itself has a hook, which each stage would call with what it is sent",
+            "register it on a module inside, or set the degree to 1",
+        )
+
+
 def _cut(
     model: nn.Module,
     layout: Layout,
@@ -339,6 +393,7 @@ def _cut(
     degree = layout.pipeline
     if degree == 1:
         return None
+    _refuse_own_hooks(model)
     names = parallel.module_fqns_per_model_part
     if names is None:
         blocks = stages_of.blocks_of(model)
@@ -356,14 +411,20 @@ def _cut(
         stages_of.check(model, names)
         stages_of.check_used(model, names, trial)
         rehearse(trial, names, blocks, forward, batch)
+        trial.twin.discard(trials.PATH)
 
     normalised = [name for name, module in model.named_modules() if isinstance(module, batch_norm.BATCH_NORMS)]
     if normalised:
-        _log.warning("pipeline: %s normalises over the samples of a microbatch, not of a batch", normalised[0])
+        _log.warning(
+            "pipeline: %s normalises over the samples of a microbatch, as in one process with accum_steps, not of a "
+            "batch",
+            normalised[0],
+        )
     trial = None
     if example is not None and forward is not None:
         batch = example()
         trial = trials.together(partial(tried, forward, batch))
+        _warn_of_buffers(trial, normalised)
     if names is None:
         names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule), trial)
     stages_of.check(model, names)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -16,9 +17,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from danling_conf._torch_private import quiet_fake_tensors, tree_map
+from danling_conf._torch_private import as_no_view, quiet_fake_tensors, storage_identity, tree_map
 from danling_conf.components.batch import CountSamples, count_samples, rows, tensors
 from danling_conf.parallel.context import positions_argument, positions_for
+from danling_conf.parallel.fsdp import explaining_uncast
+from danling_conf.parallel.function_caches import fake_values_forgotten
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.program import Recording
 from danling_conf.parallel.stages import stage_model
@@ -98,7 +101,9 @@ class Pipeline:
         self._metadata: dict[Any, list[tuple[torch.Size, torch.dtype]]] = {}
         self._prove = prove
         for index, part in parts.items():
-            _make_stage(part, index, names, blocks, self._work, positions, policy, tuples=trial is not None)
+            changed = () if trial is None else trial.changed
+            tuples = trial is not None
+            _make_stage(part, index, names, blocks, self._work, positions, policy, tuples=tuples, changed=changed)
 
     def microbatches(self, batch: Any) -> list[Any]:
         """A batch cut along its first dim into microbatches, as many as the section says.
@@ -235,8 +240,8 @@ class Pipeline:
 class _NumberedStage(PipelineStage):
     """A stage that tells which microbatch it works on.
 
-    Before the first one, torch passes something of its shape through the stage: buffers (running statistics) are then
-    put back.
+    Before the first one, torch passes something of its shape through the stage: buffers (running statistics) and what
+    modules count or keep are then put back.
     """
 
     def __init__(self, submodule: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -244,15 +249,32 @@ class _NumberedStage(PipelineStage):
         self._before: dict[str, Tensor] | None = {
             name: buffer.detach().clone() for name, buffer in submodule.named_buffers()
         }
+        self._attributes = [(module, _state(module)) for module in submodule.modules()]
+        submodule._stage.learning = True  # type: ignore[union-attr]
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if self._before is not None:
             with torch.no_grad():
                 for name, buffer in self.submod.named_buffers():
                     buffer.copy_(self._before[name])
+            for module, state in self._attributes:
+                for name in _state(module).keys() - state.keys():
+                    delattr(module, name)
+                vars(module).update(state)
             self._before = None
+            self._attributes.clear()
+            self.submod._stage.learning = False  # type: ignore[union-attr]
         self.submod._stage.work.current = fwd_chunk_id  # type: ignore[union-attr]
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that are no modules, parameters or hooks; containers are copied."""
+    return {
+        name: copy.copy(value) if isinstance(value, (list, dict, set)) else value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+    }
 
 
 @dataclass
@@ -268,6 +290,10 @@ class _Stage:
     policy: MixedPrecisionPolicy | None
     through_blocks: bool
     """Whether what is sent goes in and out at blocks."""
+    changed: Sequence[str]
+    """Names of the buffers that forward changes."""
+    learning: bool = False
+    """Whether torch passes something through it to learn the shapes that it sends."""
     sent: Tensor | None = None
     passed_on: Any = None
 
@@ -280,9 +306,16 @@ def rehearse(trial: Trial, names: Sequence[Sequence[str]], blocks: Sequence[str]
     work = _Work(microbatches=[to_cpu(batch)], forward=forward)
     kind = type(trial.twin.model).__name__
     sent: Any = None
-    with torch.no_grad(), trial.twin.fake, quiet_fake_tensors(), Recording(draws=True):
-        for index in range(len(names)):
-            part = stage_model(trial.twin.model, names, index, trial)
+    with torch.no_grad(), quiet_fake_tensors():
+        parts = [stage_model(trial.twin.model, names, index, trial) for index in range(len(names))]
+    with (
+        fake_values_forgotten(),
+        torch.no_grad(),
+        trial.twin.fake,
+        quiet_fake_tensors(),
+        Recording(draws=True),
+    ):
+        for index, part in enumerate(parts):
             _make_stage(part, index, names, blocks, work, None, None, tuples=True)
             try:
                 sent = part(sent)
@@ -319,9 +352,11 @@ def _make_stage(
     policy: MixedPrecisionPolicy | None,
     *,
     tuples: bool,
+    changed: Collection[str] = (),
 ) -> None:
     last = index == len(names) - 1
-    stage = _Stage(part.forward, index, last, work, positions, policy, bool(blocks))
+    own = [name for name, _ in part.named_buffers() if name in changed]
+    stage = _Stage(part.forward, index, last, work, positions, policy, bool(blocks), own)
     part._stage = stage  # type: ignore[assignment]
     part.forward = MethodType(_stage_forward, part)
     earlier = [name for of_stage in names[:index] for name in of_stage if name not in blocks]
@@ -382,9 +417,12 @@ def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
     microbatch = work.microbatches[work.current]
     assert work.forward is not None  # set before each pass
     stage.sent = sent
+    if stage.learning and sent is not None:
+        sent.data.zero_()  # whatever was in that memory is no number, as a rule
     if sent is not None and sent.requires_grad:
         sent.register_hook(torch.Tensor.contiguous)  # its gradient is sent back, and gloo sends nothing permuted
-    with work.autocast():
+        stage.sent = as_no_view(sent)  # a block may change its input in place, which torch refuses of a leaf
+    with work.autocast(), _kept_for_backward(self, stage):
         output = work.forward(_StandIn(self, stage), microbatch)
         stage.sent = None
         if not stage.last:
@@ -394,6 +432,28 @@ def _stage_forward(self: nn.Module, sent: Tensor | None) -> Any:
         if stage.policy is not None:
             output = _cast(output, stage.policy.output_dtype)
         return output if work.objective is None else work.objective(output, microbatch)
+
+
+@contextmanager
+def _kept_for_backward(part: nn.Module, stage: _Stage) -> Iterator[None]:
+    """What a backward pass needs of buffers that the next microbatch's forward will change is copied inside."""
+    if not stage.changed:
+        yield
+        return
+    changing = {storage_identity(part.get_buffer(name)) for name in stage.changed}
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+        kept = tensor.detach().clone() if storage_identity(tensor) in changing else tensor
+        return kept, kept._version
+
+    def unpack(packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        if tensor._version != version:  # torch does not look where there are hooks
+            raise RuntimeError(f"a tensor {list(tensor.shape)} that the backward pass needs was changed in place")
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class _StandIn:
@@ -421,7 +481,8 @@ class _StandIn:
                 kwargs[next(iter(kwargs))] = stage.sent
         elif stage.policy is not None and stage.policy.cast_forward_inputs:
             args, kwargs = _cast((args, kwargs), stage.policy.param_dtype)
-        return stage.compute(*args, **kwargs)
+        with explaining_uncast((args, kwargs), stage.policy):
+            return stage.compute(*args, **kwargs)
 
 
 def passes(section: ParallelConfig, samples: int, largest: int) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from danling_conf.parallel.blocks import repeated_blocks
+from danling_conf.parallel.init_plan import deep_copy
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.trial import Trial
 from danling_conf.schema.parallel import MULTI_STAGE_SCHEDULES, V_SCHEDULES
@@ -129,6 +129,18 @@ def check_used(model: nn.Module, stages: Sequence[Sequence[str]], trial: Trial) 
                 "it is used after a module of a later stage",
                 f"move it to stage {earlier} or a later one",
             )
+    _check_buffers(
+        model,
+        trial,
+        {
+            name: stage_of[prefix]
+            for name, _ in model.named_buffers()
+            for prefix in _prefixes(name)
+            if prefix in stage_of
+        },
+        order,
+        len(stages) - 1,
+    )
     if order and order[0] and not trial.direct:
         raise SettingError(
             f"parallel.module_fqns_per_model_part[{order[0]}]",
@@ -136,6 +148,26 @@ def check_used(model: nn.Module, stages: Sequence[Sequence[str]], trial: Trial) 
             "it reads more of what is before the blocks than its first input",
             "move it to stage 0",
         )
+
+
+def _check_buffers(
+    model: nn.Module, trial: Trial, stage_of: Mapping[str, int], order: Sequence[int], last: int
+) -> None:
+    """Refuse a buffer that forward changes by what one stage alone has, and that is not in this stage."""
+    for name, region in sorted(trial.changed.items()):
+        if region is None:
+            continue
+        place = region // 2
+        wanted = order[place] if region % 2 else 0 if region == 0 else last
+        if stage_of.get(name) != wanted:
+            where = f"in {trial.blocks[place]}" if region % 2 else "after the blocks" if region else "before the blocks"
+            raise SettingError(
+                "parallel.axes.pipeline",
+                ABSENT,
+                f"the buffer {name} of {type(model).__name__} is changed {where}, by what stage {wanted} alone "
+                f"computes, and is not in that stage",
+                "put it into a module with parameters that is used there, or set the degree to 1",
+            )
 
 
 def check(model: nn.Module, stages: Sequence[Sequence[str]]) -> None:
@@ -184,7 +216,7 @@ def stage_model(model: nn.Module, stages: Sequence[Sequence[str]], index: int, t
     others = [names for number, names in enumerate(stages) if number != index]
     # What is left out is not copied either: a real model is large.
     left_out = [model.get_submodule(name) for name in called(model, others)]
-    return copy.deepcopy(model, {id(module): PassThrough(lengths.get(id(module), 0)) for module in left_out})
+    return deep_copy(model, {id(module): PassThrough(lengths.get(id(module), 0), like=module) for module in left_out})
 
 
 def around(model: nn.Module, blocks: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,9 +7,11 @@ else crosses from one stage to another. The order in which modules are declared 
 
 from __future__ import annotations
 
-import copy
+import gc
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from danling_conf import _torch_private
 from danling_conf._torch_private import tree_leaves, tree_map
 from danling_conf.parallel.blocks import repeated_blocks
-from danling_conf.parallel.init_plan import named_tensors
+from danling_conf.parallel.function_caches import cached_tensors, fake_values_forgotten
+from danling_conf.parallel.init_plan import deep_copy, named_tensors
 from danling_conf.parallel.program import Recording
 from danling_conf.topology.violation import ABSENT, SettingError
 
@@ -43,12 +46,14 @@ class Twin:
         fake: the context in which it can be called.
     """
 
+    model: nn.Module
+    fake: AbstractContextManager[object]
+
     def __init__(self, model: nn.Module) -> None:
         self.fake = _torch_private.fake_tensors()
-        with self.fake, _torch_private.quiet_fake_tensors():
-            self.model = _fake_copy(model)
-            for _, block in repeated_blocks(self.model):
-                block.forward = MethodType(_or_alike, block)
+        self.model = _fake_copy(model, self.fake)
+        for _, block in repeated_blocks(self.model):
+            block.forward = MethodType(_or_alike, block)
 
     def call(
         self,
@@ -63,19 +68,43 @@ class Twin:
         batch = to_cpu(batch)
         recording = recording or Recording(draws=True)
         try:
-            with torch.no_grad(), self.fake, _torch_private.quiet_fake_tensors(), recording:
+            with (
+                fake_values_forgotten(),
+                torch.no_grad(),
+                self.fake,
+                _torch_private.quiet_fake_tensors(),
+                recording,
+            ):
                 start()
                 return forward(self.model, batch)
         except SettingError:
             raise
         except Exception as error:  # of the user's model, which may fail on fake tensors in any way
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, _torch_private.fake_errors()):
+                reason = f"a value decides what it computes next: {error}"
             raise SettingError(
                 path,
                 ABSENT,
                 f"{type(self.model).__name__} does not run on tensors without values, by which it is shown that it can "
-                f"be laid out so ({type(error).__name__}: {error})",
+                f"be laid out so ({reason})",
                 "set the degree to 1",
             ) from error
+
+    def discard(self, path: str) -> None:
+        """Let go of the copy, which has done its service. Raises SettingError where something outside of the model has
+        kept one of its tensors, with which real ones would be computed."""
+        kind, mode = type(self.model).__name__, weakref.ref(self.fake)
+        del self.model, self.fake
+        gc.collect()
+        if mode() is not None:
+            raise SettingError(
+                path,
+                ABSENT,
+                f"what {kind} computes is kept outside of its modules, in a global variable, a class or the like, and "
+                f"would have no value there after the model was tried",
+                "keep it in an attribute of the module, or by functools.lru_cache",
+            )
 
 
 @dataclass(frozen=True)
@@ -88,6 +117,8 @@ class Trial:
         shapes: by block, of what goes on.
         before, after: names of the parameters that were used before the first block, and after the last one.
         direct: whether the first block reads nothing of what is before it but its first input.
+        changed: names of the buffers that forward writes to or replaces, with the region in which it did so (see
+            `_Watch`); None where their values depend on nothing that one stage alone has.
         twin: the model on fake tensors.
     """
 
@@ -97,6 +128,7 @@ class Trial:
     before: frozenset[str]
     after: frozenset[str]
     direct: bool
+    changed: Mapping[str, int | None]
     twin: Twin
 
 
@@ -121,11 +153,11 @@ def run(
     """
     twin = Twin(model)
     watch = _Watch(twin.model, blocks, around, alone=alone)
-    try:
-        twin.call(forward, batch, path=PATH, recording=watch.recording, start=watch.start)
-    finally:
-        watch.stop()
-    watch.finish()
+    with _torch_private.reentrant_checkpoints(watch.refuse_reentrant):
+        _pass(twin, watch, forward, batch)
+        if watch.keeps_values():
+            # What was kept of one pass may be used in the next, in another place.
+            _pass(twin, watch, forward, batch)
     return Trial(
         tuple(blocks),
         tuple(watch.returns),
@@ -133,8 +165,17 @@ def run(
         watch.used_before(),
         watch.used_after(),
         watch.direct,
+        watch.changed(),
         twin,
     )
+
+
+def _pass(twin: Twin, watch: _Watch, forward: Callable[[Any, Any], Any], batch: Any) -> None:
+    try:
+        twin.call(forward, batch, path=PATH, recording=watch.recording, start=watch.start)
+    finally:
+        watch.stop()
+    watch.finish()
 
 
 def to_cpu(batch: Any) -> Any:
@@ -167,15 +208,18 @@ def agree(failure: SettingError | None) -> None:
         raise failure
 
 
-def _fake_copy(model: nn.Module) -> nn.Module:
+def _fake_copy(model: nn.Module, fake: AbstractContextManager[object]) -> nn.Module:
+    """A copy with fake parameters and buffers; other tensors that modules keep have their values."""
     memo: dict[int, Any] = {}
-    for _, tensor in named_tensors(model):
-        if id(tensor) not in memo:
-            made: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            if isinstance(tensor, nn.Parameter):
-                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = made
-    return copy.deepcopy(model, memo)
+    with fake:
+        for _, tensor in named_tensors(model):
+            if id(tensor) not in memo:
+                made: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                memo[id(tensor)] = made
+    # Not in the mode, which can copy no tensor that has a value.
+    return deep_copy(model, memo)
 
 
 class _Watch:
@@ -192,16 +236,30 @@ class _Watch:
         self._inside: list[str] = []
         self._handles: list[Any] = []
         self._parameters: dict[int, list[str]] = {}
+        self._buffers: dict[int, str] = {}
+        self._written: dict[str, int | None] = {}
+        self._late: SettingError | None = None
+        """What is computed between two blocks, which is a fault if the later one is called at all."""
         self._regions: defaultdict[int, set[int]] = defaultdict(set)
         self._made: dict[int, tuple[int, str]] = {}
-        """By storage that depends on parameters: the region in which it was made, and by which module."""
+        """By storage that depends on parameters, or that a block made: the region in which it was made, and by which
+        module."""
+        self._constant: set[int] = set()
+        """Those that depend on nothing but numbers and the batch, such as masks."""
         self._passed: int | None = None
         """The storage that goes from one block to the next."""
         self._output: Any = None
 
     def start(self) -> None:
+        self._region, self._late = 0, None
+        self.returns.clear()
+        self.shapes.clear()
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            self._parameters.setdefault(self.recording.ref(parameter).storage, []).append(name)
+            names = self._parameters.setdefault(self.recording.ref(parameter).storage, [])
+            names += [name] * (name not in names)
+        self._buffers = self._buffers or {
+            self.recording.ref(buffer).storage: name for name, buffer in self._model.named_buffers()
+        }
         for place, name in enumerate(self._blocks):
             block = self._model.get_submodule(name)
             enter = self._handle(block.register_forward_pre_hook)
@@ -215,11 +273,14 @@ class _Watch:
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     def finish(self) -> None:
         if self._region != self._end:
             called = self._region // 2
             raise self._fault(f"its block {self._blocks[called]} is not called")
+        if self._late is not None:
+            raise self._late
         for number, regions in self._regions.items():
             outside = {region for region in regions if region % 2 == 0}
             between = outside - {0, self._end}
@@ -230,6 +291,34 @@ class _Watch:
             if len(self._parameters[number]) == 1 and (len(outside) + len(inside)) > 1:
                 places = " and ".join(self._place(region) for region in sorted(regions))
                 raise self._fault(f"the parameter {name} is used {places}")
+
+    def changed(self) -> dict[str, int | None]:
+        """Names of the buffers that were written to or replaced, with the region; None where any stage can do it."""
+        found = dict(self._written)
+        for name, buffer in self._model.named_buffers():
+            number = self.recording.ref(buffer).storage
+            if self._buffers.get(number) != name:
+                found[name] = self._made[number][0] if number in self._made else None
+        return found
+
+    def keeps_values(self) -> bool:
+        """Whether a buffer or an attribute of a module has what a part of the model computed."""
+        if any(region is not None for region in self.changed().values()):
+            return True
+        kept = (item for module in self._model.modules() for item in tree_leaves(list(vars(module).values())))
+        return any(
+            isinstance(item, Tensor) and _torch_private.is_fake(item) and self.recording.ref(item).storage in self._made
+            for item in kept
+        )
+
+    def refuse_reentrant(self) -> None:
+        raise SettingError(
+            PATH,
+            ABSENT,
+            f"{type(self._model).__name__} recomputes {self._place(self._region)} by torch.utils.checkpoint with "
+            f"use_reentrant=True, which torch's pipelines cannot differentiate",
+            "pass use_reentrant=False, or leave it to activation_checkpointing.mode",
+        )
 
     def used_before(self) -> frozenset[str]:
         return self._used(0)
@@ -257,6 +346,8 @@ class _Watch:
         if not isinstance(first, Tensor):
             raise self._fault(f"the first input of {name} is a {type(first).__name__} and no tensor")
         if place and first is not self._output:
+            if self._late is not None:
+                raise self._late
             raise self._fault(
                 f"{name} is not given the output of {self._blocks[place - 1]} as its first input, but something else"
             )
@@ -278,35 +369,64 @@ class _Watch:
         self._region += 1
 
     def _step(self, function: Any, read: frozenset[int], written: frozenset[int]) -> None:
+        if "batch_norm" in function.overloadpacket.__name__:  # torch does not say that it changes running statistics
+            written = written | {number for number in read if self._is_tracking(number)}
         if not written or function.overloadpacket.__name__ in _BY_SHAPE:
             return
         # What a module with parameters makes is not there in stages that do not hold it.
-        depends = bool(self._region % 2 or self._inside)
+        depends = False
         for number in read:
             if number in self._parameters:
                 self._regions[number].add(self._region)
                 depends = True
             elif number in self._made:
                 self._check_read(number)
-                depends = True
+                depends = depends or number not in self._constant
+        if not depends and (self._region % 2 or self._inside):
+            self._constant |= written
+            depends = True
+        if changed := written & self._parameters.keys():
+            raise SettingError(
+                PATH,
+                ABSENT,
+                f"forward changes the parameter {self._parameters[min(changed)][0]} of {type(self._model).__name__}, "
+                f"and runs for several microbatches before the first one's backward pass",
+                "change it between steps, in a callback, or set the degree to 1",
+            )
+        for number in written & self._buffers.keys():
+            self._written[self._buffers[number]] = self._region if depends else None
         if depends:
             if self._alone and not self._region % 2:
                 raise self._fault(f"it computes {self._place(self._region)}, which every stage would do")
             made_by = self._inside[-1] if self._inside else f"the model {self._place(self._region)}"
             self._made |= {number: (self._region, made_by) for number in written - self._parameters.keys()}
 
+    def _is_tracking(self, number: int) -> bool:
+        name = self._buffers.get(number)
+        return name is not None and self._model.get_submodule(name.rpartition(".")[0]).training
+
     def _check_read(self, number: int) -> None:
         origin, made_by = self._made[number]
         if origin == self._region or (number == self._passed and (self._region % 2 or self._region == self._end)):
             return
+        if number in self._constant and number in self._cached():
+            return  # by a function, which each stage calls by itself
         if self._region == 1 and origin == 0:
             self.direct = False  # before the blocks and in the first: one stage has both, as a rule
             return
         if self._region % 2 == 0 and 0 < self._region < self._end:
-            raise self._fault(f"it computes {self._place(self._region)} with what {made_by} made")
+            late = self._fault(f"it computes {self._place(self._region)} with what {made_by} made")
+            self._late = self._late or late
+            return
+        if self._region == 0:
+            raise self._fault(f"what {made_by} made is used before the blocks, the next time")
         raise self._fault(
             f"what {made_by} made is used {self._place(self._region)}, beside the output of the block before"
         )
+
+    def _cached(self) -> frozenset[int]:
+        """Storages that caches of functions keep."""
+        return frozenset(self.recording.ref(item).storage for item in cached_tensors() if _torch_private.is_fake(item))
 
     def _place(self, region: int) -> str:
         if region == 0:

@@ -21,6 +21,8 @@ class Current:
     ranks: RankEnvironment = SINGLE
     store: Any = None
     """The `torch.distributed.Store` of the rendezvous; None where there was none. `Any` keeps torch out of here."""
+    terminal: int | None = None
+    """Descriptor of the command's standard output, of a rank whose own goes to its log; None where it has it itself."""
     repeats_signals: bool = False
     """Whether the launcher repeats its signal while the run saves, and sends SIGKILL in the end, as Slurm does. A
     second signal must then not abort the save."""

@@ -38,13 +38,13 @@ def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str
 
     The package's own logger does not propagate: on the console its lines would break the progress display.
     """
-    handlers: list[logging.Handler] = [_file_handler(rank_log(attempt, ranks.rank), ranks.rank)]
+    handlers: list[logging.Handler] = [_file_handler(rank_log(attempt, ranks.number), ranks.number)]
     root, ours = logging.getLogger(), logging.getLogger(_OURS)
     if root.level > logging.INFO or root.level == logging.NOTSET:
         root.setLevel(logging.INFO)
     root.addHandler(handlers[0])
     ours.addHandler(handlers[0])
-    if ranks.main and log:
+    if ranks.number == 0 and log:
         handlers.append(_file_handler(attempt / f"{job_name}.log", ranks.rank))
         ours.addHandler(handlers[1])
     if ranks.main and not log:
@@ -77,14 +77,18 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def show_unwritable(path: Path | str, error: OSError) -> None:
+def show_unwritable(path: Path | str, error: OSError, so: str = "records miss what cannot be written") -> None:
     """Show that a record cannot be written, once in a process for each kind of error: a full disk fails every line of
-    every file."""
+    every file.
+
+    Args:
+        so: what that means.
+    """
     if error.errno in _shown:
         return
     _shown.add(error.errno)
     try:
-        print(f"warning: {path}: {error.strerror}: records miss what cannot be written", file=sys.stderr, flush=True)
+        print(f"warning: {path}: {error.strerror}: {so}", file=sys.stderr, flush=True)
     except OSError:  # standard error is a file on the same disk
         return
 

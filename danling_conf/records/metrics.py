@@ -194,6 +194,28 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def resumptions(run: Path) -> list[int]:
+    """For each attempt in a run's file, in order, the step up to which earlier ones count.
+
+    A marker says "resumed after step n", so step n stays; a measurement at step n replaces step n itself. Only lines
+    that begin another attempt are parsed.
+    """
+    found: list[int] = []
+    attempt, same, torn = None, b"\0", b""  # no line has that byte
+    try:
+        for block in _blocks(metrics_file(run)):
+            *lines, torn = (torn + block).split(b"\n")
+            for text in lines:
+                line = None if same in text else parse_line(text)
+                if line is not None and line["attempt"] != attempt:
+                    attempt = line["attempt"]
+                    same = b'"attempt": ' + json.dumps(attempt).encode()
+                    found.append(line["step"] - (1 if is_measurement(line) else 0))
+    except (FileNotFoundError, Damaged):  # reading the lines themselves says so
+        pass
+    return found
+
+
 def is_measurement(line: dict[str, Any]) -> bool:
     """Whether a line has any scalar, besides the keys that every line has and the status."""
     return len(line) - (STATUS in line) > len(BASE)

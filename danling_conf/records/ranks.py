@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from danling_conf.records.heartbeats import heartbeat_folder, heartbeat_settings, read_heartbeats
+from danling_conf.records.membership import Member, changes_of, members_of
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.state import RunState, is_silent, state_of
 from danling_conf.records.status import Status
@@ -58,6 +59,8 @@ class RunSeen:
     stuck: list[int]
     note: str
     """Why there are no heartbeats; "" where there are."""
+    groups: list[Member] = field(default_factory=list)
+    """Its replica groups, if it has any."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +100,7 @@ def look_at(run: Path, now: float | None = None, state: RunState | None = None) 
         slowest=_slowest(beats) if live else None,
         stuck=sorted(stuck),
         note=note,
+        groups=[] if attempt is None else members_of(changes_of(attempt)),
     )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from danling_conf.records.reading import read_text
-from danling_conf.schema.files import RANKS_LOCK, RUN_LOCK, open_lock
+from danling_conf.schema.files import LEAD_LOCK, RANKS_LOCK, RUN_LOCK, open_lock
 from danling_conf.topology.violation import ConfigRefused, PlainError, Violation
 
 _SECONDS, _SECONDS_ON_A_CLUSTER = 1.0, 60.0
@@ -123,6 +123,25 @@ class RankLock(_Lock):
         except BaseException:
             self.release()
             raise
+
+
+class LeadLock(_Lock):
+    """The right to write a run's records, of which one replica group has it at a time. It passes on when that group's
+    process ends, however it ends."""
+
+    def __init__(self, attempt: Path) -> None:
+        super().__init__(attempt / LEAD_LOCK)
+        self.held = False
+
+    def take(self) -> bool:
+        """Take it, unless another group has it. Returns whether this process has it now."""
+        if not self.held:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.held = True
+            except BlockingIOError:
+                return False
+        return True
 
 
 def check_token(run_directory: Path, token: str) -> None:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from danling_conf.checkpoint.state import MODEL, model_tensors, named_parameters
 from danling_conf.runner.callbacks import Callback, TrainingRun
+from danling_conf.topology.violation import SettingError
 
 
 class EMA(Callback):
@@ -63,6 +64,10 @@ class EMA(Callback):
         self._swapped = False
 
     def setup(self, runner: TrainingRun) -> None:
+        zero = runner.setup.zero
+        if zero is not None and zero.stage == 3:
+            rule = "ZeRO 3 holds no weights between two steps that could be averaged"
+            raise SettingError("callbacks", self.name or "EMA", rule, "deepspeed=zero2, or stack=auto parallel=fsdpN")
         self._find(runner)
         self._average = {name: item.detach().clone() for name, item in self._weights.items()}
         # torch's update takes lists of plain tensors of one kind. Average and weight are sharded alike, so that each

@@ -17,6 +17,7 @@ from danling_conf.components.instantiate import from_target
 from danling_conf.records.status import HasOutcome
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.runner import callback_entries
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError
 
 Hook = Callable[..., None]
@@ -249,18 +250,14 @@ class Callbacks:
         return call
 
 
-def configured(entries: Sequence[Mapping[str, Any]] | None) -> list[Callback]:
-    """The callbacks that a configuration names.
-
-    Args:
-        entries: `callbacks` of the configuration; each has a `_target_` and its arguments.
+def configured(config: RunnerConfig) -> list[Callback]:
+    """The callbacks that a configuration names: each entry of `callbacks` has a `_target_` and its arguments.
 
     Raises:
         SettingError: a target cannot be imported or called, or makes no callback.
     """
     made: list[Callback] = []
-    for index, entry in enumerate(entries or ()):
-        path = f"callbacks[{index}]"
+    for path, entry in callback_entries(config):
         found = from_target(entry, path)
         if not isinstance(found, Callback):
             rule = f"it makes a {type(found).__name__}, which is no danling_conf.Callback"

@@ -153,7 +153,7 @@ class Checkpoints:
                 rule = f"{loaded.path}: it holds no {name}"
                 raise SettingError("resume", str(source), rule, "choose a run that saved it")
             item.load_state_dict(others[name])
-        degree = loaded.facts.made_under.data_degree
+        degree = loaded.facts.data_degree
         if self._batches is not None and loaded.own.get("loader") is not None:
             with as_saved(loaded.path, "loader"):
                 self._batches.load_state_dict(loaded.own["loader"], data_degree=degree)

@@ -32,8 +32,13 @@ def make_loaders(
     data_degree: int,
     seed: int,
     collate_fn: Callable[[list[Any]], Any] | None,
+    evaluating: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """One loader a split. Collective.
+
+    Args:
+        data_rank, data_degree: which share this rank trains on.
+        evaluating: which share it evaluates, rank and degree; None for the same.
 
     A data set is anything with `__getitem__` and `__len__`, a list of samples too, or a torch `IterableDataset`.
 
@@ -44,18 +49,14 @@ def make_loaders(
     """
     refuse_together(_faults(datasets))
     refuse_together(_differences([dict(item) for item in gathered(_sizes(datasets))]))
-    return {
-        split: dataloader.make(
-            dataset,
-            section,
-            split,
-            data_rank=data_rank,
-            data_degree=data_degree,
-            seed=seed,
-            collate_fn=collate_fn,
+    made = {}
+    for split, dataset in datasets.items():
+        own = (data_rank, data_degree)
+        rank, degree = own if evaluating is None or dataloader.is_training(split) else evaluating
+        made[split] = dataloader.make(
+            dataset, section, split, data_rank=rank, data_degree=degree, seed=seed, collate_fn=collate_fn
         )
-        for split, dataset in datasets.items()
-    }
+    return made
 
 
 def batches_per_epoch(loader: Any) -> int | None:

@@ -30,7 +30,7 @@ class Display:
     """Shows steps, losses and results. Off the main process it shows nothing, and logs.
 
     Args:
-        show: whether this is the process that talks to the user.
+        show: whether this is the process that talks to the user; or a function that says so, where that may change.
         total: optimizer steps of the whole run; None when unknown.
         samples_per_step: samples of one optimizer step, over all ranks.
         tokens_per_sample: tokens of a sample, for data of which tokens are counted.
@@ -41,7 +41,7 @@ class Display:
     def __init__(
         self,
         *,
-        show: bool,
+        show: bool | Callable[[], bool],
         total: int | None,
         samples_per_step: int | None,
         tokens_per_sample: int | None,
@@ -51,7 +51,7 @@ class Display:
     ) -> None:
         # Nothing may wrap or be replaced: lines are for reading and for scripts.
         self.console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        self.show = show
+        self._shows = show
         self.total = total
         self.position = position
         self._on_state = on_state
@@ -66,6 +66,11 @@ class Display:
         self._stop = threading.Event()
         self._live: Live | None = None
         self._watcher: threading.Thread | None = None
+
+    @property
+    def show(self) -> bool:
+        """Whether this is the process that talks to the user."""
+        return self._shows if isinstance(self._shows, bool) else self._shows()
 
     def start(self) -> None:
         """Start to show progress."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from danling_conf.components import dataloader as loaders
 from danling_conf.components import gradients
 from danling_conf.components.batch import to_device
+from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel import process_group
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.forward_backward import Measured
+from danling_conf.parallel.replica_groups import NoQuorum
 from danling_conf.parallel.waiting import waiting
+from danling_conf.records.membership import Event
 from danling_conf.runner import process
 from danling_conf.runner.cadence import next_multiple
 from danling_conf.runner.callbacks import Callbacks
@@ -26,9 +31,11 @@ from danling_conf.runner.conclusion import conclusion
 from danling_conf.runner.data import evaluated_splits, no_batch, same_number_on_all_ranks
 from danling_conf.runner.display import Display
 from danling_conf.runner.evaluation import measure
+from danling_conf.runner.leading import Lead
 from danling_conf.runner.observe import collective_timeout, out_of_memory
 from danling_conf.runner.observe.observers import Observers
-from danling_conf.runner.observe.stopwatch import EVALUATION
+from danling_conf.runner.observe.stopwatch import EVALUATION, FAULT
+from danling_conf.runner.replicas import Replicas, TooFewGroups
 from danling_conf.runner.resuming import Resumption
 from danling_conf.runner.saving import RunSaver
 from danling_conf.runner.setup import Setup
@@ -52,6 +59,8 @@ class Loop:
         state: how far the run is; the loop moves it on.
         saver, resumption, observers, display: what saves, resumes, watches and shows the run.
         callbacks: called at the points that `Callback` names.
+        lead: whether this process's replica group writes what one of several does.
+        replicas: agrees with the other replica groups; None without.
         stop_request: knows of signals.
         report: called at the end.
     """
@@ -70,14 +79,26 @@ class Loop:
         stop_request: StopRequest,
         callbacks: Callbacks,
         report: Report | None,
+        lead: Lead,
+        replicas: Replicas | None = None,
     ) -> None:
         self.config, self.world, self.state, self.setup = config, world, state, setup
         self.saver, self.resumption, self.observers, self.display = saver, resumption, observers, display
         self.stop_request, self.callbacks, self.report = stop_request, callbacks, report
+        self.lead, self.replicas = lead, replicas
+        self._refused = False
+        """Whether the groups have refused the last step, which is then repeated."""
         # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
         self._next_event = state.first_step
         """The next step after which something is due."""
         self._remainder_shown = False
+        self._step_batches: list[Any] = []
+        """Of the step under way, for the case that the groups refuse it."""
+        self._step_began = time.perf_counter()
+        self._met = False
+        """Whether the group has met the others for the step that comes."""
+        self._behind = False
+        """Whether the group has caught up in the middle of an epoch, which it then enters anew."""
 
     def batches(self, split: str = "train") -> Iterator[Any]:
         """Batches of this rank, on its device. Of the training split: epoch after epoch, until the budget is used up or
@@ -124,6 +145,7 @@ class Loop:
     def _epoch(self, loader: Any) -> Iterator[Any]:
         """The batches of an epoch, or of what is left of the one that the run resumes in."""
         state, resumption = self.state, self.resumption
+        self._behind, self._step_batches = False, []
         loaders.set_epoch(loader, state.epoch)
         resumed = resumption.enter_epoch(loader)
         self.observers.known_epoch = resumed is None or resumed.data_degree == self.world.data_degree
@@ -137,6 +159,8 @@ class Loop:
         limit = self.setup.cadence.steps_per_epoch if self.config.accum_steps > 1 else None
         empty, move = state.between_epochs and resumed is None, self.world.device.type != "cpu"
         state.between_epochs = False
+        if self._caught_up():
+            return
         following = next(iterator, _END)
         while following is not _END:
             if limit is not None and state.epoch_step >= limit:
@@ -149,11 +173,13 @@ class Loop:
             if ahead:
                 following = next(iterator, _END)
                 state.epoch_ends = following is _END
-            yield to_device(batch, self.world.device) if move else batch
+            yield from self._delivered(to_device(batch, self.world.device) if move else batch)
             state.epoch_ends = False
-            if self._done():
+            if self._done() or self._behind:
                 return
             if not ahead:
+                if self._caught_up():
+                    return
                 following = next(iterator, _END)
         if empty:
             raise ConfigRefused([no_batch("train").violation])
@@ -164,6 +190,69 @@ class Loop:
         state.epoch_step = 0
         state.between_epochs = True
         self._after_epoch()
+
+    def _delivered(self, batch: Any) -> Iterator[Any]:
+        """A batch; and, for as long as the replica groups refuse the step that it completes, the step's batches
+        again."""
+        if self.replicas is None:
+            yield batch
+            return
+        self._step_batches.append(batch)
+        ends = self.state.epoch_ends
+        yield batch
+        while self._refused:
+            self._refused = False
+            if self._caught_up():
+                self._behind = True
+                break
+            for number, each in enumerate(self._step_batches, 1):
+                self.state.epoch_ends = ends and number == len(self._step_batches)
+                yield each
+        if self.state.micro_batches == 0:
+            self._step_batches = []
+
+    def _caught_up(self) -> bool:
+        """Before a step, meet the other replica groups. Returns whether this one was behind, and continues at another
+        place of the data. Collective in the group."""
+        if self.replicas is None or self.state.micro_batches:
+            return False
+        if self._met:  # it has caught up, and enters the epoch anew: the others are in the step already
+            self._met = False
+            return False
+        try:
+            with self.observers.stopwatch.apart(FAULT):
+                behind = self.replicas.begin()
+            self._step_began = time.perf_counter()
+            if not behind:
+                return False
+        except NoQuorum as error:
+            self._leave(error)
+        self._continue_elsewhere()
+        if isinstance(self.setup.loaders["train"].sampler, ShardedSampler):
+            self.resumption.catch_up(self.replicas.taken)
+            self._met = True
+            return True
+        return False
+
+    def _continue_elsewhere(self) -> None:
+        """The state is another group's: clocks, and what is due, start from its step."""
+        self.state.first_step = max(self.state.first_step, self.state.step + 1)
+        self._next_event = self.state.step + 1
+        self.observers.jumped()
+        self.display.line(f"caught up with the other replica groups at step {self.state.step}")
+
+    def _leave(self, error: NoQuorum) -> NoReturn:
+        """Save, and leave a run of which there are too few replica groups. Collective in the group."""
+        if self.stop_request.number:
+            self.state.interrupted = True
+            self.saver.stop(self.stop_request.number)
+        section, step = self.config.ft, self.state.step
+        self.saver.save_for_later()
+        saved = f"saved at step {step}" if self.saver.checkpoints.enabled and self.lead.held else f"at step {step}"
+        waited = f"for {section.quorum_timeout_seconds} s (ft.quorum_timeout_seconds)"
+        text = f"fewer than {section.min_replica_size} of {section.group_size} replica groups, or no lighthouse, "
+        self.lead.note(Event.SHORT, step=step, why=str(error).partition("\n")[0])
+        raise TooFewGroups(f"{text}{waited}; {saved}") from error
 
     def step(self, batch: Any) -> Tensor:
         """Forward and backward of one micro-batch and, at the last of `accum_steps`, an optimizer step with all that is
@@ -198,8 +287,13 @@ class Loop:
             self.observers.micro_batch(loss.total, state.epoch_step * count + state.micro_batches - 1)
             if last:
                 rescale, state.micro_batches = count / state.micro_batches, 0
-                state.training_loss.commit()
-                self._update(rescale)
+                if not self._update(rescale):
+                    self._refused = True
+                    self.observers.stopwatch.lost(time.perf_counter() - self._step_began)
+                    self._drop_step()
+                    return loss.mean
+                if self.replicas is not None:
+                    self.replicas.after_step()
                 # Before what is due after the step, so that it is evaluated and saved with what callbacks did.
                 if self.callbacks.step_end is not None:
                     self.callbacks.step_end()
@@ -245,15 +339,25 @@ class Loop:
             f"epoch {self.state.epoch + 1}: some ranks have more training batches than others, which are left out"
         )
 
-    def _update(self, rescale: float) -> None:
+    def _update(self, rescale: float) -> bool:
         """The optimizer's step, with clipping, loss scaling and the learning rate of the next one.
 
         Args:
             rescale: of gradients, in a step of fewer micro-batches than `accum_steps`.
+
+        Returns:
+            Whether the step counts; False where the replica groups have refused it.
         """
-        setup, state, nonfinite = self.setup, self.state, self.observers.nonfinite
+        setup, nonfinite = self.setup, self.observers.nonfinite
+        if setup.zero is not None:
+            self._update_by(setup.zero, rescale)
+            return True
         with waiting("the gradients"):
-            setup.passes.finish(setup.parameters, rescale=rescale)
+            counted = setup.passes.finish(setup.parameters, rescale=rescale)
+            # Before anything looks at the gradients: until the vote, they may be garbage.
+            if not self._agreed(counted):
+                return False
+            self.state.training_loss.commit()
             measures = self.config.max_grad_norm is not None or nonfinite.measures_gradients
             hook = self.callbacks.before_optimizer_step
             if setup.scaler is not None and (measures or hook is not None):
@@ -273,14 +377,47 @@ class Loop:
             setup.scaler.step(self.setup.optimizer)
             setup.scaler.update()
         self.setup.optimizer.zero_grad()
-        setup.schedule.after_step()
-        state.step += 1
-        state.epoch_step += 1
+        self._count_step()
+        return True
+
+    def _update_by(self, zero: ZeroEngine, rescale: float) -> None:
+        """The same by ZeRO, which clips and steps at once, and leaves out a step whose gradients are not finite."""
+        nonfinite = self.observers.nonfinite
+        with waiting("the gradients"):
+            self.setup.passes.finish(self.setup.parameters, rescale=rescale)
+            self.state.training_loss.commit()
+            if nonfinite.skips():
+                zero.forget()
+            else:
+                applied = zero.step()
+                if not applied or self.config.max_grad_norm is not None or nonfinite.measures_gradients:
+                    self.observers.norm(zero.norm, expected=False)
+                nonfinite.drop()  # the norm is that of this step, which is decided
+        self._count_step()
+
+    def _count_step(self) -> None:
+        self.setup.schedule.after_step()
+        self.state.step += 1
+        self.state.epoch_step += 1
         self.observers.stepped()
+
+    def _agreed(self, counted: Tensor | None) -> bool:
+        """Whether the step under way counts, also with the other replica groups."""
+        if self.replicas is None:
+            return True
+        try:
+            if not self.replicas.agree(counted):
+                return False
+        except NoQuorum as error:
+            self._leave(error)
+        # Not finite in any group: all of them leave the step out, or none.
+        self.observers.group_loss(self.state.training_loss.step_sums(self.world.device)[0])
+        return True
 
     def _after_step(self) -> None:
         """Do what is due after an optimizer step: log, evaluate, schedule, save. Collective."""
         state, cadence, section = self.state, self.setup.cadence, self.config.gc
+        self.lead.agree()
         if state.step == state.first_step:
             self._after_first_step()
         if section.interval and state.step % section.interval == 0:
@@ -329,7 +466,7 @@ class Loop:
         """Between two steps: fail where a save has failed; save and leave where a signal asked for it; end the training
         where a rank asked for that."""
         self.saver.checkpoints.check()
-        number = self.stop_request.signal_on_any_rank()
+        number = (self.replicas or self.stop_request).signal_on_any_rank()
         if not number or self._done():  # a run that is complete ends as such
             return
         if number == END_REQUESTED:
@@ -417,8 +554,12 @@ class Loop:
         Returns:
             The best score; NaN where there is none.
         """
+        if self.replicas is not None and self.replicas.end():
+            self._continue_elsewhere()
         better = self._evaluate_due_splits(final=True)
-        self.saver.save_at_the_end(better=better)
+        if self.lead.ends_the_run():
+            self.saver.save_at_the_end(better=better)
+            self.lead.complete(self.state.step)
         if self.callbacks.fit_end is not None:
             self.callbacks.fit_end()
         self.observers.flush()
@@ -430,7 +571,15 @@ class Loop:
         setup, lines = self.setup, []
         if self.report is not None:
             # Text of growing length would be compiled again and again.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), setup.autocast(), waiting("the report"):
+            engine = setup.assembled.engine
+            gathered: AbstractContextManager[object] = nullcontext() if engine is None else engine.whole_weights()
+            with (
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                setup.autocast(),
+                waiting("the report"),
+                gathered,
+            ):
                 setup.assembled.train(False)
                 self.display.activity("reporting")
                 whole = None if setup.assembled.pipeline is not None else _without_ddp(setup.model)

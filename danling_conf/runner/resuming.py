@@ -43,8 +43,10 @@ class RankState:
     generators: dict[str, Any] | None
     data_degree: int
     """How many data ranks there were."""
-    path: Path
-    """The checkpoint."""
+    path: Path | None
+    """The checkpoint; None where it is the state of another replica group."""
+    taken: int | None = None
+    """Samples of the epoch that all ranks together had taken, where that is all that is known of the loader."""
 
     @property
     def exhausted(self) -> bool:
@@ -121,19 +123,27 @@ class Resumption:
             return None
         if found.exhausted:
             return found
-        if found.loader is not None:
+        if found.taken is not None:
+            loader.sampler.begin_at(found.taken)
+        elif found.loader is not None and found.path is not None:
             with self._taking_over(found.path, "loader"):
                 dataloader.resume(loader, found.loader, data_degree=found.data_degree)
         else:
             self.state.epoch_step = 0
         return found
 
+    def catch_up(self, taken: int | None) -> None:
+        """Continue where another replica group is, whose state was taken over: `taken` samples into the epoch."""
+        degree = self.world.data_degree
+        self._rank_state = RankState(loader=None, generators=None, data_degree=degree, path=None, taken=taken)
+
     def restore_generators(self, found: RankState) -> None:
         """Restore the generators of the rank; under another number of data ranks seed new ones, which repeat nothing.
 
         Call it once the loader's iterator is made: making it may draw from the generators.
         """
-        if found.generators is not None and found.data_degree == self.world.data_degree:
+        same = found.data_degree == self.world.data_degree
+        if found.generators is not None and found.path is not None and same:
             with self._taking_over(found.path, "generators"):
                 process.restore_generators(found.generators, self.world.device)
         else:
@@ -165,13 +175,14 @@ class Resumption:
     def _load_checkpoint(self, source: Path) -> Loaded:
         """Load model and optimizer; the rest is returned. Raises NothingSaved, or ConfigRefused."""
         try:
-            return self.checkpoints.loader.restore(
-                source,
-                parts=self.setup.assembled.parts,
-                optimizer=self.setup.optimizer,
-                choose=not self._named,
-                extra=self.callbacks.tensors(),
-            )
+            with self.setup.whole(loading=True) as (parts, optimizer):
+                return self.checkpoints.loader.restore(
+                    source,
+                    parts=parts,
+                    optimizer=optimizer,
+                    choose=not self._named,
+                    extra=self.callbacks.tensors(),
+                )
         except (NothingSaved, SettingError):
             raise
         except LayoutDiffers as error:
@@ -184,7 +195,8 @@ class Resumption:
     def _load_weights(self, source: Path, key: str = "pretrained") -> None:
         """Load weights, and nothing else, from a checkpoint, an export or safetensors. Raises ConfigRefused."""
         try:
-            self.checkpoints.loader.load_weights(source, self.setup.assembled.parts)
+            with self.setup.whole(loading=True) as (parts, _):
+                self.checkpoints.loader.load_weights(source, parts)
         except SettingError:
             raise
         except _LOADING_ERRORS as error:
@@ -209,10 +221,12 @@ class Resumption:
                 setup.scaler.load_state_dict(shared["scaler"])
 
     def _load_rank_state(self, loaded: Loaded) -> None:
-        degree, train = loaded.facts.made_under.data_degree, self.setup.loaders["train"]
+        degree, train = loaded.facts.data_degree, self.setup.loaders["train"]
+        # Generators of another replica group would make this one draw what that one draws.
+        own = loaded.facts.group == self.world.group
         found = RankState(
             loader=loaded.own.get("loader"),
-            generators=loaded.own.get("generators"),
+            generators=loaded.own.get("generators") if own else None,
             data_degree=degree,
             path=loaded.path,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from danling_conf.checkpoint.background import SaveFailed
 from danling_conf.checkpoint.manager import CheckpointManager
@@ -14,6 +15,7 @@ from danling_conf.runner import process
 from danling_conf.runner.callbacks import Callbacks
 from danling_conf.runner.conclusion import resume_stopped_command, shown
 from danling_conf.runner.display import Display
+from danling_conf.runner.leading import Lead
 from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.observe.stopwatch import CHECKPOINT
 from danling_conf.runner.setup import Setup
@@ -35,6 +37,7 @@ class RunSaver:
         checkpoints: writes what this collects.
         observers: refuse to save after a step that was not finite.
         callbacks: their state is saved as well.
+        lead: whether this process's replica group writes the checkpoints of several.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class RunSaver:
         display: Display,
         observers: Observers,
         callbacks: Callbacks,
+        lead: Lead,
     ) -> None:
         self.config, self.world, self.state, self.setup = config, world, state, setup
         self.checkpoints, self.display, self.observers = checkpoints, display, observers
-        self.callbacks = callbacks
+        self.callbacks, self.lead = callbacks, lead
 
     def save_run(self, *, history: bool, best: bool) -> None:
         """Save the run as it is, unless its last step was not finite. Collective.
@@ -86,16 +90,21 @@ class RunSaver:
     def stop(self, number: int) -> None:
         """Save and leave, as signal `number` asked for. Collective. Raises Stopped, or SaveFailed."""
         stopped = Stopped(number)
-        if self.checkpoints.enabled:
-            if self.state.saved_at != self.state.step:
-                self._save(history=False, best=False)
-            self.checkpoints.drain()
+        self.save_for_later()
         self.display.stop()
         outcome = f"saved at step {self.state.step}" if self.checkpoints.enabled else "nothing is saved"
         self.display.line(f"{stopped}; {outcome}")
         if self.checkpoints.enabled:
             self.display.line(f"to resume: {resume_stopped_command(self.world.attempt, self.world.ranks)}")
         raise stopped
+
+    def save_for_later(self) -> None:
+        """Save what is not saved yet, and wait until it is written. Collective. Raises SaveFailed."""
+        if self.checkpoints.enabled:
+            self.lead.agree()
+            if self.state.saved_at != self.state.step:
+                self._save(history=False, best=False)
+            self.checkpoints.drain()
 
     def close(self, stop_request: StopRequest) -> None:
         """Release what saving and signals hold. A save that is under way is waited for, also when the run fails."""
@@ -118,18 +127,21 @@ class RunSaver:
         if self.callbacks.export_start is not None:
             self.callbacks.export_start()
         try:
-            return self.checkpoints.export(
-                parts=self.setup.assembled.parts,
-                optimizer=self.setup.optimizer,
-                step=self.state.step,
-                epoch=self.state.epoch,
-            )
+            with self.setup.whole() as (parts, optimizer):
+                return self.checkpoints.export(
+                    parts=parts, optimizer=optimizer, step=self.state.step, epoch=self.state.epoch
+                )
         finally:
             if self.callbacks.export_end is not None:
                 self.callbacks.export_end()
 
     def _save(self, *, history: bool, best: bool) -> None:
         state, setup = self.state, self.setup
+        between = state.between_epochs and setup.cadence.epochs is not None
+        if not self.lead.held:
+            self.checkpoints.save_place(self._own(), step=state.step, epoch=state.epoch, between_epochs=between)
+            state.saved_at = state.step
+            return
         if self.callbacks.save is not None:
             self.callbacks.save()
         shared = {
@@ -139,24 +151,29 @@ class RunSaver:
             "runner": {**state.state_dict(), "score": setup.score.state_dict()},
             "callbacks": self.callbacks.state_dict(),
         }
+        self.display.activity("saving")
+        with setup.whole() as (parts, optimizer):
+            self.checkpoints.save(
+                parts=parts,
+                optimizer=optimizer,
+                shared=shared,
+                own=self._own(),
+                step=state.step,
+                epoch=state.epoch,
+                between_epochs=between,
+                history=history,
+                best=best,
+                extra=self.callbacks.tensors(),
+            )
+        self.display.activity(None)
+        state.saved_at = state.step
+
+    def _own(self) -> dict[str, Any]:
+        """This rank's own state."""
+        state = self.state
         # A loader whose end was seen would start another epoch with its state.
-        loader = EXHAUSTED if state.epoch_ends else setup.loaders["train"].state_dict()
-        own = {
+        loader = EXHAUSTED if state.epoch_ends else self.setup.loaders["train"].state_dict()
+        return {
             "loader": None if state.between_epochs else loader,
             "generators": process.generator_state(self.world.device),
         }
-        self.display.activity("saving")
-        self.checkpoints.save(
-            parts=setup.assembled.parts,
-            optimizer=setup.optimizer,
-            shared=shared,
-            own=own,
-            step=state.step,
-            epoch=state.epoch,
-            between_epochs=state.between_epochs and setup.cadence.epochs is not None,
-            history=history,
-            best=best,
-            extra=self.callbacks.tensors(),
-        )
-        self.display.activity(None)
-        state.saved_at = state.step

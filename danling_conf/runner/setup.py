@@ -5,8 +5,8 @@ Every rank builds the same, in the same order, since building communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,11 +22,12 @@ from danling_conf.components import precision
 from danling_conf.components.batch import CountSamples
 from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.instantiate import model_factory
-from danling_conf.parallel import artifacts
+from danling_conf.parallel import artifacts, zero_state
 from danling_conf.parallel.artifacts import Artifact
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.graph import compiled_update
-from danling_conf.parallel.model import Assembled, assemble
+from danling_conf.parallel.model import Assembled, assemble, with_engine
 from danling_conf.runner.batch import Forward, MetricInputs, forward_of, loss_of_output, metric_inputs_of
 from danling_conf.runner.cadence import Cadence, cadence_of
 from danling_conf.runner.data import batches_per_epoch, check_sequences, evaluated_splits, example_of, make_loaders
@@ -80,6 +81,22 @@ class Setup:
         """The ranks that hold the other stages' parameters; None without a pipeline."""
         return None if self.assembled.pipeline is None else self.assembled.pipeline.group
 
+    @property
+    def zero(self) -> ZeroEngine | None:
+        """The engine that clips and makes the optimizer's step; None where the loop does both."""
+        engine = self.assembled.engine
+        return engine if engine is not None and engine.partitions else None
+
+    def whole(self, *, loading: bool = False) -> AbstractContextManager[tuple[Sequence[nn.Module], Optimizer]]:
+        """Model and optimizer as a checkpoint knows them: by parameter. Collective.
+
+        Args:
+            loading: whether they are loaded inside, and not saved.
+        """
+        if self.zero is None:
+            return nullcontext((self.assembled.parts, self.optimizer))
+        return zero_state.whole(self.zero, loading=loading)
+
 
 def set_up(
     config: RunnerConfig,
@@ -108,6 +125,7 @@ def set_up(
         data_degree=world.data_degree,
         seed=world.attempt.seed,
         collate_fn=collate_fn,
+        evaluating=(world.rank_in_group, world.layout.data_degree),
     )
     cadence = cadence_of(config, batches_per_epoch(split_loaders["train"]))
     model = model_factory(config.model) if model is None else model
@@ -140,6 +158,9 @@ def set_up(
         metrics=measures,
     )
     schedule = _schedule(config, optimizer, cadence, score, datasets, measures)
+    if config.stack == "deepspeed":
+        # Behind the schedule: of the stages of ZeRO, only the groups themselves stay as they are.
+        assembled = with_engine(assembled, _engine(config, world, trained, optimizer, samples), world.mesh)
     assembled.train()
     # FSDP casts by its own policy; autocast on top of it would cast twice.
     cast = None if config.fsdp.enabled else config.precision
@@ -179,7 +200,12 @@ def set_up(
 
 
 def _check_splits(section: DataloaderConfig, datasets: Mapping[str, Any]) -> None:
-    """Refuse settings for a split that there is no data set of: they would change nothing."""
+    """Refuse settings for a split that there is no data set of, which would change nothing, and undeclared splits."""
+    refuse(
+        Violation("dataloader.splits", section.splits, f"there is a data set {split}", "add its name")
+        for split in datasets
+        if section.splits is not None and split not in section.splits
+    )
     refuse(
         Violation(
             f"dataloader.{split}",
@@ -208,7 +234,7 @@ def _utilisation(
         count=count,
         device=world.device,
         precision=config.precision,
-        devices=world.ranks.world_size,
+        devices=world.ranks.world_size * world.groups,
     )
 
 
@@ -233,6 +259,7 @@ def _assembled(
         precision=config.precision,
         example=example,
         forward=forward,
+        for_engine=config.stack == "deepspeed",
     )
 
 
@@ -250,6 +277,18 @@ def _optimizer(config: RunnerConfig, assembled: Assembled, model: nn.Module) -> 
     if assembled.pipeline is None:
         return optimizers.make(model, config.optim)
     return optimizers.make(assembled.named_parameters(), config.optim, whole=assembled.whole)
+
+
+def _engine(config: RunnerConfig, world: World, model: nn.Module, optimizer: Optimizer, batch_size: int) -> ZeroEngine:
+    return ZeroEngine(
+        model,
+        optimizer,
+        config.deepspeed,
+        batch_size=batch_size,
+        max_norm=config.max_grad_norm,
+        device=world.device,
+        local_rank=world.ranks.local_rank,
+    )
 
 
 def _metric(given: Any, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,17 +24,19 @@ from danling_conf.config.resolve import resolve
 from danling_conf.parallel import compile as compilation
 from danling_conf.parallel.forward_backward import Loss
 from danling_conf.parallel.waiting import waiting
-from danling_conf.records.current import current
+from danling_conf.records.current import Current, current
 from danling_conf.records.logs import close_logs, open_logs
 from danling_conf.runner import process
 from danling_conf.runner.batch import Forward, MetricInputs
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.callbacks import Callback, Callbacks, configured, given
 from danling_conf.runner.display import Display
+from danling_conf.runner.leading import Lead
 from danling_conf.runner.loop import Loop, Report
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.preflight import preflight
+from danling_conf.runner.replicas import Replicas
 from danling_conf.runner.resuming import Resumption
 from danling_conf.runner.saving import RunSaver
 from danling_conf.runner.score import Score
@@ -42,7 +45,7 @@ from danling_conf.runner.signals import StopRequest
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World, join
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.violation import refused
+from danling_conf.topology.violation import ABSENT, SettingError, refused
 
 Item = TypeVar("Item")
 _FINISHED = "has finished"
@@ -114,7 +117,9 @@ class Runner:
             handlers = open_logs(attempt.directory, self.world.ranks, log=self.config.log, job_name="run")
             self._stack.callback(close_logs, handlers)
         self._stack.callback(self.observers.close)  # before the logs are
-        if self.world.ranks.main:
+        self.lead = Lead(attempt, self.world.ranks)
+        self._stack.callback(self.lead.close)
+        if self.world.ranks.number == 0 and self.world.ranks.starts == 1:
             process.record_environment(attempt.directory)
         self._stack.enter_context(process.deterministic(self.config.deterministic))
         self.observers.joined(self.world)
@@ -291,9 +296,12 @@ class Runner:
             )
             if self.setup.artifact is not None:
                 self._stack.callback(self.setup.artifact.save)
-            self._callbacks = Callbacks([*configured(self.config.callbacks), *given(callbacks)], self)
+            self._callbacks = Callbacks([*configured(self.config), *given(callbacks)], self)
             self._stack.callback(self._call_of_exception)
             self._callbacks.check_ranks()
+            if self.setup.zero is not None and self._callbacks.before_optimizer_step is not None:
+                rule = "on_before_optimizer_step finds no gradients: ZeRO has joined and cut them"
+                raise SettingError("callbacks", ABSENT, rule, "deepspeed.zero_optimization.stage=0, or stack=auto")
             if self._callbacks.setup is not None:
                 self._callbacks.setup()
         self._display = self._make_display()
@@ -307,6 +315,7 @@ class Runner:
             self.display,
             self.observers,
             self.callbacks,
+            self.lead,
         )
         self._listen_for_signals()
         self._stack.callback(saver.close, self.stop_request)
@@ -323,6 +332,7 @@ class Runner:
                 metric_inputs=self.setup.metric_inputs,
                 device=self.device,
             )
+        self.lead.agree()
         self._start_clocks()
         self._loop = Loop(
             self.config,
@@ -336,6 +346,8 @@ class Runner:
             stop_request=self.stop_request,
             callbacks=self.callbacks,
             report=report,
+            lead=self.lead,
+            replicas=self._make_replicas(),
         )
         for note in notes:
             self.display.line(note)
@@ -346,12 +358,13 @@ class Runner:
     def _make_display(self) -> Display:
         setup = self.setup
         return Display(
-            show=self.world.ranks.main,
+            show=self.world.ranks.main if not self.lead.several else lambda: self.lead.main,
             total=setup.cadence.steps,
             samples_per_step=setup.samples_per_step,
             tokens_per_sample=setup.tokens_per_sample,
             position=lambda: self.state.step,
             on_state=self.observers.state,
+            console=_console_of(current()),
         )
 
     def _make_checkpoints(self) -> CheckpointManager:
@@ -365,7 +378,21 @@ class Runner:
             check_token=self.world.attempt.check_token,
             token=self.world.attempt.token,
             on_node=(self.world.ranks.local_rank, self.world.ranks.local_world_size),
+            whole=self.setup.zero is not None,
+            groups=(self.world.group, self.world.groups, self.world.ranks.starts if self.lead.several else 0),
         )
+
+    def _make_replicas(self) -> Replicas | None:
+        """This group's agreement with the other replica groups, once it has all that it starts with."""
+        if not self.config.ft.enabled:
+            return None
+        with refused(), waiting("the other replica groups"):
+            replicas = Replicas(
+                self.config, self.world, self.state, self.setup, self.callbacks, self.lead, self.stop_request
+            )
+        self._stack.callback(replicas.close)
+        self.observers.group_scalars = replicas.scalars
+        return replicas
 
     def _listen_for_signals(self) -> None:
         limit = self.config.comm.init_timeout_seconds
@@ -379,7 +406,7 @@ class Runner:
         self._stack.enter_context(process.paced_collection(self.config.gc))
         self.state.first_step = self.state.step + 1
         self.display.restart_clock()
-        self.observers.prepared(self.setup, self.display)
+        self.observers.prepared(self.setup, self.display, self.lead)
 
     def _call_of_exception(self) -> None:
         """Call `on_exception` where the runner is closed by an exception."""
@@ -470,6 +497,14 @@ class Runner:
         if self._used != _FINISHED:
             self._used = "has failed" if sys.exc_info()[0] is not None else "is closed"
         self._stack.close()
+
+
+def _console_of(started: Current | None) -> Console | None:
+    """The command's terminal, for a rank whose own output goes to its log; None where it has the terminal itself."""
+    if started is None or started.terminal is None:
+        return None
+    file = open(started.terminal, "w", closefd=False)  # noqa: SIM115  for as long as the process runs
+    return Console(file=file, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _prepared(item: Item | None) -> Item:

@@ -42,16 +42,28 @@ class World:
     attempt: Attempt
     lock: RunLock | RankLock | None
     """Of the run directory, or this rank's share of it, where the runner itself claimed it; None under a launcher."""
+    group: int
+    """Index of this rank's replica group."""
+    groups: int
+    """Number of replica groups; 1 without fault tolerance."""
     repeats_signals: bool
     """Whether signals are sent again while a run saves, see `Current`."""
 
     @property
     def data_rank(self) -> int:
-        return data_rank(self.layout, self.ranks.rank)
+        """Among the data ranks of all groups."""
+        return self.group * self.layout.data_degree + self.rank_in_group
 
     @property
     def data_degree(self) -> int:
-        return self.layout.data_degree
+        """Of all groups together."""
+        return self.groups * self.layout.data_degree
+
+    @property
+    def rank_in_group(self) -> int:
+        """Among the data ranks of this group. They share an evaluation: each group does all of it, so that what follows
+        from it is the same in all of them, whichever take part."""
+        return data_rank(self.layout, self.ranks.rank)
 
 
 def join(config: RunnerConfig) -> World:
@@ -68,9 +80,10 @@ def join(config: RunnerConfig) -> World:
     device = local_device(kind, ranks.local_rank)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
-    if ranks.world_size > 1 or layout.fsdp:
+    if ranks.world_size > 1 or layout.fsdp or config.stack == "deepspeed":
         if not distributed.is_initialized():
-            keep_to_loopback(ranks, os.environ)
+            if config.ft.address is None:
+                keep_to_loopback(ranks, os.environ)
             store = started.store if started is not None else None
             rank, size = (ranks.rank, ranks.world_size) if store is not None else (None, None)
             if store is None and ranks.world_size > 1:
@@ -80,15 +93,20 @@ def join(config: RunnerConfig) -> World:
         _compare(config, ranks)
     attempt, lock = _claimed(config, ranks, started)
     mesh = meshes.make(layout, kind, use_device_mesh=config.parallel.use_device_mesh)
+    several = config.ft.enabled
+    group = ranks.group if ranks.groups > 1 else config.ft.replica_id if several else 0
+    stream = random_stream(layout, ranks.rank, sequence_parallel=config.parallel.sequence_parallel)
     return World(
         ranks=ranks,
         layout=layout,
         device=device,
         mesh=mesh,
         expert_mesh=meshes.make_expert(layout, mesh),
-        stream=random_stream(layout, ranks.rank, sequence_parallel=config.parallel.sequence_parallel),
+        stream=group * layout.world_size + stream,
         attempt=attempt,
         lock=lock,
+        group=group,
+        groups=config.ft.group_size if several else 1,
         repeats_signals=started is not None and started.repeats_signals,
     )
 

@@ -46,6 +46,10 @@ class DataloaderConfig(SplitDataloaderConfig):
     read_by: ClassVar[str] = "danling_conf.components.dataloader"
     open_to: ClassVar[type] = SplitDataloaderConfig
 
+    splits: Optional[List[str]] = setting(None, semantic=False, read_by="danling_conf.runner.setup")
+    """Names of the app's splits, for its file: `[train, val]`. Settings of any other are then refused before anything
+    starts. Unset: they are refused once the data sets are known."""
+
     _target_: str = "danling_conf.components.dataloader.from_keywords"
     _recursive_: bool = False
 

@@ -109,7 +109,7 @@ class SlurmLauncherConfig(LauncherConfig):
 
 @dataclass(kw_only=True)
 class SubmititSlurmConfig(SlurmLauncherConfig):
-    """`hydra/launcher=submitit_slurm`: the settings of hydra-submitit-launcher, for our launcher under our `main`."""
+    """The settings of hydra-submitit-launcher on Slurm, for our launcher under our `main`."""
 
     _target_: str = f"{_PLUGIN}.slurm_launcher.SubmititSlurmLauncher"
     submitit_folder: Optional[str] = None
@@ -120,7 +120,7 @@ class SubmititSlurmConfig(SlurmLauncherConfig):
 
 @dataclass(kw_only=True)
 class SubmititLocalConfig(LocalLauncherConfig):
-    """`hydra/launcher=submitit_local`: the settings of hydra-submitit-launcher, for our launcher under our `main`."""
+    """The settings of hydra-submitit-launcher on this machine, for our launcher under our `main`."""
 
     _target_: str = f"{_PLUGIN}.local_launcher.SubmititLocalLauncher"
     name: str = "${hydra.job.name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import SequenceMatcher, get_close_matches
 
 _LONGEST = 200
 """Longer names are not compared: the time grows with the square of the length."""
@@ -17,6 +16,8 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """
     if len(name) > _LONGEST:
         return None
+    from difflib import SequenceMatcher, get_close_matches  # for a refusal alone
+
     by_folded: dict[str, str] = {}
     for item in known:
         by_folded.setdefault(item.casefold(), item)

@@ -7,8 +7,9 @@ dict, `plain_values` makes what it takes; `hydra.utils.instantiate` takes an ope
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, NoReturn
+
+from danling_conf.schema.nearest import nearest
 
 
 class OpenMapping(dict[str, Any]):
@@ -23,8 +24,8 @@ class OpenMapping(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            near = get_close_matches(name, map(str, self), n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, self)) or 'no keys'}"
+            near = nearest(name, map(str, self), cutoff=0.6)
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(map(str, self)) or 'no keys'}"
             raise AttributeError(f"there is no setting {name!r} here; {hint}") from None
 
     def __dir__(self) -> list[str]:

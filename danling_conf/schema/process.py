@@ -1,4 +1,4 @@
-"""Training process: communication, garbage collection, fault tolerance."""
+"""Training process: communication, garbage collection."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from danling_conf.schema.setting import setting
-
-_FT = "fault tolerance"
 
 
 @dataclass(kw_only=True)
@@ -34,23 +32,3 @@ class GcConfig:
     """Generation passed to `gc.collect`: 0, 1 or 2."""
     disable_automatic: bool = setting(True, semantic=False)
     """Switch CPython's automatic collection off while pacing."""
-
-
-@dataclass(kw_only=True)
-class FtConfig:
-    """Fault tolerance managed by TorchFT: replica groups join and leave while training continues."""
-
-    read_by: ClassVar[str] = "danling_conf.topology.rules.support"
-
-    enabled: bool = False
-    """Use TorchFT."""
-    process_group: str = setting("gloo", choices=("gloo", "nccl"), semantic=False, pending=_FT)
-    """Process group between replica groups: gloo or nccl."""
-    process_group_timeout_ms: int = setting(10000, at_least=1, semantic=False, pending=_FT)
-    """Time limit of that process group, in milliseconds."""
-    replica_id: int = setting(0, at_least=0, semantic=False, pending=_FT)
-    """Identifier of this run's replica group."""
-    group_size: int = setting(1, at_least=1, pending=_FT)
-    """Number of replica groups."""
-    min_replica_size: int = setting(1, at_least=1, semantic=False, pending=_FT)
-    """Healthy replica groups that each step requires."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, List, Optional
+from typing import Any, ClassVar, Dict, Optional
 
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.checkpoint import CheckpointConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.dataloader import BatchConfig, DataloaderConfig
+from danling_conf.schema.deepspeed import DeepspeedConfig
+from danling_conf.schema.fault_tolerance import FtConfig
 from danling_conf.schema.fsdp import DTYPE_ALIASES, FsdpConfig
 from danling_conf.schema.observability import HeartbeatConfig, MlflowConfig, ProfilingConfig, WandbConfig
 from danling_conf.schema.optim import OptimConfig
 from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.schema.process import CommConfig, FtConfig, GcConfig
+from danling_conf.schema.process import CommConfig, GcConfig
 from danling_conf.schema.scheduler import SchedulerConfig
 from danling_conf.schema.setting import setting
 
@@ -31,8 +35,8 @@ class RunnerConfig:
         "auto", choices=("auto", "ddp", "parallel", "graph", "deepspeed"), aliases={"torch": "ddp", "ds": "deepspeed"}
     )
     """Runner stack: `ddp` (alias `torch`), `parallel`, `graph` (one process; forward, loss and backward compiled as one
-    graph, the optimizer's step as another), `deepspeed` (alias `ds`); `auto` derives `ddp` or `parallel` from the
-    layout."""
+    graph, the optimizer's step as another), `deepspeed` (alias `ds`; data ranks whose states ZeRO partitions, see
+    `deepspeed`); `auto` derives `ddp` or `parallel` from the layout."""
     seed: Optional[int] = setting(None, at_least=0)
     """Random seed of weights, data order and dropout. Unset: one is drawn and recorded with the run."""
     deterministic: bool = False
@@ -55,7 +59,7 @@ class RunnerConfig:
     nonfinite: str = setting("count", choices=("count", "skip", "fail"))
     """What happens at a step whose loss or gradients are not finite: `count` reports it, `skip` leaves the optimizer
     step out on all ranks (and measures the gradients' norm at each step), `fail` ends the run at the next log line,
-    evaluation or checkpoint."""
+    evaluation or checkpoint. ZeRO leaves out steps whose gradients are not finite in any case."""
     eval_interval: Optional[int] = setting(None, at_least=1, semantic=False)
     """Evaluate every so many epochs (epoch mode) or optimizer steps (step mode), and at the end. Unset: every epoch, or
     ten times a run."""
@@ -99,10 +103,10 @@ class RunnerConfig:
     tensorboard: bool = setting(False, semantic=False)
     """Write TensorBoard scalars."""
 
-    callbacks: Optional[List[Dict[str, Any]]] = setting(None, read_by="danling_conf.runner.callbacks")
-    """Callbacks, in the order in which they are called: each has a `_target_`, the dotted path of a subclass of
-    `danling_conf.Callback`, and its arguments (`{_target_: danling_conf.EMA, decay: 0.999}`). Those that are passed in
-    code come after them. Unset: none."""
+    callbacks: Any = setting(None, kinds=(list, dict), read_by="danling_conf.runner.callbacks")
+    """Callbacks, in the order in which they are called, as a list or by names of your own (null: left out): each has a
+    `_target_`, the dotted path of a subclass of `danling_conf.Callback`, and its arguments (`{_target_:
+    danling_conf.EMA, decay: 0.999}`). Those that are passed in code come after them. Unset: none."""
     model: Dict[str, Any] = field(default_factory=dict)
     """Settings of your own model; not interpreted here."""
     data: Dict[str, Any] = field(default_factory=dict)
@@ -110,6 +114,7 @@ class RunnerConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -124,3 +129,34 @@ class RunnerConfig:
     heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+
+    # Apps of Hydra read their DictConfig by these three as well: `if cfg.get("seed"):`.
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a setting or a section at the root, and `default` where there is none."""
+        return vars(self)[key] if key in self else default
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self:
+            raise KeyError(f"there is no setting {key!r} at the root")
+        return vars(self)[key]
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and not key.startswith("_") and key in vars(self)
+
+
+def of_python(target: Any) -> str | None:
+    """The module of Python itself that a dotted path begins with, such as `os`; None for one of a package.
+
+    A run makes its model, callbacks, optimizer and schedule by name. Python has none of them, and `os.system` would be
+    called.
+    """
+    module, dot, _ = str(target).partition(".")
+    return module if dot and module in sys.stdlib_module_names else None
+
+
+def callback_entries(config: RunnerConfig) -> list[tuple[str, Any]]:
+    """The entries of `callbacks` with their paths, in order, without those that are null."""
+    given = config.callbacks or []
+    if isinstance(given, Mapping):
+        return [(f"callbacks.{name}", entry) for name, entry in given.items() if entry is not None]
+    return [(f"callbacks[{index}]", entry) for index, entry in enumerate(given)]

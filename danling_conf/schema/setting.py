@@ -35,8 +35,6 @@ class Facts:
     """Values must be larger than this."""
     semantic: bool = True
     """Whether a change of the value changes the result of training (and so the run's `config_id`)."""
-    pending: str | None = None
-    """What the setting waits for: until that is implemented, another value than the default has no effect."""
     shape: type | None = None
     """For a setting that is either unset or a mapping: the dataclass that types the mapping."""
     kinds: tuple[type, ...] | None = None

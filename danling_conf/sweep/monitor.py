@@ -73,7 +73,7 @@ class Monitor:
     def run(self) -> list[Record]:
         """Poll until every job has ended. Returns their records in the order of the sweep.
 
-        A full disk does not end the monitor: what it could not record, it records when the disk takes it.
+        A full or read-only disk does not end the monitor: what it could not record, it records when the disk takes it.
         """
         while self._poll_on_any_disk():
             time.sleep(self._backend.interval)
@@ -85,7 +85,7 @@ class Monitor:
         except OSError as error:
             if not is_full(error):
                 raise
-            show_unwritable(self._ledger.path, error)
+            show_unwritable(self._ledger.path, error, "the sweep goes on when it can be written again")
             return True
 
     def poll(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Union
 from hydra.core.utils import filter_overrides
 from omegaconf import DictConfig, OmegaConf
 
-from danling_conf.config.check import Checker, context_of
+from danling_conf.config.check import check_composed, context_of
 from danling_conf.config.faults import all_faults
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
 from danling_conf.config.identity import layout_name
@@ -95,7 +95,6 @@ class Preflight:
     ) -> None:
         self._composing, self._master = composing, master
         self._jobs = SweepComposer(composing, master)
-        self._checker = Checker(composing)
         self._here = machine or this_machine()
         self._nodes = capacity
         self._capacities: dict[tuple[str | None, int | None], tuple[Capacity, list[Violation]]] = {}
@@ -121,7 +120,7 @@ class Preflight:
                 return faults + unanswered
             return faults + _shape_faults(config, context, capacity, launcher)
 
-        config = self._checker.check(composed, context, faults_of_job, spent=True)
+        config = check_composed(composed, context, faults_of_job, spent=True)
         return Job(number=number, overrides=own(overrides), config=config, hydra=hydra, launcher=settings)
 
     def _all_faults(self, overrides: Sequence[str], error: Exception) -> list[Violation]:

@@ -27,8 +27,12 @@ from danling_conf.config.hydra_adapter import (
     Composer,
     knows_all_jobs,
     overrides_of,
-    refused_in_sweep,
-    sweep_directory_chosen,
+)
+from danling_conf.config.hydra_directories import (
+    chosen_run_directory,
+    chosen_sweep_directory,
+    make_directory,
+    sweep_directory_faults,
 )
 from danling_conf.config.job import Job
 from danling_conf.launch.app import App
@@ -41,14 +45,13 @@ from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.schema.files import LEDGER
-from danling_conf.schema.printable import shell_line, unprintable
+from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.hydra_launcher import JobsLauncher, LaunchesJobs
 from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, notes_of_job, own, shapes_of
 from danling_conf.sweep.preflight_tables import SweepRefused, fault_table, shape_table
 from danling_conf.sweep.slurm_backend import capacity_for, frozen_shape
 from danling_conf.sweep.supervise import backend_for, supervise
 from danling_conf.topology.rules.launcher import folder_faults
-from danling_conf.topology.rules.paths import unwritable
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
 # Hydra creates the sweep's directory, and writes to it, before it launches the first job. No configuration object
@@ -104,9 +107,12 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     """Run a sweep. Exits with 1 when a job failed; raises ConfigRefused when one is refused."""
     arguments = list(overrides)
     arguments += launcher_override(composing, arguments)
-    if not _directory_chosen(composing, arguments):
+    if not check_directory(composing, arguments):
         arguments.append(_DIRECTORY.format(stamp=datetime.now().strftime("%Y%m%d-%H%M%S-%f")))
-    check_directory(composing, arguments)
+        try:
+            check_directory(composing, arguments)
+        except ConfigRefused as refusal:  # of the workspace, which every job has
+            raise _refusal_of(composing, arguments, refusal) from refusal
     sweep = Sweep(app=app, composing=composing, arguments=["-m", *overrides])
     try:
         _make_directory(composing, arguments)
@@ -119,19 +125,6 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
         raise
     except JobFailed:
         sys.exit(1)
-
-
-def _directory_chosen(composing: Composer, arguments: list[str]) -> bool:
-    """Whether the app or the command line names the sweep's directory. Raises ConfigRefused for settings of Hydra that
-    mean nothing here."""
-    try:
-        master = composing.compose(arguments, multirun=True)
-    except COMPOSITION_ERRORS:
-        return any(item.startswith("hydra.sweep.dir=") for item in arguments)
-    faults = refused_in_sweep(master)
-    if faults:
-        raise ConfigRefused(faults)
-    return sweep_directory_chosen(master)
 
 
 def launcher_override(composing: Composer, arguments: Sequence[str]) -> list[str]:
@@ -158,40 +151,36 @@ def launcher_override(composing: Composer, arguments: Sequence[str]) -> list[str
     return [ours]
 
 
-def check_directory(composing: Composer, arguments: Sequence[str]) -> None:
-    """Raises ConfigRefused where Hydra, which writes to a sweep's directory before jobs are checked, should not."""
+def check_directory(composing: Composer, arguments: Sequence[str]) -> bool:
+    """Whether the app or the command line names the sweep's directory.
+
+    Raises ConfigRefused where Hydra, which writes there before jobs are checked, should not.
+    """
     try:
-        composed = composing.compose(arguments, multirun=True)
-    except COMPOSITION_ERRORS:
-        return  # the sweep will hit the same error and report the faults of all jobs
-    try:
-        given = str(composed.hydra.sweep.dir)
-    except OmegaConfBaseException as error:
-        rule = str(error).strip().splitlines()[0]
-        raise ConfigRefused([Violation("hydra.sweep.dir", ABSENT, rule, "fix the interpolation")]) from error
-    path = Path(given).absolute()
-    fault = unwritable(path)
-    if unprintable(str(path)):
-        fault = "its name has characters that are not printable"
-    if not fault and path.is_dir():
-        found = {item.name for item in path.iterdir()} - {"multirun.yaml"}
-        fault = f"{path} has files of something else" if found and LEDGER not in found else None
-    if fault:
-        fix = "choose a directory of its own for the sweep, or leave hydra.sweep.dir out"
-        raise ConfigRefused([Violation("hydra.sweep.dir", given, fault, fix)])
+        master = composing.compose(arguments, multirun=True)
+    except COMPOSITION_ERRORS:  # the sweep will hit the same error and report the faults of all jobs
+        return any(item.startswith("hydra.sweep.dir=") for item in arguments)
+    if faults := sweep_directory_faults(master):
+        raise ConfigRefused(faults)
+    path = chosen_sweep_directory(master)
+    if path is None:
+        return False
+    found = {item.name for item in path.iterdir()} - {"multirun.yaml"} if path.is_dir() else set()
+    if found and LEDGER not in found:
+        fix = "choose a directory of its own for the sweep, or leave it out"
+        rule = "it has files of something else"
+        raise ConfigRefused([Violation("hydra.sweep.dir", str(path), rule, fix)])
+    return True
 
 
 def _make_directory(composing: Composer, arguments: Sequence[str]) -> None:
     """Make a sweep's directory. Raises ConfigRefused where the file system does not let it."""
     try:
-        given = str(composing.compose(arguments, multirun=True).hydra.sweep.dir)
+        path = chosen_sweep_directory(composing.compose(arguments, multirun=True))
     except COMPOSITION_ERRORS:
         return
-    try:
-        Path(given).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        rule = f"it cannot be made: {error.strerror}: {error.filename}"
-        raise ConfigRefused([Violation("hydra.sweep.dir", given, rule, "choose a directory to write to")]) from error
+    if path is not None:
+        make_directory("hydra.sweep.dir", path)
 
 
 class JobFailed(RuntimeError):
@@ -236,6 +225,8 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
 
 def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Run a single configuration on Slurm as a sweep of one job. Exits with 1 if it did not complete."""
+    if chosen_run_directory(composed) is not None:
+        print("warning: hydra.run.dir has no effect on Slurm: the attempt has a directory of its own", file=sys.stderr)
     given = overrides_of(composed, "task")
     job = Preflight(composing, composed, machine=None, capacity=capacity_for).check(given, 0)
     stamp, config = datetime.now().strftime("%Y%m%d-%H%M%S-%f"), job.config

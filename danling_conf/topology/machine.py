@@ -13,6 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from danling_conf.schema.fault_tolerance import LIGHTHOUSE_VARIABLE
 from danling_conf.topology.rank_environment import started_rank
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -33,8 +34,14 @@ class Machine:
     """Whether a C++ compiler and Python's headers are present; torch.compile generates C++ for the CPU."""
     safetensors: bool = True
     """Whether the package safetensors is installed, which writes exports."""
+    deepspeed: bool = True
+    """Whether the package deepspeed is installed."""
     trackers: frozenset[str] = frozenset(TRACKERS)
     """Which of the packages of trackers are installed."""
+    torchft: bool = True
+    """Whether the package torchft is installed, which manages replica groups."""
+    lighthouse: str | None = None
+    """Address of the lighthouse that the environment names; None where it names none."""
 
     cluster_world_size: int | None = None
     """World size that fills a degree of -1 of a job on a cluster, whose ranks may be on several nodes; `devices` are
@@ -58,7 +65,10 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         launcher=rank.launcher if rank else None,
         compiler=_can_compile(environment),
         safetensors=find_spec("safetensors") is not None,
+        deepspeed=find_spec("deepspeed") is not None,
         trackers=frozenset(name for name in TRACKERS if find_spec(name) is not None),
+        torchft=find_spec("torchft") is not None,
+        lighthouse=environment.get(LIGHTHOUSE_VARIABLE) or None,
     )
 
 

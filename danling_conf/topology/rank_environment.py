@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
@@ -24,6 +24,22 @@ class RankEnvironment:
     """Index among the processes of this node."""
     local_world_size: int
     """Number of processes on this node."""
+    group: int = 0
+    """Index of its replica group, where one command started several; ranks are counted within one."""
+    groups: int = 1
+    """Number of those groups."""
+    starts: int = 1
+    """How often its replica group was started in this attempt."""
+
+    @property
+    def number(self) -> int:
+        """Index among the processes of all groups: it is in the names of files that each process has."""
+        return self.group * self.world_size + self.rank
+
+    @property
+    def total(self) -> int:
+        """Number of processes of all groups."""
+        return self.groups * self.world_size
 
     @property
     def main(self) -> bool:
@@ -33,6 +49,19 @@ class RankEnvironment:
 
 SINGLE = RankEnvironment(launcher="none", rank=0, world_size=1, local_rank=0, local_world_size=1)
 """A process that no launcher started."""
+
+
+GROUP_VARIABLE = "DANLING_CONF_GROUP"
+"""Environment variable of a rank whose command has started several replica groups: `INDEX GROUPS STARTS`."""
+
+
+def in_group(rank: RankEnvironment, environment: Mapping[str, str] = os.environ) -> RankEnvironment:
+    """A local worker's rank, with the replica group that it is in."""
+    found = re.fullmatch(r"(\d+) (\d+) (\d+)", environment.get(GROUP_VARIABLE, "0 1 1"))
+    if found is None:
+        raise _contradiction(f"{GROUP_VARIABLE}={environment[GROUP_VARIABLE]} does not name a replica group")
+    group, groups, starts = map(int, found.groups())
+    return replace(rank, group=group, groups=groups, starts=starts)
 
 
 def started_rank(environment: Mapping[str, str] = os.environ) -> RankEnvironment | None:

@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from danling_conf.command import run_command
-from danling_conf.config.hydra_adapter import ConfigSearch, composer, job_directory, sweep_directory_chosen
+from danling_conf.config.hydra_adapter import ConfigSearch, composer
+from danling_conf.config.hydra_directories import chosen_run_directory, chosen_sweep_directory
 from danling_conf.config.job import Job
 from danling_conf.launch.app import App
 from danling_conf.sweep.preflight import Refused, check_jobs, notes_of_job, shapes_of
@@ -44,6 +45,7 @@ def test_directories_callbacks_and_job_of_a_single_run(tmp_path: Path) -> None:
         output = tmp_path / "logs/train/run"
         assert f"output {output} True {output}" in done.out  # with hydra.job.chdir
         assert f"job mine RUN yes {output}" in done.out
+        assert "stopping val/acc for 3 else True train" in done.out
         assert notes == ["run_start", "job_start", "job_end", "run_end"]
         assert (output / ".hydra/config.yaml").is_file()
         # The identity does not depend on where Hydra's output goes.
@@ -77,11 +79,33 @@ def test_several_values_with_the_mode_of_a_sweep() -> None:
 def test_hydras_own_directories_are_those_that_it_ships(tmp_path: Path) -> None:
     """What the adapter takes for unset is what this version of Hydra has."""
     with composer(ConfigSearch(config_name="danling")) as composing:
-        assert job_directory(composing.compose(["steps=1"]), tmp_path) == tmp_path
-        assert not sweep_directory_chosen(composing.compose(["steps=1"], multirun=True))
-        moved = composing.compose(["steps=1", "hydra.run.dir=there", "hydra.sweep.dir=there"])
-        assert job_directory(moved, tmp_path) == Path("there").absolute()
-        assert sweep_directory_chosen(moved)
+        assert chosen_run_directory(composing.compose(["steps=1"])) is None
+        assert chosen_sweep_directory(composing.compose(["steps=1"], multirun=True)) is None
+        moved = composing.compose(["steps=1", "hydra.run.dir=there", "hydra.sweep.dir=${hydra:job.name}"])
+        assert chosen_run_directory(moved) == Path("there").absolute()
+        assert chosen_sweep_directory(moved) == Path("app").absolute()
+
+
+@pytest.mark.parametrize("setting", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_directories_that_cannot_be_those_of_a_run(setting: str, tmp_path: Path, capsys: Any) -> None:
+    app = App(function=print, script=TARGETS / "train.py", config_path=None, config_name="danling")
+    sweep = ["-m"] if "sweep" in setting else []
+    (tmp_path / "file").touch()
+    said = {
+        "/": "the root of the file system",
+        str(tmp_path / "file"): "is not a directory",
+        "/proc/nowhere": "it cannot be made",
+        "": "an empty text names no directory",
+        "${nowhere}": "'nowhere' not found",
+    }
+    for value, why in said.items():
+        with pytest.raises(SystemExit) as ended:
+            run_command(app, [*sweep, "steps=1", f"workspace_root={tmp_path}", f"{setting}='{value}'"])
+        shown = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert setting in shown
+        assert why in shown, value
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

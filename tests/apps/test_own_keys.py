@@ -74,6 +74,20 @@ def test_what_plain_hydra_composed_is_taken() -> None:
     assert (config.hidden, config.parallel.axes.shard, config.fsdp.enabled, config.steps) == (32, 2, True, 3)
 
 
+def test_groups_named_like_settings_of_ours() -> None:
+    """`experiment/` and `callbacks/`, as the popular template has them."""
+    config = targets("experiment=wide", "callbacks.early_stopping.monitor=val/loss")
+    assert (config.model.width, config.experiment) == (32, "exp")
+    assert config.callbacks.early_stopping == {
+        "_target_": "train.EarlyStopping", "monitor": "val/loss", "patience": 9,
+    }  # fmt: skip
+    assert config_id(config) != config_id(targets("experiment=wide"))
+    near = refusals(targets, "callbacks.early_stopping.patiense=1")["callbacks.early_stopping.patiense"]
+    assert near.startswith("did you mean callbacks.early_stopping.patience?")
+    assert "callbacks.early_stopping._target_" in refusals(targets, "callbacks.early_stopping._target_=os.system")
+    assert targets("callbacks.early_stopping=null").callbacks == {"early_stopping": None}
+
+
 def test_groups_with_targets_everywhere() -> None:
     config = targets("trainer.max_epochs=5", "+trainer.precision=32", "model.net.depth=4")
     assert (config.trainer.max_epochs, config.trainer.precision, config.model.net.depth) == (5, 32, 4)

@@ -189,6 +189,14 @@ def test_how_it_is_written(tmp_path: Path, settings: dict[str, Any], ranks: int,
     assert manager.backend == ("file" if ranks == 1 else "dcp")
 
 
+def test_the_group_of_saving_has_the_backend_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("danling_conf.parallel.process_group.separate", asked.append)
+    settings = {"steps": 2, "checkpoint": {"async_process_group_backend": "mpi"}}
+    train(tmp_path, settings)
+    assert asked == ["mpi"]
+
+
 def test_a_checkpoint_that_is_being_read_is_not_removed(tmp_path: Path) -> None:
     settings = {"eval_interval": 100, "checkpoint": {"interval": 1, "keep_latest_k": 1}}
     part = train(tmp_path, {**settings, "steps": 2}, kill_at=2)

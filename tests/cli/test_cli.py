@@ -103,10 +103,6 @@ def test_choices_and_aliases_of_a_setting(command: Command) -> None:
     assert "  aliases  torch = ddp, ds = deepspeed" in lines
 
 
-def test_a_setting_that_has_no_effect_yet_says_so(command: Command) -> None:
-    assert "  note     no effect yet: fault tolerance is not implemented" in command("explain", "ft.group_size")[1]
-
-
 def test_a_choice_with_a_number_is_listed(command: Command) -> None:
     lines = command("explain", "compile.memory_policy")[1]
     assert "  choices  default, full, eager, budget:X (X from 0 to 1)" in lines

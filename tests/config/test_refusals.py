@@ -53,9 +53,16 @@ REFUSED = {
         "parallel.pipeline_schedule=dualpipev", "parallel.pipeline_n_microbatches=2", "compile=aot_eager",
         "parallel.use_device_mesh=false", "precision=fp16", "dataloader.drop_last=false",
     ],
-    "stack_that_is_not_built": ["steps=3", "stack=ds"],
+    "keys_of_deepspeed": [
+        "steps=3", "max_grad_norm=0.5",
+        "deepspeed.gradient_cliping=1.0", "deepspeed.gradient_clipping=1.0",
+        "deepspeed.zero_optimization.stage3_max_live_params=5", "+deepspeed.bf16.enabled=true",
+        "deepspeed.zero_optimization.offload_param.device=nvme",
+    ],
     "graph_of_several_processes": ["steps=3", "stack=graph", "parallel=fsdp2", "compile.memory_policy=budget:1.5"],
-    "fault_tolerance_that_is_not_built": ["steps=3", "ft=torchft"],
+    "fault_tolerance_of_too_few_groups": [
+        "steps=3", "ft=torchft", "ft.group_size=2", "ft.min_replica_size=3", "ft.replica_id=2", "ft.timeout_seconds=3",
+    ],
     "batch_that_microbatches_do_not_divide": [
         "steps=3", "parallel=pp2", "dataloader.batch_size=6", "parallel.pipeline_microbatch_size=4",
     ],
@@ -195,8 +202,8 @@ def test_folder_that_hides_a_setting(tmp_path):
     write_configs(tmp_path, {"train": FILE_WITH_STEPS["train"], "experiment/large": "# @package _global_\nsteps: 3\n"})
     write_app(tmp_path, config_path="conf", config_name="train")
     refused("folder_that_hides_a_setting", tmp_path, "experiment=mine")
-    refused("folder_that_hides_a_setting_and_is_chosen", tmp_path, "+experiment=large")
-    refused("folder_that_hides_a_setting_nobody_gave", tmp_path)
+    for choice in ([], ["+experiment=large"]):
+        assert run(tmp_path / "app.py", *choice).code == 0
 
 
 def test_misspelt_key_in_a_file(tmp_path):

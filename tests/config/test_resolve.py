@@ -180,7 +180,7 @@ def test_interpolations_are_resolved_and_their_type_is_checked():
 def test_all_faults_of_a_mapping_are_reported():
     tree = {"steps": "abc", "optim": {"lr": "x", "betass": [1]}, "fsdp": {"mp_policy": {"param_dtype": "f32", "a": 1}},
             "dataloader": {"val": {"batchsize": 3}, "test": 3}, "stepz": 3, "parallel": {"axes": {"tensor": 2, "x": 1}},
-            "stack": "deepspeed", "gc": None}  # fmt: skip
+            "stack": "deepsped", "gc": None}  # fmt: skip
     with pytest.raises(ConfigRefused) as caught:
         resolve(tree, context=CPU)
     assert {item.path for item in caught.value.violations} == {

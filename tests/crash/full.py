@@ -1,4 +1,4 @@
-"""Commands on a disk that becomes full: `unshare -rm python -m tests.crash.full FOLDER` prints JSON.
+"""Commands on a disk that becomes full or read-only: `unshare -rm python -m tests.crash.full FOLDER` prints JSON.
 
 In a mount namespace of its own, where a small tmpfs is the workspace.
 """
@@ -6,37 +6,52 @@ In a mount namespace of its own, where a small tmpfs is the workspace.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from danling_conf.records.state import state_of
 from tests.crash.disks import mount
-from tests.support.commands import REPOSITORY, run, runs
+from tests.support.commands import LIMIT_SECONDS, REPOSITORY, run, runs, started
 
 APP = REPOSITORY / "tests" / "support" / "filling_app.py"
 CASES = {
-    "without checkpoints": ["checkpoint.load_only=true"],
-    "with checkpoints": ["checkpoint.interval=1"],
+    "full": ["checkpoint.load_only=true"],
+    "full with checkpoints": ["checkpoint.interval=1"],
+    "read-only": ["checkpoint.load_only=true", "+data.read_only=true"],
+    "read-only with checkpoints": ["checkpoint.interval=1", "+data.read_only=true"],
 }
+
+
+def command(workspace: Path, *settings: str) -> list[str | Path]:
+    mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(workspace))
+    return [APP, *settings, "steps=60", "dataloader.batch_size=4", "log_interval=1", "heartbeat.enabled=true",
+            "heartbeat.interval_seconds=0.1", f"workspace_root={workspace}"]  # fmt: skip
+
+
+def stopped_sweep(workspace: Path) -> dict[str, Any]:
+    """A sweep whose first job makes the disk read-only: the command waits for the disk, and is stopped then."""
+    words = command(workspace, "-m", "seed=1,2", "hydra.launcher.parallel_jobs=1", *CASES["read-only"])
+    with started(words, cwd=workspace.parent, env={"PYTHONPATH": str(REPOSITORY)}) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
+    return {"code": process.returncode, "out": out, "err": first + err}
 
 
 def main(folder: Path) -> None:
     for name, settings in CASES.items():
         workspace = folder / name
         workspace.mkdir()
-        mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(workspace))
-        command = [APP, "steps=60", "dataloader.batch_size=4", "log_interval=1", "heartbeat.interval_seconds=0.1",
-                   f"workspace_root={workspace}", *settings]  # fmt: skip
-        done = run(command, cwd=folder, env={"PYTHONPATH": str(REPOSITORY)})
+        done = run(command(workspace, *settings), cwd=folder, env={"PYTHONPATH": str(REPOSITORY)})
         (made,) = runs(workspace)
-        state = state_of(made)
-        print(
-            json.dumps(
-                {"case": name, "code": done.code, "out": done.out, "err": done.err, "state": asdict(state)},
-            ),
-            flush=True,
-        )
+        found = {"code": done.code, "out": done.out, "err": done.err, "state": asdict(state_of(made))}
+        print(json.dumps({"case": name, **found}), flush=True)
+    (folder / "sweep").mkdir()
+    print(json.dumps({"case": "sweep", **stopped_sweep(folder / "sweep")}), flush=True)
 
 
 if __name__ == "__main__":

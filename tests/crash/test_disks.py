@@ -7,12 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.processes import REPOSITORY
-
-pytestmark = pytest.mark.slow
 
 
 def _can_mount() -> bool:
@@ -22,10 +21,16 @@ def _can_mount() -> bool:
     return subprocess.run(tried, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not _can_mount(), reason="no mount namespaces here, so no small disk can be made")
-def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _can_mount(), reason="no mount namespaces here, so no small disk can be made"),
+]
+
+
+def _in_namespace(module: str, folder: Path) -> list[dict[str, Any]]:
+    """What a module prints of its cases, run where it may mount."""
     done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-m", "tests.crash.disks", str(tmp_path)],
+        ["unshare", "-rm", sys.executable, "-m", module, str(folder)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -33,7 +38,11 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+
+
+def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
+    found = _in_namespace("tests.crash.disks", tmp_path)
     assert len(found) == 8
     for line in found:
         fault = line["case"][-1]
@@ -50,26 +59,24 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
             assert rank["again"] == [2, 6]
 
 
-@pytest.mark.skipif(not _can_mount(), reason="no mount namespaces here, so no small disk can be made")
-def test_a_disk_that_is_full_while_a_run_trains(tmp_path: Path) -> None:
-    """One line says so. Training goes on, or fails by the word of what it cannot do without; its end is recorded."""
-    done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-m", "tests.crash.full", str(tmp_path)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    goes_on, fails = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
-    for found in (goes_on, fails):
+def test_a_disk_that_is_full_or_read_only_while_a_run_trains(tmp_path: Path) -> None:
+    """One line says so. Training goes on, or fails by the word of what it cannot do without; its end is recorded where
+    that can be written."""
+    *runs, sweep = _in_namespace("tests.crash.full", tmp_path)
+    for found in runs:
         assert "Logging error" not in found["err"]
+        assert "Traceback" not in found["err"]
         assert found["err"].count("records miss what cannot be written") == 1, found
-    assert (goes_on["code"], goes_on["state"]["status"]) == (0, "completed"), goes_on
-    assert "Traceback" not in goes_on["err"]
-    assert "step=60 " in goes_on["out"]
-    assert (fails["code"], fails["state"]["status"]) == (1, "failed")
-    assert "the checkpoint could not be written: No space left on device" in fails["state"]["error"]
-    assert "Traceback" not in fails["err"]
-    assert fails["err"].count("the checkpoint could not be written") == 1
+    full, full_saving, closed, closed_saving = runs
+    for goes_on, status in ((full, "completed"), (closed, "lost")):
+        assert (goes_on["code"], goes_on["state"]["status"]) == (0, status), goes_on
+        assert "step=60 " in goes_on["out"]
+    for fails, status in ((full_saving, "failed"), (closed_saving, "lost")):
+        assert (fails["code"], fails["state"]["status"]) == (1, status), fails
+        assert fails["err"].count("the checkpoint could not be written") == 1
+    assert "the checkpoint could not be written: No space left on device" in full_saving["state"]["error"]
+    assert "the checkpoint could not be written: Read-only file system" in closed_saving["err"]
+    # The sweep waits for its ledger, and stops in order.
+    assert (sweep["code"], "Traceback" in sweep["err"]) == (130, False), sweep
+    assert "Read-only file system: the sweep goes on when it can be written again" in sweep["err"]
+    assert "SIGINT; waiting for the jobs to save and exit" in sweep["err"]

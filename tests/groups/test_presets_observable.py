@@ -22,10 +22,10 @@ from torch.utils.data import TensorDataset
 
 import danling_conf
 from danling_conf.components import dataloader, optimizer, scheduler
-from danling_conf.config.check import warnings_of
 from danling_conf.groups.presets import DEFAULT_CHOICES, GROUPS
+from danling_conf.launch import execute
 from danling_conf.parallel import compile as compilation
-from danling_conf.parallel import fsdp, process_group
+from danling_conf.parallel import deepspeed, fsdp, process_group
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.runner.display import Display
 from danling_conf.schema import RunnerConfig
@@ -135,6 +135,15 @@ def rates_of_ten_steps(config: RunnerConfig) -> list[float]:
     return rates
 
 
+def given_to_deepspeed(config: RunnerConfig) -> Any:
+    """What of ZeRO is cut, and what is on the host; None under another stack."""
+    if config.stack != "deepspeed":
+        return None
+    given = deepspeed.configuration(config.deepspeed, batch_size=1, max_norm=None)["zero_optimization"]
+    found = {name: given[name]["device"] for name in ("offload_optimizer", "offload_param") if name in given}
+    return {"stage": given["stage"], **found}
+
+
 def limits_of_collectives(config: RunnerConfig) -> dict[str, Any]:
     """The time limit that the process group starts with, and those that it is given after the first step."""
     limits: list[timedelta] = []
@@ -170,11 +179,19 @@ def collections_in_a_run(config: RunnerConfig) -> dict[str, Any]:
     return {"automatic": enabled, "collections": [call for call in calls if len(call) == 2]}
 
 
-def warned_paths(config: RunnerConfig) -> list[str]:
-    """The settings that the run says have no effect, since what reads them is not there yet."""
-    lines = warnings_of(config)
-    assert all("not implemented yet" in line for line in lines), lines
-    return [line.partition(" ")[0] for line in lines]
+def starts_groups(config: RunnerConfig) -> bool:
+    """Whether the command would start replica groups, and a lighthouse where they meet."""
+    attempt = mock.Mock(directory=Path("nowhere"))
+    with mock.patch("danling_conf.launch.groups.run_groups", side_effect=Begun), mock.patch.object(execute, "run_rank"):
+        try:
+            execute.run_attempt(mock.Mock(), lambda task: mock.Mock(_return_value=task(None)), config, attempt)
+        except Begun:
+            return True
+    return False
+
+
+class Begun(Exception):
+    """Replica groups would be started now."""
 
 
 def fit(config: RunnerConfig) -> danling_conf.Runner:
@@ -207,13 +224,6 @@ def where_metrics_go(config: RunnerConfig) -> set[str]:
         run = fit(config).world.attempt.run_directory
     wandb = {f"wandb {begun.call_args.kwargs['mode']}"} if begun.called else set()
     return wandb | {path.name for path in run.iterdir() if path.name in ("tensorboard", "mlflow.db")}
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A configuration that is refused, for these settings."""
-
-    paths: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -329,6 +339,16 @@ OBSERVED: dict[str, Group] = {
             "plateau": [1.0] * 4 + [0.1] * 3 + [0.01] * 3,
         },
     ),
+    "deepspeed": Group(
+        given_to_deepspeed,
+        {
+            "none": None,
+            "zero1": {"stage": 1},
+            "zero2": {"stage": 2},
+            "zero3": {"stage": 3},
+            "zero3_offload": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
+        },
+    ),
     "comm": Group(
         limits_of_collectives,
         {
@@ -347,8 +367,7 @@ OBSERVED: dict[str, Group] = {
         },
         ("steps=1000", "eval_interval=1000", "checkpoint=none"),
     ),
-    # What is not built yet: the run says so, or refuses where training would be another.
-    "ft": Group(warned_paths, {"none": [], "torchft": Refused(("ft.enabled",))}),
+    "ft": Group(starts_groups, {"none": False, "torchft": True}),
     "profiling": Group(
         given_to_the_profiler,
         {
@@ -397,15 +416,7 @@ def test_a_preset_is_observed(group: str, name: str, tmp_path: Path) -> None:
     expected = observed.expected[name]
     budget = () if any(item.startswith("steps=") for item in observed.overrides) else ("steps=10",)
     overrides = [f"{group}={name}", f"workspace_root={tmp_path}", *observed.overrides, *budget]
-    if isinstance(expected, Refused):
-        with pytest.raises(danling_conf.ConfigRefused) as refusal:
-            danling_conf.compose(overrides)
-        assert tuple(item.path for item in refusal.value.violations) == expected.paths
-        return
-    found = observed.observe(danling_conf.compose(overrides))
-    if observed.observe is warned_paths:
-        found, expected = sorted(found), sorted(expected)
-    assert found == expected
+    assert observed.observe(danling_conf.compose(overrides)) == expected
 
 
 @pytest.mark.parametrize(

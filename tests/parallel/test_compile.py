@@ -62,6 +62,13 @@ def test_disabled_leaves_the_model_alone(compiled: list[Any]) -> None:
 def test_blocks_are_compiled_one_by_one_with_the_options_that_are_set(compiled: list[Any]) -> None:
     compilation.apply(Model(), CompileConfig(enable=True, backend="eager", fullgraph=True))
     assert compiled == [("Block", {"backend": "eager", "fullgraph": True})] * 2
+    compiled.clear()
+    compilation.apply(Model(), CompileConfig(enable=True, mode="max-autotune", dynamic=True))
+    compilation.apply(Model(), CompileConfig(enable=True, options={"max_autotune": True}, dynamic=False))
+    assert compiled[::2] == [
+        ("Block", {"mode": "max-autotune", "dynamic": True}),
+        ("Block", {"options": {"max_autotune": True}, "dynamic": False}),
+    ]
 
 
 def test_scope_model_and_a_model_without_blocks_are_compiled_whole(compiled: list[Any]) -> None:

@@ -20,6 +20,7 @@ from danling_conf.parallel import ddp, fsdp, mesh, process_group
 from danling_conf.schema import Layout
 from danling_conf.schema.fsdp import FsdpConfig, MixedPrecisionPolicyConfig, OffloadPolicyConfig
 from danling_conf.schema.process import CommConfig
+from danling_conf.topology.violation import SettingError
 from tests.support.decoder import LENGTH, Decoder
 
 TOKENS = torch.zeros(1, LENGTH, dtype=torch.long)
@@ -112,6 +113,23 @@ def test_a_cast_of_the_outputs_does_not_reach_the_layers_between_blocks_and_outp
     output = model(TOKENS)
     output.sum().backward()
     assert output.dtype is torch.float32
+
+
+def test_a_model_that_fails_on_inputs_that_are_not_cast_says_so(alone: DeviceMesh) -> None:
+    section = FsdpConfig(
+        enabled=True, mp_policy=MixedPrecisionPolicyConfig(param_dtype="bf16", cast_forward_inputs=False)
+    )
+    model, policy = fsdp.shard(nn.Linear(2, 2), section, alone), fsdp.mixed_precision_policy(section, None)
+    for kind, path in ((torch.bfloat16, None), (torch.float32, "fsdp.mp_policy.cast_forward_inputs")):
+        inputs, failed = torch.ones(1, 2, dtype=kind), None
+        try:
+            with fsdp.explaining_uncast([inputs], policy):
+                assert model(inputs).dtype is torch.bfloat16
+        except SettingError as error:
+            failed = error.violation.path
+        assert failed == path
+    with pytest.raises(RuntimeError, match="of its own"), fsdp.explaining_uncast([torch.ones(1).bfloat16()], policy):
+        raise RuntimeError("of its own")
 
 
 def test_every_field_of_the_policies_reaches_torch() -> None:

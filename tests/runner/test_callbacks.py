@@ -183,6 +183,8 @@ def test_configured_callbacks(tmp_path):
         ([{"_target_": "danling_conf.EMA", "decoy": 0.5}], "callbacks[0]._target_", "decoy"),
         ([{"_target_": "danling_conf.EMA", "decay": 2.0}], "callbacks[0]._target_", "decay"),
         ([{"_target_": "torch.nn.ReLU"}], "callbacks[0]._target_", "it makes a ReLU"),
+        ([{"_target_": "os.system", "command": "exit"}], "callbacks[0]._target_", "Python's own os"),
+        ({"ema": {"_target_": "danling_conf.EMA", "decay": 2.0}, "none": None}, "callbacks.ema._target_", "decay"),
         ([{"_target_": "danling_conf.EMA"}, {"_target_": "danling_conf.EMA"}], "callbacks", "two callbacks"),
         ([{"_target_": "danling_conf.EMA", "name": "a.b"}], "callbacks", "no dot"),
         ([{"_target_": "danling_conf.SamplePredictions", "split": "vall"}], "callbacks", "no such split"),

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import started, wait_for
+from tests.support.commands import run, started, wait_for
 from tests.support.slurm_cluster import Cluster
-from tests.support.slurm_sweeps import LIMIT, command, jobs_of, slurm_job, statuses, submit, sweep_of, write_recipes
+from tests.support.slurm_sweeps import (
+    APP,
+    LIMIT,
+    command,
+    jobs_of,
+    slurm_job,
+    statuses,
+    submit,
+    sweep_of,
+    write_recipes,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -34,6 +44,27 @@ def test_each_job_has_the_resources_of_its_layout(slurm: Cluster, tmp_path: Path
         assert shown["ExitCode"] == "0:0"
     assert shapes == [(1, 2), (2, 4), (2, 8)]
     assert "sweep done: 3 of 3 jobs completed" in done.out
+
+
+def test_a_config_for_the_launcher_of_submitit(slurm: Cluster, tmp_path: Path) -> None:
+    """As apps of Hydra have it in their files: the same names of settings, checked first and run by our machinery."""
+    folder = tmp_path / "conf"
+    folder.mkdir()
+    (folder / "train.yaml").write_text(
+        "defaults: [danling, _self_, override hydra/launcher: submitit_slurm]\n"
+        "steps: 2\nseed: 1\nworkspace_root: .\n"
+        "hydra: {launcher: {timeout_min: 7, gpus_per_node: 0, cpus_per_task: 1, name: mine}}\n"
+    )
+    words: list[str | Path] = [APP, "-m", "--config-dir", "conf", "--config-name", "train"]
+    refused = run([*words, "hydra.launcher.partition=nowhere"], cwd=tmp_path, env=slurm.environment, limit=LIMIT)
+    assert (refused.code, "nowhere" in refused.err) == (2, True), refused.text
+    done = run([*words, "parallel=ddp2"], cwd=tmp_path, env=slurm.environment, limit=LIMIT)
+    assert done.code == 0, done.text
+    (record,) = jobs_of(tmp_path)
+    assert (record.status, record.score is None) == ("completed", False)
+    shown = slurm_job(slurm, record)
+    expected = {"JobName": "mine", "NumTasks": "2", "CPUs/Task": "1", "TimeLimit": "00:07:00", "Requeue": "1"}
+    assert {name: shown[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(("rank", "how"), [(0, "raise"), (1, "raise"), (3, "raise"), (2, "kill"), (1, "late")])

@@ -1,8 +1,9 @@
-"""An app whose disk becomes full while it trains: in its third step it fills that of its workspace."""
+"""An app whose disk becomes full or read-only while it trains: in its third step, that of its workspace."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ def fill(folder: Path) -> None:
                 continue
 
 
+def close(folder: Path) -> None:
+    """Make the folder read-only for what is opened from now on: a disk with open files cannot be remounted."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+
 @danling_conf.main()
 def app(config: Any) -> float:
     import torch
@@ -33,7 +40,8 @@ def app(config: Any) -> float:
         runner.step(batch)
         logging.getLogger("mine").warning("a line at step %d, %s", runner.global_step, "x" * 500)
         if runner.global_step == 3:
-            fill(Path(config.workspace_root))
+            spoil = close if config.data.get("read_only") else fill
+            spoil(Path(config.workspace_root))
     return runner.finish()
 
 

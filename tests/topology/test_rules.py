@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import fields
 
 import pytest
 
 from danling_conf.config.resolve import inspect, resolve
-from danling_conf.schema import facts_of
-from danling_conf.schema.process import FtConfig
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import (
     EFFECT_RULES,
@@ -19,19 +16,19 @@ from danling_conf.topology.rules import (
     axes,
     budget,
     checkpoints,
+    deepspeed,
     effect,
+    fault_tolerance,
     ineffective_settings,
     observability,
     optimizers,
     options,
     paths,
     pipeline,
-    support,
     violations_of,
     world,
 )
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
-from tests.support.settings import another_value, nested, settings
 
 pytestmark = pytest.mark.composition
 
@@ -39,6 +36,7 @@ CPU = Context()
 FOUR = Context(machine=Machine(devices=4))
 TWO_NODES = Context(machine=Machine(devices=4, started_world_size=8, launcher="srun"))
 NO_COMPILER = Context(machine=Machine(compiler=False))
+NO_DEEPSPEED = Context(machine=Machine(deepspeed=False))
 NO_TRACKERS = Context(machine=Machine(trackers=frozenset()))
 NO_SAFETENSORS = Context(machine=Machine(safetensors=False))
 
@@ -60,11 +58,61 @@ def config(given: dict):
 
 
 AXES = "parallel.axes."
+DS = {"stack": "deepspeed"}
+ZERO = "deepspeed.zero_optimization."
+STAGE, OFFLOAD = ZERO + "stage", ZERO + "offload_optimizer"
+
+FT = {"ft.enabled": True, "ft.group_size": 3}
 
 REFUSED = [
-    (support.built_stack, {"stack": "deepspeed"}, CPU, "stack", "stack=auto"),
-    (support.built_stack, {"stack": "ds"}, CPU, "stack", "stack=auto"),
-    (support.built_fault_tolerance, {"ft.enabled": True}, CPU, "ft.enabled", "ft=none"),
+    (deepspeed.installed, {"stack": "deepspeed"}, NO_DEEPSPEED, "stack", "pip install danling-conf[deepspeed]"),
+    (deepspeed.installed, {"stack": "ds"}, NO_DEEPSPEED, "stack", "stack=auto"),
+    (deepspeed.only_replicates, {**DS, AXES + "tensor": 2}, CPU, AXES + "tensor", "parallel=ddpN"),
+    (deepspeed.only_replicates, {**DS, "fsdp.enabled": True}, CPU, "fsdp.enabled", "deepspeed=zero3"),
+    (deepspeed.only_replicates, {**DS, "parallel.use_device_mesh": False}, CPU, "parallel.use_device_mesh", "true"),
+    (deepspeed.known_keys, {"deepspeed.gradiant_clipping": 1.0}, CPU, "deepspeed.gradiant_clipping",
+     "did you mean deepspeed.gradient_clipping?"),
+    (deepspeed.known_keys, {ZERO + "reduce_bucket": 5}, CPU, ZERO + "reduce_bucket", "reduce_bucket_size?"),
+    (deepspeed.known_keys, {ZERO + "reduce_bucket_size": "large"}, CPU, ZERO + "reduce_bucket_size", "correct"),
+    (deepspeed.known_keys, {ZERO + "overlap_comm": 1}, CPU, ZERO + "overlap_comm", "correct"),
+    (deepspeed.known_keys, {"deepspeed.bf16": {"enabled": True}}, CPU, "deepspeed.bf16", "remove"),
+    (deepspeed.known_keys, {"deepspeed.optimizer": {"type": "Adam"}}, CPU, "deepspeed.optimizer", "remove"),
+    (deepspeed.known_keys, {ZERO + "zero_quantized_weights": True}, CPU, ZERO + "zero_quantized_weights", "remove"),
+    (deepspeed.no_contradiction, {"deepspeed.gradient_clipping": 1.0}, CPU, "deepspeed.gradient_clipping",
+     "max_grad_norm=null"),
+    (deepspeed.no_contradiction, {"deepspeed.gradient_accumulation_steps": 4, "accum_steps": 2}, CPU,
+     "deepspeed.gradient_accumulation_steps", "accum_steps=2"),
+    (deepspeed.no_contradiction, {"deepspeed.train_micro_batch_size_per_gpu": 8, "dataloader.batch_size": 4}, CPU,
+     "deepspeed.train_micro_batch_size_per_gpu", "batch_size=4"),
+    (deepspeed.no_contradiction, {"deepspeed.train_batch_size": 8, "dataloader.train": {"batch_size": 4},
+                                  AXES + "replicate": 4}, CPU, "deepspeed.train_batch_size", "remove"),
+    (deepspeed.fits_stage, {**DS, OFFLOAD: {"device": "cpu"}}, CPU, OFFLOAD + ".device", "stage=2"),
+    (deepspeed.fits_stage, {**DS, STAGE: 2, ZERO + "offload_param": {"device": "cpu"}}, CPU,
+     ZERO + "offload_param.device", "stage=3"),
+    (deepspeed.fits_stage, {**DS, STAGE: 1, "optim.type": "muon"}, CPU, "optim.type", "stage=0"),
+    (deepspeed.fits_stage, {**DS, STAGE: 1, "optim.type": "my.Optimizer"}, CPU, "optim.type", "AdamW"),
+    (deepspeed.fits_stage, {**DS, STAGE: 1, ZERO + "overlap_comm": True, "accum_steps": 2}, CPU,
+     ZERO + "overlap_comm", "stage=2"),
+    (deepspeed.fits_stage, {**DS, STAGE: 3, "compile.enable": True}, CPU, "compile.enable", "stage=2"),
+    (deepspeed.fits_stage, {**DS, STAGE: 3, "checkpoint.save_frozen": False}, CPU, "checkpoint.save_frozen", "true"),
+    (deepspeed.kept_promises, {**DS, "precision": "fp16"}, CPU, "precision", "bf16"),
+    (deepspeed.kept_promises, {**DS, "parallel.unused_parameters": "allow"}, CPU, "parallel.unused_parameters",
+     "freeze"),
+    (deepspeed.kept_promises, {**DS, STAGE: 2, "checkpoint.backend": "dcp"}, CPU, "checkpoint.backend", "file"),
+    (fault_tolerance.installed, FT, Context(machine=Machine(torchft=False)), "ft.enabled", "danling-conf[ft]"),
+    (fault_tolerance.numbers_of_groups, {**FT, "ft.min_replica_size": 4}, CPU, "ft.min_replica_size", "3 or less"),
+    (fault_tolerance.numbers_of_groups, {**FT, "ft.replica_id": 3}, CPU, "ft.replica_id", "ft.group_size"),
+    (fault_tolerance.order_of_limits, {**FT, "ft.heartbeat_timeout_ms": 20000}, CPU, "ft.process_group_timeout_ms",
+     "ft.process_group_timeout_ms=20000"),
+    (fault_tolerance.order_of_limits, {**FT, "ft.timeout_seconds": 5}, CPU, "ft.timeout_seconds", "=10"),
+    (fault_tolerance.order_of_limits, {**FT, "ft.quorum_timeout_seconds": 59, "ft.timeout_seconds": 20}, CPU,
+     "ft.quorum_timeout_seconds", "ft.join_timeout_seconds"),
+    (fault_tolerance.groups_meet, {**FT, "ft.lighthouse": "here", "seed": 1}, CPU, "ft.lighthouse", "HOST:PORT"),
+    (fault_tolerance.groups_meet, {**FT, "ft.lighthouse": "here:80"}, CPU, "seed", "seed=0"),
+    (fault_tolerance.groups_meet, FT, TWO_NODES, "ft.lighthouse", "ft.replica_id"),
+    (fault_tolerance.groups_fit, {**FT, "ft.process_group": "nccl"}, CPU, "ft.process_group", "gloo"),
+    (fault_tolerance.groups_fit, {**FT, "stack": "graph"}, CPU, "ft.enabled", "stack=auto"),
+    (world.world_size, {**FT, AXES + "replicate": 2}, FOUR, "parallel", "smaller layout"),
     (world.whole_degrees, {AXES + "replicate": 0}, CPU, AXES + "replicate", "replicate=1"),
     (world.whole_degrees, {AXES + "replicate": -1, AXES + "shard": -1}, CPU, AXES + "shard", "all but one"),
     (world.sharding_is_fsdp, {AXES + "shard": 4}, CPU, AXES + "shard", "parallel=fsdp4"),
@@ -202,7 +250,13 @@ REFUSED = [
     (observability.installed_trackers, {"mlflow.enabled": True}, NO_TRACKERS, "mlflow.enabled", "danling-conf[mlflow]"),
     (options.saving_with_interval, {"checkpoint.load_only": True, "checkpoint.interval": 3}, CPU, "checkpoint.interval",
      "drop one"),
+    (options.declared_splits, {"dataloader.splits": ["train", "val"], "score_split": "test"}, CPU,
+     "score_split", "remove it"),
+    (options.declared_splits, {"dataloader.splits": ["train"], "dataloader.trian": {"batch_size": 3}}, CPU,
+     "dataloader.trian", "did you mean dataloader.train?"),
     (options.named_callbacks, {"callbacks": [{"decay": 0.5}]}, CPU, "callbacks[0]._target_", "write {_target_:"),
+    (options.targets_of_python, {"callbacks": {"a": {"_target_": "os.system"}}}, CPU, "callbacks.a._target_", "name"),
+    (options.targets_of_python, {"optim.type": "os.system"}, CPU, "optim.type", "name one of a package"),
     (options.selection_by_ops, {"activation_checkpointing.keep_ops": ["aten.mm.default"]}, CPU,
      "activation_checkpointing.keep_ops", "mode=selective"),
     (optimizers.known_optimizer, {"optim.type": "adamv"}, CPU, "optim.type", "dam"),
@@ -236,9 +290,25 @@ REFUSED = [
 """Rule, settings, surroundings, and the path and part of the fix of its one violation."""
 
 PASSED = [
-    (support.built_stack, {"stack": "ddp"}, CPU),
-    (support.built_stack, {"stack": "parallel"}, CPU),
-    (support.built_fault_tolerance, {"ft.group_size": 2}, CPU),
+    (deepspeed.installed, {"stack": "ddp"}, NO_DEEPSPEED),
+    (deepspeed.installed, DS, CPU),
+    (deepspeed.only_replicates, {**DS, AXES + "replicate": 4}, CPU),
+    (deepspeed.only_replicates, {AXES + "tensor": 2}, CPU),
+    (deepspeed.known_keys, {ZERO + "reduce_bucket_size": 5e8, ZERO + "overlap_comm": True, ZERO + "stage": 2,
+                            "deepspeed.gradient_predivide_factor": 2, "deepspeed.fp16": {"enabled": False},
+                            "deepspeed.bf16": "auto", "deepspeed.train_batch_size": "auto"}, CPU),
+    (deepspeed.no_contradiction, {"deepspeed.gradient_clipping": 0.5, "max_grad_norm": 0.5, "accum_steps": 2,
+                                  "deepspeed.gradient_accumulation_steps": 2, AXES + "replicate": 4,
+                                  "deepspeed.train_batch_size": 8}, CPU),
+    (deepspeed.fits_stage, {**DS, STAGE: 3, OFFLOAD: {"device": "cpu"}, "optim.type": "SGD"}, CPU),
+    (deepspeed.fits_stage, {**DS, "optim.type": "muon", "compile.enable": True}, CPU),
+    (deepspeed.kept_promises, {**DS, STAGE: 2, "precision": "bf16", "checkpoint.backend": "file"}, CPU),
+    (fault_tolerance.installed, {"ft.group_size": 2}, Context(machine=Machine(torchft=False))),
+    (fault_tolerance.numbers_of_groups, {**FT, "ft.min_replica_size": 3, "ft.replica_id": 2}, CPU),
+    (fault_tolerance.order_of_limits, FT, CPU),
+    (fault_tolerance.groups_meet, {**FT, "ft.lighthouse": "http://here:80", "seed": 1}, TWO_NODES),
+    (fault_tolerance.groups_fit, {**FT, "ft.process_group": "nccl"}, FOUR),
+    (world.world_size, {**FT, "ft.lighthouse": "here:80", AXES + "replicate": 2}, FOUR),
     (world.whole_degrees, {AXES + "replicate": 2, AXES + "shard": -1}, CPU),
     (world.sharding_is_fsdp, {AXES + "shard": 4, "fsdp.enabled": True}, CPU),
     (world.sharding_is_fsdp, {"fsdp.enabled": True}, CPU),
@@ -314,7 +384,9 @@ PASSED = [
     (observability.installed_trackers, {}, NO_TRACKERS),
     (options.saving_with_interval, {"checkpoint.load_only": True}, CPU),
     (options.saving_with_interval, {"checkpoint.interval": 3}, CPU),
+    (options.declared_splits, {"dataloader.splits": ["train"], "dataloader.train": {"batch_size": 3}}, CPU),
     (options.named_callbacks, {"callbacks": [{"_target_": "danling_conf.EMA", "decay": 0.5}]}, CPU),
+    (options.targets_of_python, {"callbacks": {"a": {"_target_": "danling_conf.EMA"}, "b": None}}, CPU),
     (options.selection_by_ops, {"activation_checkpointing.mode": "selective",
                                 "activation_checkpointing.keep_ops": ["aten.mm.default"]}, CPU),
     (optimizers.known_optimizer, {"optim.type": "AdamW", "optim.betas": [0.8, 0.9]}, CPU),
@@ -378,12 +450,20 @@ def test_an_unwritable_root_is_refused(monkeypatch, tmp_path):
 
 
 INEFFECTIVE = [
-    (effect.not_built_yet, {"ft.group_size": 2}, CPU, {"ft.group_size"}),
+    (deepspeed.settings_without_the_stack, {STAGE: 2, ZERO + "overlap_comm": True,
+                                            "deepspeed.prescale_gradients": True},
+     CPU, {STAGE, ZERO + "overlap_comm", "deepspeed.prescale_gradients"}),
+    (deepspeed.settings_without_the_stack, {**DS, STAGE: 2}, CPU, set()),
+    (observability.settings_of_what_is_off, {"ft.group_size": 2}, CPU, {"ft.group_size"}),
+    (fault_tolerance.unread_settings, {**FT, "ft.replica_id": 1, "ft.address": "10.0.0.1", "ft.sync_every": 3,
+                                       "ft.outer_lr": 1.0}, CPU,
+     {"ft.replica_id", "ft.address", "ft.sync_every", "ft.outer_lr"}),
+    (fault_tolerance.unread_settings, {**FT, "ft.lighthouse": "here:80", "ft.max_restarts": 1, "ft.sync": "diloco",
+                                       "ft.sync_every": 3, "ft.outer_lr": 1.0}, CPU, {"ft.max_restarts"}),
     (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "profiling.wait": 3,
                                              "wandb.project": "p", "mlflow.name": "n"}, CPU,
      {"heartbeat.interval_seconds", "profiling.wait", "wandb.project", "mlflow.name"}),
     (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "heartbeat.enabled": True}, CPU, set()),
-    (effect.not_built_yet, {"checkpoint.backend": "dcp"}, CPU, set()),
     (checkpoints.writing_settings, {"checkpoint.load_only": True, "checkpoint.keep_latest_k": 2}, CPU,
      {"checkpoint.keep_latest_k"}),
     (checkpoints.writing_settings, {"checkpoint.async_mode": "async", "checkpoint.async_enabled": False}, CPU,
@@ -468,25 +548,6 @@ def test_every_rule_of_effects_has_both_cases():
 
 def test_the_defaults_have_nothing_to_be_said_of():
     assert ineffective_settings(resolve({"steps": 1}, context=CPU), CPU) == []
-
-
-PENDING = [(path, item) for path, item in settings() if facts_of(item).pending]
-
-
-@pytest.mark.parametrize(("path", "item"), PENDING, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_is_not_built_is_taken_and_warned_of(path, item):
-    """A setting whose machinery is missing is accepted, and never silently."""
-    resolved = resolve({"steps": 1, **nested(path, another_value(path, item))}, context=CPU)
-    (said,) = ineffective_settings(resolved, CPU)
-    assert said.path == path
-    assert "not implemented yet" in said.reason
-
-
-def test_what_is_pending_is_known():
-    """All of it, so that no setting is marked by mistake."""
-    marked = {path for path, _ in PENDING}
-    fault_tolerance = {f"ft.{item.name}" for item in fields(FtConfig)} - {"ft.enabled"}
-    assert marked == fault_tolerance
 
 
 @pytest.mark.parametrize("place", [".", "made/best", "made/ckpt-s00000003"])

@@ -7,33 +7,50 @@ from typing import Any
 
 from danling_conf.cli.importing.translation import Translation, dtype_name, keep_section, mapping
 from danling_conf.config.identity import flatten
-from danling_conf.schema import RunnerConfig, defaults_of
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.deepspeed import DERIVED, ROOT_KEYS, SAID_ELSEWHERE, ZERO_KEYS, ZERO_SAID_ELSEWHERE
 from danling_conf.schema.docs import describe
-from danling_conf.topology.rules import Context
-from danling_conf.topology.rules.support import built_stack
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _STACKS = {"auto": "ddp", "torch": "ddp", "ds": "deepspeed", "graph_runner": "graph"}
 
 
 def read_stack(left: dict[str, Any], made: Translation) -> str:
-    """`ddp` or `parallel`; the other stacks have gone. Raises ConfigRefused for a name that DanLing does not have."""
+    """`ddp` or `parallel`, by which the layout is read. Raises ConfigRefused for a name that DanLing does not have."""
     given = left.pop("stack", None)
     name = str(given or "auto").strip().lower().replace("-", "_")
     stack = _STACKS.get(name, name)
-    if stack in ("graph", "deepspeed") and _is_built(stack):
+    if stack in ("graph", "deepspeed"):
         made.keep("stack", stack)
-    elif stack in ("graph", "deepspeed"):
-        made.gone("stack", given, "this stack is not implemented; the run replicates, as under ddp")
     elif stack not in ("ddp", "parallel"):
         raise ConfigRefused([Violation("stack", given, "DanLing has no such stack", "correct it in the file")])
     return "parallel" if stack == "parallel" else "ddp"
 
 
-def _is_built(stack: str) -> bool:
-    config = defaults_of(RunnerConfig)
-    config.stack = stack
-    return not list(built_stack(config, Context()))
+def translate_deepspeed(left: dict[str, Any], made: Translation) -> None:
+    """DeepSpeed's own configuration, of which DanLing fills in what other settings say."""
+    section = dict(mapping(left.pop("deepspeed", None), "deepspeed"))
+    if section and made.settings.get("stack") != "deepspeed":
+        made.gone("deepspeed", "{...}", "it had no effect there without stack=deepspeed")
+        return
+    zero = dict(mapping(section.pop("zero_optimization", None), "deepspeed.zero_optimization"))
+    elsewhere = {**SAID_ELSEWHERE, **{key: f"{name} says it" for key, name in DERIVED.items()}}
+    _keep_known("deepspeed", section, ROOT_KEYS, elsewhere, made)
+    known = {**ZERO_KEYS, "stage": int, "offload_optimizer": dict, "offload_param": dict}
+    _keep_known("deepspeed.zero_optimization", zero, known, ZERO_SAID_ELSEWHERE, made)
+
+
+def _keep_known(
+    where: str, section: Mapping[str, Any], known: Mapping[str, type], elsewhere: Mapping[str, str], made: Translation
+) -> None:
+    for key, value in section.items():
+        if key not in known:
+            shown = "{...}" if isinstance(value, Mapping) else value
+            made.gone(f"{where}.{key}", shown, elsewhere.get(key, "DeepSpeed has no such key"))
+        elif isinstance(value, Mapping):
+            made.settings |= {f"{where}.{key}.{name}": item for name, item in flatten(dict(value)).items()}
+        else:
+            made.keep(f"{where}.{key}", value)
 
 
 def translate_layout(stack: str, left: dict[str, Any], made: Translation) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from danling_conf.cli.importing.layout import read_stack, translate_layout
+from danling_conf.cli.importing.layout import read_stack, translate_deepspeed, translate_layout
 from danling_conf.cli.importing.optimization import translate_optimizer, translate_scheduler
 from danling_conf.cli.importing.translation import GONE, Translation, dtype_name, keep_section, mapping
 from danling_conf.config.identity import flatten
@@ -43,9 +43,10 @@ def translate(content: Mapping[str, Any]) -> Translation:
     translate_scheduler(left, made)
     _checkpoint(left, made)
     translate_layout(stack, left, made)
+    translate_deepspeed(left, made)
     _dataloader(mapping(left.get("dataloader"), "dataloader"), made)
     if mapping(left.pop("ft", None), "ft").get("enabled"):
-        made.gone("ft.enabled", True, "TorchFT is not implemented yet")
+        made.gone("ft.enabled", True, "DanLing never starts a quorum: ft=torchft here is another training")
     for name in [name for name in left if name in _AT_ROOT]:
         made.keep(name, left.pop(name))
     for name in sorted(_SECTIONS & left.keys() - {"dataloader"}):
@@ -82,8 +83,7 @@ def _training(left: dict[str, Any], made: Translation) -> None:
         made.gone("log_interval", log_interval, "lines cannot be switched off; about fifty are written in a run")
     elif log_interval is not None:
         made.keep("log_interval", log_interval)
-    for name in ("name", "max_grad_value", "backend", "init_method", "train_splits", "evaluate_splits", "score", "fp8",
-                 "deepspeed"):  # fmt: skip
+    for name in ("name", "max_grad_value", "backend", "init_method", "train_splits", "evaluate_splits", "score", "fp8"):
         value = left.pop(name, None)
         if value not in (None, {}, []):
             made.gone(name, value, GONE[name])

@@ -20,7 +20,6 @@ GONE = {
     "evaluate_splits": "every other split is evaluated",
     "score": "set score_name, score_split and score_mode",
     "fp8": "there is no fp8",
-    "deepspeed": "DeepSpeed is not used; parallel=fsdpN shards as its ZeRO stage 3, with fsdp=zero2 as stage 2",
     "checkpoint.fail_on_error": "a save that fails always fails the run",
     "fsdp.mesh": "it is an object; the mesh follows from the layout",
     "fsdp.shard_placement_fn": "it is an object, which a configuration cannot hold",
@@ -72,9 +71,6 @@ def keep_section(name: str, section: Mapping[str, Any], made: Translation) -> No
                 made.gone(path, value, GONE[path])
         elif known is None:
             made.gone(path, value, "there is no such setting here")
-        elif known.facts.pending is not None:
-            if value != known.default:
-                made.gone(path, value, f"{known.facts.pending} is not implemented")
         elif path == "gc.interval" and isinstance(value, int) and value <= 0:
             made.gone(path, value, "leave it unset for no pacing")
         else:

@@ -86,20 +86,21 @@ def explain(error: RuntimeError, attempt: Attempt, ranks: RankEnvironment, confi
     timed_out = bool(_TIMED_OUT.search(text))
     if ranks.world_size == 1 or isinstance(error, CollectiveTimedOut) or not (timed_out or _LOST.search(text)):
         return
+    folder = attempt.directory if ranks.groups == 1 else attempt.directory / f"group-{ranks.group}.{ranks.starts}"
     note = {"rank": ranks.rank, "step": place.step, "time": time.time(), "collective": None}
     try:
-        write_whole(_note(attempt.directory, ranks.rank), json.dumps(note) + "\n")
+        folder.mkdir(exist_ok=True)
+        write_whole(_note(folder, ranks.rank), json.dumps(note) + "\n")
     except OSError as fault:
         _log.warning("no note could be left for the other ranks: %s", fault)
     if not timed_out:
         return
     _log.error("a collective timed out: %s", text)
-    notes = _notes_of(attempt.directory, ranks.world_size)
+    notes = _notes_of(folder, ranks.world_size)
     limit = None if place.starting else config.comm.train_timeout_seconds
     setting = "comm.train_timeout_seconds" if limit else "comm.init_timeout_seconds"
     limit = limit or config.comm.init_timeout_seconds
-    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
-    beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.directory.name}
+    beats = _beats_of(attempt, config, ranks)
     # What failed is no longer under way; the heartbeat has seen it.
     notes[ranks.rank] = {**note, "collective": place.waited_for}
     text = message(notes, beats, ranks.world_size, limit=limit, setting=setting, now=time.time())
@@ -143,15 +144,25 @@ def message(
     return "\n".join(lines)
 
 
-def late(attempt: Attempt, config: RunnerConfig, world_size: int, collective: dict[str, Any], waited: float) -> str:
+def late(
+    attempt: Attempt, config: RunnerConfig, ranks: RankEnvironment, collective: dict[str, Any], waited: float
+) -> str:
     """Names the ranks that have not come to a collective that will time out soon, as far as heartbeats show."""
-    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
+    beats = _beats_of(attempt, config, ranks)
     lines = [f"{_name(collective)} is waited for since {waited:.0f} s, and will time out"]
-    for rank in range(world_size):
+    for rank in range(ranks.world_size):
         beat = beats.get(rank)
         if beat is None or not beat["state"].startswith("waiting"):
             lines.append(f"  rank {rank} has not come: {_last_of(beat, time.time())}")
     return "\n".join(lines)
+
+
+def _beats_of(attempt: Attempt, config: RunnerConfig, ranks: RankEnvironment) -> dict[int, dict[str, Any]]:
+    """The heartbeats of this attempt's ranks, of one replica group, by their rank in it."""
+    beats = read_heartbeats(attempt.run_directory, attempt.run_directory / config.heartbeat.dir_name)
+    first = ranks.number - ranks.rank
+    own = {rank - first: beat for rank, beat in beats.items() if beat["attempt"] == attempt.directory.name}
+    return {rank: beat for rank, beat in own.items() if 0 <= rank < ranks.world_size}
 
 
 def _name(collective: dict[str, Any] | None) -> str:

@@ -31,6 +31,18 @@ class LossMeter:
             self._step_total += loss.total
         self._step_count = self._step_count + loss.weight
 
+    def step_sums(self, device: torch.device) -> Tensor:
+        """Total and count of the step under way, (2,) in float64."""
+        if self._step_total is None:
+            return torch.zeros(2, dtype=torch.float64, device=device)
+        count = torch.as_tensor(self._step_count, dtype=torch.float64, device=device)
+        return torch.stack([self._step_total.double(), count])
+
+    def set_step_sums(self, sums: Tensor) -> None:
+        """Replace those of the step under way, as by the means over replica groups."""
+        if self._step_total is not None:
+            self._step_total, self._step_count = sums.unbind()
+
     def commit(self) -> None:
         """Take the losses of the step under way into the mean."""
         if self._step_total is not None:
@@ -57,6 +69,13 @@ class LossMeter:
         if self._total is None:
             return torch.zeros(2, dtype=torch.float64, device=device)
         return torch.stack([self._total, torch.as_tensor(self._count, dtype=torch.float64, device=device)])
+
+    def set_sums(self, sums: Tensor) -> None:
+        """Continue from `sums` of another meter."""
+        self.reset()
+        self.drop()
+        if bool(sums[1] > 0):
+            self._total, self._count = sums.clone().unbind()
 
     def reset(self) -> None:
         self._total, self._count = None, 0.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,6 +32,7 @@ from danling_conf.records.metrics import PRODUCTIVE, goodput
 from danling_conf.records.run_directory import Attempt
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.runner.display import Display
+from danling_conf.runner.leading import Lead
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.heartbeat import Heartbeat
 from danling_conf.runner.observe.log_pace import LogPace
@@ -75,6 +76,11 @@ class Observers:
         self._world: World | None = None
         self._setup: Setup | None = None
         self._display: Display | None = None
+        self._lead: Lead | None = None
+        self._tracks = False
+        """Whether the trackers are those of a group that leads."""
+        self.group_scalars: Callable[[], Mapping[str, float]] = dict
+        """What replica groups add to a log line."""
         self._norm: torch.Tensor | None = None
         self._warned = False
         self.known_epoch = True
@@ -86,7 +92,9 @@ class Observers:
         """The attempt is known: start the heartbeat. Once; later calls do nothing."""
         if self._heartbeat is not None:
             return
-        facts = {"attempt": attempt.directory.name, "rank": ranks.rank, "world_size": ranks.world_size}
+        facts = {"attempt": attempt.directory.name, "rank": ranks.number, "world_size": ranks.total}
+        if ranks.groups > 1:
+            facts["group"] = ranks.group
         self._heartbeat = Heartbeat.of_run(
             self.config.heartbeat,
             attempt.run_directory,
@@ -95,7 +103,7 @@ class Observers:
             limit=self._limit,
             check_token=attempt.check_token,
             overdue=lambda collective, waited: _log.warning(
-                "%s", collective_timeout.late(attempt, self.config, ranks.world_size, collective, waited)
+                "%s", collective_timeout.late(attempt, self.config, ranks, collective, waited)
             ),
         )
         self._heartbeat.start()
@@ -108,17 +116,17 @@ class Observers:
         self._relay = WarningRelay(world.ranks)
         self._relay.start()
 
-    def prepared(self, setup: Setup, display: Display) -> None:
+    def prepared(self, setup: Setup, display: Display, lead: Lead) -> None:
         """Everything is built and loaded: open the trackers, and start clocks."""
         assert self._world is not None
-        self._setup, self._display = setup, display
+        self._setup, self._display, self._lead = setup, display, lead
         config, world, state = self.config, self._world, self._state
         attempt = world.attempt
         self.nonfinite = NonFinite(
             config.nonfinite,
             device=world.device,
             indices=self._indices,
-            record=attempt.directory / f"nonfinite-rank-{world.ranks.rank}.jsonl",
+            record=attempt.directory / f"nonfinite-rank-{world.ranks.number}.jsonl",
         )
         self.nonfinite.begin(state.step)
         cadence = setup.cadence
@@ -131,20 +139,30 @@ class Observers:
         self._profiler = profiler.make(
             config.profiling,
             attempt.run_directory,
-            rank=world.ranks.rank,
+            rank=world.ranks.number,
             attempt=attempt.directory.name,
             device=world.device,
             step=state.step,
             say=display.line,
         )
-        self._trackers = Trackers(config, display, main=world.ranks.main)
+        self._open_trackers()
+
+    def _open_trackers(self) -> None:
+        """Open the trackers, of the main rank where its group leads."""
+        assert self._world is not None
+        assert self._setup is not None
+        assert self._display is not None
+        assert self._lead is not None
+        config, state = self.config, self._state
+        self._tracks = self._lead.held
+        self._trackers = Trackers(config, self._display, main=self._lead.main)
         facts = RunFacts(
-            attempt=attempt,
+            attempt=self._world.attempt,
             settings=flatten(plain(config)),
             lineage=config.lineage,
             experiment=config.experiment,
             step=state.step,
-            score_key=setup.score.key,
+            score_key=self._setup.score.key,
         )
         self._trackers.start(facts, epoch=state.epoch)
 
@@ -172,6 +190,19 @@ class Observers:
         self._norm = norm
         if not expected:
             self.nonfinite.look(norm, self._state.step + 1, self._state.epoch, -1)
+
+    def group_loss(self, loss: torch.Tensor) -> None:
+        """Take the loss of the step under way over all replica groups: where it is not finite in one, all of them leave
+        the step out, or none."""
+        if self.nonfinite.measures_gradients:
+            self.nonfinite.look(loss, self._state.step + 1, self._state.epoch, -1)
+
+    def jumped(self) -> None:
+        """The run goes on at another step, which was taken over from another replica group."""
+        self.first_step()
+        self.nonfinite.begin(self._state.step)
+        assert self._display is not None
+        self._display.restart_clock()
 
     def stepped(self) -> None:
         """An optimizer step is done."""
@@ -252,7 +283,8 @@ class Observers:
         assert self._world is not None
         assert self._setup is not None
         world = self._world
-        share = goodput(world.attempt.run_directory) if world.ranks.main else None
+        main = world.ranks.main and (self._lead is None or self._lead.held)
+        share = goodput(world.attempt.run_directory) if main else None
         if share is not None:
             self._log(END, {"goodput": share})
         trackers.finish(status, self._setup.score.best)
@@ -271,6 +303,8 @@ class Observers:
 
     def _log(self, kind: str, scalars: dict[str, Any], note: str = "", texts: Mapping[str, str] | None = None) -> None:
         assert self._trackers is not None
+        if self._lead is not None and self._lead.held and not self._tracks:
+            self._open_trackers()  # the lead has passed to this replica group
         finite, state = {name: _finite(value) for name, value in scalars.items()}, self._state
         self._trackers.log(
             Record(
@@ -290,6 +324,7 @@ class Observers:
             scalars["train.grad_norm"] = float(self._norm)
         if load is not None:
             scalars["train.expert_load"] = load
+        scalars |= self.group_scalars()
         scalars["train.nonfinite_steps"] = self.nonfinite.steps
         scalars["memory.peak_bytes"] = max(summary.peak_bytes)
         if len(summary.peak_bytes) > 1:
@@ -310,6 +345,8 @@ class Observers:
             "evaluation.seconds": lap.evaluation,
             "checkpoint.seconds": lap.checkpoint,
         }
+        if self.config.ft.enabled:
+            scalars["ft.lost_seconds"] = lap.fault
         used = setup.utilisation.of(speed * per_step)
         return scalars if used is None else {**scalars, "train.mfu": used}
 

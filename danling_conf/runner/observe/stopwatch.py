@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-EVALUATION, CHECKPOINT = "evaluation", "checkpoint"
+EVALUATION, CHECKPOINT, FAULT = "evaluation", "checkpoint", "fault"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,13 @@ class Lap:
     evaluation: float
     checkpoint: float
     """Waiting for a checkpoint; what is written in the background does not count."""
+    fault: float = 0.0
+    """Steps that replica groups have refused, and waiting for a quorum."""
 
     @property
     def stepping(self) -> float:
         """Seconds that went into steps, data included."""
-        return max(0.0, self.seconds - self.evaluation - self.checkpoint)
+        return max(0.0, self.seconds - self.evaluation - self.checkpoint - self.fault)
 
 
 class Stopwatch:
@@ -41,7 +43,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.data = 0.0
         """Seconds spent waiting for batches in this lap."""
-        self._apart = {EVALUATION: 0.0, CHECKPOINT: 0.0}
+        self._apart = {EVALUATION: 0.0, CHECKPOINT: 0.0, FAULT: 0.0}
         self._began: float | None = None
         self._step = 0
 
@@ -58,6 +60,10 @@ class Stopwatch:
             yield
         finally:
             self._apart[what] += time.perf_counter() - began
+
+    def lost(self, seconds: float) -> None:
+        """Count the time of a step that does not count as that of a fault."""
+        self._apart[FAULT] += seconds
 
     def waited(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, with the time that each is waited for counted as data."""
@@ -81,6 +87,7 @@ class Stopwatch:
             data=self.data,
             evaluation=self._apart[EVALUATION],
             checkpoint=self._apart[CHECKPOINT],
+            fault=self._apart[FAULT],
         )
         self.restart(step)
         return lap

@@ -7,21 +7,21 @@ from danling_conf.topology.rules import (
     axes,
     budget,
     checkpoints,
+    deepspeed,
     effect,
+    fault_tolerance,
     observability,
     optimizers,
     options,
     paths,
     pipeline,
-    support,
     world,
 )
 from danling_conf.topology.rules.rule import Context, EffectRule, Ineffective, Rule
 from danling_conf.topology.violation import Violation, unique
 
 RULES: tuple[Rule, ...] = (
-    support.built_stack,
-    support.built_fault_tolerance,
+    deepspeed.installed,
     world.whole_degrees,
     world.sharding_is_fsdp,
     world.stack_fits_layout,
@@ -50,12 +50,24 @@ RULES: tuple[Rule, ...] = (
     options.loader_workers,
     options.saving_with_interval,
     options.selection_by_ops,
+    options.declared_splits,
     options.named_callbacks,
+    options.targets_of_python,
     checkpoints.excluded_parts,
     checkpoints.background_group,
     checkpoints.replica_names,
     checkpoints.exports_by_safetensors,
     observability.installed_trackers,
+    deepspeed.only_replicates,
+    deepspeed.known_keys,
+    deepspeed.no_contradiction,
+    deepspeed.fits_stage,
+    deepspeed.kept_promises,
+    fault_tolerance.installed,
+    fault_tolerance.numbers_of_groups,
+    fault_tolerance.order_of_limits,
+    fault_tolerance.groups_meet,
+    fault_tolerance.groups_fit,
     optimizers.known_optimizer,
     optimizers.known_scheduler,
     paths.writable_root,
@@ -65,7 +77,6 @@ RULES: tuple[Rule, ...] = (
 )
 
 EFFECT_RULES: tuple[EffectRule, ...] = (
-    effect.not_built_yet,
     effect.policy_without_fsdp,
     effect.settings_without_axis,
     effect.options_without_compile,
@@ -76,7 +87,9 @@ EFFECT_RULES: tuple[EffectRule, ...] = (
     effect.sources_by_priority,
     checkpoints.writing_settings,
     checkpoints.sources_to_exclude_from,
+    deepspeed.settings_without_the_stack,
     observability.settings_of_what_is_off,
+    fault_tolerance.unread_settings,
 )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any
 
-from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of
+from danling_conf.schema import RunnerConfig, declared_class, defaults_of
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.topology.rules.rule import Context, Ineffective, changed, compiles, one_process
 
@@ -20,11 +18,6 @@ _OF_AXIS = {
         "module_fqns_per_model_part",
     ),
 }
-
-
-def not_built_yet(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
-    """Settings that are not implemented yet, with another value than the default."""
-    yield from _pending(config, defaults_of(declared_class(config)), "")
 
 
 def policy_without_fsdp(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
@@ -104,14 +97,3 @@ def sources_by_priority(config: RunnerConfig, context: Context) -> Iterator[Inef
             yield Ineffective("auto_resume", "resume is given and comes first")
         if config.pretrained is not None:
             yield Ineffective("pretrained", "resume is given and comes first")
-
-
-def _pending(value: Any, default: Any, prefix: str) -> Iterator[Ineffective]:
-    for item in fields(type(default)):
-        mine, theirs = getattr(value, item.name), getattr(default, item.name)
-        if is_dataclass(theirs):
-            yield from _pending(mine, theirs, f"{prefix}{item.name}.")
-            continue
-        pending = facts_of(item).pending
-        if pending and mine != theirs:
-            yield Ineffective(prefix + item.name, f"{pending} is not implemented yet")

@@ -13,6 +13,7 @@ _SECTIONS = {
     "heartbeat": "no heartbeats are written",
     "wandb": "nothing goes to Weights & Biases",
     "mlflow": "nothing goes to MLflow",
+    "ft": "there are no replica groups",
 }
 
 

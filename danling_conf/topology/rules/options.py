@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.dataloader import without_workers
+from danling_conf.schema.nearest import nearest
+from danling_conf.schema.runner import callback_entries, of_python
+from danling_conf.schema.setting import open_keys
 from danling_conf.topology.rules.rule import Context, compiles
 from danling_conf.topology.violation import ABSENT, Violation
 
@@ -116,9 +120,41 @@ def selection_by_ops(config: RunnerConfig, context: Context) -> Iterator[Violati
         )
 
 
+def declared_splits(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """Where the app declares its splits, nothing is set for another."""
+    declared = config.dataloader.splits
+    if declared is None:
+        return
+    named = {f"dataloader.{split}": split for split in open_keys(config.dataloader)}
+    if config.score_split is not None:
+        named["score_split"] = config.score_split
+    for path, split in named.items():
+        if split not in declared:
+            near = nearest(split, declared)
+            meant = f"dataloader.{near}" if path != "score_split" else f"score_split={near}"
+            fix = f"did you mean {meant}?" if near else "remove it, or add it to dataloader.splits"
+            value = ABSENT if path != "score_split" else split
+            yield Violation(path, value, f"the app's splits are {', '.join(declared)}", fix)
+
+
 def named_callbacks(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Each entry of `callbacks` names what it makes."""
-    for index, entry in enumerate(config.callbacks or []):
-        if not isinstance(entry.get("_target_"), str):
+    for path, entry in callback_entries(config):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("_target_"), str):
             fix = "write {_target_: danling_conf.EMA, decay: 0.999}, for instance"
-            yield Violation(f"callbacks[{index}]._target_", entry.get("_target_", ABSENT), "it names no callback", fix)
+            value = entry.get("_target_", ABSENT) if isinstance(entry, Mapping) else entry
+            yield Violation(f"{path}._target_", value, "it names no callback", fix)
+
+
+def targets_of_python(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """What a run makes by name comes from a package. Of a model, which an app may make itself, the builder says so."""
+    named: list[tuple[str, Any, str]] = [
+        ("optim.type", config.optim.type, "optimizer"),
+        ("scheduler.type", config.scheduler.type, "scheduler"),
+    ]
+    for path, entry in callback_entries(config):
+        if isinstance(entry, Mapping):
+            named.append((f"{path}._target_", entry.get("_target_"), "callback"))
+    for path, target, what in named:
+        if module := of_python(target):
+            yield Violation(path, target, f"Python's own {module} has no {what}", "name one of a package")

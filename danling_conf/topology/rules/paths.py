@@ -36,6 +36,18 @@ def unwritable(path: Path) -> str | None:
     return None if os.access(found, os.W_OK | os.X_OK) else f"{found} cannot be written"
 
 
+def directory_fault(given: str) -> str | None:
+    """Why a path cannot be the directory of one run or one sweep; None where it can."""
+    path = Path(given).absolute()
+    if not given.strip():
+        return "an empty text names no directory"
+    if mark := unprintable(given):
+        return f"{mark} is not a character for a path"
+    if path.resolve() == Path(path.anchor):
+        return "the root of the file system cannot be that of a run or a sweep"
+    return unwritable(path)
+
+
 def artifact_directory(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     """Compile artifacts are in a directory. One that cannot be written can be read all the same."""
     given = config.compile.precompile_artifact_dir

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from danling_conf.schema import RunnerConfig, declared_class, defaults_of, facts_of
+from danling_conf.schema import RunnerConfig, declared_class, defaults_of
 from danling_conf.schema.layout import WORLD_AXES
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.violation import Violation
@@ -52,13 +52,10 @@ def compiles(config: RunnerConfig) -> bool:
 
 
 def changed(section: Any, prefix: str, reason: str) -> Iterator[Ineffective]:
-    """Every setting of a section that has another value than its default, as having no effect for one reason.
-
-    Settings that are not implemented yet are left to `effect.not_built_yet`.
-    """
+    """Every setting of a section that has another value than its default, as having no effect for one reason."""
     default = defaults_of(declared_class(section))
     for item in fields(default):
-        if item.name.startswith("_") or facts_of(item).pending:
+        if item.name.startswith("_"):
             continue
         if getattr(section, item.name) != getattr(default, item.name):
             yield Ineffective(f"{prefix}.{item.name}", reason)

@@ -110,10 +110,12 @@ def world_size(config: RunnerConfig, context: Context) -> Iterator[Violation]:
             f"start {layout.world_size}, or choose a layout of {started}: parallel={fills} fills itself",
         )
     elif started is None and _more_than_here(layout, config, machine):
+        groups = _groups_here(config, machine)
+        several = f"{what} in {groups} groups (ft.group_size)" if groups > 1 else what
         yield Violation(
             "parallel",
             ABSENT,
-            f"{what} needs {layout.world_size} devices, and this machine has {machine.devices}",
+            f"{several} needs {layout.world_size * groups} devices, and this machine has {machine.devices}",
             "choose a smaller layout, start it on a cluster, or parallel.mesh_device_type=cpu",
         )
 
@@ -158,7 +160,14 @@ def _filled_from(machine: Machine) -> str:
 def _more_than_here(layout: Layout, config: RunnerConfig, machine: Machine) -> bool:
     """Whether a run on this machine needs more accelerators than it has; without any, ranks share the CPU."""
     on_cpu = not machine.devices or config.parallel.mesh_device_type == "cpu"
-    return machine.cluster_world_size is None and not on_cpu and layout.world_size > machine.devices
+    needed = layout.world_size * _groups_here(config, machine)
+    return machine.cluster_world_size is None and not on_cpu and needed > machine.devices
+
+
+def _groups_here(config: RunnerConfig, machine: Machine) -> int:
+    """Replica groups that a command starts on this machine."""
+    alone = not config.ft.enabled or config.ft.lighthouse or machine.lighthouse
+    return 1 if alone else config.ft.group_size
 
 
 def _processes(count: int) -> str:

@@ -36,11 +36,20 @@ class Note(Callback):
         self._note("multirun_end")
 
 
+class EarlyStopping:
+    """A callback of some other trainer."""
+
+    def __init__(self, monitor, patience):
+        self.rule = f"{monitor} for {patience}"
+
+
 @danling_conf.main(config_path="conf", config_name="train")
 def train(cfg):
     hydra = HydraConfig.get()
     made = [instantiate(item) for item in (cfg.model, cfg.trainer, cfg.data, cfg.logger)]
     print("made", made[0]["net"], made[1]["max_epochs"], made[2]["transforms"])
+    stopping = [instantiate(item).rule for item in (cfg.get("callbacks") or {}).values() if item]
+    print("stopping", *stopping, cfg.get("nothing", "else"), "tags" in cfg, cfg["task_name"])
     print("output", hydra.runtime.output_dir, cfg.paths.output_dir == cfg.logger.csv.save_dir, Path.cwd())
     print("job", hydra.job.name, hydra.mode.name, os.environ.get("SET_BY_HYDRA"), cfg.paths.output_dir)
     return float(cfg.model.width)

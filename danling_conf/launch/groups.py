@@ -1,0 +1,239 @@
+"""Replica groups of one run on this machine: a lighthouse where they meet, and the ranks of each group.
+
+A group is a world of its own, with its own rendezvous. When one of its ranks dies, the others are ended at once: with a
+heartbeat and without all of its ranks, it would hold the other groups up. Then it is started again, and takes over the
+state of a healthy group. The lighthouse is a thread of this process: it is there as long as the groups are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from danling_conf.launch.workers import (
+    FROZEN_VARIABLE,
+    POLL_SECONDS,
+    Workers,
+    WorkersFailed,
+    WorkersInterrupted,
+    signals_noted,
+    threads,
+)
+from danling_conf.records.membership import Event, changes_of, has_happened, members_of, note
+from danling_conf.schema import RunnerConfig
+from danling_conf.schema.fault_tolerance import LIGHTHOUSE_VARIABLE, FtConfig
+from danling_conf.schema.files import FROZEN, error_file
+from danling_conf.topology.machine import count_devices
+from danling_conf.topology.rank_environment import GROUP_VARIABLE
+from danling_conf.topology.rendezvous import LOOPBACK, listen
+
+_LATE_SECONDS = 30.0
+"""How long groups may still take to end when the run is complete; those that came too late then wait in vain."""
+_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def run_groups(command: list[str], config: RunnerConfig, world_size: int, attempt: Path) -> None:
+    """Run `command` as the ranks of `ft.group_size` replica groups, and wait for them.
+
+    Args:
+        command: starts a rank.
+        world_size: ranks of one group.
+        attempt: folder of the attempt, which holds its frozen configuration.
+
+    Raises:
+        WorkersFailed: no group is left that could go on, or the configuration is refused.
+        WorkersInterrupted: this process received a stop signal, and the groups have saved and left.
+    """
+    with listen(LOOPBACK, 0) as free:
+        port = free.getsockname()[1]
+    groups = Groups(command, config.ft, world_size, attempt, lighthouse=f"http://{LOOPBACK}:{port}")
+    with signals_noted() as received:
+        try:
+            groups.start()
+            # While the ranks import torch, which the lighthouse's package imports too.
+            lighthouse = _lighthouse(config.ft, port)
+            try:
+                groups.watch(received)
+            finally:
+                lighthouse.shutdown()
+        finally:
+            groups.kill()
+
+
+def _lighthouse(section: FtConfig, port: int) -> Any:
+    # Before the import, which reads it: the lighthouse would say something of every quorum.
+    os.environ.setdefault("RUST_LOG", "error")
+    from torchft.coordination import LighthouseServer
+
+    return LighthouseServer(
+        bind=f"{LOOPBACK}:{port}",
+        min_replicas=section.min_replica_size,
+        join_timeout_ms=1000 * section.join_timeout_seconds,
+        heartbeat_timeout_ms=section.heartbeat_timeout_ms,
+    )
+
+
+class Groups:
+    """The replica groups of an attempt.
+
+    Args:
+        command, world_size, attempt: see `run_groups`.
+        lighthouse: its address.
+    """
+
+    def __init__(
+        self, command: list[str], section: FtConfig, world_size: int, attempt: Path, *, lighthouse: str
+    ) -> None:
+        self._section, self._attempt = section, attempt
+        environment = {
+            FROZEN_VARIABLE: str(attempt / FROZEN),
+            LIGHTHOUSE_VARIABLE: lighthouse,
+            **threads(world_size * section.group_size),
+        }
+        size = section.group_size
+        self._groups = [_Group(command, environment, index, size, world_size, attempt) for index in range(size)]
+        self._failures: list[WorkersFailed | WorkersInterrupted] = []
+        self._received: list[int] = []
+
+    def start(self) -> None:
+        """Start all groups."""
+        for group in self._groups:
+            group.start()
+
+    def kill(self) -> None:
+        """End all groups at once."""
+        for group in self._groups:
+            group.kill()
+
+    def watch(self, received: list[int]) -> None:
+        """Start groups that die again, and return when the run is complete. Raises as `run_groups`.
+
+        Args:
+            received: signals that this process receives, as they come.
+        """
+        self._received, passed, complete_since = received, 0, 0.0
+        while any(group.runs for group in self._groups):
+            time.sleep(POLL_SECONDS)
+            while passed < len(received):
+                for group in self._groups:
+                    group.pass_on(received[passed])
+                passed += 1
+            for group in self._groups:
+                if group.runs and not group.running():
+                    self._ended(group)
+            if complete_since == 0 and self._complete:
+                complete_since = time.monotonic()
+            if complete_since and time.monotonic() - complete_since > _LATE_SECONDS:
+                self.kill()
+        if received:
+            raise WorkersInterrupted(received[0])
+        if not self._complete:
+            raise self._failures[-1]  # of the group that could not go on
+
+    @property
+    def _complete(self) -> bool:
+        return has_happened(self._attempt, Event.COMPLETE)
+
+    def _ended(self, group: _Group) -> None:
+        """Start a group again that has died."""
+        error = group.failure()
+        if error is None:
+            note(self._attempt, group.index, Event.LEFT)
+            return
+        if isinstance(error, WorkersFailed) and error.refused:
+            self._failures = [error]
+            self.kill()
+            return
+        self._failures.append(error)
+        why = str(error).strip().splitlines()[0] if str(error).strip() else "no reason is known"
+        note(self._attempt, group.index, Event.DIED, why=why)
+        if self._received or self._complete or has_happened(self._attempt, Event.SHORT):
+            return
+        rank = f"rank {error.rank} " if isinstance(error, WorkersFailed) else ""
+        said = f"group {group.index} died: {rank}{why}"
+        began = has_happened(self._attempt, Event.JOINED)
+        if not began and isinstance(error, WorkersFailed) and error.exit_code > 0:
+            # It would fail again, as the others will: nothing has changed since.
+            self.kill()
+        elif began and not self._healthy():
+            _say(f"{said}; no other group is left whose state it could take over")
+            self.kill()
+        elif group.starts > self._section.max_restarts:
+            note(self._attempt, group.index, Event.GIVEN_UP)
+            times = "once" if group.starts == 1 else f"{group.starts} times"
+            _say(f"{said}; it was started {times}, and is given up (ft.max_restarts)")
+        else:
+            _say(f"{said}; starting it again ({group.starts} of {self._section.max_restarts})")
+            group.start()
+
+    def _healthy(self) -> bool:
+        """Whether a group is left that takes part, and could give its state to another."""
+        members = {item.group: item for item in members_of(changes_of(self._attempt))}
+        running = [group.index for group in self._groups if group.runs]
+        return any(members[index].takes_part for index in running if index in members)
+
+
+class _Group:
+    """The ranks of one replica group."""
+
+    def __init__(
+        self, command: list[str], environment: dict[str, str], index: int, groups: int, world_size: int, attempt: Path
+    ) -> None:
+        self.index, self.starts, self.runs = index, 0, False
+        self._command, self._environment, self._groups = command, environment, groups
+        self._world_size, self._attempt = world_size, attempt
+        self._workers: Workers | None = None
+
+    def start(self) -> None:
+        """Start all ranks."""
+        self.starts += 1
+        first = self.index * self._world_size
+        for rank in range(first, first + self._world_size):
+            error_file(self._attempt, rank).unlink(missing_ok=True)
+        note(self._attempt, self.index, Event.STARTED)
+        own = {GROUP_VARIABLE: f"{self.index} {self._groups} {self.starts}", **self._devices(first)}
+        self._workers = Workers(
+            self._command, self._world_size, self._attempt, {**self._environment, **own}, numbered_from=first
+        )
+        self.runs = True
+
+    def _devices(self, first: int) -> dict[str, str]:
+        """The accelerators of this group, where the machine has any."""
+        given = os.environ.get(_DEVICES)
+        count = count_devices(given)
+        if count < self._groups * self._world_size:
+            return {}
+        names = given.split(",") if given else [str(number) for number in range(count)]
+        return {_DEVICES: ",".join(names[first : first + self._world_size])}
+
+    def running(self) -> bool:
+        """Whether a rank still runs. A group of which a rank was killed ends at once."""
+        assert self._workers is not None
+        self.runs = self._workers.running()
+        if self.runs and self._workers.died:
+            self.kill()
+            self._workers.running()  # notices the ends
+        return self.runs
+
+    def failure(self) -> WorkersFailed | WorkersInterrupted | None:
+        """What ended it; None where all of its ranks returned."""
+        assert self._workers is not None
+        return self._workers.failure()
+
+    def pass_on(self, number: int) -> None:
+        """Send a signal to all ranks."""
+        if self.runs and self._workers is not None:
+            self._workers.pass_on(number)
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        if self._workers is not None:
+            self._workers.kill()
+        self.runs = False
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""History of a run in bounded memory: each metric as a curve of at most some thousands of points.
+
+Pages show curves of runs that have logged for weeks. A curve keeps the smallest and the largest value of each interval,
+so that no spike is lost, and doubles its intervals when they become too many.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from danling_conf.records.metrics import BASE, STATUS, is_measurement, read_lines, resumptions
+from danling_conf.records.reading import is_number
+
+MOST_INTERVALS = 1024
+"""Of a curve, each of which has two points at most."""
+
+Point = tuple[float, float]
+"""A step, and the value there."""
+
+
+class Curve:
+    """One metric over the steps of a run."""
+
+    def __init__(self) -> None:
+        self._intervals: list[tuple[Point, Point, Point]] = []  # of each the first, the smallest and the largest
+        self._size, self._filled = 1, 0
+        self._newest: Point | None = None  # kept apart: a later line may measure the same step again
+
+    def add(self, step: float, value: float) -> None:
+        """Add a value; of one step the newest counts."""
+        if self._newest is not None and self._newest[0] != step:
+            self._put(self._newest)
+        self._newest = (step, value)
+
+    @property
+    def points(self) -> list[Point]:
+        """The points, in the order of steps."""
+        kept = {point for _, low, high in self._intervals for point in (low, high)}
+        return sorted(kept | ({self._newest} if self._newest is not None else set()))
+
+    @property
+    def last(self) -> float:
+        return self.points[-1][1]
+
+    @property
+    def least(self) -> Point:
+        """The smallest value, with its first step."""
+        return min(self.points, key=lambda point: point[1])
+
+    @property
+    def most(self) -> float:
+        return max(value for _, value in self.points)
+
+    @property
+    def median(self) -> float:
+        """The median; of a sample at even distances where there are more values than intervals."""
+        newest = [] if self._newest is None else [self._newest[1]]
+        values = sorted([first[1] for first, _, _ in self._intervals] + newest)
+        return values[len(values) // 2]
+
+    def _put(self, point: Point) -> None:
+        if self._filled == self._size or not self._intervals:
+            if len(self._intervals) == MOST_INTERVALS:
+                self._halve()
+            self._intervals.append((point, point, point))
+            self._filled = 1
+            return
+        first, low, high = self._intervals[-1]
+        self._intervals[-1] = (first, min(low, point, key=_value), max(high, point, key=_value))
+        self._filled += 1
+
+    def _halve(self) -> None:
+        pairs = zip(self._intervals[::2], self._intervals[1::2], strict=True)
+        self._intervals = [(a[0], min(a[1], b[1], key=_value), max(a[2], b[2], key=_value)) for a, b in pairs]
+        self._size *= 2
+        self._filled = self._size
+
+
+def _value(point: Point) -> float:
+    return point[1]
+
+
+class History:
+    """The curves of a run by their keys, and the newest values of all keys."""
+
+    def __init__(self) -> None:
+        self.curves: dict[str, Curve] = {}
+        self.last: dict[str, Any] = {}
+
+    def points(self, key: str) -> list[Point]:
+        """The points of a metric; none where it was not measured."""
+        return self.curves[key].points if key in self.curves else []
+
+
+def read_history(run: Path) -> History:
+    """The history of a run. Steps that a resumed attempt has trained again count as that attempt measured them."""
+    history = History()
+    # An attempt's steps count up to where any later attempt began.
+    limits: list[float] = [float("inf")]
+    for first in reversed(resumptions(run)[1:]):
+        limits.append(min(limits[-1], first))
+    attempt, limit = None, float("inf")
+    for line in read_lines(run):
+        if line["attempt"] != attempt:
+            attempt, limit = line["attempt"], limits.pop() if limits else float("inf")
+        step = line["step"]
+        if step > limit or not is_measurement(line):
+            continue
+        history.last = line
+        for key, value in line.items():
+            if key not in BASE and key != STATUS and is_number(value):
+                curve = history.curves.get(key)
+                if curve is None:
+                    curve = history.curves[key] = Curve()
+                curve.add(step, value)
+    return history

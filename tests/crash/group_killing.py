@@ -1,0 +1,214 @@
+"""A run of replica groups of which ranks are killed at random moments: what the test of fault tolerance counts.
+
+Every rank notes a digest of its weights and its optimizer's state at every step. Where several groups note the same
+step, the ranks of the same place must note the same; and the run must end where an undisturbed one ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from danling_conf.records.membership import Change, Event, changes_of
+from danling_conf.records.metrics import read_metrics
+from danling_conf.records.reading import read_fields
+from danling_conf.schema.files import RESULT
+
+REPOSITORY = Path(__file__).parents[2]
+APP = REPOSITORY / "tests" / "support" / "group_app.py"
+_LIMIT_SECONDS = 150.0
+_STEPS = 1500
+_NOISE = 0.02
+"""By how much the loss of a disturbed run may differ: it has not seen the samples of groups that were away."""
+WAYS = ("kill of one rank", "kill of a group", "stop of one rank")
+
+
+@dataclass
+class Report:
+    """What became of a run."""
+
+    steps: int
+    kills: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    compared: int = 0
+    """Digests that were compared with that of another group."""
+    caught_up: int = 0
+    """Groups that took over the state of another."""
+    refused: int = 0
+    loss: float = float("nan")
+    seconds: float = 0.0
+    recoveries: list[float] = field(default_factory=list)
+    """Seconds from the start of a group that had died until it took part."""
+
+    def line(self) -> str:
+        kills = ", ".join(f"{number} x {way}" for way, number in self.kills.items()) or "none"
+        return (
+            f"{self.steps} steps, kills: {kills}; {self.caught_up} groups caught up, {self.refused} steps refused, "
+            f"{self.compared} digests equal, loss {self.loss:.4f} ({self.seconds:.0f} s)"
+        )
+
+
+def command(root: Path, *overrides: str) -> list[str]:
+    """Starts the app with short time limits, in a workspace."""
+    return [
+        sys.executable, str(APP), f"workspace_root={root}", "seed=3", "ft=torchft", "optim.lr=0.02",
+        "dataloader.batch_size=4", "ft.heartbeat_timeout_ms=1000", "ft.process_group_timeout_ms=4000",
+        "ft.timeout_seconds=20", "ft.join_timeout_seconds=20", "ft.quorum_timeout_seconds=60", "log_interval=5",
+        "checkpoint.interval=20", "heartbeat=default", "heartbeat.interval_seconds=0.5", *overrides,
+    ]  # fmt: skip
+
+
+def run_with_kills(
+    root: Path, *, steps: int, kills: int, seed: int = 0, pause: float = 0.1, ways: Any = WAYS
+) -> Report:
+    """Run three groups of two ranks under FSDP2, and kill some of them.
+
+    A kill comes once all groups take part again, so that one is always there to take over from.
+    """
+    digests = root / "digests"
+    digests.mkdir(parents=True)
+    began, chosen = time.monotonic(), random.Random(seed)
+    report = Report(steps)
+    settings = (f"steps={steps}", f"data={{digests:{digests},pause:{pause}}}", "parallel=fsdp2", "ft.group_size=3",
+                "ft.min_replica_size=2", "ft.max_restarts=100")  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    with open(root / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            command(root, *settings), stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment
+        )
+        try:
+            while sum(report.kills.values()) < kills and process.poll() is None:
+                attempt = wait_for(lambda: together(root, process), process)
+                if attempt is None:
+                    break
+                time.sleep(chosen.uniform(0.1, 1.5))
+                way = ways[sum(report.kills.values()) % len(ways)]
+                if strike(attempt, way, chosen):
+                    report.kills[way] += 1
+            process.wait(timeout=_LIMIT_SECONDS + steps * pause)
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 0, (root / "output.txt").read_text()
+    look_at(root, report)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def wait_for(what: Any, process: subprocess.Popen[bytes], limit: float = _LIMIT_SECONDS) -> Any:
+    """What a function returns, as soon as it is not None; None where the process ends before."""
+    deadline = time.monotonic() + limit
+    while process.poll() is None:
+        found = what()
+        if found is not None:
+            return found
+        assert time.monotonic() < deadline, "nothing has happened for too long"
+        time.sleep(0.05)
+    return None
+
+
+def attempt_in(root: Path) -> Path | None:
+    """The only attempt below a workspace."""
+    return next(iter(root.glob("*/*/*/attempts/*")), None)
+
+
+def together(root: Path, process: subprocess.Popen[bytes]) -> Path | None:
+    """The attempt, where all of its groups take part; None where not."""
+    attempt = attempt_in(root)
+    if attempt is None:
+        return None
+    last = {change.group: change.event for change in changes_of(attempt)}
+    taking_part = [event in (Event.JOINED, Event.REFUSED) for event in last.values()]
+    return attempt if len(taking_part) == 3 and all(taking_part) else None
+
+
+def strike(attempt: Path, way: str, chosen: random.Random) -> bool:
+    """Kill or stop ranks of a group. Returns whether there was one."""
+    ranks: dict[int, list[int]] = defaultdict(list)
+    for path in (attempt.parent.parent / "heartbeats").glob("rank-*.json"):
+        beat = json.loads(path.read_text())
+        ranks[beat["group"]].append(beat["pid"])
+    group = chosen.choice(sorted(ranks))
+    pids = sorted(ranks[group])
+    try:
+        if way == "kill of one rank":
+            os.kill(chosen.choice(pids), signal.SIGKILL)
+        elif way == "kill of a group":
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        else:
+            pid = chosen.choice(pids)
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(6.0)
+            os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def look_at(root: Path, report: Report) -> None:
+    """Compare what the groups noted, and read how the run ended."""
+    found: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
+    for path in (root / "digests").glob("*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            # A step that a group repeats after it has caught up counts as it was the last time.
+            found[line["step"], line["rank"]][path.name] = (line["digest"], line["lr"], line["epoch"])
+    for (step, rank), of_groups in found.items():
+        assert len(set(of_groups.values())) == 1, f"step {step}, rank {rank}: {of_groups}"
+        report.compared += len(of_groups) - 1
+    assert {step for step, _ in found} == set(range(1, report.steps + 1))
+    attempt = attempt_in(root)
+    assert attempt is not None
+    assert read_fields(attempt / RESULT).text("status") == "completed"
+    changes = changes_of(attempt)
+    report.caught_up = sum(item.event is Event.JOINED and item.why != "" for item in changes)
+    report.refused = sum(item.event is Event.REFUSED for item in changes)
+    report.recoveries = list(recoveries(changes))
+    history = read_metrics(attempt.parent.parent)
+    assert [line["step"] for line in history][-1] == report.steps
+    report.loss = next(line["val.loss"] for line in reversed(history) if "val.loss" in line)
+
+
+def recoveries(changes: list[Change]) -> Any:
+    """Seconds from each further start of a group until it took part."""
+    started: dict[int, float] = {}
+    seen: set[int] = set()
+    for item in changes:
+        if item.event is Event.STARTED:
+            if item.group in seen:
+                started[item.group] = item.time
+            seen.add(item.group)
+        elif item.event is Event.JOINED and item.group in started:
+            yield item.time - started.pop(item.group)
+
+
+def main(kills: int = 30, runs: int = 3) -> None:
+    """Kill ranks in so many runs, beside one that nothing happens to. Raises where a run did not survive."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = run_with_kills(Path(folder, "quiet"), steps=_STEPS, kills=0, pause=0.0)
+        print(quiet.line(), flush=True)
+        reports = []
+        for number in range(runs):
+            report = run_with_kills(Path(folder, str(number)), steps=_STEPS, kills=kills // runs, seed=number)
+            print(report.line(), flush=True)
+            assert abs(report.loss - quiet.loss) < _NOISE, (report.loss, quiet.loss)
+            reports.append(report)
+    seconds = sorted(item for report in reports for item in report.recoveries)
+    print(
+        f"replica groups: {sum(sum(report.kills.values()) for report in reports)} kills, "
+        f"{sum(report.compared for report in reports)} digests equal, 0 different; a killed group took part again "
+        f"after {seconds[len(seconds) // 2]:.1f} s (median of {len(seconds)})"
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
