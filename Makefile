@@ -9,7 +9,7 @@ PYTEST_ARGUMENTS ?=
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: train test quick composition sweepers docs parity crash gpu benchmark lint clean
+.PHONY: train test quick composition sweepers docs parity plan-accuracy crash gpu benchmark lint clean
 
 # A small decoder on real text: eight processes on this machine, compiled.
 train: $(VENV)/installed
@@ -39,6 +39,10 @@ docs: $(VENV)/installed
 # Layouts against one process, cell by cell, and layouts drawn at random.
 parity: $(VENV)/installed
 	$(VENV)/bin/python -m tests.distributed.matrix --random 6
+
+# Peaks of memory as planned and as real ranks take them; writes docs/plan_accuracy.md.
+plan-accuracy: $(VENV)/installed
+	PYTHONPATH=examples $(VENV)/bin/python -m tests.plan.accuracy --write
 
 # Kills 240 runs while they save, and says in which phase; then ranks of replica groups 30 times, in three runs. `make
 # test` has a short form of both.

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache, partial
@@ -595,7 +595,8 @@ def fake_errors() -> tuple[type[Exception], ...]:
 
 
 def real_tensors() -> AbstractContextManager[object]:
-    """Inside of `fake_tensors` or any other dispatch mode: operators run as if there were none."""
+    """Inside of `fake_tensors` or any other dispatch mode: operators run as if there were none. What ranks agree about
+    has values in a plan too."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
@@ -742,3 +743,91 @@ def forget_meshes() -> None:
                 for value in (item, *(vars(item).values() if type(item) is type else ())):
                     if type(value) is functools._lru_cache_wrapper:
                         value.cache_clear()
+
+
+# Plans.
+
+
+@contextmanager
+def fake_world(rank: int, size: int) -> Iterator[None]:
+    """A process group of `size` ranks of which only this one exists: collectives return at once, with this rank's own
+    values. In this process there may be no other. Without `FakeStore` there are no plans of several ranks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        forget_meshes()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def around_shapes(enter: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Inside of it, each time that `DTensor` runs an operator on tensors of the whole, unsharded size, only to learn
+    the shape of its result, that happens inside of a context of its own: no rank ever has such tensors."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with enter():
+            return original(self, *args, **kwargs)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore[method-assign]
+
+
+def is_wrapper(kind: type) -> bool:
+    """Whether tensors of a class only stand for others, which their operators are passed on to (`DTensor`, the result
+    of a collective under way)."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
+
+    return is_traceable_wrapper_subclass_type(kind)
+
+
+def collective_of(operator: Any, arguments: Sequence[Any]) -> tuple[str, list[int]] | None:
+    """Name of the collective that a dispatched operator is, and the ranks that take part; None where it is none.
+
+    Both families of 2.13 are known: `c10d` with the group as an object, `_c10d_functional` with its name. What is in
+    neither is not counted by a plan.
+    """
+    namespace, name = operator.namespace, operator.overloadpacket.__name__
+    if namespace == "c10d":
+        groups = [item for item in arguments if isinstance(item, torch.ScriptObject)]
+        for item in groups:
+            try:
+                group = ProcessGroup.unbox(item)
+            except RuntimeError:  # an operation such as SUM, which comes as an object too
+                continue
+            return name.strip("_"), torch.distributed.get_process_group_ranks(group)
+        return None
+    if namespace in ("_c10d_functional", "_c10d_functional_autograd") and name != "wait_tensor":
+        text = next((item for item in reversed(arguments) if isinstance(item, str)), None)
+        if text is None:
+            return None
+        group = distributed_c10d._resolve_process_group(text)  # type: ignore[arg-type]
+        return name.strip("_"), torch.distributed.get_process_group_ranks(group)
+    return None
+
+
+@contextmanager
+def watched_resizes(seen: Callable[[torch.UntypedStorage, int], None]) -> Iterator[None]:
+    """Call `seen(storage, bytes before)` after each change of a storage's size: FSDP2 frees and refills the storages of
+    gathered parameters so, which no operator shows. torch's own memory tracker replaces the same method."""
+    original = torch.UntypedStorage.resize_
+
+    def resize(self: torch.UntypedStorage, size: int) -> Any:
+        before = self.nbytes()
+        result = original(self, size)
+        seen(self, before)
+        return result
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ from functools import partial
 
 from hydra.errors import HydraException
 
+from danling_conf.cli.check_memory import memory_faults
 from danling_conf.cli.inspect_app import inspect_app
 from danling_conf.config.check import compose_or_refuse, warnings_of
 from danling_conf.config.hydra_adapter import ConfigSearch, composer, overrides_of
@@ -22,6 +23,7 @@ from danling_conf.sweep.preflight import Preflight, check_jobs, shapes_of
 from danling_conf.sweep.preflight_tables import SweepRefused, shape_table, varying
 from danling_conf.sweep.slurm_backend import capacity_of
 from danling_conf.sweep.submit import check_directory, launcher_override
+from danling_conf.topology.hardware import GPUS_PER_NODE, Cluster, find_gpu
 from danling_conf.topology.resources import Capacity
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, show
 
@@ -35,13 +37,15 @@ class _Request:
     overrides: list[str]
     multirun: bool
     capacity: Capacity | None
+    cluster: Cluster | None
+    """Devices that jobs must fit; None where that is not asked for."""
 
 
 def check_app(script: str, argv: list[str]) -> list[str]:
     """Check an app. Returns lines that describe what would run.
 
     Args:
-        argv: overrides, and anywhere among them `-m`, `--gpus-per-node N` and `--cpus-per-node N`.
+        argv: overrides, and anywhere among them `-m`, `--gpus-per-node N`, `--cpus-per-node N` and `--gpu NAME`.
 
     Raises ConfigRefused with all violations; for a sweep, with those of all its jobs.
     """
@@ -72,6 +76,11 @@ def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[st
     ]
     if request.capacity is not None or isinstance(check_launcher(job.launcher)[0], SlurmLauncherConfig):
         lines += shape_table([job], shapes_of([job], capacity))
+    if request.cluster is not None:
+        unfit, fitting = memory_faults(app, [job], request.cluster)
+        if unfit:
+            raise ConfigRefused(unfit[0].violations)
+        lines += [line.partition(" ")[2] for line in fitting]
     warned = (f"warning: {line}" for line in warnings_of(config))
     return [*lines, "differs from the defaults in:", *changed, *warned]
 
@@ -90,11 +99,17 @@ def _check_sweep(request: _Request, app: App, search: ConfigSearch, overrides: l
         accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity)
     if refused:
         raise SweepRefused(refused, of=len(jobs))
+    fitting: list[str] = []
+    if request.cluster is not None:
+        refused, fitting = memory_faults(app, accepted, request.cluster)
+        if refused:
+            raise SweepRefused(refused, of=len(jobs))
     lines = [
         f"accepted: {len(jobs)} job{'' if len(jobs) == 1 else 's'} of {shell_line(app.script.name, *overrides)}",
         "",
     ]
     lines += shape_table(accepted, shapes_of(accepted, capacity))
+    lines += ["", *fitting] if fitting else []
     varied = varying(jobs)
     return [*lines, "", "varies:", *(f"  {line}" for line in varied)] if varied else lines
 
@@ -112,6 +127,7 @@ def _nodes_of(launcher: SlurmLauncherConfig) -> Capacity:
 def _parse(argv: list[str]) -> _Request:
     overrides, multirun = [], False
     given: dict[str, int | None] = dict.fromkeys(_NUMBERS, None)
+    gpu: str | None = None
     rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -119,11 +135,14 @@ def _parse(argv: list[str]) -> _Request:
             multirun = True
         elif name in _NUMBERS:
             given[name] = _number(name, value if equals else next(rest, ""))
+        elif name == "--gpu":
+            gpu = value if equals else next(rest, "")
         else:
             overrides.append(word)
     gpus, cpus = (given[name] for name in _NUMBERS)
     capacity = None if gpus is None and cpus is None else Capacity(devices_per_node=gpus or 0, cpus_per_node=cpus)
-    return _Request(overrides=overrides, multirun=multirun, capacity=capacity)
+    cluster = None if gpu is None else Cluster(gpu=find_gpu(gpu), gpus_per_node=gpus or GPUS_PER_NODE)
+    return _Request(overrides=overrides, multirun=multirun, capacity=capacity, cluster=cluster)
 
 
 def _number(name: str, text: str) -> int:

@@ -74,6 +74,13 @@ def _check(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(parsed: argparse.Namespace) -> int:
+    from danling_conf.cli.plan import plan_app
+
+    _print(plan_app(parsed.script, parsed.overrides))
+    return 0
+
+
 def _schema(parsed: argparse.Namespace) -> int:
     from danling_conf.cli.json_schema import print_schema
 
@@ -161,6 +168,7 @@ def _logs(parsed: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "explain": _explain,
     "check": _check,
+    "plan": _plan,
     "schema": _schema,
     "init": _init,
     "import": _import,
@@ -200,8 +208,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
-        help="its overrides, as on its own command line; among them -m for a sweep, and --gpus-per-node N and "
-        "--cpus-per-node N for what the nodes of a cluster have",
+        help="its overrides, as on its own command line; among them -m for a sweep, --gpus-per-node N and "
+        "--cpus-per-node N for what the nodes of a cluster have, and --gpu NAME to refuse what does not fit its memory",
+    )
+    plan = commands.add_parser(
+        "plan", help="memory, communication and time of a layout of any size, planned on this machine (docs/plan.md)"
+    )
+    plan.add_argument("script", help="a training script")
+    plan.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        help="its overrides, as on its own command line; among them --gpu NAME (h100), --gpus-per-node N (8), and "
+        "--json",
     )
     _add_new_app_commands(commands)
     checkpoints = commands.add_parser(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.history import History, read_history
 from danling_conf.records.membership import GONE, Event, changes_of, members_of
 from danling_conf.records.metrics import goodput
+from danling_conf.records.planned import read_plan
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.status import Status
@@ -76,6 +77,7 @@ def report(run: Path) -> str:
         _overview(run, history, attempts),
         _curves(history),
         _speed(history),
+        _planned(run, history),
         _attempts(attempts, run),
         _groups(newest_attempt(run)),
         _checkpoints(run),
@@ -164,6 +166,33 @@ def _speed(history: History) -> Html:
         shares = [Series("MFU", [(step, 100 * value) for step, value in used])]
         charts.append(line_chart(shares, title="Model FLOPs utilisation, %", zero=True))
     return section("Speed and memory", *charts, columns=2)
+
+
+def _planned(run: Path, history: History) -> Html:
+    """What was planned, beside what was measured."""
+    plan = read_plan(run)
+    if plan is None:
+        return Html("")
+    rows: list[list[object]] = []
+    peak, seconds, mfu = (history.curves.get(key) for key in ("memory.peak_bytes", "train.step_seconds", "train.mfu"))
+    measured = None if peak is None else peak.most
+    rows.append(["peak memory of the fullest rank", *_compared(plan.peak_bytes, measured, readable_size)])
+    if plan.step_seconds is not None:
+        median = None if seconds is None else seconds.median
+        rows.append(["time of a step", *_compared(plan.step_seconds, median, duration)])
+    if plan.mfu is not None:
+        median = None if mfu is None else mfu.median
+        rows.append(["MFU", *_compared(plan.mfu, median, lambda share: f"{share:.1%}")])
+    held = facts({f"{name}, planned": readable_size(size) for name, size in plan.of_fullest.memory.items() if size})
+    note = f"for {plan.layout}" + (f" on {plan.gpu}" if plan.gpu else "; on a CPU, the whole process is measured")
+    listed = table(["", "planned", "measured", "difference"], rows, numeric=(1, 2, 3))
+    return section("Planned and measured", listed, folded("what holds it", held), note=note)
+
+
+def _compared(planned: float, measured: float | None, shown: Callable[[float], str]) -> list[object]:
+    if measured is None or not planned:
+        return [shown(planned), None, None]
+    return [shown(planned), shown(measured), f"{100 * (measured / planned - 1):+.1f} %"]
 
 
 def _milliseconds(history: History, key: str) -> list[tuple[float, float]]:

@@ -62,9 +62,11 @@ def replaced(value: Any, old: str, new: str) -> Any:
 
 
 def writable(config: Any) -> Any:
-    """A copy of a configuration object whose mappings are plain dicts, which OmegaConf reads."""
+    """A copy of a configuration object that can be changed, its mappings plain dicts, which OmegaConf reads."""
     made: Any = object.__new__(type(config))
     for name, value in vars(config).items():
+        if name == READONLY:
+            continue
         is_section = is_dataclass(value) and not isinstance(value, type)
         made.__dict__[name] = writable(value) if is_section else plain_values(value)
     return made

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf._torch_private import saved_buffers, whole_parameters
+from danling_conf._torch_private import real_tensors, saved_buffers, whole_parameters
 from danling_conf.components.optimizer import cleaned
 from danling_conf.parallel.batch_norm import BATCH_NORMS
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
@@ -80,13 +80,14 @@ class DataGradients:
             ConfigRefused: a parameter gets no gradient, and that is not allowed; or the first forward has changed a
                 parameter otherwise on other ranks. On all ranks.
         """
-        if self._without is None or (self.allowed and not self.by_ddp):
-            mine = self._mask(loss)
-            # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
-            self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
-        if self._without is None and last and not self.allowed:
-            self._compare_ranks()
-            self._refuse_unused()
+        with real_tensors():
+            if self._without is None or (self.allowed and not self.by_ddp):
+                mine = self._mask(loss)
+                # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
+                self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
+            if self._without is None and last and not self.allowed:
+                self._compare_ranks()
+                self._refuse_unused()
 
     def finish(self) -> None:
         """Complete the gradients of a step, after its last backward pass. Collective.
@@ -169,8 +170,9 @@ class DataGradients:
     def _average_replicated(self) -> None:
         if not self.replicated:
             return
-        mask = torch.tensor([int(item.grad is not None) for item in self.replicated], dtype=torch.int32)
-        used = self._over_ranks(mask, dist.ReduceOp.MAX).tolist()
+        with real_tensors():
+            mask = torch.tensor([int(item.grad is not None) for item in self.replicated], dtype=torch.int32)
+            used = self._over_ranks(mask, dist.ReduceOp.MAX).tolist()
         for item, anywhere in zip(self.replicated, used, strict=True):
             if not anywhere:
                 continue
@@ -182,11 +184,12 @@ class DataGradients:
     def _drop_unused(self) -> None:
         """Leave parameters without a gradient that no rank has used: FSDP has reduced zeros for them, and an optimizer
         would move them by momentum and weight decay."""
-        used = self._over_ranks(self._used, dist.ReduceOp.MAX).tolist()
+        with real_tensors():
+            used = self._over_ranks(self._used, dist.ReduceOp.MAX).tolist()
+            self._used = torch.zeros_like(self._used)
         for (_, item), anywhere in zip(self.named, used, strict=True):
             if not anywhere:
                 item.grad = None
-        self._used = torch.zeros_like(self._used)
 
     def _refusal(self, names: Sequence[str], what: str) -> ConfigRefused:
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -19,7 +19,7 @@ def is_plain(mesh: DeviceMesh | None) -> bool:
     return axes_of(mesh) in ((), ("replicate",))
 
 
-def replicate(model: nn.Module, mesh: DeviceMesh | None, *, find_unused: bool = False) -> nn.Module:
+def replicate(model: nn.Module, mesh: DeviceMesh | None, *, find_unused: bool = False, fake: bool = False) -> nn.Module:
     """`model`, on its device and with values, wrapped by `DistributedDataParallel` over the replicate axis of `mesh`;
     without a mesh, over all ranks of the default process group.
 
@@ -28,6 +28,7 @@ def replicate(model: nn.Module, mesh: DeviceMesh | None, *, find_unused: bool = 
 
     Args:
         find_unused: whether some parameters may get no gradient, others in each step and on each rank.
+        fake: whether tensors have no values to share, as in a plan.
     """
     if (mesh is None and not is_distributed()) or not is_plain(mesh):
         return model
@@ -41,6 +42,8 @@ def replicate(model: nn.Module, mesh: DeviceMesh | None, *, find_unused: bool = 
         process_group=dist.group.WORLD if mesh is None else mesh["replicate"].get_group(),
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused,
+        init_sync=not fake,
+        forward_sync_buffers=not fake,
     )
 
 

@@ -6,6 +6,7 @@ With expert_tensor, the width of each expert is sharded over the tensor ranks as
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from danling_conf._torch_private import all_to_all
+from danling_conf._torch_private import all_to_all, is_fake
 from danling_conf.parallel.plan import matches, owner, plan_of
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.schema.layout import Layout
@@ -142,7 +143,10 @@ class Exchange:
         per_rank = [len(counts) // self.degree] * self.degree
         received = all_to_all(counts, per_rank, per_rank, self.group)
         by_rank = received.view(self.degree, -1)
-        sent_sizes, received_sizes = torch.stack([counts.view(self.degree, -1).sum(1), by_rank.sum(1)]).tolist()
+        if is_fake(counts):
+            sent_sizes, received_sizes = _planned_sizes(len(rows), self.degree)
+        else:
+            sent_sizes, received_sizes = torch.stack([counts.view(self.degree, -1).sum(1), by_rank.sum(1)]).tolist()
         rows = all_to_all(rows, received_sizes, sent_sizes, self.group)
         # From order of rank, then expert, to order of expert.
         experts = torch.arange(by_rank.shape[1], device=rows.device).repeat(self.degree)
@@ -156,6 +160,26 @@ class Exchange:
             return compute(rows, counts)
         # Expert-tensor ranks have the same rows and a part of each expert's width.
         return _Sum.apply(compute(_SumOfGradients.apply(rows, self.width), counts), self.width)
+
+
+_load = [1.0]
+"""Of a plan: what this rank's experts are sent, relative to the mean."""
+
+
+@contextmanager
+def planned_load(load: float) -> Iterator[None]:
+    """Within it, a plan's ranks are sent so many times the mean of the tokens; else just the mean."""
+    _load.append(load)
+    try:
+        yield
+    finally:
+        _load.pop()
+
+
+def _planned_sizes(rows: int, degree: int) -> tuple[list[int], list[int]]:
+    """Rows that are sent to each rank, and received of each, where a router's choices are not known."""
+    sent = [rows * (rank + 1) // degree - rows * rank // degree for rank in range(degree)]
+    return sent, [round(size * _load[-1]) for size in sent]
 
 
 def layout_share(layout: Layout) -> float:

@@ -18,7 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
-from danling_conf._torch_private import gather_in_methods, is_gathering_input, storage_identity, tree_leaves
+from danling_conf._torch_private import (
+    gather_in_methods,
+    is_gathering_input,
+    real_tensors,
+    storage_identity,
+    tree_leaves,
+)
 from danling_conf.components.optimizer import cleaned
 from danling_conf.parallel.fsdp import is_sharded
 from danling_conf.topology.violation import ConfigRefused, SettingError, Violation
@@ -90,9 +96,10 @@ class GatheredBlocks:
         self._passed += 1
 
     def _agree(self, index: int) -> None:
-        extremes = torch.tensor([index, -index], device=self.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-        most, least = extremes.tolist()
+        with real_tensors():
+            extremes = torch.tensor([index, -index], device=self.device)
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+            most, least = extremes.tolist()
         if most != -least:
             raise _refusal(f"the forward {self._at(most)} on some ranks where it {self._at(-least)} on others")
 

@@ -115,6 +115,16 @@ def build(factory: Callable[[], nn.Module], seed: int, device: torch.device) -> 
     return _in_turn(factory, seed, device)
 
 
+@dataclass(frozen=True)
+class WithoutValues:
+    """A model on the meta device that gets memory and no values: that of a plan."""
+
+    model: nn.Module
+
+    def values(self, wanted: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+
 def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     """The model of a factory on the meta device, and how to replay its construction.
 

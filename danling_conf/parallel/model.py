@@ -37,6 +37,7 @@ from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.gathered_blocks import GatheredBlocks
 from danling_conf.parallel.init_plan import (
     Source,
+    WithoutValues,
     build,
     make_contiguous,
     meta_copy,
@@ -152,6 +153,7 @@ def assemble(
     example: Callable[[], Any] | None = None,
     forward: Forward | None = None,
     for_engine: bool = False,
+    fake: AbstractContextManager[object] | None = None,
 ) -> Assembled:
     """The model on its device, laid out, wrapped, compiled and with values, as the layout and the sections say.
 
@@ -172,6 +174,8 @@ def assemble(
             and the first step checks both.
         forward: runs the model on the example.
         for_engine: leave the gradients of a layout that only replicates to an engine, see `with_engine`.
+        fake: of a plan: the context in which the tensors of this rank are made. `model` is then a module on the meta
+            device, and gets no values.
 
     Raises:
         SettingError: the layout asks for what the model does not implement, or shards without FSDP.
@@ -190,7 +194,7 @@ def assemble(
     #     where dynamo finds its buckets.
     parallel = parallel or ParallelConfig()
     _check_layout(layout, mesh, fsdp)
-    whole, source = _whole_model(model, seed, device)
+    whole, source = _whole_model(model, seed, device, without_values=fake is not None)
     hugging_face.prepare(whole)
     by_ddp = ddp.is_plain(mesh) and not fsdp.enabled and not for_engine
     if source is not None and fsdp.enabled:
@@ -231,11 +235,14 @@ def assemble(
                 pipelined=pipelined,
                 one_group=unused and not pipelined,
             )
-    _give_values(list(parts.values()), source, fsdp, device)
-    for index, part in parts.items():
-        # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
-        compiled = part if per_block or pipelined else compilation.apply(part, compile)
-        parts[index] = ddp.replicate(compiled, mesh, find_unused=unused) if by_ddp else compiled
+    with fake or nullcontext():
+        _give_values(list(parts.values()), source, fsdp, device)
+        for index, part in parts.items():
+            # The schedule works inside of a stage's forward: there is no compiling a stage as a whole.
+            compiled = part if per_block or pipelined else compilation.apply(part, compile)
+            if by_ddp:
+                compiled = ddp.replicate(compiled, mesh, find_unused=unused, fake=fake is not None)
+            parts[index] = compiled
     return Assembled(
         parts=tuple(part for _, part in sorted(parts.items())),
         whole=whole if source is None else source.model,
@@ -303,9 +310,12 @@ def _check_layout(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> 
 
 
 def _whole_model(
-    model: nn.Module | Callable[[], nn.Module], seed: int, device: torch.device
+    model: nn.Module | Callable[[], nn.Module], seed: int, device: torch.device, *, without_values: bool
 ) -> tuple[nn.Module, Source | None]:
     """The model before anything is done to it, and the source of its values where it is on the meta device."""
+    if without_values:
+        assert isinstance(model, nn.Module)
+        return model, WithoutValues(model)
     if not isinstance(model, nn.Module):
         return build(model, seed, device)
     refuse_meta(model)

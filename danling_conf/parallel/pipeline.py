@@ -133,14 +133,48 @@ class Pipeline:
         what it gives is what gradients are of. Collective over the pipeline."""
         microbatches = self.microbatches(batch)
         self._prove_once(forward, microbatches[0])
-        self._work.microbatches, self._work.current = microbatches, 0
-        self._work.forward, self._work.objective, self._work.autocast = forward, objective, autocast
+        self.begin(microbatches, forward, objective, autocast)
         schedule = self._schedule(batch, len(microbatches))
         # Stages take their microbatch by its number; torch wants tensors to deal out all the same.
         numbers = torch.zeros(len(microbatches), device=self.device)
         inputs = (numbers,) if 0 in self.parts else ()
         schedule.step(*inputs, target=numbers if self.has_last else None, return_outputs=False)
         self._work.current = 0
+
+    def begin(
+        self,
+        microbatches: list[Any],
+        forward: Forward,
+        objective: Objective,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Say what the stages work on; the arguments are those of `train`."""
+        self._work.microbatches, self._work.current = microbatches, 0
+        self._work.forward, self._work.objective, self._work.autocast = forward, objective, autocast
+
+    def alone(self, index: int) -> PipelineStage:
+        """torch's stage for one of this rank's parts, to be run by hand: of a plan, which has no other stages. Its
+        forward works on the first microbatch."""
+        return PipelineStage(self.parts[index], index, len(self.placement), self.device, group=self.group)
+
+    def neighbour(self, index: int) -> int:
+        """The rank, among all, that holds a stage."""
+        return dist.get_global_rank(self.group, self.placement[index])
+
+    def actions(self, count: int) -> list[tuple[int, str, int | None]]:
+        """What this rank does in a step of so many microbatches, in order: stage, what (`F`, `B`; `I` and `W` where a
+        backward pass is split into inputs and weights) and microbatch."""
+        kind = get_schedule_class(self.section.pipeline_schedule)
+        stages = [self.alone(index) for index in sorted(self.parts)]
+        single = issubclass(kind, PipelineScheduleSingle)
+        schedule = kind(stages[0] if single else stages, count, loss_fn=lambda output, _: output, scale_grads=False)
+        order = (schedule.pipeline_order or {})[self.rank]
+        found = []
+        for action in order:
+            for item in (action.sub_actions or (action,)) if action is not None else ():
+                if item.computation_type.value in ("F", "B", "I", "W"):
+                    found.append((item.stage_index, item.computation_type.value, item.microbatch_index))
+        return found
 
     @torch.no_grad()
     def evaluate(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from danling_conf._torch_private import forget_meshes, process_groups, set_timeout
+from danling_conf._torch_private import forget_meshes, process_groups, real_tensors, set_timeout
 from danling_conf.schema.process import CommConfig
 from danling_conf.topology.rendezvous import LOOPBACK, listen_as_master
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
@@ -122,7 +122,8 @@ def gathered(value: Any) -> list[Any]:
     if not is_distributed():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    with real_tensors():
+        dist.all_gather_object(found, value)
     return found
 
 

@@ -605,7 +605,7 @@ class Loop:
         """Raise an error that says more, where this one is that of a device without memory or of a collective that
         timed out."""
         if isinstance(error, torch.OutOfMemoryError):
-            raise out_of_memory.explained(error, self.config, self.world.device, self.state.step) from error
+            raise out_of_memory.explained(error, self.config, self.world, self.state.step) from error
         collective_timeout.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())
 
 

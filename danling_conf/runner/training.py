@@ -26,7 +26,7 @@ from danling_conf.parallel.forward_backward import Loss
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records.current import Current, current
 from danling_conf.records.logs import close_logs, open_logs
-from danling_conf.runner import process
+from danling_conf.runner import planning, process
 from danling_conf.runner.batch import Forward, MetricInputs
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.callbacks import Callback, Callbacks, configured, given
@@ -104,6 +104,10 @@ class Runner:
         self._stack = ExitStack()
         """What `close` releases, in reverse order."""
         self.observers = Observers(self.config, self.state)
+        if planning.under_way():
+            self.world = planning.world_of(self.config)
+            self.device = self.world.device
+            return
         self.world = self._join()
         self.device = self.world.device
         if self.config.compile.enable:
@@ -280,6 +284,19 @@ class Runner:
         if self._used is not None:
             raise RuntimeError(f"this runner {self._used}: make another Runner to train again, or to resume")
         self._used = "has failed"
+        if planning.under_way():
+            planning.make(
+                planning.Recipe(
+                    config=self.config,
+                    model=model,
+                    datasets=datasets,
+                    loss=loss,
+                    forward=forward,
+                    collate_fn=collate_fn,
+                    count_samples=count_samples,
+                    tokens_per_sample=tokens_per_sample,
+                )
+            )
         with refused(), waiting("building the model"):
             self._setup = set_up(
                 self.config,

@@ -1,4 +1,4 @@
-"""Observability of a run: profiler, heartbeat, trackers."""
+"""Observability of a run: profiler, heartbeat, plan, trackers."""
 
 from __future__ import annotations
 
@@ -48,6 +48,22 @@ class HeartbeatConfig:
     """Seconds between heartbeats."""
     dir_name: str = setting("heartbeats", semantic=False)
     """Subdirectory of the run for heartbeats."""
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """A plan of the run, made beside it: memory and time that are then compared with what is measured."""
+
+    read_by: ClassVar[str] = "danling_conf.runner.observe.planned"
+
+    enabled: bool = setting(False, semantic=False)
+    """Plan the run in a process of its own on the main rank's machine, while it trains, and write the peaks of memory
+    and the time of a step into `run.json`. What then goes beyond its plan by more than a tenth is said in the log."""
+    gpu: Optional[str] = setting(None, semantic=False)
+    """Accelerator, by its name in `danling-conf plan` or as a YAML file. Unset: the one that the run has; without one,
+    memory is planned and time is not."""
+    gpus_per_node: Optional[int] = setting(None, at_least=1, semantic=False)
+    """Accelerators of a node, which decide what passes between nodes. Unset: ranks of the main rank's node."""
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,13 @@ from danling_conf.schema.dataloader import BatchConfig, DataloaderConfig
 from danling_conf.schema.deepspeed import DeepspeedConfig
 from danling_conf.schema.fault_tolerance import FtConfig
 from danling_conf.schema.fsdp import DTYPE_ALIASES, FsdpConfig
-from danling_conf.schema.observability import HeartbeatConfig, MlflowConfig, ProfilingConfig, WandbConfig
+from danling_conf.schema.observability import (
+    HeartbeatConfig,
+    MlflowConfig,
+    PlanConfig,
+    ProfilingConfig,
+    WandbConfig,
+)
 from danling_conf.schema.optim import OptimConfig
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.schema.process import CommConfig, GcConfig
@@ -127,6 +133,7 @@ class RunnerConfig:
     ft: FtConfig = field(default_factory=FtConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.composition
 
 PACKAGE = Path(danling_conf.__file__).parent
 
+COMPOSING = {"schema", "topology", "config", "records"}
+
 ALLOWED = {
     "schema": set(),
     "groups": {"schema"},
@@ -29,12 +31,13 @@ ALLOWED = {
     "parallel": {"schema", "topology", "_torch_private", "components"},
     "checkpoint": {"schema", "topology", "_torch_private", "components", "parallel"},
     "runner": {"schema", "topology", "config", "records", "_torch_private", "components", "parallel", "checkpoint"},
+    "plan": COMPOSING | {"_torch_private", "components", "parallel", "checkpoint", "runner"},
     "builders": {"topology", "components", "parallel", "runner"},
     "launch": {"schema", "topology", "config", "records"},
     "sweep": {"schema", "topology", "config", "records", "launch"},
     "command": {"topology", "config", "records", "launch", "sweep"},
     "app": {"config", "launch", "command"},
-    "cli": {"schema", "groups", "topology", "config", "records", "checkpoint", "launch", "sweep", "command", "app"},
+    "cli": COMPOSING | {"groups", "checkpoint", "plan", "launch", "sweep", "command", "app"},
     "__init__": {"schema", "groups", "topology", "config", "checkpoint", "runner", "app"},
     "hydra_plugins": {"groups", "sweep"},
 }
@@ -187,6 +190,9 @@ def test_the_poison_works(tmp_path):
         "danling_conf.cli.init",
         "danling_conf.cli.import_danling",
         "danling_conf.cli.watch",
+        "danling_conf.plan.figures",
+        "danling_conf.plan.proposals",
+        "danling_conf.cli.plan",
         "danling_conf.cli.report",
         "hydra_plugins.danling_conf_plugin",
         "hydra_plugins.danling_conf_plugin.local_launcher",

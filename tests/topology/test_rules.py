@@ -460,6 +460,7 @@ INEFFECTIVE = [
      {"ft.replica_id", "ft.address", "ft.sync_every", "ft.outer_lr"}),
     (fault_tolerance.unread_settings, {**FT, "ft.lighthouse": "here:80", "ft.max_restarts": 1, "ft.sync": "diloco",
                                        "ft.sync_every": 3, "ft.outer_lr": 1.0}, CPU, {"ft.max_restarts"}),
+    (fault_tolerance.unread_settings, FT, CPU, set()),
     (observability.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "profiling.wait": 3,
                                              "wandb.project": "p", "mlflow.name": "n"}, CPU,
      {"heartbeat.interval_seconds", "profiling.wait", "wandb.project", "mlflow.name"}),

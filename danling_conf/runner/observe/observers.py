@@ -33,7 +33,7 @@ from danling_conf.records.run_directory import Attempt
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.runner.display import Display
 from danling_conf.runner.leading import Lead
-from danling_conf.runner.observe import collective_timeout
+from danling_conf.runner.observe import collective_timeout, planned
 from danling_conf.runner.observe.heartbeat import Heartbeat
 from danling_conf.runner.observe.log_pace import LogPace
 from danling_conf.runner.observe.logged import LoggedValues
@@ -47,6 +47,7 @@ from danling_conf.runner.setup import Setup
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
+from danling_conf.topology.layout import coordinates
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Observers:
         self._profiler: profiler.StepProfiler | None = None
         self._trackers: Trackers | None = None
         self._relay: WarningRelay | None = None
+        self._planned: planned.Planned | None = None
         self._world: World | None = None
         self._setup: Setup | None = None
         self._display: Display | None = None
@@ -145,6 +147,7 @@ class Observers:
             step=state.step,
             say=display.line,
         )
+        self._planned = planned.begun(config.plan, attempt, world.ranks, world.device, display.line)
         self._open_trackers()
 
     def _open_trackers(self) -> None:
@@ -230,6 +233,10 @@ class Observers:
             self._log(TRAINING, {**self._scalars(self._setup, summary, lap, load), **logged})
         if self._relay is not None:
             self._relay.show()
+        if self._planned is not None:
+            layout, ranks = self._world.layout, range(len(summary.peak_bytes))
+            pipelines = [coordinates(layout, rank)["pipeline"] for rank in ranks]
+            self._planned.compare(summary.peak_bytes, pipelines, summary.step_seconds)
         self._judge(summary.bad_steps)
 
     def check(self) -> None:
@@ -277,7 +284,9 @@ class Observers:
                 stack.callback(self._finish, self._trackers, status)
             if self._profiler is not None:
                 stack.callback(self._profiler.stop)
-            self._profiler, self._relay, self._heartbeat = None, None, None
+            if self._planned is not None:
+                stack.callback(self._planned.close, wait=error is None)
+            self._profiler, self._relay, self._heartbeat, self._planned = None, None, None, None
 
     def _finish(self, trackers: Trackers, status: Status) -> None:
         assert self._world is not None

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 import torch
 
+from danling_conf.records.planned import breakdown_of
 from danling_conf.records.status import EXIT_FAILED, HasOutcome, Outcome, Status
+from danling_conf.runner.observe.planned import plan_now
+from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
-from danling_conf.topology.layout import layout_of
+from danling_conf.topology.layout import coordinates, layout_of
 
 _GIB = 1 << 30
+_WAYS = 3
+"""Ways out that are shown."""
 
 
 class OutOfMemory(torch.OutOfMemoryError, HasOutcome):
@@ -21,16 +26,26 @@ class OutOfMemory(torch.OutOfMemoryError, HasOutcome):
         return Outcome(status=Status.OUT_OF_MEMORY, exit_code=EXIT_FAILED, message=str(self))
 
 
-def explained(error: torch.OutOfMemoryError, config: RunnerConfig, device: torch.device, step: int) -> OutOfMemory:
-    """The error with the step, what the allocator holds, and the settings that need less memory.
+def explained(error: torch.OutOfMemoryError, config: RunnerConfig, world: World, step: int) -> OutOfMemory:
+    """The error with the step, what the allocator holds, what is planned to, and the settings that need less memory.
 
     Args:
         step: optimizer steps done before.
     """
+    device = world.device
     lines = [f"out of memory on {device} in step {step + 1}: {str(error).strip().splitlines()[0]}"]
     if device.type != "cpu":
         lines.append(f"  {_held(device)}")
-    lines += [f"  try {way}" for way in ways_out(config)]
+    plan = plan_now(config.plan, world.attempt, world.ranks, device)
+    if plan is not None:
+        stage = coordinates(world.layout, world.ranks.rank)["pipeline"]
+        lines += [f"  {line}" for line in breakdown_of(plan.rank_at(stage))]
+    ways = [*(plan.ways if plan is not None else ()), *ways_out(config)]
+    # A way that the plan has measured stands first, and not a second time without its figure.
+    known: dict[str, str] = {}
+    for way in ways:
+        known.setdefault(way.partition(":")[0].partition("=")[0], way)
+    lines += [f"  try {way}" for way in list(known.values())[:_WAYS]]
     return OutOfMemory("\n".join(lines))
 
 

@@ -11,6 +11,7 @@ from danling_conf.topology.violation import Violation
 _SECTIONS = {
     "profiling": "nothing is traced",
     "heartbeat": "no heartbeats are written",
+    "plan": "the run is not planned",
     "wandb": "nothing goes to Weights & Biases",
     "mlflow": "nothing goes to MLflow",
     "ft": "there are no replica groups",

@@ -1,0 +1,197 @@
+"""Seconds of a plan, and plans beside figures that others have published.
+
+Run it as `python benchmarks/plan.py`, or with `--published`. See benchmarks/README.md and docs/plan.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from danling_conf.config.resolve import resolve
+from danling_conf.groups.layout_names import parse_layout
+from danling_conf.plan import engine
+from danling_conf.plan.assessment import Assessment, assess
+from danling_conf.plan.search import propose
+from danling_conf.runner.planning import Recipe
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.hardware import GIB, GPUS, Cluster
+from danling_conf.topology.machine import Machine
+from danling_conf.topology.rules import Context
+from models.decoder import Decoder, DecoderConfig
+
+GOALS = {"one layout of an 8B model at 4,096 ranks": 10.0, "proposals for 512 GPUs": 30.0}
+LLAMA: Mapping[str, dict[str, int]] = {
+    "8B": {"width": 4096, "depth": 32, "heads": 32, "kv_heads": 8, "hidden": 14336},
+    "70B": {"width": 8192, "depth": 80, "heads": 64, "kv_heads": 8, "hidden": 28672},
+    "405B": {"width": 16384, "depth": 126, "heads": 128, "kv_heads": 8, "hidden": 53248},
+}
+"""Llama 3.1, as a decoder of the examples."""
+VOCABULARY = 128256
+
+
+class Tokens:
+    """Sequences of one token: a plan looks at sizes alone."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return 1 << 16
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.zeros(self.length, dtype=torch.long)
+        return tokens, tokens
+
+
+def loss_of(logits: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[1].flatten())
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run that somebody has measured."""
+
+    model: str
+    gpu: str
+    layout: str
+    batch: int
+    length: int
+    tokens: float
+    """Per second and device."""
+    gib: float | None
+    """Most memory that the allocator had reserved on any device."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        said = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items())
+        return f"{self.model} {self.layout}, batch {self.batch} x {self.length}, {said}"
+
+
+AC, COMPILE, SCHEDULE = "activation_checkpointing.mode", "compile.enable", "parallel.pipeline_schedule"
+TITAN = (
+    Published("8B", "h100-96", "fsdp8", 2, 8192, 5762, 82.4, {AC: "selective"}),
+    Published("8B", "h100-96", "fsdp8", 2, 8192, 6667, 77.0, {AC: "selective", COMPILE: True}),
+    Published("8B", "h100-96", "fsdp128", 2, 8192, 5605, 67.0, {AC: "selective"}),
+    Published("8B", "h100-96", "fsdp128", 2, 8192, 6514, 62.0, {AC: "selective", COMPILE: True}),
+    Published("8B", "h100-96", "fsdp8", 1, 32768, 3890, 83.9, {AC: "full", COMPILE: True}),
+    Published("8B", "h100-96", "fsdp4_cp2", 1, 65536, 2540, 84.2, {AC: "full", COMPILE: True}),
+    Published("8B", "h100-96", "fsdp2_cp4", 1, 131072, 1071, 84.0, {AC: "full", COMPILE: True}),
+    Published("8B", "h100-96", "fsdp1_cp8", 1, 262144, 548, 84.5, {AC: "full", COMPILE: True}),
+    Published("70B", "h100-96", "fsdp32_tp8", 16, 8192, 829, 71.9, {AC: "full", COMPILE: True}),
+    Published("405B", "h100-96", "fsdp8_tp8_pp8", 32, 8192, 100, 82.5, {AC: "full", SCHEDULE: "1F1B"}),
+    Published("405B", "h100-96", "fsdp8_tp8_pp8", 32, 8192, 128, 72.7, {AC: "full", SCHEDULE: "Interleaved1F1B"}),
+    Published("8B", "a100-80", "fsdp64", 1, 8192, 2973, None, {AC: "selective"}),
+    Published("8B", "a100-80", "fsdp64", 1, 8192, 2904, None, {AC: "every_n"}),
+    Published("70B", "a100-80", "fsdp64", 1, 8192, 331, None, {AC: "full"}),
+)
+"""https://github.com/pytorch/torchtitan: benchmarks/llama3_h100_202412_torchtitan.md, and docs/performance.md before
+that. Those with compile from the fifth on are with float8 as well, which a plan knows nothing of."""
+PAIRS = ((1, 0), (3, 2), (4, 5), (5, 6), (6, 7), (10, 9), (11, 12))
+"""The faster one, in tokens of each device, and the slower one."""
+
+
+def config_of(layout: str, batch: int, settings: Mapping[str, Any], per_node: int = 8) -> RunnerConfig:
+    """A configuration of a layout, for any number of ranks."""
+    parsed = parse_layout(layout)
+    given: dict[str, Any] = {
+        "steps": 10,
+        "precision": "bf16",
+        "parallel": {"axes": parsed.degrees(), "sequence_parallel": parsed.tensor > 1},
+        "fsdp": {"enabled": parsed.fsdp},
+        "dataloader": {"batch_size": batch},
+    }
+    for path, value in settings.items():
+        place = given
+        *sections, name = path.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    context = Context(machine=Machine(devices=per_node, cluster_world_size=parsed.world_size))
+    return resolve(given, context=context)
+
+
+def recipe_of(model: str, length: int, config: RunnerConfig) -> Recipe:
+    """What a script would pass to its runner."""
+    sizes = DecoderConfig(**LLAMA[model], context=length, vocab_size=VOCABULARY)
+    return Recipe(
+        config=config, model=functools.partial(Decoder, sizes), datasets={"train": Tokens(length)}, loss=loss_of
+    )
+
+
+def planned(case: Published) -> Assessment:
+    """The plan of a published run."""
+    config = config_of(case.layout, case.batch, case.settings)
+    figures = engine.figures_of(engine.subject_of(recipe_of(case.model, case.length, config)))
+    return assess(figures, Cluster(gpu=GPUS[case.gpu]))
+
+
+def compare(chosen: list[int]) -> None:
+    """Print plans beside what was published, and which of two alternatives is planned to be faster."""
+    found: dict[int, float] = {}
+    print("| run | GiB reserved | planned | off | tokens/s a GPU | planned | off |")
+    print("|---|---|---|---|---|---|---|")
+    for number in chosen:
+        case = TITAN[number]
+        plan = planned(case)
+        tokens = plan.time.tokens_per_second / parse_layout(case.layout).world_size
+        found[number] = tokens
+        memory = plan.verdict.reserved / GIB
+        off = "" if case.gib is None else f"{100 * (memory / case.gib - 1):+.0f} %"
+        print(
+            f"| {case.name} | {case.gib or ''} | {memory:.1f} | {off} | {case.tokens:,.0f} | {tokens:,.0f} | "
+            f"{100 * (tokens / case.tokens - 1):+.0f} % |",
+            flush=True,
+        )
+    pairs = [(fast, slow) for fast, slow in PAIRS if fast in found and slow in found]
+    right = [found[fast] > found[slow] for fast, slow in pairs]
+    print(f"\n{sum(right)} of {len(pairs)} pairs in the right order")
+    for (fast, slow), well in zip(pairs, right, strict=True):
+        if not well:
+            print(f"not: {TITAN[fast].name} before {TITAN[slow].name}")
+
+
+def speed() -> bool:
+    """Print how long plans take. Returns whether all are within their goals."""
+    begun = time.perf_counter()
+    config = config_of("fsdp512_tp8", 1, {"activation_checkpointing.mode": "full"})
+    engine.figures_of(engine.subject_of(recipe_of("8B", 8192, config)))
+    one = time.perf_counter() - begun
+    begun = time.perf_counter()
+    propose(recipe_of("70B", 8192, config_of("single", 1, {})), 512, Cluster(gpu=GPUS["h100"]), 1024)
+    taken = {"one layout of an 8B model at 4,096 ranks": one, "proposals for 512 GPUs": time.perf_counter() - begun}
+    for name, seconds in taken.items():
+        print(f"{name}: {seconds:.1f} s (goal: at most {GOALS[name]:.0f})")
+    return all(seconds <= GOALS[name] for name, seconds in taken.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--published", nargs="*", type=int, help="compare with published figures: all, or these numbers"
+    )
+    parsed = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if parsed.published is not None:
+        compare(parsed.published or list(range(len(TITAN))))
+        return 0
+    return 0 if speed() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
