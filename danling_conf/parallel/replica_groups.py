@@ -68,8 +68,6 @@ class ReplicaGroup:
     ) -> None:
         # torchft's servers say something of every quorum otherwise.
         os.environ.setdefault("RUST_LOG", "error")
-        from torchft.manager import Manager
-
         from danling_conf.parallel.weights_transport import WeightsTransport
 
         self.section, self.index = section, index
@@ -83,7 +81,7 @@ class ReplicaGroup:
                 _log.warning("%s is set, and not read: the settings of ft say how long is waited", name)
         address = address_of(section)
         with _listening_at(address):
-            self.manager = Manager(
+            self.manager = _manager_class()(
                 pg=_process_group(section),
                 load_state_dict=None,
                 state_dict=None,
@@ -160,6 +158,7 @@ class ReplicaGroup:
                 if time.monotonic() >= deadline or self._stopped():
                     raise NoQuorum(str(error)) from error
                 _log.warning("no quorum yet: %s", str(error).partition("\n")[0])
+                self.manager.forget_quorum()
                 time.sleep(min(_PAUSE_SECONDS, max(0.0, left)))
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -226,6 +225,21 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
                 size += item.nbytes
         if bucket:
             yield bucket
+
+
+def _manager_class() -> Any:
+    # It logs every vote of every rank.
+    for name in ("torchft", "torchft_quorums", "torchft_commits"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from torchft.manager import Manager
+
+    class RetryingManager(Manager):
+        """A manager that can ask for a quorum again after that failed; torchft's raises the same error for ever."""
+
+        def forget_quorum(self) -> None:
+            self._quorum_future = None
+
+    return RetryingManager
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from danling_conf.cli import watch
 from danling_conf.cli.report import _groups
 from danling_conf.records.membership import Event, changes_of, has_happened, members_of, note
 from danling_conf.records.run_lock import LeadLock
@@ -50,6 +51,13 @@ def test_a_report_has_each_group_on_its_time_line(attempt: Path) -> None:
     assert "group 1: takes part" in shown
     assert "ended by SIGKILL" in shown
     assert not _groups(None)
+
+
+def test_watch_says_who_is_missing_and_why(attempt: Path) -> None:
+    lines = watch._groups(members_of(changes_of(attempt))).plain.splitlines()
+    assert lines[0] == "1 of 2 replica groups take part"
+    assert lines[1].startswith("  group 0: starting for ")
+    assert lines[1].endswith("start 2, after ended by SIGKILL")
 
 
 def test_one_group_leads_at_a_time(tmp_path: Path) -> None:
