@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
-SITE = ("mkdocs", "build", "--strict", "--quiet")
+SITE = ("mkdocs", "build", "--strict")  # not --quiet, by which a warning is no error
 POLITE = ("sh", "-c", '{ echo 19 > /proc/self/autogroup; } 2>/dev/null; exec nice -n 19 "$@"', "sh")
 """Runs a command with what processors others leave. Linux shares them among sessions first: a session has its own."""
 

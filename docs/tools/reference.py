@@ -113,8 +113,6 @@ def _setting(found: Described) -> list[str]:
     lines = [f"### {found.path} {{ #{found.path} }}", "", _paragraphs(found.doc), ""]
     if rows:
         lines += [f"{'; '.join(rows)}. Read by `{found.read_by}`.", ""]
-    if facts.pending:
-        lines += [f"No effect yet: {facts.pending} is not implemented.", ""]
     return lines
 
 
