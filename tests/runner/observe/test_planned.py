@@ -13,7 +13,7 @@ from danling_conf.cli.report import report
 from danling_conf.records.planned import PlannedRank, PlannedRun, read_plan, write_plan
 from danling_conf.runner.observe import out_of_memory, planned
 from danling_conf.schema.observability import PlanConfig
-from danling_conf.topology.rank_environment import SINGLE
+from danling_conf.topology.rank_environment import SINGLE, RankEnvironment
 from tests.support.command_line import run, write_app
 from tests.support.small import Net, Pairs, loss, runner
 
@@ -128,3 +128,13 @@ def test_a_run_that_asks_for_no_plan_starts_no_process(tmp_path: Path, monkeypat
     ours = runner(tmp_path)
     ours.fit(Net, {"train": Pairs()}, loss=loss)
     assert read_plan(ours.world.attempt.run_directory) is None
+
+
+@pytest.mark.parametrize(("given", "planned_for"), [(4, "4"), (None, "2")])
+def test_a_plan_is_for_the_nodes_that_the_setting_names(given: int | None, planned_for: str) -> None:
+    """Without it, for nodes like this one."""
+    ranks = RankEnvironment(launcher="a test", rank=0, world_size=8, local_rank=0, local_world_size=2)
+    section = PlanConfig(enabled=True, gpus_per_node=given)
+    command = planned.plan_command(section, ["train.py", "parallel=fsdp8"], ranks, torch.device("cpu"))
+    assert command[command.index("--gpus-per-node") + 1] == planned_for
+    assert command[command.index("plan") + 1 :][:2] == ["train.py", "parallel=fsdp8"]
