@@ -459,17 +459,40 @@ def keep_for_backward(budget: float, *, everything: bool = False) -> None:
 
 @contextmanager
 def compile_settings_restored() -> Iterator[None]:
-    """Whatever is set inside by `optimize_ddp` and `keep_for_backward` is as before afterwards."""
+    """Whatever is set inside by `optimize_ddp`, `keep_for_backward` and `movable_kernels` is as before afterwards."""
     from torch._functorch import config
 
     names = ("activation_memory_budget", "max_dist_from_bw")
     before, ddp = {name: getattr(config, name) for name in names}, torch._dynamo.config.optimize_ddp
+    headers = _precompiled_headers()
     try:
         yield
     finally:
         torch._dynamo.config.optimize_ddp = ddp
         for name, value in before.items():
             setattr(config, name, value)
+        if _precompiled_headers() != headers:
+            import torch._inductor.config as inductor
+
+            inductor.cpp_cache_precompile_headers = headers
+
+
+def movable_kernels() -> None:
+    """Let inductor build kernels for the CPU without headers that it has compiled before.
+
+    It looks for those beside its cache, by a path that is part of a kernel's key: in another directory every kernel is
+    built again. Without the name in inductor's settings, compile artifacts save nothing on the CPU.
+    """
+    import torch._inductor.config as inductor
+
+    inductor.cpp_cache_precompile_headers = False
+
+
+def _precompiled_headers() -> bool:
+    inductor = sys.modules.get("torch._inductor.config")
+    if inductor is None:  # it will read the variable when it is imported
+        return os.environ.get("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1") == "1"
+    return bool(inductor.cpp_cache_precompile_headers)
 
 
 def forget_compiled_code() -> None:

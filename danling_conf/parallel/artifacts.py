@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from danling_conf._torch_private import forget_compiled_code
+from danling_conf._torch_private import forget_compiled_code, movable_kernels
 from danling_conf.parallel.compile import CACHE_DIRECTORY, TRITON_DIRECTORY
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.files import ARTIFACT_FACTS, ARTIFACT_NAME
@@ -73,6 +73,7 @@ class Artifact:
         os.environ[CACHE_DIRECTORY] = str(self.directory)
         os.environ[TRITON_DIRECTORY] = str(self.directory / "triton")
         forget_compiled_code()
+        movable_kernels()
         try:
             self._packed = unpack(self.file, self.directory, self.facts)
         except FileNotFoundError:
