@@ -161,7 +161,7 @@ def test_free_form_sections_have_no_default_to_show(command: Command) -> None:
         ("optim.lrr", "optim.lrr", "did you mean optim.lr?"),
         ("comple", "comple", "did you mean compile?"),
         ("compile=mx", "compile=mx", "choose among none, default, max"),
-        ("stack=ddp", "stack=ddp", "groups are parallel, fsdp, compile"),
+        ("stack=ddp", "stack=ddp", "groups are parallel, fsdp, deepspeed, compile"),
         ("parallel=fsp8", "parallel=fsp8", "write single, or ddpN"),
         ("qqqqqq", "qqqqqq", "see a training script's --help"),
         ("_target_", "_target_", "fix: "),

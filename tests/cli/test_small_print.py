@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     "large value of one's own": (("++data.x=" + "9" * 30,), "data.x=999", "64 bits"),
     "large degree": (("parallel=fsdp100000000000000000000",), "parallel=fsdp1000", "more than 1048576 ranks"),
     "many ranks": (("parallel=hsdp50000x50000",), "parallel.axes.replicate=50000", "2.5e+09 ranks"),
-    "sweep in the root": (("-m", "hydra.sweep.dir=/", "seed=1,2"), "hydra.sweep.dir=/", "something else"),
+    "sweep in the root": (("-m", "hydra.sweep.dir=/", "seed=1,2"), "hydra.sweep.dir=/", "the root of the file system"),
     "Hydra's files in the root": (("hydra.output_subdir=/",), "hydra.output_subdir=/", "in the run's directory"),
     "job's name with a line break": (("hydra.job.name='a\nb'",), r"hydra.job.name=a\nb", "name of log files"),
     "escape sequence in a path": (("experiment='\x1b[2J'",), r"experiment=\x1b[2J", "not a character for a path"),

@@ -118,6 +118,8 @@ def refused(name: str, folder: Path, *arguments: str, **options) -> str:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(tmp_path, name):
+    # Installed, whatever the environment has; looked for, and never imported.
+    (tmp_path / "torchft.py").write_text("raise AssertionError('it was imported')\n")
     said = refused(name, tmp_path, *REFUSED[name])
     if "-m" in REFUSED[name]:  # a table, a fault a row, which begins with the jobs that have it
         rows = re.findall(r"^#[\d,#-]+ +\S+ +\S", said, re.MULTILINE)

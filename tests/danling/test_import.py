@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,10 @@ def test_nested_and_dotted_keys_are_the_same(imported):
 
 
 def test_every_documented_setting_is_read(imported):
-    """With its default; none is unknown."""
+    """With its default; none is unknown. DanLing has no plans."""
     tree: Any = {}
     for row in documented():
-        if row.default not in ("-", "None"):
+        if row.default not in ("-", "None") and not row.path.startswith("plan."):
             value = OmegaConf.create(f"a: {row.default}").a
             tree = OmegaConf.merge(tree, nested(row.path, value))
     found = imported(OmegaConf.to_container(OmegaConf.merge(tree, {"stack": "parallel", "steps": 3})))
@@ -93,6 +94,9 @@ def test_every_documented_setting_is_read(imported):
     assert "of your own" not in found.notes
 
 
+WITH_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="the package deepspeed is not installed: it is where torch is"
+)
 CASES = [
     # given, path in our configuration, what is there, part of the note
     ({"sched": {"type": "Linear"}}, "scheduler.method", "linear", "sched.type=Linear"),
@@ -121,8 +125,10 @@ CASES = [
     ({"dataloader": {"train": {"shuffle": None}}}, "dataloader.train.shuffle", False, "there null was false"),
     ({"wandb": {"tags": "one"}}, "wandb.tags", "one", ""),
     ({"stack": "torch"}, "parallel.axes.replicate", 1, "parallel=ddp replicates"),
-    ({"stack": "ds", "deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization.stage", 2, ""),
-    ({"stack": "ds", "deepspeed": {"bf16": {"enabled": True}}}, "stack", "deepspeed", "deepspeed.bf16={...}: gone"),
+    pytest.param({"stack": "ds", "deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization.stage",
+                 2, "", marks=WITH_DEEPSPEED),
+    pytest.param({"stack": "ds", "deepspeed": {"bf16": {"enabled": True}}}, "stack", "deepspeed",
+                 "deepspeed.bf16={...}: gone", marks=WITH_DEEPSPEED),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "stack", "ddp", "deepspeed={...}: gone"),
     ({"fsdp": {"enabled": True}}, "fsdp.enabled", False, "no effect there without stack=parallel"),
     ({**EXPERT, "fsdp.mp_policy": {"param_dtype": "torch.bfloat16"}}, "fsdp.mp_policy.param_dtype", "bf16", ""),
