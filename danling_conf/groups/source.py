@@ -94,9 +94,11 @@ class NameSource(ConfigSource):
             return self._result(node, "hydra.launcher")
         if group in GROUPS and name in GROUPS[group]:
             preset = GROUPS[group][name]
-            if preset.package is None:
-                before = {f"/{SECTIONS}@_here_": group}
-                return self._result({"defaults": [before, "_self_"], **preset.settings}, None)
+            if group in section_kinds():
+                # An app that knows nothing of us has no section yet.
+                place = "_here_" if preset.package is None else group
+                before = {f"/{SECTIONS}@{place}": group}
+                return self._result({"defaults": [before, "_self_"], **preset.settings}, preset.package)
             return self._result(preset.settings, preset.package)
         if group == SECTIONS:
             return self._result(section_config(name), None)

@@ -11,6 +11,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from danling_conf.config.identity import flatten
 from danling_conf.groups.base import section_kinds
 from danling_conf.groups.presets import GROUPS
 
@@ -52,7 +53,8 @@ def test_every_preset_of_a_section_is_whole(group: str) -> None:
     for name, preset in GROUPS[group].items():
         section = composed(f"+{group}={name}")[group]
         assert set(section) >= {item.name for item in fields(section_kinds()[group])} - {"enabled"}
-        assert {key: OmegaConf.select(section, key) for key in preset.settings} == dict(preset.settings)
+        settings = preset.settings if preset.package is None else preset.settings.get(group, {})
+        assert all(OmegaConf.select(section, key) == value for key, value in flatten(dict(settings)).items())
 
 
 def test_a_preset_at_another_place() -> None:
