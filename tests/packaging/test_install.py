@@ -156,7 +156,7 @@ def copied(tmp_path) -> Path:
     """The examples and their configurations in a folder of a user's own, who has changed the task `digits`."""
     for name in ("examples", "conf"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    task = tmp_path / "examples" / "tasks" / "task.py"
+    task = tmp_path / "examples" / "tasks" / "digits.py"
     changed = task.read_text().replace("by chance", "in my own copy")
     assert changed != task.read_text()
     task.write_text(changed)
