@@ -7,7 +7,7 @@ VENV_OPTUNA ?= $(VENV)-optuna
 PYTEST_ARGUMENTS ?=
 # Processes that run tests side by side; a file of tests stays in one of them.
 WORKERS ?= 2
-PARALLEL = -n $(WORKERS) --dist loadfile
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Hundreds of processes would compile each module of this package again.
 unexport PYTHONDONTWRITEBYTECODE
 

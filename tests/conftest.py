@@ -1,4 +1,4 @@
-"""Which files hold tests, and how many threads a worker has."""
+"""Which files hold tests, in which order, and how many threads a worker has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import os
 from pathlib import Path
 
 import pytest
+
+LONG = (
+    "distributed/test_foreign_models.py", "distributed/test_matrix.py", "checkpoint/test_exact.py",
+    "launch/test_groups.py", "documents/test_blocks.py", "examples/test_commands.py", "checkpoint/test_layouts.py",
+    "checkpoint/test_signals.py", "crash/test_killed.py", "gpu/test_gpu.py", "cli/test_endings.py",
+    "launch/test_local_workers.py", "distributed/test_deepspeed.py", "launch/test_joining.py", "plan/test_accuracy.py",
+    "plan/test_proposals.py", "plan/test_engine.py", "config/test_sweep_composer.py", "groups/test_presets.py",
+)  # fmt: skip
+"""Files that take a minute: they come first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    place = {tests / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 def pytest_configure() -> None:

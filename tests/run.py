@@ -72,7 +72,8 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
 
     def pytest(python: str, *arguments: str, parallel: bool = True) -> tuple[str, ...]:
         # A file stays in one process: its tests share what fixtures and worlds of ranks have made.
-        spread = ("-n", str(workers), "--dist", "loadfile") if parallel else ()
+        # The order is that of tests/conftest.py, which knows what takes long.
+        spread = ("-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder") if parallel else ()
         return (python, "-m", "pytest", *spread, *arguments, *rest)
 
     # Slurm's tests wait for most of their time, and their jobs start too late beside others of the same priority.

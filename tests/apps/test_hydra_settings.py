@@ -22,7 +22,7 @@ from danling_conf.sweep.slurm_backend import frozen_shape, parameters_of
 from danling_conf.topology.resources import Capacity
 from tests.support.command_line import Outcome, poisoned_torch, run
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 TARGETS = Path(__file__).with_name("targets")
 

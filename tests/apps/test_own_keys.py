@@ -20,7 +20,7 @@ from danling_conf.records.frozen import frozen_job, thaw_job
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import Context
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 APPS = Path(__file__).parent
 

@@ -27,6 +27,8 @@ from tests.checkpoint.test_files import sign
 from tests.support.resumed_runs import splits, start, train
 from tests.support.small import DropoutNet, Net, equal, loss
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 BACKENDS = ("file", "dcp")
 LIMIT = 20

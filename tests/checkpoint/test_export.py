@@ -18,6 +18,8 @@ from tests.support.processes import run as on_ranks
 from tests.support.resumed_runs import checkpoints, settings_of, start, train
 from tests.support.small import Net, Pairs, equal, loss
 
+pytestmark = pytest.mark.slow
+
 EXPORTING: dict[str, Any] = {"steps": 3, "eval_interval": 100, "checkpoint": {"last_save_model_only": True}}
 
 
@@ -127,7 +129,6 @@ def exported_by(root: str, layout: str) -> Any:
     return done["run"], done["weights"]
 
 
-@pytest.mark.slow
 def test_a_sharded_model_is_exported_whole(tmp_path: Path) -> None:
     (run, weights), _ = on_ranks(exported_by, 2, str(tmp_path), "fsdp2")
     assert equal(load_file(run / "checkpoints" / "export" / "model.safetensors"), weights)
@@ -163,7 +164,6 @@ def train_llama(root: str, changes: dict[str, Any]) -> Any:
     return said, runner.world.attempt.run_directory / "checkpoints" / "export"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["single", "fsdp2"])
 def test_transformers_loads_a_model_of_its_own(tmp_path: Path, layout: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -183,7 +183,6 @@ def test_transformers_loads_a_model_of_its_own(tmp_path: Path, layout: str) -> N
     assert torch.allclose(again, said, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_transformers_loads_a_cast_export(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

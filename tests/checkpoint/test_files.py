@@ -21,6 +21,8 @@ from tests.runner.test_scheduler import Scripted
 from tests.support.resumed_runs import checkpoints, pointed, splits, start, train
 from tests.support.small import DropoutNet, Net, Pairs, loss
 
+pytestmark = pytest.mark.slow
+
 SAVED = {"steps": 4, "checkpoint": {"interval": 2}, "eval_interval": 4}
 
 

@@ -14,6 +14,8 @@ from danling_conf.records.run_directory import claim
 from tests.support.resumed_runs import checkpoints, settings_of, splits, start, train
 from tests.support.small import DropoutNet, Net, equal, loss
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {"steps": 8, "eval_interval": 100, "checkpoint": {"interval": 4}}
 
 

@@ -15,6 +15,8 @@ from tests.support.resumed_runs import checkpoints, settings_of, start, train
 from tests.support.small import equal
 from tests.support.spawn import run as on_ranks
 
+pytestmark = pytest.mark.slow
+
 EPOCH = 6
 """Optimizer steps of an epoch: 24 samples in batches of four."""
 STEPS = {"steps": 15, "eval_interval": 4, "checkpoint": {"interval": 1}}
@@ -53,7 +55,6 @@ def test_epoch_mode(tmp_path: Path, kill_at: int) -> None:
     check_resumed(whole, part, resumed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [2, EPOCH])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_with_workers_that_load(tmp_path: Path, kill_at: int, persistent: bool) -> None:
@@ -307,7 +308,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(resume_on_ranks, 2, str(tmp_path_factory.mktemp("resume")))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kill_at", [1, 3])
 def test_on_two_ranks(ranks: list[dict[str, Any]], layout: str, kill_at: int) -> None:
@@ -318,7 +318,6 @@ def test_on_two_ranks(ranks: list[dict[str, Any]], layout: str, kill_at: int) ->
     assert ranks[0][layout]["whole"]["losses"] != ranks[1][layout]["whole"]["losses"]
 
 
-@pytest.mark.slow
 def test_under_another_layout(ranks: list[dict[str, Any]]) -> None:
     """The sharded run was complete at step 7, as one of DDP: one more step."""
     for rank in ranks:

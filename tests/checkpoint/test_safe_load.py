@@ -19,6 +19,8 @@ from danling_conf import ConfigRefused
 from tests.checkpoint.test_files import Bomb, sign
 from tests.support.resumed_runs import train
 
+pytestmark = pytest.mark.slow
+
 SAVED: dict[str, Any] = {"steps": 2, "checkpoint": {"interval": 2, "backend": "dcp"}}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from danling_conf.cli.main import main
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 TRAIN = str(Path(__file__).parents[2] / "examples" / "train.py")
 

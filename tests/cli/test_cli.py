@@ -13,7 +13,7 @@ from danling_conf.cli.main import main
 from danling_conf.config.typed import setting_paths
 from danling_conf.schema import RunnerConfig
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = str(REPOSITORY / "examples" / "train.py")

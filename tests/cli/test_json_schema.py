@@ -19,6 +19,8 @@ from danling_conf.schema.docs import describe
 from tests.support.command_line import REPOSITORY, write_configs
 from tests.support.settings import documented, nested
 
+pytestmark = pytest.mark.slow
+
 TRAIN = str(REPOSITORY / "examples" / "train.py")
 
 OWN = '''

@@ -24,6 +24,8 @@ from tests.support.sweeps import (
     write_sweep,
 )
 
+pytestmark = pytest.mark.slow
+
 CLI = [sys.executable, "-m", "danling_conf.cli.main"]
 
 
@@ -60,7 +62,6 @@ def test_a_run_stands_for_its_job(tmp_path: Path, capsys: Any) -> None:
     assert states(tmp_path) == ["completed", "interrupted"]
 
 
-@pytest.mark.slow
 def test_a_job_that_saves_says_so_itself(tmp_path: Path, capsys: Any) -> None:
     overrides = ["data.do=train", f"data.ranks={tmp_path}", "optim.lr=0.1", "checkpoint.interval=100000"]
     command = [APP, "-m", "steps=1000000", f"workspace_root={tmp_path / 'ws'}", *overrides]
@@ -166,7 +167,6 @@ def test_a_job_that_has_not_started_has_no_log(tmp_path: Path, capsys: Any) -> N
     assert "job #0 is queued, and has printed nothing yet" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_every_rank_has_a_log_and_it_can_be_followed(tmp_path: Path) -> None:
     with started_sweep(tmp_path, "parallel=ddp2", "data.do=wait", "parallel.mesh_device_type=cpu"):
         wait_for(lambda: list(tmp_path.rglob("rank-1.log")) and states(tmp_path) == ["running"], "the second rank")

@@ -18,6 +18,8 @@ from danling_conf.records.sweep_lock import SweepLock
 from tests.support.commands import APP, alive, run, runs, started, wait_for
 from tests.support.sweeps import records, run_sweep, started_sweep, states, sweep_in, wait_for_states, write_sweep
 
+pytestmark = pytest.mark.slow
+
 CLI = [sys.executable, "-m", "danling_conf.cli.main"]
 
 
@@ -79,7 +81,6 @@ def test_a_job_that_is_killed_fails_alone(tmp_path: Path) -> None:
     assert states(tmp_path) == ["completed", "completed"]
 
 
-@pytest.mark.slow
 def test_only_one_process_looks_after_a_sweep(tmp_path: Path, capsys: Any) -> None:
     with started_sweep(tmp_path, "data.do=wait,fail", "hydra.launcher.on_failure=retry") as client:
         wait_for_states(tmp_path, "running", "failed")
@@ -98,7 +99,6 @@ def test_only_one_process_looks_after_a_sweep(tmp_path: Path, capsys: Any) -> No
     assert records(tmp_path)[1].attempts == 2  # by one retry, of whom it was for
 
 
-@pytest.mark.slow
 def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -> None:
     overrides = ("data.do=wait,nothing", "hydra.launcher.parallel_jobs=1")
     with started_sweep(tmp_path, *overrides) as client:
@@ -112,7 +112,6 @@ def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -
     assert main(["resume", str(tmp_path)]) == 0
 
 
-@pytest.mark.slow
 def test_a_run_of_its_own_goes_on_from_its_checkpoint(tmp_path: Path, capsys: Any) -> None:
     command = [APP, "steps=1500", "data.do=train", f"data.ranks={tmp_path}", "workspace_root=ws", "heartbeat=default"]
     with started([*command, "checkpoint.interval=20"], cwd=tmp_path) as process:

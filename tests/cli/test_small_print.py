@@ -14,7 +14,7 @@ from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.topology.rules.launcher import folder_faults, launcher_faults
 from tests.support.command_line import write_app, write_configs
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 SLURM = ("hydra/launcher=danling_slurm", "hydra.launcher.gpus_per_node=8")
 REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {

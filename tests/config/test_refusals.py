@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.command_line import fake_nvidia_smi, run, write_app, write_configs
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 UPDATE = os.environ.get("UPDATE_SNAPSHOTS") == "1"

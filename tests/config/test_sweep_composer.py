@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer, hydra_settings
 from danling_conf.config.sweep_composer import SweepComposer
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 FILES = {
     "train.yaml": "defaults:\n  - danling\n  - model: small\n  - _self_\n"

@@ -17,7 +17,7 @@ from danling_conf.cli.main import main
 from tests.support.command_line import OURS, run, write_app
 from tests.support.settings import documented, nested
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPERT = {"stack": "parallel", "parallel.axes.shard": 2, "fsdp.enabled": True}

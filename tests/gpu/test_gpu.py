@@ -14,8 +14,9 @@ import torch
 from tests.gpu.process import FAILED, NOT_RUN, PARTS, PASSED, Part, in_process
 from tests.support.commands import REPOSITORY
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_the_script_runs_on_the_cpu(tmp_path: Path) -> None:
     """Every part that needs no CUDA passes with tiny sizes: the script is whole on the day that there is a GPU."""
     command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--size", "tiny", "--out", str(tmp_path)]

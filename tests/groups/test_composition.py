@@ -15,7 +15,7 @@ from danling_conf.config.hydra_adapter import ConfigSearch, composer
 from danling_conf.config.identity import difference_from_defaults
 from tests.support.command_line import PLAIN, run, write_app, write_configs
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 TRAIN = "defaults:\n  - danling\n  - _self_\nsteps: 3\n"
 

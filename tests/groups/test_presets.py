@@ -15,7 +15,7 @@ from danling_conf.config.resolve import inspect
 from danling_conf.groups.presets import DEFAULT_CHOICES, GLOBAL, GROUPS
 from danling_conf.topology.rules import Context, ineffective_settings
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 PRESETS = [(group, name) for group, presets in GROUPS.items() for name in presets]
 

@@ -30,6 +30,8 @@ from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.runner.display import Display
 from danling_conf.schema import RunnerConfig
 
+pytestmark = pytest.mark.slow
+
 BF16, FP32 = torch.bfloat16, torch.float32
 
 

@@ -14,6 +14,8 @@ import yaml
 
 from tests.support.commands import APP, PLAIN_APP, Ranks, attempts, run, runs, started, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 def settings(root: Path, do: str = "nothing", *more: str) -> list[str | Path]:
     return [APP, "steps=3", f"workspace_root={root}", f"data.do={do}", *more]

@@ -16,6 +16,8 @@ from danling_conf.topology.violation import SettingError
 from tests.parallel.test_foreign_pipelines import call, trained
 from tests.support.families import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 REACH = (
     "Llama", "Qwen3", "Gemma", "Phi", "Granite", "StableLm", "GPT-2", "GPT-NeoX", "GPT-J", "CodeGen", "OPT", "BioGPT",
     "Mixtral", "Qwen3-MoE",

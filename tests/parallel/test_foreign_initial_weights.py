@@ -9,6 +9,8 @@ from danling_conf.parallel.init_plan import record, seeded
 from danling_conf.parallel.initialize import materialize
 from tests.support.families import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_replayed_construction_is_bitwise_a_plain_call(name: str) -> None:

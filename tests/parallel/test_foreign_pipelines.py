@@ -17,6 +17,8 @@ from danling_conf.parallel import pipeline as pipelines
 from danling_conf.topology.violation import SettingError
 from tests.support.families import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 
 def call(model: Any, batch: dict[str, Tensor]) -> Tensor:
     output = model(**{name: item for name, item in batch.items() if name != "targets"})

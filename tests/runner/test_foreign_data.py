@@ -19,6 +19,8 @@ from danling_conf import ConfigRefused, Runner
 from tests.support.resumed_runs import Killed, settings_of
 from tests.support.small import CLASSES, FEATURES, DropoutNet, Net, Pairs, config, equal, loss, runner, weights
 
+pytestmark = pytest.mark.slow
+
 
 class Keywords(Net):
     """Takes what it needs by keyword, and whatever else comes."""

@@ -20,6 +20,8 @@ from tests.distributed.test_runner import loss as token_loss
 from tests.support.small import Net, Pairs, loss, runner
 from tests.support.spawn import run
 
+pytestmark = pytest.mark.slow
+
 
 def fit(root: Path, profiling: dict[str, Any], settings: dict[str, Any] | None = None) -> Any:
     ours = runner(root, {"profiling": {"enabled": True, **profiling}, **(settings or {})})
@@ -160,7 +162,6 @@ def traced(root: str, name: str) -> dict[str, Any]:
     return {"rank": rank, "names": sorted({event["name"] for event in events(path)})}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "collective"), [("ddp2", "gloo:all_reduce"), ("fsdp2", "gloo:"), ("pp2", "gloo:")])
 def test_every_rank_has_its_trace(tmp_path: Path, name: str, collective: str) -> None:
     found = run(traced, 2, str(tmp_path), name)

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.commands import APP, Ranks, all_gone, attempts, run, runs, started, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 def sweep(root: Path, *more: str) -> list[str | Path]:
     return [APP, "-m", "steps=3", f"workspace_root={root}", *more]

@@ -10,7 +10,7 @@ from danling_conf.config.resolve import inspect
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import Context, ineffective_settings
 
-pytestmark = pytest.mark.composition
+pytestmark = [pytest.mark.composition, pytest.mark.slow]
 
 CPU = Context()
 EIGHT = Context(machine=Machine(devices=8))
