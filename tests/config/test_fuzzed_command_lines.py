@@ -68,10 +68,12 @@ def valid(draw: st.DrawFn) -> Word:
         flag = draw(st.booleans())
         return Word(f"{path}={str(flag).lower()}", path, flag)
     if "int" in kind:
-        number = draw(st.integers(int(least), 9) | st.integers(int(least), 2**63 - 1))
+        most = 2**63 - 1 if facts.at_most is None else int(facts.at_most)
+        number = draw(st.integers(int(least), min(most, max(9, int(least)))) | st.integers(int(least), most))
         return Word(f"{path}={number}", path, number)
     if "float" in kind:
-        real = draw(st.floats(max(0.0, float(least)), 1e6, exclude_min=facts.above is not None, allow_subnormal=False))
+        most = 1e6 if facts.at_most is None else float(facts.at_most)
+        real = draw(st.floats(max(0.0, float(least)), most, exclude_min=facts.above is not None, allow_subnormal=False))
         return Word(f"{path}={real!r}", path, real)
     text = draw(st.text(PLAIN, max_size=12))
     return Word(f"{path}={quoted(text)}", path, text)
