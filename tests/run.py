@@ -29,6 +29,9 @@ TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 SITE = ("mkdocs", "build", "--strict")  # not --quiet, by which a warning is no error
 POLITE = ("sh", "-c", '{ echo 19 > /proc/self/autogroup; } 2>/dev/null; exec nice -n 19 "$@"', "sh")
 """Runs a command with what processors others leave. Linux shares them among sessions first: a session has its own."""
+REST = "not slurm and not composition"
+EARLY = ("tests/plan", "tests/config/test_fuzzed_command_lines.py")
+"""Long tests that start no sessions, for what Slurm's tests leave of the processors."""
 
 Lanes = tuple[tuple["Part", ...], ...]
 _running: set[subprocess.Popen[str]] = set()
@@ -84,8 +87,10 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
         Part("hydra-1.4", (pytest(hydra_14, "-m", "composition"),), polite=True),
         Part("hydra-1.3", (pytest(here, "-m", "composition"),), polite=True),
         Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),), polite=True),
+        Part("early", (pytest(here, "-m", REST, *EARLY),), polite=True),
     )
-    others = Part("tests", (pytest(here, "-m", "not slurm and not composition", "--durations", "25"),))
+    # Not polite: their ranks are in sessions of their own, and Linux would share with those as with Slurm's.
+    others = Part("tests", (pytest(here, "-m", REST, *(f"--ignore={path}" for path in EARLY), "--durations", "25"),))
     return ((slurm,), beside), ((others,),)
 
 

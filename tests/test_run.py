@@ -64,6 +64,9 @@ def test_no_test_is_in_no_part() -> None:
     chosen = {name: argv[argv.index("-m", 2) + 1] for name, argv in words.items()}
     assert chosen == {
         "slurm": "slurm", "hydra-1.4": "composition", "hydra-1.3": "composition", "sweepers": "sweeper",
-        "tests": "not slurm and not composition",
+        "tests": run.REST, "early": run.REST,
     }  # fmt: skip
+    assert set(run.EARLY) == {word.removeprefix("--ignore=") for word in words["tests"] if "--ignore" in word}
+    assert set(run.EARLY) <= set(words["early"])
+    assert all((run.REPOSITORY / path).exists() for path in run.EARLY)
     assert (words["hydra-1.4"][0], words["hydra-1.3"][0]) == ("hydra-1.4", "here")

@@ -21,6 +21,8 @@ from danling_conf.schema.checkpoint import CheckpointConfig
 from tests.support.resumed_runs import checkpoints, pointed, settings_of, splits, start, train
 from tests.support.small import DropoutNet, loss
 
+pytestmark = pytest.mark.slow
+
 
 def names(*steps: int) -> list[str]:
     return [f"ckpt-s{step:08d}" for step in steps]

@@ -83,7 +83,8 @@ def test_a_job_that_is_killed_fails_alone(tmp_path: Path) -> None:
 
 def test_only_one_process_looks_after_a_sweep(tmp_path: Path, capsys: Any) -> None:
     with started_sweep(tmp_path, "data.do=wait,fail", "hydra.launcher.on_failure=retry") as client:
-        wait_for_states(tmp_path, "running", "failed")
+        # The retry is over too: it would not fail once the gate is open.
+        wait_for(lambda: states(tmp_path)[1:] == ["failed"] and records(tmp_path)[1].attempts == 2, "the retry to fail")
         sweep = sweep_in(tmp_path).path
         assert main(["resume", str(sweep)]) == 2
         assert f"process {client.pid} on" in capsys.readouterr().err

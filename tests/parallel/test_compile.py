@@ -14,6 +14,8 @@ from torch import nn
 from danling_conf.parallel import compile as compilation
 from danling_conf.schema.compile import CompileConfig
 
+pytestmark = pytest.mark.slow
+
 
 class Block(nn.Module):
     def __init__(self) -> None:

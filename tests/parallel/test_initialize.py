@@ -27,6 +27,8 @@ from tests.support.decoder import Decoder
 from tests.support.families import MODULES
 from tests.support.spawn import run
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 
@@ -316,7 +318,6 @@ def laid_out() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
     return found
 
 
-@pytest.mark.slow
 def test_several_ranks_have_a_plain_calls_values_however_they_are_had() -> None:
     first, second = run(laid_out, 2)
     for factory in (Decoder, *NOT_REPLAYED):

@@ -21,6 +21,8 @@ from danling_conf.topology.violation import SettingError
 from models.decoder import Decoder, DecoderConfig
 from tests.plan.accuracy import loss
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 32
 
 

@@ -11,11 +11,12 @@ from danling_conf.cli import plan_proposals
 from danling_conf.cli.main import main
 from danling_conf.plan import engine
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = str(Path(__file__).resolve().parents[2] / "examples" / "train.py")
 SMALL = ["model.depth=4", "model.width=64", "model.context=32", "data.context=32"]
 
 
-@pytest.mark.slow
 def test_proposals_are_traced_ranked_and_can_be_pasted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
