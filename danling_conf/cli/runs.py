@@ -275,11 +275,13 @@ def _errors(seen: Seen, width: int | None) -> list[str]:
 
 def _next_steps(seen: Seen) -> list[str]:
     """Commands that a user may want next."""
-    if not seen.rows or all(row.state == Status.COMPLETED for row in seen.rows):
+    # Of a sweep its jobs alone: a run beside it may have failed, and is not resumed with it.
+    rows = [row for row in seen.rows if row.number is not None] if seen.sweeps else seen.rows
+    if not rows or all(row.state == Status.COMPLETED for row in rows):
         return []
-    if len(seen.sweeps) > 1 or (not seen.sweeps and len(seen.rows) > 1):
+    if len(seen.sweeps) > 1 or (not seen.sweeps and len(rows) > 1):
         return []
     path = near(seen.sweeps[0].path if seen.sweeps else seen.path)
-    if any(row.live for row in seen.rows) or (seen.sweeps and is_monitored(seen.sweeps[0])):
+    if any(row.live for row in rows) or (seen.sweeps and is_monitored(seen.sweeps[0])):
         return [f"live: {shell_line('danling-conf', 'runs', path, '--watch')}"]
     return [f"to resume: {shell_line('danling-conf', 'resume', path)}"]

@@ -275,7 +275,7 @@ REFUSED = [
     (optimizers.known_scheduler, {"scheduler.monitor": "val.loss"}, CPU, "scheduler.monitor", "scheduler=plateau"),
     (optimizers.known_scheduler, {"scheduler.type": "plateau", "scheduler.interval": "step"}, CPU,
      "scheduler.interval", "epoch"),
-    (optimizers.known_scheduler, {"steps": 3, "scheduler.warmup_steps": 4}, CPU, "scheduler.warmup_steps", "shorten"),
+    (optimizers.known_scheduler, {"steps": 3, "scheduler.warmup_steps": 4}, CPU, "scheduler.warmup_steps", "steps=4"),
     (paths.writable_root, {"workspace_root": __file__}, CPU, "workspace_root", "a directory to write to"),
     (paths.writable_root, {"workspace_root": __file__ + "/deeper"}, CPU, "workspace_root", "a directory to write to"),
     *((paths.plain_names, {name: bad}, CPU, name, "without slashes")

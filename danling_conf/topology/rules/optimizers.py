@@ -88,5 +88,8 @@ def known_scheduler(config: RunnerConfig, context: Context) -> Iterator[Violatio
     warmup = section.warmup_steps
     if entry.shape and warmup and section.interval != "epoch" and config.steps is not None and warmup > config.steps:
         yield Violation(
-            "scheduler.warmup_steps", warmup, f"it is longer than the run, steps={config.steps}", "shorten the warm-up"
+            "scheduler.warmup_steps",
+            warmup,
+            f"it is longer than the run, steps={config.steps}",
+            f"scheduler.warmup_steps=0, or steps={warmup} or more",
         )
