@@ -91,7 +91,7 @@ class _Rank:
     error: Path
     ended_at: float = math.inf
     told: bool = False
-    """Whether it was told to end because another rank had failed."""
+    """Whether it was told to end, since another rank had failed or by a signal of the user's."""
 
 
 class Workers:
@@ -102,7 +102,6 @@ class Workers:
         world_size: how many.
         attempt: directory of their logs and errors.
         environment: further variables of every rank.
-        first: whether rank 0 has this process's output, rather than a log.
         numbered_from: number of rank 0 in the names of logs and errors, of worlds that share a directory.
     """
 
@@ -113,7 +112,6 @@ class Workers:
         attempt: Path,
         environment: Mapping[str, str],
         *,
-        first: bool = True,
         numbered_from: int = 0,
     ) -> None:
         self._attempt, self._numbered_from = attempt, numbered_from
@@ -139,7 +137,7 @@ class Workers:
                     passed = (listening.fileno(),)
                     own[SERVED_VARIABLE] = str(listening.fileno())
                 output = None
-                if rank > 0 or not first:
+                if rank > 0:
                     output = log_descriptor(rank_log(attempt, numbered_from + rank))
                     opened.callback(os.close, output)
                 try:
