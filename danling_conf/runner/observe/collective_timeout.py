@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.run_directory import Attempt, write_whole
+from danling_conf.records.stopped import stop_is_noted
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
@@ -26,6 +27,7 @@ _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|connect(ion)? fail", re.IGNORECASE)
 _GRACE_SECONDS = 3.0
 """How long a rank waits for the notes of others, whose limits end a little later."""
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +82,21 @@ def explain(error: RuntimeError, attempt: Attempt, ranks: RankEnvironment, confi
     """Raise CollectiveTimedOut where `error` is that of a collective that timed out.
 
     Every rank that waited leaves a note in the attempt's folder; those without one did not come. Their last step is
-    that of their heartbeat.
+    that of their heartbeat. The first rank that times out closes its connections: by its note, one that has only lost
+    them knows why.
     """
     text = str(error)
     timed_out = bool(_TIMED_OUT.search(text))
     if ranks.world_size == 1 or isinstance(error, CollectiveTimedOut) or not (timed_out or _LOST.search(text)):
         return
     folder = attempt.directory if ranks.groups == 1 else attempt.directory / f"group-{ranks.group}.{ranks.starts}"
-    note = {"rank": ranks.rank, "step": place.step, "time": time.time(), "collective": None}
+    note = {"rank": ranks.rank, "step": place.step, "time": time.time(), "collective": None, "timed_out": timed_out}
     try:
         folder.mkdir(exist_ok=True)
         write_whole(_note(folder, ranks.rank), json.dumps(note) + "\n")
     except OSError as fault:
         _log.warning("no note could be left for the other ranks: %s", fault)
-    if not timed_out:
+    if not timed_out and not _another_timed_out(folder, ranks):
         return
     _log.error("a collective timed out: %s", text)
     notes = _notes_of(folder, ranks.world_size)
@@ -180,19 +183,32 @@ def _last_of(beat: dict[str, Any] | None, now: float) -> str:
     return f"last at step {beat['step']}{total}, {beat['state']}, on {beat['host']}, pid {beat['pid']}{silent}"
 
 
-def _notes_of(attempt: Path, world_size: int) -> dict[int, dict[str, Any]]:
+def _another_timed_out(folder: Path, ranks: RankEnvironment) -> bool:
+    """Whether the note of a rank says so within the grace period. Not where this rank is told to end meanwhile: another
+    has failed by an error of its own."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while not any(note["timed_out"] for note in _notes(folder, ranks.world_size).values()):
+        if stop_is_noted() or time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _notes_of(folder: Path, world_size: int) -> dict[int, dict[str, Any]]:
     """The notes of all ranks that write one within the grace period."""
     deadline = time.monotonic() + _GRACE_SECONDS
     while True:
-        found = {}
-        for rank in range(world_size):
-            path = _note(attempt, rank)
-            if path.is_file():
-                found[rank] = json.loads(path.read_text())
+        found = _notes(folder, world_size)
         if len(found) == world_size or time.monotonic() > deadline:
             return found
-        time.sleep(0.05)
+        time.sleep(_POLL_SECONDS)
 
 
-def _note(attempt: Path, rank: int) -> Path:
-    return attempt / f"waited-rank-{rank}.json"
+def _notes(folder: Path, world_size: int) -> dict[int, dict[str, Any]]:
+    """The notes that are there, by rank."""
+    paths = {rank: _note(folder, rank) for rank in range(world_size)}
+    return {rank: json.loads(path.read_text()) for rank, path in paths.items() if path.is_file()}
+
+
+def _note(folder: Path, rank: int) -> Path:
+    return folder / f"waited-rank-{rank}.json"

@@ -12,13 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from danling_conf.records.heartbeats import read_heartbeats
+from danling_conf.records.run_directory import Attempt
+from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.collective_timeout import message
+from danling_conf.schema import RunnerConfig
+from danling_conf.topology.rank_environment import SINGLE
 from tests.support.commands import REPOSITORY, runs, started, wait_for
 
 pytestmark = pytest.mark.slow
@@ -125,6 +130,21 @@ def test_a_rank_that_does_not_come_to_the_start_is_named(tmp_path: Path, environ
     assert "within 8 s (comm.init_timeout_seconds)" in err
     assert "rank 1 did not come: nothing more is known of it" in err
     assert "ranks 0, 2 waited" in err
+
+
+def test_a_rank_that_lost_its_connection_to_one_that_timed_out_says_the_same(tmp_path: Path) -> None:
+    attempt = Attempt(run_directory=tmp_path, directory=tmp_path, seed=0)
+    config, place = RunnerConfig(), collective_timeout.Place(step=8)
+
+    def end(rank: int, words: str) -> None:
+        ranks = replace(SINGLE, rank=rank, world_size=3)
+        collective_timeout.explain(RuntimeError(words), attempt, ranks, config, place)
+
+    end(2, "Connection closed by peer")  # no rank has timed out: it is another fault
+    with pytest.raises(collective_timeout.CollectiveTimedOut, match="rank 1 did not come"):
+        end(0, "Timed out waiting 12000ms for recv operation to complete")
+    with pytest.raises(collective_timeout.CollectiveTimedOut, match="rank 1 did not come"):
+        end(2, "Connection closed by peer")
 
 
 def test_the_message_says_what_is_known() -> None:
