@@ -208,9 +208,10 @@ class Workers:
             return True
         now = time.time()
         for rank in self._ranks:
-            if rank.ended_at == math.inf and rank.process.poll() is not None:
+            code = rank.process.poll()
+            if rank.ended_at == math.inf and code is not None:
                 rank.ended_at = now
-                self._note_end(rank.process.returncode, now)
+                self._note_end(code, now)
         alive = self._alive()
         if alive and now >= self._end_at:
             self._end_at, self._kill_at = math.inf, min(self._kill_at, now + _GRACE_SECONDS)

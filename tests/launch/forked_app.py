@@ -13,7 +13,7 @@ from typing import Any
 import danling_conf
 
 LOCAL_RANK = os.environ.get("LOCAL_RANK")
-if LOCAL_RANK == os.environ.get("BROKEN_RANK", "none"):
+if os.environ.get("BROKEN_RANK", "none") == LOCAL_RANK:
     raise KeyError("this module is broken")
 
 
