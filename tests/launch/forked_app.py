@@ -50,7 +50,7 @@ def train(config: Any) -> None:
         "session": os.getsid(0) == os.getpid(),
         "command": Path("/proc/self/cmdline").read_text().split("\0"),
     }
-    if start.ranks.main:
+    if start.ranks.main and "BROKEN_RANK" not in os.environ:  # a worker of a killed rank would stay for ever
         loader = DataLoader(Squares(), num_workers=1, multiprocessing_context="spawn")  # type: ignore[arg-type]
         facts["loaded"] = [batch.item() for batch in loader]
     Path(config.data["folder"], f"{start.ranks.rank}.json").write_text(json.dumps(facts))

@@ -117,6 +117,7 @@ def warm_children(process: subprocess.Popen[str]) -> list[int]:
     return [pid for pid in children(process.pid) if WARM in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forking")
 def test_ranks_that_were_not_told_to_begin_end(tmp_path: Path) -> None:
     """Forked, and waiting for the word of a command that gives up. Those that were told are children of this one."""
