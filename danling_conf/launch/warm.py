@@ -34,7 +34,10 @@ def main() -> None:
     """Fork the ranks and end; in each of them, run the script or module that the command line names."""
     words = sys.argv[1:]
     channel = socket.socket(fileno=int(os.environ.pop(CHANNEL_VARIABLE)))
-    plan = json.loads(channel.makefile("rb").readline())
+    line = channel.makefile("rb").readline()
+    if not line.endswith(b"\n"):
+        os._exit(1)  # the command is gone
+    plan = json.loads(line)
     found_in = _become(words)
     refused = _import(plan["path"], found_in) or _threads_left()
     if refused is None:
@@ -46,12 +49,19 @@ def main() -> None:
                     _begin(channel, rank, plan["ranks"])
                     _run(words)
                     return
-                channel.sendall(f"{pid}\n".encode())
+                _tell(channel, str(pid))
         except BlockingIOError as error:
             refused = f"{error.strerror} (fork)"
     if refused is not None:
-        channel.sendall(f"{REFUSED} {refused}\n".encode())
+        _tell(channel, f"{REFUSED} {refused}")
     os._exit(0)  # nothing of what was imported has to be put away, and the ranks wait for this
+
+
+def _tell(channel: socket.socket, line: str) -> None:
+    try:
+        channel.sendall(f"{line}\n".encode())
+    except ConnectionError:
+        os._exit(1)  # the command is gone
 
 
 def _become(words: list[str]) -> str:

@@ -89,7 +89,7 @@ def test_an_error_of_a_module_is_shown_as_python_shows_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["warm", "signal"])
+@pytest.mark.parametrize("what", ["warm", "signal", "command"])
 @pytest.mark.usefixtures("forking")
 def test_no_rank_is_left_of_a_start_that_is_cut_short(tmp_path: Path, what: str) -> None:
     command: list[str | Path] = [APP, "steps=3", f"workspace_root={tmp_path}", f"data.ranks={tmp_path}",
@@ -98,14 +98,16 @@ def test_no_rank_is_left_of_a_start_that_is_cut_short(tmp_path: Path, what: str)
         (warm,) = wait_for(lambda: warm_children(process), "the warm process")
         if what == "warm":
             os.kill(warm, signal.SIGKILL)
+        elif what == "command":
+            process.kill()
         else:
             process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)  # until nobody is left who could write
     assert "Traceback" not in err
     if what == "warm":
         assert process.returncode == 1
         assert "rank 0 failed: the process that starts the ranks was ended by SIGKILL before it had started them" in err
-    else:
+    elif what == "signal":
         assert process.returncode == 128 + signal.SIGTERM
         assert "stopped by SIGTERM" in err
     assert all_gone({0: warm})
