@@ -51,7 +51,7 @@ def train(config: Any) -> None:
         "command": Path("/proc/self/cmdline").read_text().split("\0"),
     }
     if start.ranks.main and "BROKEN_RANK" not in os.environ:  # a worker of a killed rank would stay for ever
-        loader = DataLoader(Squares(), num_workers=1, multiprocessing_context="spawn")  # type: ignore[arg-type]
+        loader = DataLoader(Squares(), num_workers=1, multiprocessing_context="spawn")
         facts["loaded"] = [batch.item() for batch in loader]
     Path(config.data["folder"], f"{start.ranks.rank}.json").write_text(json.dumps(facts))
 
