@@ -25,7 +25,7 @@ from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import data_rank
 from models.decoder import Decoder, DecoderConfig
 
-GLOBAL_BATCH, STEPS, LENGTH, VOCABULARY = 16, 3, 16, 32
+GLOBAL_BATCH, STEPS, LENGTH, VOCABULARY = 16, 2, 16, 32
 IGNORED = -100
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
@@ -77,14 +77,20 @@ class Trained:
 
 def model_of(cell: Cell) -> nn.Module:
     """A decoder small enough for any rank, with numbers that every degree up to 4 divides."""
+    layout, depth = parse_layout(cell.layout), depth_of(cell)
     if cell.family is not None:
-        return library_model(cell.family, cell.model)
-    experts = parse_layout(cell.layout).expert > 1 or parse_layout(cell.layout).expert_tensor > 1
+        return library_model(cell.family, {"num_hidden_layers": depth, **cell.model})
+    experts = layout.expert > 1 or layout.expert_tensor > 1
     settings = {
-        "width": 32, "depth": 4, "heads": 4, "kv_heads": 4 if "tp4" in cell.layout else 2, "hidden": 48,
+        "width": 32, "depth": depth, "heads": 4, "kv_heads": 4 if "tp4" in cell.layout else 2, "hidden": 48,
         "context": LENGTH, "vocab_size": VOCABULARY, "experts": 4 if experts else 0, **cell.model,
     }  # fmt: skip
     return Decoder(DecoderConfig(**settings))
+
+
+def depth_of(cell: Cell) -> int:
+    """A first and a last block; four where stages share them."""
+    return 2 if parse_layout(cell.layout).pipeline == 1 else 4
 
 
 def library_model(family: str, settings: dict[str, Any]) -> nn.Module:
@@ -92,7 +98,7 @@ def library_model(family: str, settings: dict[str, Any]) -> nn.Module:
     import transformers
 
     sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "head_dim": 8,
         "pad_token_id": 0, "tie_word_embeddings": False, **settings,
     }  # fmt: skip
@@ -115,18 +121,20 @@ def batches(weighted: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def parallel_of(cell: Cell) -> dict[str, Any]:
-    """A cell's settings of `parallel`; four microbatches beside tensor or context parallelism, unless it says how many.
+    """A cell's settings of `parallel`; a microbatch a stage beside tensor or context parallelism, unless set.
 
-    Every microbatch of such a stage is many small collectives: sixteen, one for each sample, take four times as long.
+    Every microbatch of such a stage is many small collectives: sixteen, one for each sample, take many times as long.
     """
     layout = parse_layout(cell.layout)
     counted = {"pipeline_microbatch_size", "pipeline_n_microbatches"} & cell.parallel.keys()
     few = layout.pipeline > 1 and layout.tensor * layout.context > 1 and not counted
-    return {**({"pipeline_n_microbatches": 4} if few else {}), **cell.parallel}
+    return {**({"pipeline_n_microbatches": layout.pipeline} if few else {}), **cell.parallel}
 
 
 def train(cell: Cell, kind: str = "cpu") -> Trained:
-    """Three SGD steps on this rank: losses of the global batch, gradients of the first step and weights in full.
+    """Two SGD steps on this rank: losses of the global batch, gradients of the first step and weights in full.
+
+    The second step is the one with momentum, and with what the first has set up.
 
     Args:
         kind: type of the device; the ranks' process group is gloo's on any.
@@ -196,7 +204,7 @@ def _alone(family: str | None, model: tuple[tuple[str, Any], ...], max_norm: flo
 
 def alone(cell: Cell) -> Trained:
     """What a single process makes of the same batches, in fp32 and with nothing beside."""
-    settings = cell.model if cell.family else vars(model_of(cell).config)
+    settings = {"num_hidden_layers": depth_of(cell), **cell.model} if cell.family else vars(model_of(cell).config)
     return _alone(cell.family, tuple(settings.items()), cell.max_norm, cell.weighted)
 
 

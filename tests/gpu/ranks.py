@@ -28,7 +28,7 @@ TOLERANCE = {"cpu": 2e-5, "cuda": 2e-4}
 
 
 def against_one_process(place: places.Place) -> Figures:
-    """Losses, gradients and weights after three steps of two ranks, beside one process on the same device."""
+    """Losses, gradients and weights after two steps of two ranks, beside one process on the same device."""
     figures: Figures = {}
     failed = []
     # In a process of its own: this one holds no CUDA context beside its ranks'.
