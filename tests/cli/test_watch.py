@@ -15,8 +15,6 @@ from danling_conf.records.ledger import Ledger
 from danling_conf.records.ranks import look_at
 from danling_conf.records.run_lock import RunLock
 
-pytestmark = pytest.mark.composition
-
 ATTEMPT = "20260101-000000"
 NOW = 1_000_000.0
 

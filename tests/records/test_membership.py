@@ -12,8 +12,6 @@ from danling_conf.records.membership import Event, changes_of, has_happened, mem
 from danling_conf.records.run_lock import LeadLock
 from danling_conf.schema.files import MEMBERSHIP
 
-pytestmark = pytest.mark.composition
-
 
 @pytest.fixture
 def attempt(tmp_path: Path) -> Path:

@@ -30,8 +30,6 @@ from danling_conf.topology.rules import (
 )
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
-pytestmark = pytest.mark.composition
-
 CPU = Context()
 FOUR = Context(machine=Machine(devices=4))
 TWO_NODES = Context(machine=Machine(devices=4, started_world_size=8, launcher="srun"))
