@@ -8,6 +8,7 @@ state of a healthy group. The lighthouse is a thread of this process: it is ther
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +33,25 @@ from danling_conf.topology.machine import count_devices
 from danling_conf.topology.rank_environment import GROUP_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
 
+_PAUSE_SECONDS = 10.0
+"""Before a group is started again whose task is gone: the scheduler may not know yet what has happened."""
 _LATE_SECONDS = 30.0
 """How long groups may still take to end when the run is complete; those that came too late then wait in vain."""
 DEVICES = "CUDA_VISIBLE_DEVICES"
 """Environment variable that names the accelerators of a process."""
+
+
+class TaskGone(WorkersFailed):
+    """What has watched the ranks of a group from nearby is gone without a word: a task of a scheduler's, or its node.
+
+    Args:
+        for_good: whether it cannot be started again.
+    """
+
+    def __init__(self, rank: int, message: str, log: Path, *, for_good: bool) -> None:
+        # As if a signal had ended it: another start would not fail the same way.
+        super().__init__(rank, -signal.SIGKILL, message, log)
+        self.for_good = for_good
 
 
 class Processes(Protocol):
@@ -147,7 +163,7 @@ class Groups:
             received: signals that this process receives, as they come.
         """
         self._received, passed, complete_since = received, 0, 0.0
-        while any(group.runs for group in self._groups):
+        while any(group.runs or group.waits for group in self._groups):
             time.sleep(POLL_SECONDS)
             while passed < len(received):
                 for group in self._groups:
@@ -156,6 +172,10 @@ class Groups:
             for group in self._groups:
                 if group.runs and not group.running():
                     self._ended(group)
+                elif group.waits and time.monotonic() >= group.again_at:
+                    group.start()
+            if received or (complete_since == 0 and self._complete):
+                self._start_no_more()
             if complete_since == 0 and self._complete:
                 complete_since = time.monotonic()
             if complete_since and time.monotonic() - complete_since > _LATE_SECONDS:
@@ -165,6 +185,10 @@ class Groups:
         if not self._complete:
             stopped = [error for error in self._failures if self._stops_all(error)]
             raise stopped[0] if stopped else self._failures[-1]  # of the group that could not go on
+
+    def _start_no_more(self) -> None:
+        for group in self._groups:
+            group.waits = False
 
     @property
     def _complete(self) -> bool:
@@ -189,7 +213,8 @@ class Groups:
         note(self._attempt, group.index, Event.DIED, why=why)
         if self._received or self._complete or self._stops_all(error) or has_happened(self._attempt, Event.SHORT):
             return
-        rank = f"rank {error.rank} " if isinstance(error, WorkersFailed) else ""
+        gone = isinstance(error, TaskGone)
+        rank = f"rank {error.rank} " if isinstance(error, WorkersFailed) and not gone else ""
         said = f"group {group.index} died: {rank}{why}"
         began = has_happened(self._attempt, Event.JOINED)
         if not began and isinstance(error, WorkersFailed) and error.exit_code > 0:
@@ -198,13 +223,16 @@ class Groups:
         elif began and not self._healthy():
             _say(f"{said}; no other group is left whose state it could take over")
             self.kill()
+        elif isinstance(error, TaskGone) and error.for_good:
+            note(self._attempt, group.index, Event.GIVEN_UP)
+            _say(f"{said}; it is given up")
         elif group.starts > self._section.max_restarts:
             note(self._attempt, group.index, Event.GIVEN_UP)
             times = "once" if group.starts == 1 else f"{group.starts} times"
             _say(f"{said}; it was started {times}, and is given up (ft.max_restarts)")
         else:
             _say(f"{said}; starting it again ({group.starts} of {self._section.max_restarts})")
-            group.start()
+            group.start_in(_PAUSE_SECONDS if gone else 0.0)
 
     def _healthy(self) -> bool:
         """Whether a group is left that takes part, and could give its state to another."""
@@ -227,12 +255,20 @@ class _Group:
         place: Place,
     ) -> None:
         self.index, self.starts, self.runs = index, 0, False
+        self.waits, self.again_at = False, 0.0
         self._command, self._environment, self._groups = command, environment, groups
         self._world_size, self._attempt, self._place = world_size, attempt, place
         self._workers: Processes | None = None
 
+    def start_in(self, seconds: float) -> None:
+        """Start all ranks, or have them started after a while."""
+        self.waits, self.again_at = seconds > 0, time.monotonic() + seconds
+        if not self.waits:
+            self.start()
+
     def start(self) -> None:
         """Start all ranks."""
+        self.waits = False
         self.starts += 1
         first = self.index * self._world_size
         for rank in range(first, first + self._world_size):
@@ -269,7 +305,7 @@ class _Group:
         """End all ranks at once."""
         if self._workers is not None:
             self._workers.kill()
-        self.runs = False
+        self.runs = self.waits = False
 
 
 def share_of_devices(place: int, groups: int, world_size: int) -> dict[str, str]:

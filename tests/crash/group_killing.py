@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ APP = REPOSITORY / "tests" / "support" / "group_app.py"
 _LIMIT_SECONDS = 150.0
 _STEP_SECONDS = 1.0
 """Longer than a step takes on a machine that is busy with other things too."""
-_QUIET_STEPS = 500
+_QUIET_STEPS = 300
 _EVALUATED = 25
 """Steps between two evaluations."""
 _NOISE = 0.05
@@ -68,7 +69,7 @@ def settings(root: Path) -> list[str]:
     """Short time limits, in a workspace."""
     return [
         f"workspace_root={root}", "seed=3", "ft=torchft", "optim.lr=0.02", "dataloader.batch_size=4",
-        "ft.heartbeat_timeout_ms=1000", "ft.process_group_timeout_ms=4000", "ft.timeout_seconds=20",
+        "ft.heartbeat_timeout_ms=2500", "ft.process_group_timeout_ms=5000", "ft.timeout_seconds=20",
         "ft.join_timeout_seconds=20", "ft.quorum_timeout_seconds=60", "log_interval=5", "checkpoint.interval=20",
         "heartbeat=default", "heartbeat.interval_seconds=0.5",
     ]  # fmt: skip
@@ -105,9 +106,11 @@ def run_with_kills(
                 if attempt is None:
                     break
                 time.sleep(chosen.uniform(0.1, 1.5))
-                way = ways[sum(report.kills.values()) % len(ways)]
+                way, struck = ways[sum(report.kills.values()) % len(ways)], time.time()
                 if strike(attempt, way, chosen):
                     report.kills[way] += 1
+                    if way.startswith("kill"):
+                        wait_for(partial(has_died, attempt, struck), process)
             if kills and wait_for(lambda: together(root, process), process) is not None:
                 time.sleep(1.0)
                 enough.touch()
@@ -146,6 +149,11 @@ def together(root: Path, process: subprocess.Popen[bytes]) -> Path | None:
     last = {change.group: change.event for change in changes_of(attempt)}
     taking_part = [event in (Event.JOINED, Event.REFUSED) for event in last.values()]
     return attempt if len(taking_part) == 3 and all(taking_part) else None
+
+
+def has_died(attempt: Path, since: float) -> bool | None:
+    """True once the death of a group is known."""
+    return any(item.event is Event.DIED and item.time > since for item in changes_of(attempt)) or None
 
 
 def strike(attempt: Path, way: str, chosen: random.Random) -> bool:

@@ -18,10 +18,14 @@ from typing import Any
 
 from danling_conf.launch.groups import share_of_devices
 from danling_conf.launch.rank import REPEATED_VARIABLE
+from danling_conf.launch.slurm import queries, requeue
 from danling_conf.launch.workers import POLL_SECONDS, Workers, WorkersFailed, WorkersInterrupted, signals_noted
 from danling_conf.records.run_directory import write_whole
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.topology.rendezvous import ADDRESS_VARIABLE, address_of_node
+
+_NOTICED_SECONDS = 400.0
+"""Longer than Slurm takes to declare a node down (SlurmdTimeout, 300 s by default)."""
 
 
 def main() -> int:
@@ -51,7 +55,27 @@ def main() -> int:
             workers.kill()
     failure = workers.failure()
     write_whole(Path(task["report"]), json.dumps(_report(failure)) + "\n")
+    if failure is not None and os.environ.get("SLURMD_NODENAME") != task["first_host"]:
+        _requeue_without(task["first_host"])
     return outcome_of(failure).exit_code
+
+
+def _requeue_without(host: str) -> None:
+    """Put the job back into the queue where the node of its own process is lost: nobody else is left who could, and
+    Slurm keeps a job that may lose nodes."""
+    deadline = time.monotonic() + _NOTICED_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            state = queries.node_state(host)
+            if "DOWN" in state:
+                requeue.requeue(queries.own_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+                return
+        except queries.SlurmUnavailable as error:
+            print(error, file=sys.stderr, flush=True)
+            return
+        if not state.endswith("*"):  # it answers
+            return
+        time.sleep(1.0)
 
 
 def _listen(received: list[int]) -> None:

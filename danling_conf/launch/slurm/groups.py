@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from danling_conf.config.hydra_adapter import run_frozen
 from danling_conf.launch.execute import run_attempt
-from danling_conf.launch.groups import Place
+from danling_conf.launch.groups import Place, TaskGone
 from danling_conf.launch.slurm import requeue
+from danling_conf.launch.slurm.queries import SlurmUnavailable, node_state
 from danling_conf.launch.slurm.rank import open_here
 from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted
 from danling_conf.records.job_file import CLUSTER_VARIABLE, JobFile, write_error
@@ -112,6 +113,7 @@ class Step:
             "place": index % on_node,
             "groups_here": on_node,
             "alone": len(hosts) == 1,
+            "first_host": hosts[0],
         }
         # Groups of one node share it by themselves: exclusive steps would wait for the memory of each other.
         options = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self.host}", "--unbuffered"]
@@ -143,9 +145,16 @@ class Step:
             return WorkersFailed(rank or self._first, code or EXIT_FAILED, message, log, status)
         if found.text("status") == Status.COMPLETED:
             return None
-        # As if a signal had ended it: on another node, or another time, it would not fail the same way.
+        if self._host_is_lost():  # Slurm takes it out of the job
+            return TaskGone(self._first, f"its node {self.host} is lost", self._log, for_good=True)
         said = f"its task on {self.host} is gone (srun: exit code {self._srun.returncode})"
-        return WorkersFailed(self._first, -signal.SIGKILL, said, self._log)
+        return TaskGone(self._first, said, self._log, for_good=False)
+
+    def _host_is_lost(self) -> bool:
+        try:
+            return "DOWN" in node_state(self.host)
+        except SlurmUnavailable:
+            return False
 
     def pass_on(self, number: int) -> None:
         """Send a signal to all ranks."""
