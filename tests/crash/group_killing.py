@@ -33,7 +33,7 @@ _STEP_SECONDS = 1.0
 _QUIET_STEPS = 300
 _EVALUATED = 25
 """Steps between two evaluations."""
-_NOISE = 0.05
+_NOISE = 0.1
 """By how much the loss of a disturbed run may differ: it has not seen the samples of groups that were away."""
 WAYS = ("kill of one rank", "kill of a group", "stop of one rank")
 

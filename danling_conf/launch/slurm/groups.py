@@ -46,22 +46,16 @@ _ORDERED_SECONDS = 10.0
 def run_slurm_groups(app: App, path: Path) -> Any:
     """Run the replica groups of a job, as its only process. Returns the run's score; exits where it has none."""
     os.environ.pop(CLUSTER_VARIABLE, None)
-    job, lock = JobFile.read(path), None
+    job = JobFile.read(path)
     if not job.content["shape"].get("groups"):
         raise RuntimeError("this process was not started by srun, as the ranks of a Slurm job must be")
     try:
-        config, attempt, lock = open_here(app, job)
-        hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
-        address = address_of_node(os.environ.get("SLURMD_NODENAME", hosts[0])) if len(hosts) > 1 else LOOPBACK
-        place = Place(make=partial(Step, job, hosts), address=address, scheduled=True)
-        run_job = partial(run_frozen, job.content["hydra"], job.content["config"], directory=attempt.directory)
-        value = run_attempt(app, run_job, config, attempt, place)
-        attempt.check_token()
+        value = _run(app, job)
+    except WorkersInterrupted as error:
+        requeue.leave(Stopped(error.number), job, SINGLE)
     except LostRun as error:  # a later start of this job has taken over the run, and its ledger entries
         print(error, file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    except WorkersInterrupted as error:
-        requeue.leave(Stopped(error.number), job, SINGLE)
     except Exception as error:
         outcome = outcome_of(error)
         print(outcome.message, file=sys.stderr)
@@ -72,12 +66,23 @@ def run_slurm_groups(app: App, path: Path) -> Any:
             write_error(job.folder, rank, outcome.reason, outcome.message)
             job.ledger.add(job.key, status=outcome.status, error=outcome.reason, rank=rank)
         sys.exit(outcome.exit_code)
-    finally:
-        if lock is not None:
-            lock.release()
     if not requeue.superseded(job):
         job.ledger.add(job.key, status=Status.COMPLETED, score=score_of(value))
     return value
+
+
+def _run(app: App, job: JobFile) -> Any:
+    config, attempt, lock = open_here(app, job)
+    try:
+        hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
+        address = address_of_node(os.environ.get("SLURMD_NODENAME", hosts[0])) if len(hosts) > 1 else LOOPBACK
+        place = Place(make=partial(Step, job, hosts), address=address, scheduled=True)
+        run_job = partial(run_frozen, job.content["hydra"], job.content["config"], directory=attempt.directory)
+        value = run_attempt(app, run_job, config, attempt, place)
+        attempt.check_token()
+        return value
+    finally:
+        lock.release()
 
 
 class Step:
