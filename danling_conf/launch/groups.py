@@ -37,7 +37,7 @@ _PAUSE_SECONDS = 10.0
 """Before a group is started again whose task is gone: the scheduler may not know yet what has happened."""
 _LATE_SECONDS = 30.0
 """How long groups may still take to end when the run is complete; those that came too late then wait in vain."""
-DEVICES = "CUDA_VISIBLE_DEVICES"
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 """Environment variable that names the accelerators of a process."""
 
 
@@ -310,12 +310,12 @@ class _Group:
 
 def share_of_devices(place: int, groups: int, world_size: int) -> dict[str, str]:
     """A variable with the accelerators of one of the groups on this machine; {} where it has not one for each rank."""
-    given = os.environ.get(DEVICES)
+    given = os.environ.get(_DEVICES)
     count = count_devices(given)
     if count < groups * world_size:
         return {}
     names = given.split(",") if given else [str(number) for number in range(count)]
-    return {DEVICES: ",".join(names[place * world_size : (place + 1) * world_size])}
+    return {_DEVICES: ",".join(names[place * world_size : (place + 1) * world_size])}
 
 
 def _say(line: str) -> None:
