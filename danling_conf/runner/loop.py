@@ -613,6 +613,8 @@ class Loop:
     def _explain(self, error: RuntimeError) -> None:
         """Raise an error that says more, where this one is that of a device without memory or of a collective that
         timed out."""
+        if isinstance(error, TooFewGroups):  # a timeout too, and no collective's
+            return
         if isinstance(error, torch.OutOfMemoryError):
             raise out_of_memory.explained(error, self.config, self.world, self.state.step) from error
         collective_timeout.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())

@@ -73,7 +73,7 @@ def _requeue_without(host: str) -> None:
         except queries.SlurmUnavailable as error:
             print(error, file=sys.stderr, flush=True)
             return
-        if not state.endswith("*"):  # it answers
+        if "NOT_RESPONDING" not in state and not state.endswith("*"):  # it answers
             return
         time.sleep(1.0)
 

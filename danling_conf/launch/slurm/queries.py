@@ -143,8 +143,8 @@ def show(job_id: str) -> dict[str, str]:
 
 
 def node_state(name: str) -> str:
-    """Slurm's word for a node: `IDLE`, `MIXED`, `DOWN`; with `*` at its end where the node does not answer. Raises
-    SlurmUnavailable."""
+    """Slurm's words for a node: `IDLE`, `MIXED`, `DOWN`; with `+NOT_RESPONDING`, or `*` at the end, where it does not
+    answer. Raises SlurmUnavailable."""
     shown = run("scontrol", "-o", "show", "node", name)
     return next((item[6:] for item in shown.split() if item.startswith("State=")), "")
 
