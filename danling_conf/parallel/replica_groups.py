@@ -156,7 +156,8 @@ class ReplicaGroup:
                 return
             except (TimeoutError, RuntimeError, ConnectionError) as error:
                 if time.monotonic() >= deadline or self._stopped():
-                    raise NoQuorum(str(error)) from error
+                    # Not the error's own text, which is a record of gRPC's.
+                    raise NoQuorum("the lighthouse named no quorum: it is gone, or groups are too few") from error
                 _log.warning("no quorum yet: %s", str(error).partition("\n")[0])
                 self.manager.forget_quorum()
                 time.sleep(min(_PAUSE_SECONDS, max(0.0, left)))
