@@ -30,6 +30,7 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 CPU = Context()
 FOUR = Context(machine=Machine(devices=4))
+CLUSTER = Context(machine=Machine(devices=4, cluster_world_size=4))
 TWO_NODES = Context(machine=Machine(devices=4, started_world_size=8, launcher="srun"))
 NO_COMPILER = Context(machine=Machine(compiler=False))
 NO_DEEPSPEED = Context(machine=Machine(deepspeed=False))
@@ -303,6 +304,7 @@ PASSED = [
     (fault_tolerance.numbers_of_groups, {**FT, "ft.min_replica_size": 3, "ft.replica_id": 2}, CPU),
     (fault_tolerance.order_of_limits, FT, CPU),
     (fault_tolerance.groups_meet, {**FT, "ft.lighthouse": "http://here:80", "seed": 1}, TWO_NODES),
+    (fault_tolerance.groups_meet, FT, CLUSTER),
     (fault_tolerance.groups_fit, {**FT, "ft.process_group": "nccl"}, FOUR),
     (world.world_size, {**FT, "ft.lighthouse": "here:80", AXES + "replicate": 2}, FOUR),
     (world.whole_degrees, {AXES + "replicate": 2, AXES + "shard": -1}, CPU),
@@ -457,6 +459,7 @@ INEFFECTIVE = [
     (fault_tolerance.unread_settings, {**FT, "ft.lighthouse": "here:80", "ft.max_restarts": 1, "ft.sync": "diloco",
                                        "ft.sync_every": 3, "ft.outer_lr": 1.0}, CPU, {"ft.max_restarts"}),
     (fault_tolerance.unread_settings, FT, CPU, set()),
+    (fault_tolerance.unread_settings, {**FT, "ft.replica_id": 1, "ft.address": "auto"}, CLUSTER, {"ft.replica_id"}),
     (effect.settings_of_what_is_off, {"heartbeat.interval_seconds": 5.0, "profiling.wait": 3,
                                              "wandb.project": "p", "mlflow.name": "n"}, CPU,
      {"heartbeat.interval_seconds", "profiling.wait", "wandb.project", "mlflow.name"}),
