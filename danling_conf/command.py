@@ -24,7 +24,6 @@ from danling_conf.config.hydra_adapter import (
 from danling_conf.launch.app import App, refuse
 from danling_conf.launch.workers import FROZEN_VARIABLE
 from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE
-from danling_conf.schema.imports import uncollected
 from danling_conf.topology.rank_environment import started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -74,17 +73,15 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
         with composer(app.search(parsed)) as composing:
             if parsed.multirun or composing.asks_for_sweep(parsed.overrides):
                 return _sweep(composing, app, parsed.overrides)
-            with uncollected():
-                composed = compose_or_refuse(composing, parsed.overrides)
+            composed = compose_or_refuse(composing, parsed.overrides)
             if composed.hydra.mode == RunMode.MULTIRUN:
                 return _sweep(composing, app, parsed.overrides)
             if composed.hydra.runtime.choices.get("hydra/launcher") == "danling_slurm":
                 from danling_conf.sweep.submit import run_one
 
                 return run_one(app, composing, composed, parsed.overrides)
-            with uncollected():
-                config = check(composing, composed, parsed.overrides)
-                from danling_conf.launch.execute import execute
+            config = check(composing, composed, parsed.overrides)
+            from danling_conf.launch.execute import execute
 
             return execute(app, composing, composed, config)
     except ConfigRefused as refusal:
@@ -120,5 +117,5 @@ def _hand_to_hydra(app: App, search: ConfigSearch) -> None:
 
     path = app.config_path
     decorated = hydra.main(config_path=path, config_name=app.config_name, **VERSION_BASE)(app.function)
-    with uncollected(), as_in_main(search):
+    with as_in_main(search):
         decorated()
