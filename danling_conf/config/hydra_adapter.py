@@ -457,26 +457,21 @@ def as_in_main(search: ConfigSearch) -> Iterator[None]:
     """Let Hydra compose as it does for an app of our `main`: an app without files may put any key below `model` and
     `data`, and `hydra/launcher=submitit_slurm` and `submitit_local` name our launchers.
 
-    hydra-submitit-launcher keeps its own in Hydra's ConfigStore. Ours take their places while an app is composed: Hydra
-    1.3 merges a config of any other source with the one of that name in the store.
+    hydra-submitit-launcher keeps its own in Hydra's ConfigStore. They are taken out of it while an app is composed:
+    Hydra 1.3 merges a config of any other source with the one of that name in the store.
     """
     Plugins.instance()  # imports that package, if it is not yet
     stored: Any = ConfigStore.instance().repo
     for name in LAUNCHER_GROUP.split("/"):
         stored = stored.setdefault(name, {})
-    before = {f"{name}.yaml": stored.get(f"{name}.yaml") for name in SUBMITIT}
-    for name, kind in SUBMITIT.items():
-        ConfigStore.instance().store(group=LAUNCHER_GROUP, name=name, node=kind)
-    free, NameSource.free = NameSource.free, search.without_files
+    theirs = {file: stored.pop(file) for file in [f"{name}.yaml" for name in SUBMITIT] if file in stored}
+    before = NameSource.free, NameSource.launchers
+    NameSource.free, NameSource.launchers = search.without_files, LAUNCHERS | SUBMITIT
     try:
         yield
     finally:
-        NameSource.free = free
-        for file, node in before.items():
-            if node is None:
-                del stored[file]
-            else:
-                stored[file] = node
+        NameSource.free, NameSource.launchers = before
+        stored.update(theirs)
 
 
 def _set_version_base() -> None:

@@ -72,6 +72,8 @@ class NameSource(ConfigSource):
 
     free: ClassVar[str | None] = None
     """Base config of an app that has no files: `model` and `data` take any key there, since none can be declared."""
+    launchers: ClassVar[Mapping[str, type[LauncherConfig]]] = LAUNCHERS
+    """Launchers by name; with those of submitit while an app of our `main` is composed."""
 
     @staticmethod
     def scheme() -> str:
@@ -88,8 +90,8 @@ class NameSource(ConfigSource):
         if group == "" and name in base_names():
             # No package: a primary config is placed at the root. Presets name theirs, as `@package` in a file does.
             return self._result(base_config(name, free=name == self.free), None)
-        if group == LAUNCHER_GROUP and name in LAUNCHERS:
-            node = OmegaConf.structured(LAUNCHERS[name])
+        if group == LAUNCHER_GROUP and name in self.launchers:
+            node = OmegaConf.structured(self.launchers[name])
             open_sections(node)
             return self._result(node, "hydra.launcher")
         if group in GROUPS and name in GROUPS[group]:
@@ -120,7 +122,7 @@ class NameSource(ConfigSource):
         if group == "":
             return name in base_names()
         if group == LAUNCHER_GROUP:
-            return name in LAUNCHERS
+            return name in self.launchers
         if group == SECTIONS:
             return name in section_kinds()
         return name in GROUPS.get(group, {})
@@ -139,7 +141,7 @@ class NameSource(ConfigSource):
                 names.append("launcher")
         elif path == LAUNCHER_GROUP:
             if results_filter in (None, ObjectType.CONFIG):
-                names += LAUNCHERS
+                names += self.launchers
         elif results_filter in (None, ObjectType.CONFIG):
             names += EXAMPLES if path == LAYOUTS else GROUPS.get(path, {})
         return sorted(names)

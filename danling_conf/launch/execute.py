@@ -40,6 +40,7 @@ from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN, RESULT
+from danling_conf.schema.imports import uncollected
 from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.machine import this_machine
@@ -56,7 +57,8 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 
     Raises ConfigRefused where the run, or a rank, refuses the configuration.
     """
-    attempt, directory, lock = open_attempt(app, composed, config)
+    with uncollected():
+        attempt, directory, lock = open_attempt(app, composed, config)
     try:
         run_job = partial(composing.run_job, composed, directory=directory)
         return run_attempt(app, run_job, config, attempt)
