@@ -119,8 +119,7 @@ def _operators(names: Sequence[str] | None) -> tuple[frozenset[Any], frozenset[A
     """Those that are always kept, and those of which every second call is."""
     if names is None:
         always, alternating = (
-            frozenset(overload for name in group for overload in _overloads(name))
-            for group in (_EXPENSIVE, _PRODUCTS)
+            frozenset(overload for name in group for overload in _overloads(name)) for group in (_EXPENSIVE, _PRODUCTS)
         )
         return always, alternating
     kept: set[Any] = set()
