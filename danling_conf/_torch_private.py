@@ -828,7 +828,7 @@ def register_tracing_backend(name: str, run: Callable[..., Callable[[list[Any]],
         if fused:
             from torch._inductor.compile_fx import compile_fx
 
-            return compile_fx(graph, inputs, inner_compile=compiler)  # type: ignore[arg-type]
+            return compile_fx(graph, inputs, inner_compile=compiler)
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 

@@ -1,6 +1,6 @@
 """Torch's caching allocator, replayed: how much a device has reserved for what a step allocates.
 
-The rules are those of torch's allocator on CUDA (https://github.com/pytorch/pytorch, c10/cuda/CUDACachingAllocator.cpp):
+The rules are those of its code (c10/cuda/CUDACachingAllocator.cpp of https://github.com/pytorch/pytorch):
 sizes are rounded to 512 bytes; up to 1 MiB come out of segments of 2 MiB, up to 10 MiB out of segments of 20 MiB, and
 larger ones get a segment of their own, rounded to 2 MiB. A free block is taken where it is the smallest that is large
 enough, and cut where at least 512 bytes (of a small segment) or more than 1 MiB are left. Neighbours that are free

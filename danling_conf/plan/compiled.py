@@ -7,7 +7,7 @@ inductor does, and generates no code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -29,8 +29,8 @@ def planned_section(section: CompileConfig) -> CompileConfig:
     if section.backend in _WITHOUT_PARTITIONS:
         return replace(section, enable=False)
     _torch_private.register_tracing_backend(BACKEND, _Graph, fused=section.backend != "aot_eager")
-    # The ledger's hooks around blocks break graphs where FSDP's do anyway. How DDP cuts graphs to reduce gradients early
-    # moves no memory to speak of.
+    # The ledger's hooks around blocks break graphs where FSDP's do anyway. How DDP cuts graphs, to reduce gradients
+    # early, moves no memory to speak of.
     return replace(
         section,
         backend=BACKEND,

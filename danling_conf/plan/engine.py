@@ -151,6 +151,9 @@ class Whole:
     """The regions of a step of a rank at the model's real depth, and what was learned on the way."""
 
     trace: Trace
+    unused: int
+    """Bytes that the device's allocator holds beyond the peak: of the traces with few blocks, since a block's tensors
+    are as large as the next one's and take their places."""
     sent: Sent | None
     microbatches: int
     actions: Mapping[int, Sequence[Action]]
@@ -159,9 +162,6 @@ class Whole:
     """Bytes of what is received from other stages, for all microbatches."""
     traffic: Mapping[tuple[str, tuple[int, ...]], tuple[int, int]]
     """What is sent to other stages in one pass."""
-    unused: int
-    """Bytes that the device's allocator holds beyond the peak: of the traces with few blocks, since a block's tensors
-    are as large as the next one's and take their places."""
 
 
 def whole_trace(
@@ -199,7 +199,7 @@ def whole_trace(
             if len(traces) == 1:
                 learned = _learned(one)
         names.append([item for index, item in enumerate(of_runs) if own is None or index in own])
-    return Whole(extended(extra, names, traces), *learned, unused)
+    return Whole(extended(extra, names, traces), unused, *learned)
 
 
 def _learned(one: OneRank) -> tuple[Any, ...]:
