@@ -148,6 +148,8 @@ def train(cell: Cell, kind: str = "cpu") -> Trained:
         precision=cell.precision,
     )
     inject(cell, assembled)
+    if cell.fault is not None:
+        assembled = replace(assembled, prove_layout=None)  # the matrix has to notice by itself
     autocast = functools.partial(precision.autocast, None if layout.fsdp else cell.precision, kind)
     loss = weighted_loss if cell.weighted and cell.fault != "mean" else mean_loss
     section = CompileConfig(**cell.compile)
