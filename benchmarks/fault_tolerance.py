@@ -57,8 +57,7 @@ def with_groups(root: Path) -> str:
         wait_for(lambda: lost_samples(root) or None, process)
         return f"{pause:.1f} s | {refused} | {lost_samples(root):.0f} | {again:.1f} s"
     finally:
-        process.kill()
-        process.wait()
+        end(process)
 
 
 def with_restart(root: Path) -> str:
@@ -76,6 +75,15 @@ def with_restart(root: Path) -> str:
         wait_for(lambda: newest_step(root) or None, process)
         first, again = steps(root)[0][0], time.time() - killed
         return f"{again:.1f} s | {reached - first + 1} | 0 | {again:.1f} s"
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and wait for its ranks, which save before they leave."""
+    process.terminate()
+    try:
+        process.wait(60)
     finally:
         process.kill()
         process.wait()

@@ -152,7 +152,7 @@ def _steps(rank: int, ranks: int, port: int, folder: str) -> None:
     runner.close()
 
 
-@row("first_step", (1, 2, 4), "ranks", other="torchrun with a bare script", wanted="within 1.1x")
+@row("first_step", (1, 2, 8), "ranks", other="torchrun with a bare script", wanted="within 1.1x")
 def first_step(ranks: int, folder: Path) -> Times:
     app, bare = folder / "app.py", folder / "bare.py"
     app.write_text(OUR_APP)

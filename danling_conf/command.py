@@ -89,8 +89,13 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
 
 
 def _run_job(app: App, path: Path) -> Any:
-    """Run this process's part of a sweep's job: one rank on Slurm, the whole job on this machine."""
+    """Run this process's part of a sweep's job: one rank on Slurm, or what starts its replica groups; the whole job on
+    this machine."""
     if os.environ.get(CLUSTER_VARIABLE) == "slurm":
+        if started_rank() is None:
+            from danling_conf.launch.slurm.groups import run_slurm_groups
+
+            return run_slurm_groups(app, path)
         from danling_conf.launch.slurm.rank import run_slurm_rank
 
         return run_slurm_rank(app, path)

@@ -3,8 +3,7 @@
 python tests/run.py --hydra-14 .venv-hydra-1.4/bin/python --optuna .venv-optuna/bin/python
 python tests/run.py slurm tests -- -k resume     # two parts, with arguments for pytest
 
-Parts of one lane run one after another, lanes side by side, stages one after another. A part that fails stops no other;
-the exit code is 1 then.
+Parts of one lane run one after another, lanes side by side. A part that fails stops no other; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ from xml.etree import ElementTree
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 SITE = ("mkdocs", "build", "--strict")  # not --quiet, by which a warning is no error
-POLITE = ("sh", "-c", '{ echo 19 > /proc/self/autogroup; } 2>/dev/null; exec nice -n 19 "$@"', "sh")
-"""Runs a command with what processors others leave. Linux shares them among sessions first: a session has its own."""
 REST = "not slurm and not composition"
-EARLY = ("tests/plan", "tests/config/test_fuzzed_command_lines.py")
-"""Long tests that start no sessions, for what Slurm's tests leave of the processors."""
+POLITE_VARIABLE = "DANLING_CONF_TESTS_POLITE"
+"""Environment variable of processes that take what processors others leave."""
+_SESSION = 3
+"""Place of the session's number in /proc/PID/stat, after the name of the command."""
+_LOOK_SECONDS = 0.25
 
 Lanes = tuple[tuple["Part", ...], ...]
 _running: set[subprocess.Popen[str]] = set()
@@ -45,7 +45,7 @@ class Part:
     commands: tuple[tuple[str, ...], ...]
     counts: bool = True
     polite: bool = False
-    """Whether other lanes go first: their tests have time limits."""
+    """Whether the other lane goes first."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Outcome:
         return not any(self.codes) and not self.tests["failed"] + self.tests["errors"]
 
 
-def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[str]) -> tuple[Lanes, ...]:
-    """The stages.
+def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[str]) -> Lanes:
+    """The lanes.
 
     Args:
         here: the Python of the environment with everything.
@@ -81,17 +81,15 @@ def parts(here: str, hydra_14: str, optuna: str, workers: int, rest: Sequence[st
 
     # Slurm's tests wait for most of their time, and their jobs start too late beside others of the same priority.
     slurm = Part("slurm", (pytest(here, "-m", "slurm", "--durations", "10", parallel=False),))
-    beside = (
+    others = (
         Part("lint", tuple((here, "-m", *tool) for tool in TOOLS), counts=False, polite=True),
         Part("docs", ((here, "-m", *SITE),), counts=False, polite=True),
         Part("hydra-1.4", (pytest(hydra_14, "-m", "composition"),), polite=True),
         Part("hydra-1.3", (pytest(here, "-m", "composition"),), polite=True),
         Part("sweepers", (pytest(optuna, "-m", "sweeper", parallel=False),), polite=True),
-        Part("early", (pytest(here, "-m", REST, *EARLY),), polite=True),
+        Part("tests", (pytest(here, "-m", REST, "--durations", "25"),), polite=True),
     )
-    # Not polite: their ranks are in sessions of their own, and Linux would share with those as with Slurm's.
-    others = Part("tests", (pytest(here, "-m", REST, *(f"--ignore={path}" for path in EARLY), "--durations", "25"),))
-    return ((slurm,), beside), ((others,),)
+    return (slurm,), others
 
 
 def run(part: Part, show: Callable[[str], None]) -> Outcome:
@@ -102,7 +100,7 @@ def run(part: Part, show: Callable[[str], None]) -> Outcome:
             report = Path(folder, f"{number}.xml")
             argv = [*command, f"--junit-xml={report}"] if part.counts else command
             show(f"$ {' '.join(command)}\n")
-            codes.append(code := exit_code([*POLITE, *argv] if part.polite else argv, show))
+            codes.append(code := exit_code(argv, show, polite=part.polite))
             found = counted(report) if part.counts else Counter[str]()
             # An exit code without a failed test (no tests, a crash, a linter) is an error, and so is no report: a test
             # may have ended its process, with any code.
@@ -112,12 +110,13 @@ def run(part: Part, show: Callable[[str], None]) -> Outcome:
     return Outcome(part, time.monotonic() - began, tuple(codes), tests)
 
 
-def exit_code(argv: Sequence[str], show: Callable[[str], None]) -> int:
+def exit_code(argv: Sequence[str], show: Callable[[str], None], *, polite: bool = False) -> int:
     """Run a command; its exit code, or a shell's for a command that does not start."""
+    environment = {**os.environ, POLITE_VARIABLE: "1"} if polite else None
     try:
         process = subprocess.Popen(
             argv, cwd=REPOSITORY, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, env=environment,
         )  # fmt: skip
     except OSError as error:
         show(f"{error}\n")
@@ -129,6 +128,27 @@ def exit_code(argv: Sequence[str], show: Callable[[str], None]) -> int:
             show(line)
     _running.discard(process)
     return process.returncode
+
+
+def keep_polite(ended: threading.Event) -> None:
+    """Give sessions of polite parts the lowest share of the processors, also those that tests and runs begin.
+
+    Linux shares processors among sessions first, so that a process's own niceness says nothing to other sessions.
+    """
+    mark = f"{POLITE_VARIABLE}=1".encode()
+    known: set[str] = set()
+    while not ended.wait(_LOOK_SECONDS):
+        leaders = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if (process / "stat").read_text().rpartition(")")[2].split()[_SESSION] != process.name:
+                    continue
+                leaders.add(process.name)
+                if process.name not in known and mark in (process / "environ").read_bytes().split(b"\0"):
+                    (process / "autogroup").write_text("19")
+            except OSError:
+                continue  # it has ended, is somebody else's, or this Linux has no such groups
+        known = leaders
 
 
 def interrupt() -> None:
@@ -204,15 +224,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--optuna", default=".venv-optuna/bin/python", help="Python with Optuna's sweeper")
     parser.add_argument("--workers", type=int, default=2, help="processes for tests that run side by side")
     given = parser.parse_args(own)
-    stages = parts(sys.executable, given.hydra_14, given.optuna, given.workers, rest)
-    unknown = set(given.names) - {part.name for stage in stages for lane in stage for part in lane}
+    lanes = parts(sys.executable, given.hydra_14, given.optuna, given.workers, rest)
+    unknown = set(given.names) - {part.name for lane in lanes for part in lane}
     if unknown:
         parser.error(f"no part is named {', '.join(sorted(unknown))}")
-    began, outcomes = time.monotonic(), []
-    for stage in stages:
-        chosen = [[part for part in lane if not given.names or part.name in given.names] for lane in stage]
-        lanes = [lane for lane in chosen if lane]
-        outcomes += side_by_side(lanes) if lanes else []
+    chosen = [[part for part in lane if not given.names or part.name in given.names] for lane in lanes]
+    began, ended = time.monotonic(), threading.Event()
+    looking = threading.Thread(target=keep_polite, args=(ended,), daemon=True)
+    looking.start()
+    outcomes = side_by_side([lane for lane in chosen if lane])
+    ended.set()
+    looking.join()
     print(closing(outcomes, time.monotonic() - began), flush=True)
     return 0 if all(outcome.good for outcome in outcomes) else 1
 

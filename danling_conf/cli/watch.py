@@ -132,7 +132,7 @@ def _groups(members: Sequence[Member]) -> Text:
     line = Text(f"{len(present)} of {len(members)} replica groups take part", style="green")
     for each in members:
         if not each.takes_part:
-            why = f", after {printable(each.why.partition(chr(10))[0])}" if each.why else ""
+            why = f" (before: {printable(each.why.partition(chr(10))[0])})" if each.why else ""
             ago = duration(max(0.0, time.time() - each.since))
             line.append(f"\n  group {each.group}: {each.state} for {ago}, start {each.starts}{why}", style="yellow")
     return line

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -44,8 +44,11 @@ from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rank_environment import SINGLE
-from danling_conf.topology.rules.fault_tolerance import lighthouse_of
+from danling_conf.topology.rules.fault_tolerance import starts_groups
 from danling_conf.topology.violation import ConfigRefused, PlainError, Violation
+
+if TYPE_CHECKING:
+    from danling_conf.launch.groups import Place
 
 
 def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig) -> Any:
@@ -139,11 +142,14 @@ def _thawed(job: JobFile) -> RunnerConfig:
         raise ConfigRefused([Violation("job", str(job.path), rule, fix)]) from error
 
 
-def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, attempt: Attempt) -> Any:
+def run_attempt(
+    app: App, run_job: Callable[..., Any], config: RunnerConfig, attempt: Attempt, place: Place | None = None
+) -> Any:
     """Run an opened attempt as Hydra's job, in this process or in one worker for each rank of the layout.
 
     Args:
         run_job: runs a task as Hydra's job in its directory: `Composer.run_job` or `hydra_adapter.run_frozen`.
+        place: where replica groups run, see `launch.groups`; None for this machine.
 
     Raises:
         WorkersFailed, WorkersInterrupted: from the workers.
@@ -151,7 +157,7 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
     """
     world_size = layout_of(config).world_size
     command, started_in = worker_command(), os.getcwd()
-    groups = config.ft.enabled and lighthouse_of(config, this_machine()) is None
+    groups = starts_groups(config, this_machine())
 
     def task(_: DictConfig) -> Any:
         if world_size == 1 and not groups:
@@ -163,7 +169,7 @@ def run_attempt(app: App, run_job: Callable[..., Any], config: RunnerConfig, att
             if groups:
                 from danling_conf.launch.groups import run_groups
 
-                run_groups(command, config, world_size, attempt.directory)
+                run_groups(command, config, world_size, attempt.directory, place)
             else:
                 run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
         except (WorkersFailed, WorkersInterrupted) as error:

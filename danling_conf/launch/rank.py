@@ -34,6 +34,8 @@ from danling_conf.topology.rank_environment import RankEnvironment, in_group
 from danling_conf.topology.rendezvous import keep_to_loopback
 
 _log = logging.getLogger(__name__)
+REPEATED_VARIABLE = "DANLING_CONF_SIGNALS_REPEATED"
+"""Environment variable: `1` in a worker whose scheduler repeats its signals, see `Current.repeats_signals`."""
 
 
 def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Current, job_name: str) -> Any:
@@ -116,7 +118,9 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
         hydra = take_part_in(content)
         if ranks.main and hydra is not None:
             configure_job_logging(hydra)
-        return run_rank(function, config, Current(attempt=attempt, ranks=ranks, terminal=terminal), job_name)
+        repeated = os.environ.pop(REPEATED_VARIABLE, "") == "1"
+        start = Current(attempt=attempt, ranks=ranks, terminal=terminal, repeats_signals=repeated)
+        return run_rank(function, config, start, job_name)
     except KeyboardInterrupt as interrupt:
         sys.exit(outcome_of(interrupt).exit_code)
     except Exception as error:

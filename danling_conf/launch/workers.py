@@ -19,6 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danling_conf.launch.forked import (
+    ForkedRank,
+    NotForkedError,
+    RankStart,
+    WarmEndedError,
+    WarmProcess,
+    can_fork,
+)
 from danling_conf.launch.parent import as_parent
 from danling_conf.launch.store import SERVED_VARIABLE
 from danling_conf.records.logs import log_descriptor, rank_log
@@ -87,7 +95,7 @@ class WorkersInterrupted(HasOutcome, RuntimeError):
 class _Rank:
     """One process, and when its end was noticed, in seconds since 1970."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedRank
     error: Path
     ended_at: float = math.inf
     told: bool = False
@@ -97,8 +105,10 @@ class _Rank:
 class Workers:
     """The ranks of one world on this machine, as processes.
 
+    Several are forked from one process that has imported torch, where that is safe (`launch.forked`).
+
     Args:
-        command: argv of every rank.
+        command: argv of every rank, as of `worker_command`.
         world_size: how many.
         attempt: directory of their logs and errors.
         environment: further variables of every rank.
@@ -114,13 +124,16 @@ class Workers:
         *,
         numbered_from: int = 0,
     ) -> None:
-        self._attempt, self._numbered_from = attempt, numbered_from
+        self._command, self._attempt, self._numbered_from = command, attempt, numbered_from
         self._ranks: list[_Rank] = []
+        self._warm: WarmProcess | None = None
+        self._not_begun: WorkersFailed | WorkersInterrupted | None = None
         self._end_at = self._kill_at = math.inf
-        # Rank 0 serves the store at a socket that listens already: nobody else can take the port, and ranks that are
-        # earlier than rank 0 wait in its queue.
-        with listen(LOOPBACK, 0) as listening, ExitStack() as opened:
-            common = {
+        with ExitStack() as opened:
+            # Rank 0 serves the store at a socket that listens already: nobody else can take the port, and ranks that
+            # are earlier than rank 0 wait in its queue.
+            listening = opened.enter_context(listen(LOOPBACK, 0))
+            self._common = {
                 **os.environ, **as_parent(), **threads(world_size), **environment,
                 "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(listening.getsockname()[1]),
                 "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
@@ -129,33 +142,76 @@ class Workers:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             }  # fmt: skip
-            for rank in range(world_size):
-                error = error_file(attempt, numbered_from + rank)
-                own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_VARIABLE: str(error)}
-                passed: tuple[int, ...] = ()
-                if rank == 0:
-                    passed = (listening.fileno(),)
-                    own[SERVED_VARIABLE] = str(listening.fileno())
-                output = None
-                if rank > 0:
-                    output = log_descriptor(rank_log(attempt, numbered_from + rank))
-                    opened.callback(os.close, output)
-                try:
-                    process = subprocess.Popen(
-                        command, env=own, stdout=output, stderr=output, pass_fds=passed, start_new_session=True
-                    )
-                except BaseException:
-                    self.kill()
-                    raise
-                self._ranks.append(_Rank(process, error))
+            self._starts = [self._start(rank, listening.fileno(), opened) for rank in range(world_size)]
+            if world_size > 1 and can_fork():
+                self._warm = WarmProcess(command, self._common, self._starts)
+            else:
+                self._start_each()
+            self._opened = opened.pop_all()
+        if self._warm is None:
+            self._opened.close()
+
+    def _start(self, rank: int, listening: int, opened: ExitStack) -> RankStart:
+        """What a rank is started with."""
+        error = error_file(self._attempt, self._numbered_from + rank)
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_VARIABLE: str(error)}
+        if rank == 0:
+            return RankStart(
+                environment={**own, SERVED_VARIABLE: str(listening)}, output=None, passed=listening, error=error
+            )
+        output = log_descriptor(rank_log(self._attempt, self._numbered_from + rank))
+        opened.callback(os.close, output)
+        return RankStart(environment=own, output=output, passed=None, error=error)
+
+    def _start_each(self) -> None:
+        """Start every rank as a process of its own."""
+        for start in self._starts:
+            try:
+                process = subprocess.Popen(
+                    self._command,
+                    env={**self._common, **start.environment},
+                    stdout=start.output,
+                    stderr=start.output,
+                    pass_fds=() if start.passed is None else (start.passed,),
+                    start_new_session=True,
+                )
+            except BaseException:
+                self.kill()
+                raise
+            self._ranks.append(_Rank(process, start.error))
+
+    def _begun(self, warm: WarmProcess) -> bool:
+        """Whether the ranks have been forked, or have failed to be."""
+        try:
+            forked = warm.forked()
+        except NotForkedError as error:
+            self._warm = None
+            print(f"ranks are started one by one, which takes longer: {error}", file=sys.stderr, flush=True)
+            self._start_each()
+        except WarmEndedError as error:
+            self._not_begun = self._failed(0, EXIT_FAILED, str(error), Status.FAILED)
+        else:
+            if forked is None:
+                return False
+            self._ranks = [_Rank(rank, start.error) for rank, start in zip(forked, self._starts, strict=True)]
+        self._warm = None
+        self._opened.close()
+        return True
+
+    def _failed(self, rank: int, code: int, message: str, status: Status) -> WorkersFailed:
+        number = self._numbered_from + rank
+        return WorkersFailed(number, code, message, rank_log(self._attempt, number), status)
 
     def running(self) -> bool:
         """Whether a rank still runs. Ends the others where one has failed; to be called again and again."""
+        if self._warm is not None and not self._begun(self._warm):
+            return True
         now = time.time()
         for rank in self._ranks:
-            if rank.ended_at == math.inf and rank.process.poll() is not None:
+            code = rank.process.poll()
+            if rank.ended_at == math.inf and code is not None:
                 rank.ended_at = now
-                self._note_end(rank.process.returncode, now)
+                self._note_end(code, now)
         alive = self._alive()
         if alive and now >= self._end_at:
             self._end_at, self._kill_at = math.inf, min(self._kill_at, now + _GRACE_SECONDS)
@@ -173,6 +229,9 @@ class Workers:
 
     def pass_on(self, number: int) -> None:
         """Send a signal to every rank. Told once they save, which may take long; told again they leave."""
+        if self._warm is not None:
+            self.kill()
+            self._not_begun = WorkersInterrupted(number)
         if any(rank.told for rank in self._ranks):
             self._kill_at = min(self._kill_at, time.time() + _GRACE_SECONDS)
         for rank in self._alive():
@@ -181,6 +240,11 @@ class Workers:
 
     def kill(self) -> None:
         """Kill every rank, with the processes that it has started."""
+        if self._warm is not None:
+            self._warm.kill()
+            self._warm = None
+            self._opened.close()
+            self._not_begun = self._failed(0, EXIT_FAILED, "ended before it began", Status.FAILED)
         for rank in self._alive():
             try:
                 os.killpg(rank.process.pid, signal.SIGKILL)
@@ -190,6 +254,8 @@ class Workers:
 
     def failure(self) -> WorkersFailed | WorkersInterrupted | None:
         """What ended ranks that have not ended well: the error of the first. None where all returned."""
+        if self._not_begun is not None:
+            return self._not_begun
         found = [
             (_when(rank), number, rank.process.returncode)
             for number, rank in enumerate(self._ranks)
@@ -202,8 +268,7 @@ class Workers:
             return WorkersInterrupted(signal_of_exit_code(code))
         written = read_fields(self._ranks[number].error)
         status = written_status(written.text("status")) or Status.FAILED
-        number += self._numbered_from
-        return WorkersFailed(number, code, _message(written, code, status), rank_log(self._attempt, number), status)
+        return self._failed(number, code, _message(written, code, status), status)
 
     def _alive(self) -> list[_Rank]:
         return [rank for rank in self._ranks if rank.process.poll() is None]
@@ -296,7 +361,7 @@ def threads(world_size: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // world_size))}
 
 
-def _send(process: subprocess.Popen[bytes], number: int) -> None:
+def _send(process: subprocess.Popen[bytes] | ForkedRank, number: int) -> None:
     # To the rank alone, not to the loaders' processes that it still needs for what it has begun.
     process.send_signal(number)
 

@@ -7,8 +7,7 @@ https://arxiv.org/abs/2311.08105).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +21,18 @@ class Outer:
 
     Args:
         parameters: of this rank, that are trained.
+        momentum: of the outer optimizer, one tensor for each parameter, laid out like it; changed in place. Empty
+            where there is no such optimizer.
     """
 
-    def __init__(self, section: FtConfig, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, section: FtConfig, parameters: Sequence[nn.Parameter], momentum: Sequence[Tensor] = ()) -> None:
         self._section = section
         self._diloco = section.sync == DILOCO
         # Once, while nothing is gathered.
         with torch.no_grad():
             self._live = [local(item) for item in parameters]
         self._agreed = [item.clone() for item in self._live]
-        self._momentum = [torch.zeros_like(item) for item in self._live] if self._diloco else []
+        self._momentum = [local(item) for item in momentum]
         self._proposed: list[Tensor] = []
 
     def begin(self) -> None:
@@ -61,12 +62,3 @@ class Outer:
         for item, kept, buffer, change in zip(self._live, self._agreed, self._momentum, proposed, strict=True):
             buffer.mul_(momentum).add_(change)
             item.copy_(kept - rate * (change + momentum * buffer))
-
-    def state(self) -> dict[str, Any]:
-        """What a group that joins takes over, beside the weights."""
-        return {"momentum": list(self._momentum)}
-
-    def load(self, given: Mapping[str, Any]) -> None:
-        """Continue from another group's."""
-        for buffer, item in zip(self._momentum, given["momentum"], strict=True):
-            buffer.copy_(item)

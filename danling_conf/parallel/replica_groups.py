@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from danling_conf.parallel.process_group import gathered
 from danling_conf.schema.fault_tolerance import AUTO, FtConfig
-from danling_conf.topology.rendezvous import LOOPBACK
+from danling_conf.topology.rendezvous import ADDRESS_VARIABLE, LOOPBACK
 
 _log = logging.getLogger(__name__)
 _OVERRULING = ("TORCHFT_TIMEOUT_SEC", "TORCHFT_QUORUM_TIMEOUT_SEC", "TORCHFT_CONNECT_TIMEOUT_SEC",
@@ -156,7 +156,8 @@ class ReplicaGroup:
                 return
             except (TimeoutError, RuntimeError, ConnectionError) as error:
                 if time.monotonic() >= deadline or self._stopped():
-                    raise NoQuorum(str(error)) from error
+                    # Not the error's own text, which is a record of gRPC's.
+                    raise NoQuorum("the lighthouse named no quorum: it is gone, or groups are too few") from error
                 _log.warning("no quorum yet: %s", str(error).partition("\n")[0])
                 self.manager.forget_quorum()
                 time.sleep(min(_PAUSE_SECONDS, max(0.0, left)))
@@ -193,7 +194,9 @@ class ReplicaGroup:
 
 def address_of(section: FtConfig) -> str:
     """The address of this machine at which other groups reach it. Raises OSError where `auto` finds none."""
-    return socket.gethostbyname(socket.gethostname()) if section.address == AUTO else section.address or LOOPBACK
+    if section.address == AUTO:
+        return socket.gethostbyname(socket.gethostname())
+    return section.address or os.environ.get(ADDRESS_VARIABLE, LOOPBACK)
 
 
 def local(tensor: Tensor) -> Tensor:

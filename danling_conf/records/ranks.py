@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.state import RunState, is_silent, state_of
 from danling_conf.records.status import Status
 
+GONE_WITH_GROUP = "gone with its group"
+"""State of a rank whose replica group has died, and has not begun to train again."""
 CLEAR_SHARE = 0.15
 """The slowest rank waits less than every other, by at least this share of its time."""
 
@@ -81,8 +84,14 @@ def look_at(run: Path, now: float | None = None, state: RunState | None = None) 
         beats = {rank: beat for rank, beat in beats.items() if beat["attempt"] == attempt.name}
     world = next((int(beat["world_size"]) for beat in beats.values()), 0)
     live = state.status is Status.RUNNING
-    peers = _Peers.of(beats)
-    ranks = [_rank(beat, now, peers, live=live) for beat in beats.values()]
+    groups = [] if attempt is None else members_of(changes_of(attempt))
+    away = {member.group: member.since for member in groups if not member.takes_part}
+    # The last words of a replica group's start that has ended: nobody waits for it.
+    gone = {rank for rank, beat in beats.items() if beat["written"] <= away.get(_group_of(beat), -math.inf)}
+    present = {rank: beat for rank, beat in beats.items() if rank not in gone}
+    peers = _Peers.of(present)
+    ranks = [_rank(beat, now, peers, live=live and rank not in gone) for rank, beat in beats.items()]
+    ranks = [replace(each, state=GONE_WITH_GROUP) if live and each.rank in gone else each for each in ranks]
     missing = [rank for rank in range(world) if rank not in beats]
     stuck = [each.rank for each in ranks if each.stuck] + (missing if live else [])
     note = ""
@@ -97,11 +106,17 @@ def look_at(run: Path, now: float | None = None, state: RunState | None = None) 
         world_size=world,
         ranks=ranks,
         missing=missing,
-        slowest=_slowest(beats) if live else None,
+        slowest=_slowest(present) if live else None,
         stuck=sorted(stuck),
         note=note,
-        groups=[] if attempt is None else members_of(changes_of(attempt)),
+        groups=groups,
     )
+
+
+def _group_of(beat: dict[str, Any]) -> int:
+    """The replica group of a rank; 0 without."""
+    group = beat.get("group")
+    return group if isinstance(group, int) else 0
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ class Loop:
         limit = self.setup.cadence.steps_per_epoch if self.config.accum_steps > 1 else None
         empty, move = state.between_epochs and resumed is None, self.world.device.type != "cpu"
         state.between_epochs = False
+        self._mark_place(loader, ended=resumed is not None and resumed.exhausted)
         if self._caught_up():
             return
         following = next(iterator, _END)
@@ -178,6 +179,7 @@ class Loop:
             if self._done() or self._behind:
                 return
             if not ahead:
+                self._mark_place(loader)
                 if self._caught_up():
                     return
                 following = next(iterator, _END)
@@ -188,7 +190,7 @@ class Loop:
             self._show_remainder()
         state.epoch += 1
         state.epoch_step = 0
-        state.between_epochs = True
+        state.between_epochs, state.loader_before = True, None
         self._after_epoch()
 
     def _delivered(self, batch: Any) -> Iterator[Any]:
@@ -211,6 +213,11 @@ class Loop:
         if self.state.micro_batches == 0:
             self._step_batches = []
 
+    def _mark_place(self, loader: Any, *, ended: bool = False) -> None:
+        """Remember where the step begins that comes, in case that the groups refuse it."""
+        if self.replicas is not None and not self.state.micro_batches and not ended:
+            self.state.loader_before = loader.state_dict()
+
     def _caught_up(self) -> bool:
         """Before a step, meet the other replica groups. Returns whether this one was behind, and continues at another
         place of the data. Collective in the group."""
@@ -232,6 +239,7 @@ class Loop:
             self.resumption.catch_up(self.replicas.taken)
             self._met = True
             return True
+        self.resumption.seed_anew()  # otherwise when it enters the epoch
         return False
 
     def _continue_elsewhere(self) -> None:
@@ -397,6 +405,7 @@ class Loop:
 
     def _count_step(self) -> None:
         self.setup.schedule.after_step()
+        self.state.loader_before = None
         self.state.step += 1
         self.state.epoch_step += 1
         self.observers.stepped()
@@ -604,6 +613,8 @@ class Loop:
     def _explain(self, error: RuntimeError) -> None:
         """Raise an error that says more, where this one is that of a device without memory or of a collective that
         timed out."""
+        if isinstance(error, TooFewGroups):  # a timeout too, and no collective's
+            return
         if isinstance(error, torch.OutOfMemoryError):
             raise out_of_memory.explained(error, self.config, self.world, self.state.step) from error
         collective_timeout.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())

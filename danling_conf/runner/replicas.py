@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ from danling_conf.parallel.replica_groups import NoQuorum, ReplicaGroup, address
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records.membership import Event
 from danling_conf.records.status import EXIT_FAILED, HasOutcome, Outcome, Status
-from danling_conf.runner.callbacks import Callbacks
+from danling_conf.runner.callbacks import PREFIX, Callback, Callbacks, TrainingRun
 from danling_conf.runner.leading import Lead
 from danling_conf.runner.setup import Setup
 from danling_conf.runner.signals import END_REQUESTED, StopRequest
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.fault_tolerance import DDP, LIGHTHOUSE_VARIABLE
+from danling_conf.schema.fault_tolerance import DDP, DILOCO, LIGHTHOUSE_VARIABLE
 from danling_conf.topology.rendezvous import listen
 from danling_conf.topology.violation import PlainError, Violation
 
@@ -47,6 +47,28 @@ class TooFewGroups(HasOutcome, PlainError):
     @property
     def outcome(self) -> Outcome:
         return Outcome(status=Status.FAILED, exit_code=EXIT_FAILED, message=str(self))
+
+
+class OuterMomentum(Callback):
+    """Momentum of the outer optimizer of `diloco`: a callback, since checkpoints, runs that are resumed and groups that
+    join take over the tensors of callbacks."""
+
+    name = "diloco"
+
+    def __init__(self) -> None:
+        self._momentum: dict[str, Tensor] = {}
+
+    def setup(self, runner: TrainingRun) -> None:
+        trained = {name: item for name, item in flat.named_parameters(runner.parts) if item.requires_grad}
+        self._momentum = {name: torch.zeros_like(item) for name, item in trained.items()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._momentum
+
+
+def callbacks_of_groups(config: RunnerConfig) -> list[Callback]:
+    """What replica groups add to the callbacks of a run."""
+    return [OuterMomentum()] if config.ft.enabled and config.ft.sync == DILOCO else []
 
 
 class Replicas:
@@ -89,7 +111,7 @@ class Replicas:
         ]
         """Running statistics, such as batch normalisation's: of the group's own batches until groups agree."""
         self._local_sync = self.section.sync != DDP
-        self._outer = Outer(self.section, setup.parameters) if self._local_sync else None
+        self._outer = Outer(self.section, setup.parameters, self._momentum()) if self._local_sync else None
         self._compared = state.step > 0
         """Whether the groups are known to have begun with the same weights."""
         self._digest = sum(map(_bits, self._tensors.values())) & 0xFFFFFFFFFFFF
@@ -111,6 +133,13 @@ class Replicas:
             load=self._take_over,
             stopped=lambda: stop_request.number > 0,
         )
+
+    def _momentum(self) -> list[Tensor]:
+        """The outer optimizer's, in the order of the parameters; none without one."""
+        prefix, tensors = f"{PREFIX}{OuterMomentum.name}.", self._callbacks.tensors()
+        names = {id(item): name for name, item in flat.named_parameters(self._setup.assembled.parts)}
+        wanted = [f"{prefix}{names[id(item)]}" for item in self._setup.parameters]
+        return [tensors[name] for name in wanted] if self.section.sync == DILOCO else []
 
     def _make_store(self) -> tuple[str, int]:
         """A store of this group at the address at which the others reach it: rank 0 serves it."""
@@ -287,7 +316,8 @@ class Replicas:
         optimizer = flat.optimizer_tensors(parts, setup.optimizer)
         taken = None
         if isinstance(train.sampler, ShardedSampler) and not state.between_epochs:
-            saved = train.state_dict()
+            # Of a step that is repeated, the batches are taken already, and the others repeat it too.
+            saved = state.loader_before or train.state_dict()
             taken = dataloader.taken_by_all(
                 saved, batch_size=train.batch_size or 1, data_degree=self._world.data_degree
             )
@@ -304,7 +334,6 @@ class Replicas:
             "callbacks": self._callbacks.state_dict(),
             "taken": taken,
             "lost_samples": self.lost_samples,
-            "outer": {} if self._outer is None else self._outer.state(),
         }
 
     def _take_over(self, given: dict[str, Any]) -> None:
@@ -341,8 +370,6 @@ class Replicas:
         self.taken, self.lost_samples = given["taken"], given["lost_samples"]
         if not isinstance(setup.loaders["train"].sampler, ShardedSampler):
             state.epoch, state.epoch_step = own_epoch
-        if self._outer is not None:
-            self._outer.load(given["outer"])
 
 
 def _faults(config: RunnerConfig, setup: Setup) -> list[Violation]:

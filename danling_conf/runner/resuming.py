@@ -147,7 +147,15 @@ class Resumption:
             with self._taking_over(found.path, "generators"):
                 process.restore_generators(found.generators, self.world.device)
         else:
-            process.seed_rank(seed_of(self.world.attempt.seed, 0, self.state.step), self.world.stream)
+            self.seed_anew()
+
+    def seed_anew(self) -> None:
+        """Seed the generators for what comes from this step on: other numbers than before, and in every stream others.
+
+        So does a group that catches up. Generators of the group whose state it takes over would draw the same dropout
+        for other samples; its own, from the start, what it has drawn already.
+        """
+        process.seed_rank(seed_of(self.world.attempt.seed, 0, self.state.step), self.world.stream)
 
     def _load_run(self, source: Path) -> list[str]:
         """Load a run's state.

@@ -173,6 +173,8 @@ class RunSaver:
         state = self.state
         # A loader whose end was seen would start another epoch with its state.
         loader = EXHAUSTED if state.epoch_ends else self.setup.loaders["train"].state_dict()
+        if state.loader_before is not None:  # the groups have refused the step, whose batches are still to be used
+            loader = state.loader_before
         return {
             "loader": None if state.between_epochs else loader,
             "generators": process.generator_state(self.world.device),

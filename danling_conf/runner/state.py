@@ -36,6 +36,9 @@ class TrainState:
     """Micro-batches done of the optimizer step under way."""
     epoch_ends: bool = False
     """Whether the micro-batch under way is known to be the last of its epoch."""
+    loader_before: dict[str, Any] | None = None
+    """With replica groups: the training loader's state where the step began that is under way, or refused. None where
+    the loader itself is there."""
     step_failed: bool = False
     """Whether a step raised, and none was started since."""
     between_epochs: bool = True

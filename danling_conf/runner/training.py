@@ -36,7 +36,7 @@ from danling_conf.runner.loop import Loop, Report
 from danling_conf.runner.observe import collective_timeout
 from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.preflight import preflight
-from danling_conf.runner.replicas import Replicas
+from danling_conf.runner.replicas import Replicas, callbacks_of_groups
 from danling_conf.runner.resuming import Resumption
 from danling_conf.runner.saving import RunSaver
 from danling_conf.runner.score import Score
@@ -313,7 +313,8 @@ class Runner:
             )
             if self.setup.artifact is not None:
                 self._stack.callback(self.setup.artifact.save)
-            self._callbacks = Callbacks([*configured(self.config), *given(callbacks)], self)
+            own = callbacks_of_groups(self.config)
+            self._callbacks = Callbacks([*own, *configured(self.config), *given(callbacks)], self)
             self._stack.callback(self._call_of_exception)
             self._callbacks.check_ranks()
             if self.setup.zero is not None and self._callbacks.before_optimizer_step is not None:

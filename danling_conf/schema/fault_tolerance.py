@@ -38,11 +38,11 @@ class FtConfig:
     lighthouse: Optional[str] = setting(None, semantic=False, read_by="danling_conf.runner.replicas")
     """Address of a running lighthouse, `HOST:PORT`. The command then is one group of several that are started one by
     one, and `ft.replica_id` says which. Unset: the environment variable TORCHFT_LIGHTHOUSE; without it the command
-    starts a lighthouse and all groups on this machine."""
+    starts a lighthouse and all groups on this machine, or, with `hydra/launcher=danling_slurm`, its job does."""
     address: Optional[str] = setting(None, semantic=False)
     """Address of this machine at which groups on other machines reach this one: its manager and its weights are served
     there, unencrypted, to whoever can connect. `auto`: what the machine's name leads to, on each machine of the group.
-    Unset: 127.0.0.1."""
+    Unset: 127.0.0.1; in a job of several nodes that starts its groups, the address by which Slurm reaches the node."""
     heartbeat_timeout_ms: int = setting(5000, at_least=100, semantic=False, read_by="danling_conf.launch.groups")
     """Milliseconds without a heartbeat after which the lighthouse takes a group for dead: about what its death costs
     the others."""

@@ -77,6 +77,11 @@ def error_file(folder: Path, rank: int) -> Path:
     return folder / f"error-{rank}.json"
 
 
+def group_file(attempt: Path, group: int) -> Path:
+    """The file, in an attempt with replica groups on Slurm, that says how a group's task ended."""
+    return attempt / f"group-{group}.json"
+
+
 def danling_checkpoint(path: Path) -> Path | None:
     """The checkpoint of DanLing that a path names: a `.pth` file, a folder of shards, or the latest one in a folder of
     checkpoints or in a run. None where it names none of DanLing's."""

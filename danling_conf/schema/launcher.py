@@ -57,7 +57,8 @@ class SlurmLauncherConfig(LauncherConfig):
     nodes: Optional[int] = setting(None, at_least=1)
     """Nodes of each job. Unset: as few as its layout fits on."""
     tasks_per_node: Optional[int] = setting(None, at_least=1)
-    """Ranks on each node. Unset: the layout's ranks, spread evenly over the nodes."""
+    """Ranks on each node, or replica groups (`ft=torchft`), with all ranks of each. Unset: spread evenly over the nodes
+    of the job."""
     cpus_per_task: Optional[int] = setting(None, at_least=1)
     """CPU cores of each rank. Unset: the share of a node's cores that goes with one GPU; 1 where there are none."""
     mem_gb: Optional[float] = setting(None, above=0)

@@ -26,6 +26,7 @@ from danling_conf.topology.layout import fill
 from danling_conf.topology.machine import Machine, this_machine
 from danling_conf.topology.resources import Capacity, Shape, cluster_machine, shape_of
 from danling_conf.topology.rules import Context
+from danling_conf.topology.rules.fault_tolerance import starts_groups
 from danling_conf.topology.rules.world import known_layout
 from danling_conf.topology.violation import ConfigRefused, Violation, unique
 
@@ -238,7 +239,9 @@ def _shape(
 ) -> tuple[Shape, list[Violation]]:
     on_cpu = config.parallel.mesh_device_type == "cpu"
     settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
-    return shape_of(layout, on_cpu=on_cpu, capacity=capacity, launcher=settings, name=layout_name(layout))
+    groups = config.ft.group_size if starts_groups(config, this_machine()) else 0
+    name = layout_name(layout)
+    return shape_of(layout, on_cpu=on_cpu, capacity=capacity, launcher=settings, name=name, groups=groups)
 
 
 def _local_faults(config: RunnerConfig, launcher: SubmititLocalConfig) -> list[Violation]:

@@ -207,6 +207,10 @@ def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
         "additional_parameters": _additional(launcher["additional_parameters"]),
         "srun_args": ["--kill-on-bad-exit=1", *(launcher["srun_args"] or [])],
     }
+    if shape.get("groups"):
+        # The job's own process starts a step for each group. Groups outlive the nodes of others.
+        parameters["use_srun"] = False
+        parameters["additional_parameters"].setdefault("no-kill", True)
     for name in _PASSED_ON:
         if launcher[name] not in (None, False):
             parameters[name] = launcher[name]
@@ -269,5 +273,6 @@ def frozen_shape(shape: Shape, launcher: Mapping[str, Any]) -> dict[str, Any]:
         "tasks_per_node": shape.tasks_per_node,
         "gpus_per_node": shape.gpus_per_node,
         "cpus_per_task": shape.cpus_per_task,
+        "groups": shape.groups,
         "signal_delay_s": settings.signal_delay_s or min(_WARNING_SECONDS, limit // 5),
     }

@@ -19,6 +19,12 @@ from danling_conf.topology.rank_environment import started_rank
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Packages of trackers that metrics can be sent to."""
 
+_ACCELERATOR_FILES = (
+    "nvidia[0-9]*", "nvidiactl", "kfd", "dxg", "dri/renderD*", "accel*", "hl[0-9]*", "davinci*", "neuron*",
+    "vfio/[0-9]*",
+)  # fmt: skip
+"""Device files of NVIDIA, AMD, WSL, Intel, Gaudi, Ascend, Trainium and TPU, below /dev."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -77,6 +83,11 @@ def _can_compile(environment: Mapping[str, str]) -> bool:
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compilers = (environment.get("CXX") or "g++", "clang++", "c++")
     return headers.is_file() and any(shutil.which(name) for name in compilers)
+
+
+def accelerator_files(folder: Path = Path("/dev")) -> list[Path]:
+    """Device files of accelerators: where there are none, no library of this machine can open one."""
+    return [path for pattern in _ACCELERATOR_FILES for path in folder.glob(pattern)]
 
 
 @cache

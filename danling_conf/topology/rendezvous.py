@@ -17,6 +17,8 @@ from collections.abc import Mapping, MutableMapping
 from danling_conf.topology.rank_environment import RankEnvironment
 
 LOOPBACK = "127.0.0.1"
+ADDRESS_VARIABLE = "DANLING_CONF_ADDRESS"
+"""Environment variable of a rank whose replica group has others on other machines: the address of its own."""
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +60,8 @@ def keep_to_loopback(ranks: RankEnvironment, environment: MutableMapping[str, st
     otherwise. Without this, gloo listens on the address of the machine's name."""
     names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
     # The address as well: ranks whose launcher does not say how many are on a node count as being on one.
-    here = environment.get("MASTER_ADDR", LOOPBACK) in (LOOPBACK, "localhost", "::1")
+    addresses = environment.get("MASTER_ADDR", LOOPBACK), environment.get(ADDRESS_VARIABLE, LOOPBACK)
+    here = all(address in (LOOPBACK, "localhost", "::1") for address in addresses)
     if names and here and ranks.local_world_size == ranks.world_size:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             environment.setdefault(variable, min(names))
@@ -86,7 +89,7 @@ def _master_address(ranks: RankEnvironment, environment: Mapping[str, str]) -> d
         # All ranks are on one node. Its own name may not resolve there, and may lead through a firewall.
         address = LOOPBACK
     elif shutil.which("scontrol"):
-        address = _address_of(_scontrol("show", "hostnames", nodes).split()[0])
+        address = address_of_node(hosts_of(nodes)[0])
     else:
         raise RuntimeError(f"MASTER_ADDR is not set, and scontrol, which finds the first of {nodes}, is not installed")
     # The restart count is part of it: ranks of a lost node may still listen on the port of the earlier start.
@@ -101,7 +104,12 @@ def _port(job: str) -> str:
     return str(15000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 17000)
 
 
-def _address_of(node: str) -> str:
+def hosts_of(nodes: str) -> list[str]:
+    """The nodes that a list of Slurm's names: `n[1-3]`."""
+    return _scontrol("show", "hostnames", nodes).split()
+
+
+def address_of_node(node: str) -> str:
     """The address by which Slurm itself reaches a node, since its name may not resolve; the name where there is
     none."""
     found = re.search(r"\bNodeAddr=(\S+)", _scontrol("-o", "show", "node", node))

@@ -38,7 +38,7 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The resources that one job requests; one task for each rank."""
+    """The resources that one job requests; one task for each rank, or for each replica group with all of its ranks."""
 
     nodes: int
     tasks_per_node: int
@@ -47,6 +47,13 @@ class Shape:
     cpus_per_task: int
     minutes: int
     """Time limit."""
+    groups: int = 0
+    """Replica groups that are the tasks; 0 where ranks are."""
+
+    @property
+    def task(self) -> str:
+        """What a task is, for messages."""
+        return "replica group" if self.groups else "rank"
 
     @property
     def gpus(self) -> int:
@@ -77,7 +84,13 @@ def cluster_machine(here: Machine, capacity: Capacity, launcher: SlurmLauncherCo
 
 
 def shape_of(
-    layout: Layout, *, on_cpu: bool, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None = None
+    layout: Layout,
+    *,
+    on_cpu: bool,
+    capacity: Capacity,
+    launcher: SlurmLauncherConfig,
+    name: str | None = None,
+    groups: int = 0,
 ) -> tuple[Shape, list[Violation]]:
     """The shape of a layout's job, and its violations; with any, it must not be submitted.
 
@@ -87,17 +100,27 @@ def shape_of(
         layout: layout with all degrees known.
         on_cpu: whether ranks run on CPUs, even where nodes have GPUs.
         name: name of the layout, for messages.
+        groups: replica groups that the job starts, each a task of one node; 0 without fault tolerance.
     """
     if any(getattr(layout, axis) == FILL for axis in WORLD_AXES):
         raise ValueError(f"{layout} has a degree that is still to be filled")
     capacity = capacity.for_jobs(launcher)
     on_cpu = on_cpu or not capacity.devices_per_node
-    cpus = _cpus_per_task(on_cpu, capacity, launcher)
-    nodes, tasks, violations = _spread(layout, _most_tasks(on_cpu, cpus, capacity), launcher, name)
-    gpus = 0 if on_cpu else tasks * (launcher.gpus_per_task or 1)
+    in_task = layout.world_size if groups else 1
+    cpus = in_task * _cpus_per_task(on_cpu, capacity, launcher)
+    most = _most_tasks(on_cpu, cpus, capacity, in_task)
+    nodes, tasks, violations = _spread(groups or layout.world_size, bool(groups), most, launcher, name)
+    gpus = 0 if on_cpu else tasks * in_task * (launcher.gpus_per_task or 1)
     shape = Shape(
-        nodes=nodes, tasks_per_node=tasks, gpus_per_node=gpus, cpus_per_task=cpus, minutes=launcher.timeout_min
+        nodes=nodes,
+        tasks_per_node=tasks,
+        gpus_per_node=gpus,
+        cpus_per_task=cpus,
+        minutes=launcher.timeout_min,
+        groups=groups,
     )
+    if groups:
+        violations = [*_groups_beyond_node(shape, layout.world_size, capacity, launcher, name), *violations]
     if not violations:
         about = shape, capacity, launcher, name
         violations = [*_beyond_node(*about), *_beyond_partition(*about)]
@@ -114,19 +137,38 @@ def _cpus_per_task(on_cpu: bool, capacity: Capacity, launcher: SlurmLauncherConf
     return max(1, capacity.cpus_per_node // capacity.devices_per_node) * (launcher.gpus_per_task or 1)
 
 
-def _most_tasks(on_cpu: bool, cpus: int, capacity: Capacity) -> int | None:
-    """Ranks that fit on a node; None where its CPUs are unknown."""
+def _most_tasks(on_cpu: bool, cpus: int, capacity: Capacity, in_task: int) -> int | None:
+    """Tasks of so many ranks that fit on a node, at least one; None where its CPUs are unknown."""
     if not on_cpu:
-        return capacity.devices_per_node
+        return max(1, capacity.devices_per_node // in_task)
     return None if capacity.cpus_per_node is None else max(1, capacity.cpus_per_node // cpus)
 
 
+def _groups_beyond_node(
+    shape: Shape, ranks: int, capacity: Capacity, launcher: SlurmLauncherConfig, name: str | None
+) -> Iterator[Violation]:
+    """What would cut a replica group of so many ranks, which is one task of a node."""
+    if launcher.gpus_per_task is not None:
+        rule = f"a task is a replica group, whose {_count(ranks, 'rank')} take a GPU each"
+        yield Violation(f"{_LAUNCHER}.gpus_per_task", launcher.gpus_per_task, rule, "leave it out")
+    has = None
+    if shape.gpus_per_node and ranks > capacity.devices_per_node:
+        has = _count(capacity.devices_per_node, "GPU")
+    elif capacity.cpus_per_node is not None and shape.cpus_per_task > capacity.cpus_per_node:
+        has = _count(capacity.cpus_per_node, "CPU")
+    if has is not None:
+        rule = f"a replica group of {_count(ranks, 'rank')} is started on one node, and a node has {has}"
+        fix = "choose a smaller layout, or start each group as a job of its own (ft.lighthouse)"
+        yield Violation("parallel", name or ABSENT, rule, fix)
+
+
 def _spread(
-    layout: Layout, most: int | None, launcher: SlurmLauncherConfig, name: str | None
+    ranks: int, in_groups: bool, most: int | None, launcher: SlurmLauncherConfig, name: str | None
 ) -> tuple[int, int, list[Violation]]:
-    """Number of nodes, tasks on each, and violations where the ranks cannot be spread like that."""
-    ranks, nodes, tasks = layout.world_size, launcher.nodes, launcher.tasks_per_node
-    what = f"{name or 'the layout'} has {_count(ranks, 'rank')}"
+    """Number of nodes, tasks on each, and violations where the tasks cannot be spread like that."""
+    nodes, tasks = launcher.nodes, launcher.tasks_per_node
+    unit = "replica group" if in_groups else "rank"
+    what = f"{'the run' if in_groups else name or 'the layout'} has {_count(ranks, unit)}"
     if nodes is not None and tasks is not None:
         rule = f"{what}, and {_count(nodes, 'node')} of {_count(tasks, 'task')} are {nodes * tasks}"
         fault = Violation(f"{_LAUNCHER}.tasks_per_node", tasks, rule, "leave out one of nodes and tasks_per_node")
@@ -151,6 +193,8 @@ def _spread(
     if ranks % nodes == 0:
         return nodes, ranks // nodes, []
     even = next(count for count in range(nodes, ranks + 1) if ranks % count == 0)
+    if in_groups:
+        return even, ranks // even, []
     fault = Violation(
         "parallel",
         name or ABSENT,
@@ -165,7 +209,7 @@ def _beyond_node(
 ) -> Iterator[Violation]:
     """Faults of requesting more than a node has. Each names the setting that decides, or that spread the ranks."""
     spread = _first_set(launcher, "tasks_per_node", "nodes") or ("parallel", name or ABSENT)
-    ranks = _count(shape.tasks_per_node, "rank")
+    ranks = _count(shape.tasks_per_node, shape.task)
     if shape.gpus_per_node > capacity.devices_per_node:
         several = launcher.gpus_per_task is not None and launcher.gpus_per_task > 1
         path, value = (f"{_LAUNCHER}.gpus_per_task", launcher.gpus_per_task) if several else spread

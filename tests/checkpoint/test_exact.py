@@ -19,11 +19,15 @@ pytestmark = pytest.mark.slow
 
 LAYOUTS = {"single": 1, "ddp2": 2, "fsdp4": 4, "fsdp2_tp2": 4, "fsdp2_pp2": 4}
 """Layouts and their ranks."""
-STEPS = 9
+STEPS = 6
 CASES = [
-    *((layout, backend, 0, "disabled") for layout in LAYOUTS for backend in ("file", "dcp")),
-    *((layout, backend, 2, "async") for layout in LAYOUTS for backend in ("file", "dcp")),
-]
+    *((layout, backend, 0, "disabled") for layout in ("single", "ddp2") for backend in ("file", "dcp")),
+    *((layout, backend, 2, "async") for layout in ("single", "ddp2") for backend in ("file", "dcp")),
+    # Four ranks take as long as all of those: each backend and each way of saving is there, in pairs that alternate.
+    ("fsdp4", "dcp", 0, "disabled"), ("fsdp4", "file", 2, "async"),
+    ("fsdp2_tp2", "file", 0, "disabled"), ("fsdp2_tp2", "dcp", 2, "async"),
+    ("fsdp2_pp2", "dcp", 0, "disabled"), ("fsdp2_pp2", "file", 2, "async"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of(layout: str) -> list[dict[str, Any]]:
         if layout not in found:
             root = str(tmp_path_factory.mktemp(layout))
-            found[layout] = run(train, LAYOUTS[layout], root, layout, {"checkpoint": {"interval": 100}})
+            found[layout] = run(train, LAYOUTS[layout], root, layout, {"steps": STEPS, "checkpoint": {"interval": 100}})
         return found[layout]
 
     return of
@@ -45,7 +49,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_killed_run_goes_on_exactly(
     uninterrupted: Any, tmp_path: Path, layout: str, backend: str, workers: int, mode: str
 ) -> None:
-    changes: dict[str, Any] = {"checkpoint": {"backend": backend, "async_mode": mode, "interval": 1}}
+    changes: dict[str, Any] = {
+        "steps": STEPS, "checkpoint": {"backend": backend, "async_mode": mode, "interval": 1},
+    }  # fmt: skip
     if workers:
         changes["dataloader"] = {"num_workers": workers}
     kill_at = random.Random(f"{layout} {backend} {workers}").randrange(2, STEPS)

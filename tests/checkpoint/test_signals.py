@@ -79,8 +79,7 @@ def test_what_it_says_goes_on_does(tmp_path: Path) -> None:
     assert done.last["step"] == str(facts.step + 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda item: item.name)
-@pytest.mark.parametrize("to", ["command", "one rank"])
+@pytest.mark.parametrize(("to", "number"), [("command", signal.SIGUSR1), ("one rank", signal.SIGTERM)])
 def test_ranks_save_at_the_same_step(tmp_path: Path, number: signal.Signals, to: str) -> None:
     more = ["dataloader.num_workers=1"] if to == "command" else []  # loader workers must not die of it
     with started(arguments(tmp_path, "fsdp2", *more), cwd=tmp_path, env=PATH) as process:

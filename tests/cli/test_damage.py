@@ -17,7 +17,7 @@ import pytest
 from danling_conf.cli.main import main
 from tests.support.records import ATTEMPT, write_run, write_sweep_of
 
-pytestmark = [pytest.mark.composition, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 COMPLETED = {"status": "completed", "score": 1.5, "error": None}
 FAILED = {"status": "failed", "score": None, "error": "broken"}

@@ -75,7 +75,8 @@ def test_its_own_test_passes(task, tmp_path):
 def test_it_runs_in_several_processes(tmp_path):
     main(["init", str(tmp_path), "--task", "lm"])
     layout = "tp2"
-    done = run(tmp_path / "train.py", f"parallel={layout}", "steps=12", "depth=1", PYTHONPATH=str(REPOSITORY))
+    short = ("steps=2", "scheduler.warmup_steps=0", "depth=1", "val_fraction=0.01")
+    done = run(tmp_path / "train.py", f"parallel={layout}", *short, PYTHONPATH=str(REPOSITORY))
     assert done.code == 0, done.err
     assert "val.loss=" in done.out.splitlines()[-1]
     assert len(list(tmp_path.rglob("rank-*.log"))) == parse_layout(layout).world_size

@@ -18,8 +18,6 @@ from danling_conf.cli.pages.parallel import Axis, parallel_coordinates
 from danling_conf.cli.pages.scales import scale_of, short, thinned
 from tests.support.sweeps import write_sweep
 
-pytestmark = pytest.mark.composition
-
 
 def svg_of(chart: Html) -> ElementTree.Element:
     """The chart's SVG, which parses."""

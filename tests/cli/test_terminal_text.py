@@ -12,8 +12,6 @@ from danling_conf.schema.printable import printable, printable_lines, printable_
 from danling_conf.topology.violation import ConfigRefused, Violation
 from tests.support.records import write_sweep_of
 
-pytestmark = pytest.mark.composition
-
 HOSTILE = "gone\x1b[2J\r\x07 \u202etxt\udcff"
 
 

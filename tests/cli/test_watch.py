@@ -12,10 +12,9 @@ import pytest
 
 from danling_conf.cli.main import main
 from danling_conf.records.ledger import Ledger
-from danling_conf.records.ranks import look_at
+from danling_conf.records.membership import Event, note
+from danling_conf.records.ranks import GONE_WITH_GROUP, look_at
 from danling_conf.records.run_lock import RunLock
-
-pytestmark = pytest.mark.composition
 
 ATTEMPT = "20260101-000000"
 NOW = 1_000_000.0
@@ -105,6 +104,22 @@ def test_a_rank_that_others_wait_for_is_stuck_though_its_heart_beats(tmp_path: P
     beat(run, 0, state="waiting in a collective", state_since=NOW - 5)
     beat(run, 2, state="waiting in a collective", state_since=NOW - 4)
     assert look_at(run, NOW).stuck == []
+
+
+def test_ranks_of_a_group_that_is_started_again_are_not_stuck(tmp_path: Path) -> None:
+    """What they wrote last is of the start that died; the others train on."""
+    run, now = make_run(tmp_path), time.time()
+    for event in (Event.STARTED, Event.JOINED, Event.DIED, Event.STARTED):
+        note(run / "attempts" / ATTEMPT, 1, event, why="ended by SIGKILL" if event is Event.DIED else "")
+    for rank in range(3):
+        beat(
+            run, rank, now=now, group=int(rank == 1), written=now - (9 if rank == 1 else 0), step=1 if rank == 1 else 5
+        )
+    seen = look_at(run, now)
+    assert (seen.stuck, seen.slowest) == ([], None)
+    assert [each.state for each in seen.ranks] == ["training", GONE_WITH_GROUP, "training"]
+    beat(run, 1, now=now + 1, group=1, state="starting", written=now + 1)  # the next start speaks
+    assert look_at(run, now + 1).ranks[1].state == "starting"
 
 
 def test_a_rank_without_a_heartbeat_is_missed(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tests.support.settings import settings as declared
 
 pytestmark = pytest.mark.slow
 
-LINES, JOBS, COMMANDS = 280, 240, 40
+LINES, JOBS, COMMANDS = 120, 120, 20
 SETTINGS = dict(declared())
 DERIVED = ("stack", "parallel.axes.")
 """Settings whose value may be filled in by the check."""

@@ -20,7 +20,7 @@ from danling_conf.checkpoint.background import SaveFailed
 from danling_conf.checkpoint.folder import Folder
 from danling_conf.groups.source import layout_settings
 from tests.crash.killing import Layers
-from tests.support.processes import fork_ranks
+from tests.support.processes import fork_ranks, import_once
 from tests.support.small import Pairs, loss
 
 SIZE = 2_200_000
@@ -80,6 +80,7 @@ def mount(*words: str) -> None:
 def main(root: Path) -> None:
     cases = [("single", 1, "file", "disabled"), ("single", 1, "file", "async"), ("fsdp2", 2, "dcp", "disabled"),
              ("fsdp2", 2, "dcp", "async")]  # fmt: skip
+    import_once()
     for layout, ranks, backend, mode in cases:
         for fault in ("full", "read-only"):
             folder = root / f"{layout}-{backend}-{mode}-{fault}"

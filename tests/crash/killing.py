@@ -8,6 +8,7 @@ is trained again must end with the same weights as before.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import mmap
@@ -52,9 +53,12 @@ class Case:
     ranks: int
     backend: str
     mode: str
+    zero: int | None = None
+    """Stage of ZeRO, on `stack=deepspeed`."""
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.backend}, {self.mode}"
+        zero = "" if self.zero is None else f", ZeRO {self.zero}"
+        return f"{self.layout}, {self.backend}, {self.mode}{zero}"
 
 
 CASES = (
@@ -64,6 +68,7 @@ CASES = (
     Case("fsdp2", 2, "file", "disabled"),
     Case("fsdp2", 2, "dcp", "disabled"),
     Case("fsdp2", 2, "dcp", "async"),
+    Case("ddp2", 2, "file", "async", zero=2),
 )
 
 
@@ -116,6 +121,10 @@ class _Mark(logging.Handler):
 
 def kill_while_saving(root: str, case: Case, kills: int, seed: int) -> Report:
     """Kill until `kills` hits fell into saves and each phase was hit. Raises AssertionError if one does not survive."""
+    if case.zero is not None:
+        # Once, and not in every rank that is forked.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        importlib.import_module("deepspeed")
     report, chance = Report(case), random.Random(f"{case} {seed}")
     memory = mmap.mmap(-1, 4096)
     weights: dict[int, int] = {}
@@ -176,7 +185,9 @@ def _settings(root: str, case: Case) -> danling_conf.RunnerConfig:
         "eval_interval": 100_000, "dataloader": {"batch_size": 4}, "optim": {"type": "adamw", "lr": 0.001},
         "checkpoint": {"interval": 1, "keep_latest_k": 2, "backend": case.backend, "async_mode": case.mode},
     }  # fmt: skip
-    return danling_conf.resolve(OmegaConf.to_container(OmegaConf.merge(settings, layout_settings(case.layout))))
+    zero = {"stack": "deepspeed", "deepspeed": {"zero_optimization": {"stage": case.zero}}}
+    parts = settings, layout_settings(case.layout), {} if case.zero is None else zero
+    return danling_conf.resolve(OmegaConf.to_container(OmegaConf.merge(*parts)))
 
 
 def _kill_in(phase: str, pids: list[int], memory: mmap.mmap, chance: random.Random) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,17 +17,21 @@ from torch.distributed.tensor import DTensor
 from danling_conf.components import gradients, precision
 from danling_conf.groups.layout_names import parse_layout
 from danling_conf.parallel import context, mesh, tensor
+from danling_conf.parallel import pipeline as pipelines
+from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.forward_backward import Passes
 from danling_conf.parallel.graph import compiled_update
-from danling_conf.parallel.model import Assembled, assemble
+from danling_conf.parallel.model import Assembled, assemble, with_engine
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
+from danling_conf.schema.deepspeed import DeepspeedConfig, ZeroConfig
 from danling_conf.schema.fsdp import FsdpConfig, OffloadPolicyConfig
+from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import data_rank
 from models.decoder import Decoder, DecoderConfig
 
-GLOBAL_BATCH, STEPS, LENGTH, VOCABULARY = 16, 3, 16, 32
+GLOBAL_BATCH, STEPS, LENGTH, VOCABULARY = 16, 2, 16, 32
 IGNORED = -100
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
@@ -51,6 +57,8 @@ class Cell:
     max_norm: float | None = None
     graph: bool = False
     """Forward, loss and backward are one graph, and the optimizer's step is another."""
+    zero: int | None = None
+    """Stage of ZeRO, in whose engine the model is then. It keeps no gradients to compare."""
     weighted: bool = False
     """Labels are masked, unequally on every rank; the loss gives a sum and its count."""
     fault: str | None = None
@@ -73,18 +81,26 @@ class Trained:
     initial: dict[str, Tensor]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    schedules: set[str] = field(default_factory=set)
+    """Of the pipeline, as torch was asked for them."""
 
 
 def model_of(cell: Cell) -> nn.Module:
     """A decoder small enough for any rank, with numbers that every degree up to 4 divides."""
+    layout, depth = parse_layout(cell.layout), depth_of(cell)
     if cell.family is not None:
-        return library_model(cell.family, cell.model)
-    experts = parse_layout(cell.layout).expert > 1 or parse_layout(cell.layout).expert_tensor > 1
+        return library_model(cell.family, {"num_hidden_layers": depth, **cell.model})
+    experts = layout.expert > 1 or layout.expert_tensor > 1
     settings = {
-        "width": 32, "depth": 4, "heads": 4, "kv_heads": 4 if "tp4" in cell.layout else 2, "hidden": 48,
+        "width": 32, "depth": depth, "heads": 4, "kv_heads": 4 if "tp4" in cell.layout else 2, "hidden": 48,
         "context": LENGTH, "vocab_size": VOCABULARY, "experts": 4 if experts else 0, **cell.model,
     }  # fmt: skip
     return Decoder(DecoderConfig(**settings))
+
+
+def depth_of(cell: Cell) -> int:
+    """A first and a last block; four where stages share them."""
+    return 2 if parse_layout(cell.layout).pipeline == 1 else 4
 
 
 def library_model(family: str, settings: dict[str, Any]) -> nn.Module:
@@ -92,7 +108,7 @@ def library_model(family: str, settings: dict[str, Any]) -> nn.Module:
     import transformers
 
     sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "head_dim": 8,
         "pad_token_id": 0, "tie_word_embeddings": False, **settings,
     }  # fmt: skip
@@ -115,18 +131,26 @@ def batches(weighted: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def parallel_of(cell: Cell) -> dict[str, Any]:
-    """A cell's settings of `parallel`; four microbatches beside tensor or context parallelism, unless it says how many.
+    """A cell's settings of `parallel`; a microbatch a stage beside tensor or context parallelism, unless set.
 
-    Every microbatch of such a stage is many small collectives: sixteen, one for each sample, take four times as long.
+    Every microbatch of such a stage is many small collectives: sixteen, one for each sample, take many times as long.
     """
     layout = parse_layout(cell.layout)
     counted = {"pipeline_microbatch_size", "pipeline_n_microbatches"} & cell.parallel.keys()
     few = layout.pipeline > 1 and layout.tensor * layout.context > 1 and not counted
-    return {**({"pipeline_n_microbatches": 4} if few else {}), **cell.parallel}
+    return {**({"pipeline_n_microbatches": layout.pipeline} if few else {}), **cell.parallel}
 
 
 def train(cell: Cell, kind: str = "cpu") -> Trained:
-    """Three SGD steps on this rank: losses of the global batch, gradients of the first step and weights in full.
+    """As `_train`, with the schedules that the pipeline took."""
+    with mock.patch.object(pipelines, "get_schedule_class", wraps=pipelines.get_schedule_class) as asked:
+        return replace(_train(cell, kind), schedules={call.args[0] for call in asked.call_args_list})
+
+
+def _train(cell: Cell, kind: str) -> Trained:
+    """Two SGD steps on this rank: losses of the global batch, gradients of the first step and weights in full.
+
+    The second step is the one with momentum, and with what the first has set up.
 
     Args:
         kind: type of the device; the ranks' process group is gloo's on any.
@@ -146,10 +170,16 @@ def train(cell: Cell, kind: str = "cpu") -> Trained:
         parallel=ParallelConfig(**parallel_of(cell)),
         expert_mesh=mesh.make_expert(layout, made),
         precision=cell.precision,
+        for_engine=cell.zero is not None,
     )
     inject(cell, assembled)
     if cell.fault is not None:
         assembled = replace(assembled, prove_layout=None)  # the matrix has to notice by itself
+    initial = {clean(name): full(item.detach()) for name, item in assembled.named_parameters()}
+    parameters = [parameter for _, parameter in assembled.named_parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    if cell.zero is not None:
+        assembled = with_engine(assembled, engine_of(cell, assembled, optimizer, layout, device), made)
     autocast = functools.partial(precision.autocast, None if layout.fsdp else cell.precision, kind)
     loss = weighted_loss if cell.weighted and cell.fault != "mean" else mean_loss
     section = CompileConfig(**cell.compile)
@@ -162,12 +192,10 @@ def train(cell: Cell, kind: str = "cpu") -> Trained:
         autocast=autocast,
         graph=section if cell.graph else None,
     )
-    parameters = [parameter for _, parameter in assembled.named_parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-    update = compiled_update(optimizer, section) if cell.graph else optimizer.step
+    engine = assembled.engine
+    update = compiled_update(optimizer, section) if cell.graph else optimizer.step if engine is None else engine.step
     rank, degree = data_rank(layout, dist.get_rank() if dist.is_initialized() else 0), layout.data_degree
     pipeline = assembled.pipeline
-    initial = {clean(name): full(item.detach()) for name, item in assembled.named_parameters()}
     result = Trained([], [], initial, {}, {})
     for step, batch in enumerate(batches(cell.weighted)):
         own = [item.chunk(degree)[rank].to(device).chunk(cell.accumulate) for item in batch]
@@ -177,18 +205,37 @@ def train(cell: Cell, kind: str = "cpu") -> Trained:
             measured = passes.train(micro, micro_batches=cell.accumulate, last=index == cell.accumulate - 1)
             total += torch.stack([measured.total, torch.as_tensor(measured.weight, dtype=torch.float32, device=device)])
         passes.finish(parameters)
-        if cell.max_norm is not None:
+        if cell.max_norm is not None and engine is None:
             group = None if pipeline is None else pipeline.group
             result.norms.append(gradients.clip(parameters, cell.max_norm, pipeline=group).item())
-        if step == 0:
+        if step == 0 and engine is None:
             result.gradients = {clean(name): full(item.grad) for name, item in assembled.named_parameters()}
         update()
-        optimizer.zero_grad()
+        if engine is None:
+            optimizer.zero_grad()
+        elif cell.max_norm is not None:
+            result.norms.append(float(engine.norm))
         if dist.is_initialized():
             dist.all_reduce(total)
         result.losses.append((total[0] / total[1]).item())
-    result.weights = {clean(name): full(item.detach()) for name, item in assembled.named_parameters()}
+    with nullcontext() if engine is None else engine.whole_weights():
+        result.weights = {clean(name): full(item.detach()) for name, item in assembled.named_parameters()}
     return result
+
+
+def engine_of(
+    cell: Cell, assembled: Assembled, optimizer: torch.optim.Optimizer, layout: Layout, device: torch.device
+) -> ZeroEngine:
+    assert cell.zero is not None
+    return ZeroEngine(
+        assembled.module,
+        optimizer,
+        DeepspeedConfig(zero_optimization=ZeroConfig(stage=cell.zero)),
+        batch_size=GLOBAL_BATCH // layout.data_degree // cell.accumulate,
+        max_norm=cell.max_norm,
+        device=device,
+        local_rank=dist.get_rank(),
+    )
 
 
 @functools.cache
@@ -198,8 +245,9 @@ def _alone(family: str | None, model: tuple[tuple[str, Any], ...], max_norm: flo
 
 def alone(cell: Cell) -> Trained:
     """What a single process makes of the same batches, in fp32 and with nothing beside."""
-    settings = cell.model if cell.family else vars(model_of(cell).config)
-    return _alone(cell.family, tuple(settings.items()), cell.max_norm, cell.weighted)
+    settings = {"num_hidden_layers": depth_of(cell), **cell.model} if cell.family else vars(model_of(cell).config)
+    found = _alone(cell.family, tuple(settings.items()), cell.max_norm, cell.weighted)
+    return found if cell.zero is None else replace(found, gradients={})
 
 
 def largest_error(found: Trained, expected: Trained) -> float:
@@ -211,6 +259,8 @@ def largest_error(found: Trained, expected: Trained) -> float:
     errors = [abs(mine - theirs) / abs(theirs) for mine, theirs in zip(found.losses, expected.losses, strict=True)]
     errors += [abs(mine - theirs) / abs(theirs) for mine, theirs in zip(found.norms, expected.norms, strict=True)]
     for mine, theirs in ((found.gradients, expected.gradients), (found.weights, expected.weights)):
+        if not theirs:  # ZeRO keeps no gradients
+            continue
         floor = 1e-3 * torch.stack([value.norm() for value in theirs.values()]).norm()
         errors += [((mine[name] - theirs[name]).norm() / theirs[name].norm().clamp(floor)).item() for name in mine]
     return max(errors)

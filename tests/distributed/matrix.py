@@ -43,6 +43,11 @@ VARIANTS = (
     Cell(layout="single", variant="one graph, unequal tokens, clipping", compile=EAGER, graph=True, accumulate=2,
          max_norm=0.1, weighted=True),
     *(
+        Cell(layout="ddp2", variant=f"ZeRO {stage}, unequal tokens, clipping", zero=stage, accumulate=2, max_norm=0.1,
+             weighted=True)
+        for stage in (1, 2, 3)
+    ),
+    *(
         Cell(
             layout=layout,
             variant=schedule,
@@ -159,6 +164,8 @@ def error_of(cell: Cell, timeout: float = 120) -> float:
     expected = alone(cell)
 
     def check(ranks: list[Trained]) -> float:
+        if parse_layout(cell.layout).pipeline > 1:
+            assert all(rank.schedules == {cell.parallel.get("pipeline_schedule", "1F1B")} for rank in ranks)
         error = largest_error(joined(ranks, expected), expected)
         assert passes(cell, error), f"{cell}: the largest error is {error:.1e}, the tolerance {tolerance_of(cell):.0e}"
         return error

@@ -54,7 +54,7 @@ _HEAD = """# Models
 
 What becomes of models that nobody here wrote, small and in fp32, under layouts of two ranks: families of transformers,
 then modules of torch in the ways users write them (`tests/support/families.py`). `equal`: bitwise the same initial
-weights, and the same gradients and weights after three steps as in one process, to a relative error of {error:g}.
+weights, and the same gradients and weights after two steps as in one process, to a relative error of {error:g}.
 `refused`: before the first step, by the sentence below the table, which names the first such model.
 
 `ddp2` and `fsdp2` are data axes, `tp2` splits layers by the model's own plan, `pp2` is a pipeline, and `cp2` splits

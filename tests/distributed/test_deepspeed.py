@@ -158,6 +158,24 @@ def test_every_stage_is_one_process(root: str, degree: int) -> None:
             close(found, alone(root, variant))
 
 
+def on_stacks(root: str) -> dict[str, tuple[bool, bool]]:
+    """Whether the optimizer's step is one graph, and whether the model is in the hands of an engine."""
+    found = {}
+    for stack in ("auto", "parallel", "graph", "deepspeed"):
+        run = runner(root, {"stack": stack})
+        run.prepare(Net, {"train": Pairs(56)}, loss=loss)
+        found[stack] = (run.setup.compiled_update is not None, run.setup.assembled.engine is not None)
+        run.close()
+    return found
+
+
+def test_the_stack_is_the_one_that_was_chosen(root: str) -> None:
+    wanted = {"auto": (False, False), "parallel": (False, False), "graph": (True, False), "deepspeed": (False, True)}
+    assert shared(on_stacks, 1, root) == [wanted]
+    with pytest.raises(ConfigRefused, match="stack"):  # it is for layouts that only replicate
+        runner(root, {"stack": "ddp", "fsdp": {"enabled": True}})
+
+
 def held(root: str, stage: int) -> dict[str, Any]:
     """What a rank holds between two steps, as shares of the parameters."""
     run = runner(root, settings_of(2, {}, stage))

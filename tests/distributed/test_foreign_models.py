@@ -47,7 +47,7 @@ from tests.support.spawn import run
 
 pytestmark = pytest.mark.slow
 
-SIZE, STEPS, SEED, MICROBATCHES = 8, 3, 7, 2
+SIZE, STEPS, SEED, MICROBATCHES = 8, 2, 7, 2
 LIMIT_SECONDS = 1500
 """For all cells in one world of two ranks; on two free cores they take a fraction of it."""
 

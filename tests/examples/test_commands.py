@@ -33,7 +33,6 @@ COMMANDS = {
         TRAIN,
         "parallel=fsdp2_ep2",
         "model.experts=4",
-        "compile=aot_eager",
         "accum_steps=2",
         "max_grad_norm=1.0",
         *SHORT,

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import danling_conf
-from danling_conf.components.device_peaks import peak_flops
-from danling_conf.runner.observe.flops import model_flops
+from danling_conf.runner.observe.flops import model_flops, peak_flops
 from danling_conf.runner.observe.nonfinite import NotFinite
 from danling_conf.runner.observe.out_of_memory import OutOfMemory
 from models.decoder import Decoder

@@ -28,7 +28,7 @@ TOLERANCE = {"cpu": 2e-5, "cuda": 2e-4}
 
 
 def against_one_process(place: places.Place) -> Figures:
-    """Losses, gradients and weights after three steps of two ranks, beside one process on the same device."""
+    """Losses, gradients and weights after two steps of two ranks, beside one process on the same device."""
     figures: Figures = {}
     failed = []
     # In a process of its own: this one holds no CUDA context beside its ranks'.
@@ -38,7 +38,8 @@ def against_one_process(place: places.Place) -> Figures:
         layout = "fsdp2_ep2" if name == "ep2" else name
         expected = alone[name == "ep2"]
         try:
-            error = largest_error(joined(shared(train, 2, Cell(layout=layout), place.device), expected), expected)
+            cell = Cell(layout=layout, model=sizes(name == "ep2"))
+            error = largest_error(joined(shared(train, 2, cell, place.device), expected), expected)
         except AssertionError as failure:
             failed.append(name)
             figures[name] = str(failure).strip().splitlines()[-1]
@@ -52,7 +53,7 @@ def against_one_process(place: places.Place) -> Figures:
 
 
 def sizes(experts: bool) -> dict[str, int]:
-    return {"experts": 4} if experts else {}
+    return {"depth": 4, **({"experts": 4} if experts else {})}
 
 
 def collective_timeout(place: places.Place) -> Figures:

@@ -15,8 +15,6 @@ from danling_conf.groups.layout_names import (
 )
 from danling_conf.schema import FILL, Layout
 
-pytestmark = pytest.mark.composition
-
 degree = st.integers(1, 4096)
 above_one = st.integers(2, 4096)
 others = {"tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "expert", "etp": "expert_tensor"}

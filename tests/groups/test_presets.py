@@ -33,9 +33,9 @@ def leaves(config):
 
 
 @pytest.fixture(scope="module")
-def chosen_alone(composing):
-    """The settings under one preset of one group; each is composed once."""
-    return cache(lambda group, name: leaves(composing.compose([f"{group}={name}"])))
+def under(composing):
+    """The settings under one choice, such as `optim=sgd`; each is composed once."""
+    return cache(lambda choice: leaves(composing.compose([choice, "steps=3"])))
 
 
 def test_every_group_has_its_default_choice():
@@ -44,10 +44,9 @@ def test_every_group_has_its_default_choice():
 
 
 @pytest.mark.parametrize(("group", "name"), PRESETS, ids=lambda value: value)
-def test_a_preset_changes_what_it_names(composing, group, name):
+def test_a_preset_changes_what_it_names(under, group, name):
     """Every setting it names has its value, and against the bare schema nothing else differs."""
-    bare = leaves(composing.compose([f"~{group}", "steps=3"]))
-    changed = leaves(composing.compose([f"{group}={name}", "steps=3"]))
+    bare, changed = under(f"~{group}"), under(f"{group}={name}")
     preset = GROUPS[group][name]
     prefix = "" if preset.package == GLOBAL else f"{group}."
     named = {prefix + path: value for path, value in flatten(dict(preset.settings)).items()}
@@ -61,11 +60,11 @@ def test_a_preset_changes_what_it_names(composing, group, name):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_presets_of_a_group_differ_from_each_other(chosen_alone, group):
+def test_presets_of_a_group_differ_from_each_other(under, group):
     names = list(GROUPS[group])
     for index, name in enumerate(names):
         for other in names[index + 1 :]:
-            assert chosen_alone(group, name) != chosen_alone(group, other), f"{group}={name} is {group}={other}"
+            assert under(f"{group}={name}") != under(f"{group}={other}"), f"{group}={name} is {group}={other}"
 
 
 @pytest.mark.parametrize(("group", "name"), PRESETS, ids=lambda value: value)

@@ -13,8 +13,6 @@ import danling_conf
 from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED, Status, exit_code_of_signal
 from tests.support.documents import DOCUMENTS, GENERATED, REPOSITORY
 
-pytestmark = pytest.mark.composition
-
 TOPS = "danling_conf|hydra_plugins|examples|conf|tests|benchmarks|constraints|docs"
 OF_A_USER = {"conf/after.yaml", "conf/experiment", "conf/optim", "conf/optim/split.yaml", "conf/parallel/mine.yaml",
              "conf/profile/slurm.yaml"}  # fmt: skip

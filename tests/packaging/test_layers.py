@@ -14,8 +14,6 @@ import pytest
 import danling_conf
 from tests.support.command_line import poisoned_torch, write_app
 
-pytestmark = pytest.mark.composition
-
 PACKAGE = Path(danling_conf.__file__).parent
 
 COMPOSING = {"schema", "topology", "config", "records"}

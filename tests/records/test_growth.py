@@ -20,8 +20,6 @@ from danling_conf.records.state import RunState
 from danling_conf.records.status import Status
 from danling_conf.schema import files
 
-pytestmark = pytest.mark.composition
-
 ATTEMPT = "20260101-000000"
 
 

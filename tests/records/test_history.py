@@ -6,12 +6,8 @@ import json
 import random
 from pathlib import Path
 
-import pytest
-
 from danling_conf.records.history import MOST_INTERVALS, Curve, read_history
 from danling_conf.records.metrics import metrics_file, read_metrics, series
-
-pytestmark = pytest.mark.composition
 
 
 def test_a_curve_of_few_points_is_whole_and_a_long_one_keeps_its_extremes() -> None:

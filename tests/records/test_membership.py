@@ -12,8 +12,6 @@ from danling_conf.records.membership import Event, changes_of, has_happened, mem
 from danling_conf.records.run_lock import LeadLock
 from danling_conf.schema.files import MEMBERSHIP
 
-pytestmark = pytest.mark.composition
-
 
 @pytest.fixture
 def attempt(tmp_path: Path) -> Path:
@@ -57,7 +55,7 @@ def test_watch_says_who_is_missing_and_why(attempt: Path) -> None:
     lines = watch._groups(members_of(changes_of(attempt))).plain.splitlines()
     assert lines[0] == "1 of 2 replica groups take part"
     assert lines[1].startswith("  group 0: starting for ")
-    assert lines[1].endswith("start 2, after ended by SIGKILL")
+    assert lines[1].endswith("start 2 (before: ended by SIGKILL)")
 
 
 def test_one_group_leads_at_a_time(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from danling_conf.records.metrics import PRODUCTIVE, goodput, metrics_file, read
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.topology.violation import ConfigRefused
 
-pytestmark = pytest.mark.composition
-
 
 def line(attempt: str, step: int, time: float, **scalars: float) -> str:
     return json.dumps({"time": time, "attempt": attempt, "step": step, "epoch": 0, **scalars}) + "\n"

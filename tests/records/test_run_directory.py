@@ -19,7 +19,7 @@ from danling_conf.records.run_directory import Attempt, claim, newest_run, owner
 from danling_conf.records.run_lock import LostRun, RankLock, is_live
 from danling_conf.schema.files import RUN_FILE
 
-pytestmark = [pytest.mark.composition, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 CLAIM = """
 import sys, danling_conf

@@ -10,8 +10,6 @@ import pytest
 
 from tests.support.settings import documented
 
-pytestmark = pytest.mark.composition
-
 TESTS = Path(__file__).parents[1]
 LINES = [line for line in Path(__file__).with_name("proofs.tsv").read_text().splitlines() if not line.startswith("#")]
 PROOFS = dict(line.split("\t") for line in LINES)

@@ -1,7 +1,8 @@
 """An app that trains a tiny model in replica groups, and notes a digest of every rank's weights at every step.
 
-`data.digests` is the folder of the notes, a file a rank; `data.pause` the seconds that a step takes at least. The loss
-is a sum and its count, and batches count differently.
+`data.digests` is the folder of the notes, a file a rank; `data.pause` the seconds that a step takes at least;
+`data.until` a file that ends the training when it is there. The loss is a sum and its count, and batches count
+differently.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ def app(config: Any) -> float:
                 "rank": number % started.ranks.world_size,
                 "digest": digest.hexdigest()[:16],
                 "epoch": runner.epoch,
+                "seed": torch.initial_seed(),
                 "lr": runner.optimizer.param_groups[0]["lr"],
             }
             with open(Path(config.data["digests"]) / f"{number}.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             time.sleep(config.data.get("pause", 0.0))
+            if "until" in config.data and Path(config.data["until"]).exists():
+                runner.stop("it is enough")
 
     callbacks = [Digests()] if "digests" in config.data else []
     runner = danling_conf.Runner(config)

@@ -166,14 +166,19 @@ def _result(path: Path) -> Any:
     return value
 
 
-def _serve() -> None:
-    """Import what tests need, then fork one process a line, each for the call in the folder that the line names."""
+def import_once() -> None:
+    """Import what forked processes would otherwise import one by one."""
     for name in (
-        "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torchdata",
-        "danling_conf.runner.training", "danling_conf.config.resolve", "models.decoder",
-        "tests.support.decoder_runs", "tests.support.processes",
+        "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor", "torchdata",
+        "torch._dynamo", "danling_conf.runner.training", "danling_conf.config.resolve", "models.decoder",
+        "pytest", "tests.support.decoder_runs", "tests.support.processes",
     ):  # fmt: skip
         importlib.import_module(name)
+
+
+def _serve() -> None:
+    """Import what tests need, then fork one process a line, each for the call in the folder that the line names."""
+    import_once()
     answers = os.dup(1)
     os.dup2(2, 1)
     # Not by name: this module is `__main__` here, and what is pickled says tests.support.processes.

@@ -20,7 +20,7 @@ def app(config: Any) -> float:
     from tests.support.small import Net, Pairs, loss
 
     torch.set_num_threads(1)
-    data = config.data
+    data = {**config.data, **config.data.get("fault", {})}
     runner = danling_conf.Runner(config)
     start = current()
     assert start is not None

@@ -34,8 +34,21 @@ _PRELOADED = [
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
     "torch._dynamo",
+    # What compiling imports, and context parallelism.
+    "torch._dynamo.repro.after_dynamo",
+    "torch._functorch.partitioners",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor.experimental._attention",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
+    # What modules of tests import: a rank imports the one that its function stands in.
+    "danling_conf.runner.training",
+    "hypothesis",
+    "models.decoder",
+    "pytest",
+    "rich.live",
+    "torchdata.stateful_dataloader",
+    "torchmetrics.classification",
     __name__,
 ]
 

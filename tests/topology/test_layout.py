@@ -20,8 +20,6 @@ from danling_conf.topology.layout import (
     rank_at,
 )
 
-pytestmark = pytest.mark.composition
-
 layouts = st.builds(Layout, **{axis: st.sampled_from([1, 2, 3, 4]) for axis in Layout().degrees()}, fsdp=st.booleans())
 
 

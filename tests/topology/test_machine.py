@@ -9,8 +9,6 @@ import pytest
 from danling_conf.topology.machine import count_devices, this_machine
 from tests.support.command_line import fake_nvidia_smi
 
-pytestmark = pytest.mark.composition
-
 
 @pytest.fixture
 def four_devices(tmp_path, monkeypatch):

@@ -8,8 +8,6 @@ from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rank_environment import SINGLE, RankEnvironment, started_rank
 from danling_conf.topology.violation import ConfigRefused
 
-pytestmark = pytest.mark.composition
-
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none",
 }  # fmt: skip

@@ -100,3 +100,42 @@ def test_world_size_that_a_cluster_fills(given: dict[str, Any], expected: int) -
     machine = cluster_machine(Machine(started_world_size=3, launcher="srun"), GPUS, SlurmLauncherConfig(**given))
     assert machine.fill_world_size == expected
     assert machine.started_world_size is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "ranks", "capacity", "given", "expected"),
+    [
+        (3, 2, GPUS, {}, (1, 3, 6, 16)),
+        (3, 2, GPUS, {"nodes": 3}, (3, 1, 2, 16)),
+        (3, 8, GPUS, {}, (3, 1, 8, 64)),
+        (3, 4, GPUS, {}, (3, 1, 4, 32)),  # two on a node would leave one for the other node
+        (4, 4, GPUS, {}, (2, 2, 8, 32)),
+        (2, 2, CPUS, {"cpus_per_task": 3}, (1, 2, 0, 6)),
+        (2, 8, CPUS, {"cpus_per_task": 2}, (2, 1, 0, 16)),
+    ],
+)
+def test_replica_groups_are_tasks_with_all_of_their_ranks(
+    groups: int, ranks: int, capacity: Capacity, given: dict[str, Any], expected: tuple[int, int, int, int]
+) -> None:
+    launcher = SlurmLauncherConfig(**given)
+    found, faults = shape_of(Layout(shard=ranks), on_cpu=False, capacity=capacity, launcher=launcher, groups=groups)
+    assert (found.nodes, found.tasks_per_node, found.gpus_per_node, found.cpus_per_task) == expected
+    assert (found.groups, faults) == (groups, [])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "capacity", "given", "path", "text"),
+    [
+        (16, GPUS, {}, "parallel", "a replica group of 16 ranks is started on one node, and a node has 8 GPUs"),
+        (16, CPUS, {"cpus_per_task": 2}, "parallel", "a node has 16 CPUs"),
+        (2, GPUS, {"gpus_per_task": 1}, "hydra.launcher.gpus_per_task", "a task is a replica group"),
+        (2, GPUS, {"nodes": 2}, "hydra.launcher.nodes", "the run has 3 replica groups"),
+    ],
+)
+def test_replica_groups_that_nodes_cannot_hold(
+    ranks: int, capacity: Capacity, given: dict[str, Any], path: str, text: str
+) -> None:
+    launcher = SlurmLauncherConfig(**given)
+    _, faults = shape_of(Layout(shard=ranks), on_cpu=False, capacity=capacity, launcher=launcher, groups=3)
+    assert path in {item.path for item in faults}
+    assert text in " ".join(item.rule for item in faults)

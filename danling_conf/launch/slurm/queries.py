@@ -142,6 +142,13 @@ def show(job_id: str) -> dict[str, str]:
     return dict(item.split("=", 1) for item in run("scontrol", "-o", "show", "job", job_id).split() if "=" in item)
 
 
+def node_state(name: str) -> str:
+    """Slurm's words for a node: `IDLE`, `MIXED`, `DOWN`; with `+NOT_RESPONDING`, or `*` at the end, where it does not
+    answer. Raises SlurmUnavailable."""
+    shown = run("scontrol", "-o", "show", "node", name)
+    return next((item[6:] for item in shown.split() if item.startswith("State=")), "")
+
+
 def first_death(log: Path, since: int = 0) -> str | None:
     """The first task of a step that failed, and how, as srun printed it; None where it printed nothing.
 

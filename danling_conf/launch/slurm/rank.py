@@ -24,10 +24,11 @@ from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
 from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE, JobFile, is_consequence, write_error
 from danling_conf.records.logs import rank_log, redirect_output
-from danling_conf.records.run_directory import score_of
-from danling_conf.records.run_lock import LostRun
+from danling_conf.records.run_directory import Attempt, score_of
+from danling_conf.records.run_lock import LostRun, RunLock
 from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED, Status, outcome_of
 from danling_conf.records.stopped import Stopped, note_early_signals
+from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN
 from danling_conf.topology.rank_environment import RankEnvironment, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
@@ -92,8 +93,8 @@ def run_slurm_rank(app: App, path: Path) -> Any:
     except BaseException as error:
         outcome = outcome_of(error)
         if outcome.status is Status.REFUSED:
-            if ranks.main and not requeue.another_runs(job):
-                job.ledger.add(job.key, status=outcome.status, error=outcome.reason)
+            if ranks.main:
+                requeue.record_refusal(job, outcome)
             print(outcome.message, file=sys.stderr)
             _leave_at_once(outcome.exit_code)
         if not outcome.completed:
@@ -107,22 +108,27 @@ def run_slurm_rank(app: App, path: Path) -> Any:
     return value
 
 
-def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
+def open_here(app: App, job: JobFile) -> tuple[RunnerConfig, Attempt, RunLock]:
+    """Open an attempt of the job's run, as this start of the job. Raises ConfigRefused like `open_job`."""
     if job.ledger.records()[job.key].status == Status.CANCELLED:
         print("the job was cancelled before it started", file=sys.stderr)
         _leave_at_once(EXIT_FAILED)
-    start_number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    slurm, several = own_job(), ranks.world_size > 1
+    start_number, slurm = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()
+    return open_job(
+        job,
+        app.script,
+        fence=(slurm, start_number),
+        slurm=slurm,
+        start=start_number,
+        nodes=os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST"),
+        printed=os.fstat(2).st_size,  # everything that srun prints about this start comes after it
+    )
+
+
+def _lead(app: App, job: JobFile, ranks: RankEnvironment) -> Any:
+    several = ranks.world_size > 1
     try:
-        config, attempt, lock = open_job(
-            job,
-            app.script,
-            fence=(slurm, start_number),
-            slurm=slurm,
-            start=start_number,
-            nodes=os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST"),
-            printed=os.fstat(2).st_size,  # everything that srun prints about this start comes after it
-        )
+        config, attempt, lock = open_here(app, job)
     except ConfigRefused:
         if several:
             announce(meet(ranks), None, ranks.world_size)

@@ -140,6 +140,12 @@ def another_runs(job: JobFile) -> bool:
     return record.status == Status.RUNNING and (record.facts.get("slurm"), record.facts.get("start")) != (name, start)
 
 
+def record_refusal(job: JobFile, outcome: Outcome) -> None:
+    """Add to the ledger that the job's configuration is refused, unless another start of it runs."""
+    if not another_runs(job):
+        job.ledger.add(job.key, status=outcome.status, error=outcome.reason)
+
+
 def superseded(job: JobFile) -> bool:
     """Whether a later start of this job is running. This one is then on a lost node, and must not write any more."""
     start, name = int(os.environ.get("SLURM_RESTART_COUNT", "0")), own_job()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from danling_conf.components.batch import CountSamples, count_samples, to_device
-from danling_conf.components.device_peaks import peak_flops
+from danling_conf.topology.hardware import gpu_reported_as
 
 _log = logging.getLogger(__name__)
 
@@ -95,3 +95,22 @@ def _meta_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module | None:
 def _like(item: Tensor) -> Tensor:
     empty = torch.empty_like(item, device="meta")
     return nn.Parameter(empty, requires_grad=item.requires_grad) if isinstance(item, nn.Parameter) else empty
+
+
+def peak_flops(device: torch.device, precision: str | None) -> float | None:
+    """Most FLOP/s that a device can do in a precision (`bf16`, `fp16`, else fp32, or TF32 where torch may use it);
+    None for CPUs, and for devices that are not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return peak_of_name(name, precision, tf32=torch.get_float32_matmul_precision() != "highest")
+
+
+def peak_of_name(name: str, precision: str | None, *, tf32: bool) -> float | None:
+    """The peak of a device by its name, in FLOP/s."""
+    gpu = gpu_reported_as(name)
+    return (
+        None
+        if gpu is None
+        else gpu.peak({"bf16": "bfloat16", "fp16": "float16"}.get(precision or "", "float32"), tf32=tf32)
+    )

@@ -5,12 +5,10 @@ from __future__ import annotations
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rules import (
     axes,
-    budget,
     checkpoints,
     deepspeed,
     effect,
     fault_tolerance,
-    observability,
     optimizers,
     options,
     paths,
@@ -35,8 +33,8 @@ RULES: tuple[Rule, ...] = (
     axes.mesh_for_axes,
     axes.whole_graphs,
     axes.whole_statistics,
-    budget.one_budget,
-    budget.monitored_metric,
+    options.one_budget,
+    optimizers.monitored_metric,
     pipeline.microbatches,
     pipeline.whole_batches,
     pipeline.stage_parts,
@@ -57,7 +55,7 @@ RULES: tuple[Rule, ...] = (
     checkpoints.background_group,
     checkpoints.replica_names,
     checkpoints.exports_by_safetensors,
-    observability.installed_trackers,
+    options.installed_trackers,
     deepspeed.only_replicates,
     deepspeed.known_keys,
     deepspeed.no_contradiction,
@@ -88,7 +86,7 @@ EFFECT_RULES: tuple[EffectRule, ...] = (
     checkpoints.writing_settings,
     checkpoints.sources_to_exclude_from,
     deepspeed.settings_without_the_stack,
-    observability.settings_of_what_is_off,
+    effect.settings_of_what_is_off,
     fault_tolerance.unread_settings,
 )
 

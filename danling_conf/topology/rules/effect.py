@@ -18,6 +18,14 @@ _OF_AXIS = {
         "module_fqns_per_model_part",
     ),
 }
+_SECTIONS = {
+    "profiling": "nothing is traced",
+    "heartbeat": "no heartbeats are written",
+    "plan": "the run is not planned",
+    "wandb": "nothing goes to Weights & Biases",
+    "mlflow": "nothing goes to MLflow",
+    "ft": "there are no replica groups",
+}
 
 
 def policy_without_fsdp(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
@@ -97,3 +105,11 @@ def sources_by_priority(config: RunnerConfig, context: Context) -> Iterator[Inef
             yield Ineffective("auto_resume", "resume is given and comes first")
         if config.pretrained is not None:
             yield Ineffective("pretrained", "resume is given and comes first")
+
+
+def settings_of_what_is_off(config: RunnerConfig, context: Context) -> Iterator[Ineffective]:
+    """Settings of a section that is not enabled."""
+    for name, reason in _SECTIONS.items():
+        section = getattr(config, name)
+        if not section.enabled:
+            yield from changed(section, name, f"{reason} ({name}.enabled=false)")

@@ -70,7 +70,7 @@ def groups_meet(config: RunnerConfig, context: Context) -> Iterator[Violation]:
     if address is not None and config.seed is None:
         rule = "groups that are started one by one draw a seed each, and have to shuffle and initialise alike"
         yield Violation("seed", None, rule, "give all of them one, such as seed=0")
-    launcher = context.machine.launcher or ("the cluster" if context.machine.cluster_world_size else None)
+    launcher = context.machine.launcher
     if address is None and launcher is not None:
         rule = f"{launcher} starts the ranks of one group, which does not know where it meets the others"
         fix = "start a lighthouse, and each group with ft.lighthouse=HOST:PORT and its ft.replica_id"
@@ -97,8 +97,9 @@ def unread_settings(config: RunnerConfig, context: Context) -> Iterator[Ineffect
         return
     reasons: dict[str, str] = {}
     if lighthouse_of(config, context.machine) is None:
-        reason = "this command starts all groups, on this machine (ft.lighthouse=null)"
-        reasons |= dict.fromkeys(("replica_id", "address"), reason)
+        reasons["replica_id"] = "this command starts all groups (ft.lighthouse=null)"
+        if context.machine.cluster_world_size is None:
+            reasons["address"] = "this command starts all groups, on this machine (ft.lighthouse=null)"
     else:
         reason = "the lighthouse runs already, and groups are started one by one (ft.lighthouse)"
         reasons |= dict.fromkeys(("heartbeat_timeout_ms", "join_timeout_seconds", "max_restarts"), reason)
@@ -112,6 +113,11 @@ def unread_settings(config: RunnerConfig, context: Context) -> Iterator[Ineffect
     for name, reason in reasons.items():
         if getattr(section, name) != getattr(default, name):
             yield Ineffective(f"ft.{name}", reason)
+
+
+def starts_groups(config: RunnerConfig, machine: Machine) -> bool:
+    """Whether the command, or its job, starts the lighthouse and all replica groups."""
+    return config.ft.enabled and lighthouse_of(config, machine) is None
 
 
 def lighthouse_of(config: RunnerConfig, machine: Machine) -> str | None:

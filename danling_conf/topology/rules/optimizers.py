@@ -1,4 +1,4 @@
-"""Rules of optimizers and schedulers: whether they exist, and take the options that are given."""
+"""Rules of optimizers and schedulers: whether they exist, take the options that are given, and follow a metric."""
 
 from __future__ import annotations
 
@@ -92,4 +92,13 @@ def known_scheduler(config: RunnerConfig, context: Context) -> Iterator[Violatio
             warmup,
             f"it is longer than the run, steps={config.steps}",
             f"scheduler.warmup_steps=0, or steps={warmup} or more",
+        )
+
+
+def monitored_metric(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A monitored metric is written as split.metric."""
+    monitor = config.scheduler.monitor
+    if monitor is not None and "." not in monitor:
+        yield Violation(
+            "scheduler.monitor", monitor, "a metric is named split.metric", f"write val.{monitor} or train.{monitor}"
         )

@@ -1,4 +1,5 @@
-"""Rules of options that exclude or need each other: compile, precision, loaders, saving."""
+"""Rules of options that exclude or need each other (a run's budget, compile, precision, loaders, saving), and of what
+trackers need."""
 
 from __future__ import annotations
 
@@ -14,6 +15,16 @@ from danling_conf.topology.rules.rule import Context, compiles
 from danling_conf.topology.violation import ABSENT, Violation
 
 _INDUCTOR_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def one_budget(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A run has steps or epochs, never both."""
+    if config.steps is None and config.epochs is None:
+        yield Violation("steps", None, "a run needs a budget: steps or epochs", "set steps=1000 or epochs=10")
+    elif config.steps is not None and config.epochs is not None:
+        # One on the command line against one of a file is settled before: the typed one wins.
+        rule = f"steps and epochs exclude each other, and epochs={config.epochs} is set as well"
+        yield Violation("steps", config.steps, rule, "add epochs=null")
 
 
 def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violation]:
@@ -158,3 +169,16 @@ def targets_of_python(config: RunnerConfig, context: Context) -> Iterator[Violat
     for path, target, what in named:
         if module := of_python(target):
             yield Violation(path, target, f"Python's own {module} has no {what}", "name one of a package")
+
+
+def installed_trackers(config: RunnerConfig, context: Context) -> Iterator[Violation]:
+    """A chosen tracker must be installed: a user would learn only after the run that nothing was tracked."""
+    chosen = {
+        "tensorboard": ("tensorboard", config.tensorboard),
+        "wandb": ("wandb.enabled", config.wandb.enabled),
+        "mlflow": ("mlflow.enabled", config.mlflow.enabled),
+    }
+    for package, (path, wanted) in chosen.items():
+        if wanted and package not in context.machine.trackers:
+            fix = f"pip install danling-conf[{package}], or leave it out"
+            yield Violation(path, True, f"the package {package} is not installed", fix)

@@ -107,10 +107,15 @@ def test_the_rank_that_the_others_wait_for_is_the_slowest(tmp_path: Path, enviro
     with started(words, cwd=tmp_path, env=environment) as process:
         (run,) = wait_for(lambda: runs(tmp_path), "a run")
 
+        def trained() -> bool:
+            beats = read_heartbeats(run)
+            return len(beats) == 3 and all(beat["step"] > 20 for beat in beats.values())
+
         def named() -> Any:
             _, seen = watched(run)
-            return seen if seen["slowest"] is not None and all(each["step"] > 20 for each in seen["ranks"]) else None
+            return seen if seen["slowest"] is not None else None
 
+        wait_for(trained, "three ranks that train")
         seen = wait_for(named, "a rank to stand out")
         assert seen["slowest"] == 2
         assert seen["stuck"] == []

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from danling_conf.components.device_peaks import peak_flops, peak_of_name
 from danling_conf.records.metrics import read_metrics, series
 from danling_conf.runner.batch import default_forward
 from danling_conf.runner.observe import flops
-from danling_conf.runner.observe.flops import Utilisation
+from danling_conf.runner.observe.flops import Utilisation, peak_flops, peak_of_name
 from tests.support.small import CLASSES, FEATURES, Net, Pairs, loss, runner
 from tests.support.spawn import run
 
