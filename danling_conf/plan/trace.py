@@ -144,7 +144,7 @@ class OneRank:
                 # A lambda, since DDP reads annotations and takes no text for them.
                 part.register_comm_hook(None, lambda _, bucket: _reduced(bucket))
         # Ranks compare values to share buffers, and try attention with real ones.
-        return replace(built, buffers=None, check_attention=None)
+        return replace(built, buffers=None)
 
     @contextmanager
     def _making(self) -> Iterator[None]:
