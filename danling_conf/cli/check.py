@@ -63,7 +63,9 @@ def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[st
         given = overrides_of(master, "task")
         faults = run_directory_faults(master)
         try:
-            job = Preflight(composing, master, machine=None, capacity=capacity).check(given, 0)
+            job = Preflight(composing, master, machine=None, capacity=capacity, plain_hydra=app.plain_hydra).check(
+                given, 0
+            )
         except ConfigRefused as refusal:
             raise ConfigRefused([*faults, *refusal.violations]) from refusal
         if faults:
@@ -99,7 +101,7 @@ def _check_sweep(request: _Request, app: App, search: ConfigSearch, overrides: l
             reason = str(error).strip().splitlines()[0]
             raise ConfigRefused([Violation("sweep", ABSENT, reason, "fix the sweep's overrides")]) from error
         capacity = request.capacity or _nodes_of
-        accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity)
+        accepted, refused = check_jobs(composing, master, jobs, 0, capacity=capacity, plain_hydra=app.plain_hydra)
     if refused:
         raise SweepRefused(refused, of=len(jobs))
     fitting: list[str] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -40,15 +41,27 @@ def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSe
     if not path.is_file():
         raise ConfigRefused([Violation("SCRIPT", script, "there is no such file", "name a training script")])
 
+    plain: list[Callable[[Any], Any]] = []
+
+    def hydra_main(config_path: str | None = None, config_name: str | None = None, **_: Any) -> Any:
+        """Replaces `hydra.main`, and reads its arguments like those of our `main`."""
+        from danling_conf.app import main
+
+        def decorate(function: Callable[[Any], Any]) -> Any:
+            plain.append(function)
+            return main(config_path=config_path, config_name=config_name or "danling")(function)
+
+        return decorate
+
     def stop(app: App, search: ConfigSearch, given: list[str]) -> None:
-        raise _Inspected(look(app, search, given))
+        raise _Inspected(look(replace(app, plain_hydra=app.function in plain), search, given))
 
     arguments, paths = sys.argv, list(sys.path)
     sys.argv = [str(path), *overrides]
     sys.path.insert(0, str(path.parent.absolute()))
     command.inspector = stop
     try:
-        with mock.patch("hydra.main", _plain_hydra_main):
+        with mock.patch("hydra.main", hydra_main):
             runpy.run_path(str(path), run_name="__main__")
     except _Inspected as inspected:
         found: Found = inspected.value
@@ -59,10 +72,3 @@ def inspect_app(script: str, overrides: list[str], look: Callable[[App, ConfigSe
     raise ConfigRefused(
         [Violation("SCRIPT", script, "it ran without starting an app", "decorate its entry with danling_conf.main")]
     )
-
-
-def _plain_hydra_main(config_path: str | None = None, config_name: str | None = None, **_: Any) -> Any:
-    """Replaces `hydra.main`, and reads its arguments like those of our `main`."""
-    from danling_conf.app import main
-
-    return main(config_path=config_path, config_name=config_name or "danling")

@@ -24,6 +24,8 @@ class App:
     config_path: str | None
     """Absolute directory, or `pkg://` module, of the app's configs."""
     config_name: str
+    plain_hydra: bool = False
+    """Whether its entry is `@hydra.main`."""
 
     def search(self, arguments: Any) -> ConfigSearch:
         """Where the configuration comes from, given the flags of a command line."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Union
 
 from hydra.core.utils import filter_overrides
@@ -18,6 +18,7 @@ from danling_conf.config.faults import all_faults
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
 from danling_conf.config.identity import layout_name
 from danling_conf.config.job import Job, check_launcher, launcher_in, no_launcher
+from danling_conf.config.resolve import declared_kind
 from danling_conf.config.sweep_composer import SweepComposer
 from danling_conf.schema import FILL, Layout, RunnerConfig, notes_of
 from danling_conf.schema.launcher import LauncherConfig, SlurmLauncherConfig, SubmititLocalConfig
@@ -57,6 +58,7 @@ def check_jobs(
     *,
     machine: Machine | None = None,
     capacity: Nodes | None = None,
+    plain_hydra: bool = False,
 ) -> tuple[list[Job], list[Refused]]:
     """Compose and check every job of a sweep.
 
@@ -67,6 +69,7 @@ def check_jobs(
         machine: where jobs would start; this machine when None.
         capacity: capacity of the nodes, for jobs on a cluster. Where Slurm does not answer, that is reported as a fault
             of the jobs.
+        plain_hydra: as for `Preflight`.
 
     Returns:
         The accepted jobs and the refused ones, each in order.
@@ -74,7 +77,7 @@ def check_jobs(
     Raises:
         HydraException: the sweep itself cannot be composed.
     """
-    preflight = Preflight(composing, master, machine=machine, capacity=capacity)
+    preflight = Preflight(composing, master, machine=machine, capacity=capacity, plain_hydra=plain_hydra)
     accepted, refused = [], []
     for number, overrides in enumerate(jobs, first):
         try:
@@ -92,8 +95,16 @@ class Preflight:
     """
 
     def __init__(
-        self, composing: Composer, master: DictConfig, *, machine: Machine | None, capacity: Nodes | None
+        self,
+        composing: Composer,
+        master: DictConfig,
+        *,
+        machine: Machine | None,
+        capacity: Nodes | None,
+        plain_hydra: bool = False,
     ) -> None:
+        """`plain_hydra`: whether the app's entry is `@hydra.main`; without our base config, its loop is its own."""
+        self._plain_hydra = plain_hydra
         self._composing, self._master = composing, master
         self._jobs = SweepComposer(composing, master)
         self._here = machine or this_machine()
@@ -113,6 +124,7 @@ class Preflight:
             raise ConfigRefused(self._all_faults(overrides, error)) from error
         capacity, unanswered = self._capacity(launcher)
         context = context_of(overrides, self._machine(launcher, capacity), hydra["runtime"]["choices"])
+        context = replace(context, own_loop=self._plain_hydra and declared_kind(composed) is None)
 
         def faults_of_job(config: RunnerConfig | None) -> list[Violation]:
             if config is not None and isinstance(launcher, SubmititLocalConfig):

@@ -367,6 +367,19 @@ def test_a_command_line_that_is_not_complete(arguments: list[str], capsys: pytes
     assert "usage: danling-conf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["-m"]])
+def test_a_loop_of_the_apps_own_needs_no_budget(
+    flags: list[str], plain: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(plain).parent / "mine.yaml"
+    config.write_text("width: 3\n")
+    assert main(["check", plain, "+parallel=fsdp2", *flags]) == 0
+    assert "fsdp2" in capsys.readouterr().out
+    config.write_text("defaults: [danling, _self_]\n")
+    assert main(["check", plain, "parallel=fsdp2", *flags]) == 2
+    assert "a run needs a budget" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["check"], ["explain", "steps"]])
 def test_flags_of_hydra_pass_through(command: list[str], own: str, capsys: pytest.CaptureFixture[str]) -> None:
     (Path(own).parent / "conf" / "other.yaml").write_text("defaults:\n  - own_config\n  - _self_\nsteps: 77\n")

@@ -24,6 +24,8 @@ class Context:
     """Paths of the settings on the command line: they win over files and presets, and a fix names what was typed."""
     choices: Mapping[str, Any] = field(default_factory=dict)
     """Choices of groups, by group."""
+    own_loop: bool = False
+    """Whether the app trains by a loop of its own, which needs no budget of ours."""
 
     def on_cpu(self, config: RunnerConfig) -> bool:
         """Whether ranks run on the CPU: there is no accelerator, or the mesh is not to use it."""
