@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from danling_conf.records.metrics import BASE, STATUS, is_measurement, read_lines, resumptions
-from danling_conf.records.reading import is_number
+from danling_conf.records.metrics import BASE, STATUS, Goodput, Span, counting_lines, is_measurement
 
 MOST_INTERVALS = 1024
 """Of a curve, each of which has two points at most."""
+
+_NO_CURVES = frozenset({*BASE, STATUS})
 
 Point = tuple[float, float]
 """A step, and the value there."""
@@ -82,11 +83,13 @@ def _value(point: Point) -> float:
 
 
 class History:
-    """The curves of a run by their keys, and the newest values of all keys."""
+    """The curves of a run by their keys, the newest values of all keys, and what the lines say of each attempt."""
 
     def __init__(self) -> None:
         self.curves: dict[str, Curve] = {}
         self.last: dict[str, Any] = {}
+        self.attempts: dict[str, Span] = {}
+        self.goodput: float | None = None
 
     def points(self, key: str) -> list[Point]:
         """The points of a metric; none where it was not measured."""
@@ -94,24 +97,28 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """The history of a run. Steps that a resumed attempt has trained again count as that attempt measured them."""
-    history = History()
-    # An attempt's steps count up to where any later attempt began.
-    limits: list[float] = [float("inf")]
-    for first in reversed(resumptions(run)[1:]):
-        limits.append(min(limits[-1], first))
-    attempt, limit = None, float("inf")
-    for line in read_lines(run):
-        if line["attempt"] != attempt:
-            attempt, limit = line["attempt"], limits.pop() if limits else float("inf")
-        step = line["step"]
-        if step > limit or not is_measurement(line):
+    """The history of a run, from one reading of its lines.
+
+    Steps that a resumed attempt has trained again count as that attempt measured them.
+    """
+    history, goodput = History(), Goodput()
+    curves, attempts = history.curves, history.attempts
+    for line, counts in counting_lines(run):
+        goodput.add(line, counts)
+        span = attempts.get(line["attempt"])
+        if span is None:
+            span = attempts[line["attempt"]] = Span(line)
+        span.add(line)
+        if not counts or not is_measurement(line):
             continue
         history.last = line
+        step = line["step"]
         for key, value in line.items():
-            if key not in BASE and key != STATUS and is_number(value):
-                curve = history.curves.get(key)
-                if curve is None:
-                    curve = history.curves[key] = Curve()
-                curve.add(step, value)
+            if value is None or key in _NO_CURVES:
+                continue
+            curve = curves.get(key)
+            if curve is None:
+                curve = curves[key] = Curve()
+            curve.add(step, value)
+    history.goodput = goodput.share
     return history
