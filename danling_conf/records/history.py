@@ -30,9 +30,20 @@ class Curve:
 
     def add(self, step: float, value: float) -> None:
         """Add a value; of one step the newest counts."""
-        if self._newest is not None and self._newest[0] != step:
-            self._put(self._newest)
+        newest = self._newest
         self._newest = (step, value)
+        if newest is None or newest[0] == step:
+            return
+        # Called for every value of every line: an interval is made anew only where a value widens it.
+        if self._filled == self._size or not self._intervals:
+            self._begin(newest)
+            return
+        self._filled += 1
+        first, low, high = self._intervals[-1]
+        if newest[1] < low[1]:
+            self._intervals[-1] = (first, newest, high)
+        elif newest[1] > high[1]:
+            self._intervals[-1] = (first, low, newest)
 
     @property
     def points(self) -> list[Point]:
@@ -60,16 +71,11 @@ class Curve:
         values = sorted([first[1] for first, _, _ in self._intervals] + newest)
         return values[len(values) // 2]
 
-    def _put(self, point: Point) -> None:
-        if self._filled == self._size or not self._intervals:
-            if len(self._intervals) == MOST_INTERVALS:
-                self._halve()
-            self._intervals.append((point, point, point))
-            self._filled = 1
-            return
-        first, low, high = self._intervals[-1]
-        self._intervals[-1] = (first, min(low, point, key=_value), max(high, point, key=_value))
-        self._filled += 1
+    def _begin(self, point: Point) -> None:
+        if len(self._intervals) == MOST_INTERVALS:
+            self._halve()
+        self._intervals.append((point, point, point))
+        self._filled = 1
 
     def _halve(self) -> None:
         pairs = zip(self._intervals[::2], self._intervals[1::2], strict=True)
