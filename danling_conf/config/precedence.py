@@ -70,7 +70,7 @@ def _options_of_presets(node: DictConfig, context: Context) -> Iterator[str]:
 
 
 @cache  # a sweep asks for the same few of every job
-def _defaults(kind: type) -> DictConfig:
+def _defaults(kind: Any) -> DictConfig:
     made = OmegaConf.structured(kind)
     assert isinstance(made, DictConfig)
     return made
