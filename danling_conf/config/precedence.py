@@ -49,7 +49,8 @@ def _options_of_presets(node: DictConfig, context: Context) -> Iterator[str]:
             continue
         chosen = context.choices.get(name)
         preset: Mapping[str, Any] = GROUPS[name][chosen].settings if chosen in GROUPS[name] else {}
-        defaults = _defaults(OmegaConf.get_type(section))
+        kind: Any = OmegaConf.get_type(section)
+        defaults = _defaults(kind)
         for key in list(section):
             known = key in ("type", "interval", "monitor", "param_groups") or str(key).startswith("_")
             if known or section[key] is None or key in entry.options or f"{name}.{key}" in context.given:
