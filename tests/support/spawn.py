@@ -54,8 +54,8 @@ _PRELOADED = [
 
 
 _MOST_CALLS = 16
-"""Of one world: torch's caches keep some of a call's groups, and gloo has a thread for each, which wakes a hundred times
-a second."""
+"""Of one world: torch's caches keep groups of some calls, and gloo has a thread for each, which wakes a hundred times a
+second."""
 _GRACE = 3.0
 """Seconds in which ranks notice that another has failed."""
 
