@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
+
+_Mode = TypeVar("_Mode")
 
 __all__ = [
     "Replicated",
@@ -807,6 +809,73 @@ def around_shapes(enter: Callable[[], AbstractContextManager[object]]) -> Iterat
         yield
     finally:
         ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore[method-assign]
+
+
+def register_tracing_backend(name: str, run: Callable[..., Callable[[list[Any]], Any]], *, fused: bool) -> None:
+    """Let `torch.compile` know a backend that does all that inductor does with a graph (or `aot_eager`, if not `fused`)
+    up to where code would be generated: `run(graph, fused=...)` returns what is called instead, with a list of inputs.
+
+    `compile_fx` takes the last part of inductor as `inner_compile`. Without it no compiled model can be planned.
+    """
+    from torch._dynamo.backends import registry
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
+        call = run(graph, fused=fused)
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
+        if fused:
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(graph, inputs, inner_compile=compiler)
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        return aot_autograd(
+            fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
+        )(graph, inputs)
+
+    registry._BACKENDS.pop(name, None)
+    registry._COMPILER_FNS.pop(name, None)
+    registry.register_backend(backend, name=name)
+
+
+@contextmanager
+def quiet_compilation() -> Iterator[None]:
+    """Without what torch logs about the way in which it compiles: whoever trains a model is told so then."""
+    loggers = [logging.getLogger(name) for name in ("torch._higher_order_ops.wrap", "torch._dynamo", "torch._inductor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def forget_graphs() -> None:
+    """Compile anew what is called from now on. torch compiles a function a few times only, and then runs it eagerly."""
+    torch._dynamo.reset()
+
+
+def active_mode(kind: type[_Mode]) -> _Mode | None:
+    """The innermost dispatch mode of a class that is on; None where none is."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return next((mode for mode in reversed(_get_current_dispatch_mode_stack()) if isinstance(mode, kind)), None)
+
+
+def is_recomputed_node(node: torch.fx.Node) -> bool:
+    """Whether a node of a backward graph is a part of forward that is computed again. Without the tag, it counts as a
+    part of backward."""
+    return bool(node.meta.get("partitioner_tag") == "is_forward")
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that compiled code calls as it is: graphs end before it."""
+    return cast("Callable[..., Any]", torch.compiler.disable(function))
 
 
 def is_wrapper(kind: type) -> bool:

@@ -14,6 +14,7 @@ from danling_conf.config.hydra_adapter import ConfigSearch, composer, overrides_
 from danling_conf.config.hydra_directories import run_directory_faults
 from danling_conf.config.identity import config_id, difference_from_defaults, job_id
 from danling_conf.config.job import check_launcher
+from danling_conf.config.resolve import stack_of
 from danling_conf.groups.layout_names import name_of
 from danling_conf.launch.app import App
 from danling_conf.launch.slurm.queries import SlurmUnavailable
@@ -68,7 +69,9 @@ def _check(request: _Request, app: App, search: ConfigSearch, overrides: list[st
         if faults:
             raise ConfigRefused(faults)
     config, layout = job.config, job.layout
-    changed = [f"  {path}={show(value)}" for path, value in difference_from_defaults(config).items()]
+    differing = difference_from_defaults(config).items()
+    # What `stack=auto` stands for was given by nobody.
+    changed = [f"  {path}={show(value)}" for path, value in differing if (path, value) != ("stack", stack_of(layout))]
     processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
     lines = [
         f"accepted: {shell_line(app.script.name, *overrides)}",

@@ -21,7 +21,7 @@ from danling_conf.config.identity import plain
 from danling_conf.config.precedence import give_way
 from danling_conf.config.readonly import freeze, writable
 from danling_conf.config.typed import check_declarations, section_type, unknown_key, wrong_type
-from danling_conf.schema import RunnerConfig, declared_class, facts_of
+from danling_conf.schema import Layout, RunnerConfig, declared_class, facts_of
 from danling_conf.schema.open_mapping import plain_values
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.schema.setting import READONLY, add_notes
@@ -262,8 +262,12 @@ def _derive(config: RunnerConfig, context: Context) -> None:
     for axis, degree in layout.degrees().items():
         setattr(axes, axis, degree)
     if config.stack == "auto":
-        replicated_only = layout.world_size == layout.replicate and not layout.fsdp
-        config.stack = "ddp" if replicated_only else "parallel"
+        config.stack = stack_of(layout)
+
+
+def stack_of(layout: Layout) -> str:
+    """The stack that `stack=auto` stands for."""
+    return "ddp" if layout.world_size == layout.replicate and not layout.fsdp else "parallel"
 
 
 def save(config: RunnerConfig, path: str | Path) -> None:

@@ -17,14 +17,14 @@ from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.topology.violation import SettingError
 
-# Matrix products and attention. An operator that this torch does not have is left out.
+# Products of a layer with its weight: every second one is computed again, which halves what is kept of them for little
+# time. An operator that this torch does not have is left out.
+_PRODUCTS = ("aten.mm", "aten.addmm", "aten._scaled_mm")
+# What is always kept.
 _EXPENSIVE = (
-    "aten.mm",
-    "aten.addmm",
     "aten.bmm",
     "aten.baddbmm",
     "aten._grouped_mm",
-    "aten._scaled_mm",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention",
@@ -74,8 +74,7 @@ def apply(model: nn.Module, section: ActivationCheckpointingConfig, names: Seque
     wanted = set(chosen(model, section) if names is None else names)
     options: dict[str, Any] = {"use_reentrant": False}
     if section.mode == "selective":
-        kept = _operators(section.keep_ops)
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept))
+        options["context_fn"] = partial(_contexts, *_operators(section.keep_ops))
     for block in (block for name, block in repeated_blocks(model) if name in wanted):
         block._recompute_options = options  # type: ignore[assignment]
         # A method of the block, so that a deep copy of the model has its own; and a Python function, so that dynamo,
@@ -100,13 +99,29 @@ def _recomputed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(partial(compute, self), *args, **self._recompute_options, **kwargs)  # type: ignore
 
 
-def _keep(kept: frozenset[Any], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts(kept: frozenset[Any], alternating: frozenset[Any]) -> Any:
+    """The two contexts of one pass through a block: of `alternating` operators the first, third, ... call is kept."""
+    # Forward and recomputation count for themselves, and each pass anew: both decide alike.
+    counts = {False: 0, True: 0}
+
+    def keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in alternating:
+            counts[context.is_recompute] += 1
+            kept_this_time = counts[context.is_recompute] % 2 == 1
+        else:
+            kept_this_time = operator in kept
+        return CheckpointPolicy.MUST_SAVE if kept_this_time else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep)
 
 
-def _operators(names: Sequence[str] | None) -> frozenset[Any]:
+def _operators(names: Sequence[str] | None) -> tuple[frozenset[Any], frozenset[Any]]:
+    """Those that are always kept, and those of which every second call is."""
     if names is None:
-        return frozenset(overload for name in _EXPENSIVE for overload in _overloads(name))
+        always, alternating = (
+            frozenset(overload for name in group for overload in _overloads(name)) for group in (_EXPENSIVE, _PRODUCTS)
+        )
+        return always, alternating
     kept: set[Any] = set()
     for index, name in enumerate(names):
         overloads = _overloads(name)
@@ -118,7 +133,7 @@ def _operators(names: Sequence[str] | None) -> frozenset[Any]:
                 "write namespace.operator or namespace.operator.overload, such as aten.mm.default",
             )
         kept.update(overloads)
-    return frozenset(kept)
+    return frozenset(kept), frozenset()
 
 
 def _overloads(name: str) -> list[Any]:

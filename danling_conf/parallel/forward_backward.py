@@ -92,7 +92,7 @@ class Passes:
         last = 0 if model.pipeline is None else model.pipeline.placement[-1]
         self.rank_with_outputs = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": last})
         """A rank that sees outputs: the first one of the last stage."""
-        self._check_attention = model.check_attention
+        self._prove_layout = model.prove_layout
         self._whole_step = None if graph is None else WholeStep(self._objective, graph)
         self._weighted: bool | None = None
         self._counted: Tensor | None = None
@@ -111,9 +111,9 @@ class Passes:
             ConfigRefused: at the first batch, on all ranks: the batch or the loss is not what it must be.
             SettingError: the same at a later batch, on the ranks where it is so.
         """
-        if self._check_attention is not None:
-            self._check_attention(self.forward, batch)
-            self._check_attention = None
+        if self._prove_layout is not None:
+            self._prove_layout(self.forward, batch)
+            self._prove_layout = None
         if self.model.buffers is not None:
             self.model.buffers.begin()
         with self._inside(self.model.sharded_logits):

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from danling_conf import _torch_private
 from danling_conf.parallel import activation_checkpointing as recomputation
-from danling_conf.parallel import batch_norm, data_gradients, ddp, hugging_face
+from danling_conf.parallel import batch_norm, data_gradients, ddp, hugging_face, rehearsal
 from danling_conf.parallel import compile as compilation
 from danling_conf.parallel import context as context_axis
 from danling_conf.parallel import expert as expert_axis
@@ -79,9 +79,9 @@ class Assembled:
     """Whether logits stay sharded over the tensor axis for a loss that takes them so."""
     batch: DeviceMesh | None = None
     """The ranks that see different tokens; None where all see the same."""
-    check_attention: Callable[[Forward, Any], None] | None = None
+    prove_layout: Callable[[Forward, Any], None] | None = None
     """To be called once with the first batch, whole, where no example was given: raises SettingError on every rank
-    where a block's attention does not reach over the context axis."""
+    where the model laid out over the tensor and context axes is not the whole one."""
     policy: MixedPrecisionPolicy | None = None
     """Of FSDP; None without it."""
     gradients: DataGradients | None = None
@@ -204,10 +204,12 @@ def assemble(
 
     context = context_axis.make(parallel, mesh)
     plan = _checked_plan(whole, layout, parallel, has_experts=expert_mesh is not None)
-    check_attention = _attention_check(whole, layout)
-    if check_attention is not None and example is not None and forward is not None:
-        check_attention(forward, example())
-        check_attention = None
+    prove_layout = None
+    if max(layout.tensor, layout.context) > 1:
+        if example is not None and forward is not None:
+            _proof(whole, layout, mesh, parallel, plan, context, device, rehearse=fake is None)(forward, example())
+        elif fake is None:
+            prove_layout = _proof(meta_copy(whole), layout, mesh, parallel, plan, context, device)
     recomputed = recomputation.chosen(whole, activation_checkpointing)
     _check_classes(whole, fsdp)
 
@@ -252,7 +254,7 @@ def assemble(
         context=context,
         sharded_logits=sharded_logits,
         batch=batch_mesh(mesh),
-        check_attention=check_attention,
+        prove_layout=prove_layout,
         policy=_policy(fsdp, precision),
         gradients=None if pipelined else _gradients(parts[0], parallel, fsdp, mesh),
         blocks=None if pipelined else _blocks(parts[0], fsdp, batch_mesh(mesh), compiled=compile.enable),
@@ -324,16 +326,42 @@ def _whole_model(
     return model, None
 
 
-def _attention_check(model: nn.Module, layout: Layout) -> Callable[[Forward, Any], None] | None:
-    """A check of the model as it is now; None without a context axis."""
-    if not _planned(model, layout, "context"):
-        return None
-    twin = meta_copy(model)
+def _proof(
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    parallel: ParallelConfig,
+    plan: dict[str, str] | None,
+    context: ContextParallel | None,
+    device: torch.device,
+    *,
+    rehearse: bool = True,
+) -> Callable[[Forward, Any], None]:
+    """Shows, by a batch, that a model can be laid out over the tensor and context axes; without `rehearse`, by what it
+    calls alone."""
 
-    def check(forward: Forward, batch: Any) -> None:
-        trials.together(lambda: context_axis.check_attention(twin, layout.context, forward, batch))
+    def apply(cut: nn.Module) -> None:
+        _lay_out(cut, layout, mesh, None, parallel, plan, context, pipelined=False)
 
-    return check
+    by_plan = _planned(model, layout, "context")
+    axis, by_user = "tensor" if layout.tensor > 1 else "context", plan is not None and parallel.tensor_plan is not None
+    rehearsed = rehearsal.Layout(
+        apply=apply,
+        plan=plan,
+        path="parallel.tensor_plan" if by_user else f"parallel.axes.{axis}",
+        value=ABSENT if by_user else getattr(layout, axis),
+        lengths=2 * layout.tensor * layout.context,
+        context=context if by_plan else None,
+        device=device,
+    )
+
+    def prove(forward: Forward, batch: Any) -> None:
+        if by_plan:
+            trials.together(lambda: context_axis.check_attention(model, layout.context, forward, batch))
+        if rehearse and (by_plan or layout.context == 1):  # else it lays itself out over parts of sequences
+            rehearsal.rehearse(model, rehearsed, forward, batch)
+
+    return prove
 
 
 def _checked_plan(

@@ -20,10 +20,9 @@ _COMMUNICATOR = 320 * MIB
 """Of a group of ranks within a node: NCCL's buffers, 4 MiB (NCCL_BUFFSIZE) for each channel, neighbour and protocol."""
 _COMMUNICATOR_OVER_NODES = 480 * MIB
 _COMMUNICATOR_BAND = 0.6
-_ALLOCATOR = 0.12
-"""Of what is allocated: rounding to 2 MiB, segments that no tensor fits into, and what waits for another stream. Chosen
-by what published runs have reserved beyond their traced peaks, see docs/plan.md."""
-_ALLOCATOR_BAND = 0.67
+_ALLOCATOR = 0.15
+"""Of what is allocated, where a rank was not traced: blocks of the allocator that no tensor fits into."""
+_ALLOCATOR_BAND = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,9 @@ def device_terms(rank: RankFigures, cluster: Cluster) -> tuple[Term, ...]:
         if item.group_size > 1
     }
     passing = sum(_COMMUNICATOR_OVER_NODES if crosses else _COMMUNICATOR for crosses in groups.values())
-    held = int(_ALLOCATOR * rank.peak_bytes)
+    held = int(_ALLOCATOR * rank.peak_bytes) if rank.unused is None else rank.unused
+    # Before torch is out of memory, it gives back the blocks that are free.
+    held = min(held, max(0, gpu.memory - gpu.context - passing - gpu.workspace - rank.peak_bytes))
     terms = [
         Term(
             name="context",
@@ -90,7 +91,7 @@ def device_terms(rank: RankFigures, cluster: Cluster) -> tuple[Term, ...]:
             bytes=held,
             band=int(_ALLOCATOR_BAND * held),
             outside=False,
-            why="rounding, and segments that no tensor fits into",
+            why="blocks that are free and that no tensor fits into",
         ),
     ]
     if groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,7 @@ from danling_conf.runner.planning import Recipe
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import coordinates, layout_of, rank_at
+from danling_conf.topology.violation import SettingError
 
 
 def subject_of(recipe: Recipe, *, accelerated: bool = False) -> Subject:
@@ -67,6 +69,20 @@ def figures_of(subject: Subject, *, places: Sequence[int] | None = None, load: b
         places: on the pipeline axis, to look at alone; None for all.
         load: whether a busy rank is planned too, where experts are dealt out.
     """
+    if not subject.config.compile.enable:
+        return _figures_of(subject, places, load)
+    try:
+        return _figures_of(subject, places, load)
+    except SettingError as error:
+        # Whatever is wrong with the model itself is said of eager code too.
+        eager = replace(subject.config, compile=replace(subject.config.compile, enable=False))
+        found = _figures_of(replace(subject, config=eager), places, load)
+        why = textwrap.shorten(error.violation.rule, 200, placeholder=" ...")
+        note = f"compile: planned as eager code, which keeps at least as much for backward, since {why}"
+        return replace(found, settings=settings_of(subject.config), notes=(*found.notes, note))
+
+
+def _figures_of(subject: Subject, places: Sequence[int] | None, load: bool) -> LayoutFigures:
     layout, config = layout_of(subject.config), subject.config
     samples = subject.count_samples(subject.batch) * layout.data_degree * config.accum_steps
     length = sequences.sequence_length(subject.batch)
@@ -108,11 +124,20 @@ def settings_of(config: RunnerConfig) -> dict[str, Any]:
 def _only_rank(subject: Subject, layout: Layout) -> tuple[RankFigures, int]:
     """The figures that hold for every rank of a layout without a pipeline."""
     runs = runs_of(subject.model, every=_every(subject.config))
-    whole = whole_trace(subject, runs, 0).trace
+    found = whole_trace(subject, runs, 0)
+    whole = found.trace
     moments = [Moment(_title(place, subject.config), seen.memory) for place, seen in whole.items() if seen.memory]
     times = [(place, _times(place, subject.config)) for place in whole]
     return summarised(
-        whole, moments, times, layout, 0, ranks=layout.world_size, stages=(0,), host=offloads(subject.config.fsdp)
+        whole,
+        moments,
+        times,
+        layout,
+        0,
+        ranks=layout.world_size,
+        stages=(0,),
+        host=offloads(subject.config.fsdp),
+        unused=found.unused,
     ), 1
 
 
@@ -126,6 +151,9 @@ class Whole:
     """The regions of a step of a rank at the model's real depth, and what was learned on the way."""
 
     trace: Trace
+    unused: int
+    """Bytes that the device's allocator holds beyond the peak: of the traces with few blocks, since a block's tensors
+    are as large as the next one's and take their places."""
     sent: Sent | None
     microbatches: int
     actions: Mapping[int, Sequence[Action]]
@@ -159,6 +187,7 @@ def whole_trace(
             counts.append([FEW + (other == index) for other in range(len(runs))])
     extra = [runs[index] for index in range(len(runs)) if own is None or index in own]
     traces, names = [], []
+    unused = 0
     for units in counts:
         of_runs = names_in(runs, units)
         model = shortened(subject.model, runs, units)
@@ -166,10 +195,11 @@ def whole_trace(
         with OneRank(cut, model, [name for names in of_runs for name in names], rank) as one:
             one.step(sent)
             traces.append(trace_of(one.ledger))
+            unused = max(unused, one.ledger.unused())
             if len(traces) == 1:
                 learned = _learned(one)
         names.append([item for index, item in enumerate(of_runs) if own is None or index in own])
-    return Whole(extended(extra, names, traces), *learned)
+    return Whole(extended(extra, names, traces), unused, *learned)
 
 
 def _learned(one: OneRank) -> tuple[Any, ...]:
@@ -235,6 +265,7 @@ def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | No
             ranks=layout.world_size // layout.pipeline,
             stages=tuple(held),
             host=offloads(subject.config.fsdp),
+            unused=whole.unused,
             traffic={
                 key: (count * subject.config.accum_steps, size * subject.config.accum_steps)
                 for key, (count, size) in whole.traffic.items()
@@ -296,6 +327,7 @@ def summarised(
     stages: tuple[int, ...],
     traffic: Mapping[tuple[str, tuple[int, ...]], tuple[int, int]] | None = None,
     host: bool = False,
+    unused: int | None = None,
 ) -> RankFigures:
     """A step's figures.
 
@@ -303,6 +335,7 @@ def summarised(
         times: how often each region is run.
         traffic: what is sent between stages.
         host: whether weights, gradients and the optimizer stay in host memory.
+        unused: bytes that the allocator holds beyond the peak.
     """
     if host:
         on_device = [Moment(item.name, {k: v for k, v in item.memory.items() if k not in _ON_HOST}) for item in moments]
@@ -333,6 +366,7 @@ def summarised(
         flops=flops,
         recomputed_flops=recomputed,
         hbm_bytes=hbm,
+        unused=unused,
     )
 
 
@@ -387,8 +421,9 @@ _DIMS = {
 
 
 def _notes(subject: Subject, layout: Layout, ranks: Sequence[RankFigures], *, load: bool) -> Iterator[str]:
-    if subject.config.compile.enable:
-        yield "compile: planned as eager code, which keeps at least as much for backward"
+    backend = subject.config.compile.backend
+    if subject.config.compile.enable and backend not in (None, "inductor", "aot_eager"):
+        yield f"compile: backend {backend} is planned as {'eager code' if backend == 'eager' else 'inductor'}"
     if layout.expert > 1 and load:
         worst = max(ranks, key=lambda rank: rank.peak_bytes)
         place = worst.coordinates["pipeline"]

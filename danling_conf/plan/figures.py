@@ -113,6 +113,9 @@ class RankFigures:
     hbm_bytes: int
     """Bytes that the step's operations read and write, each counted alone: for a roofline."""
 
+    unused: int | None = None
+    """Bytes that torch's allocator holds beyond the peak, in blocks that nothing fits into; None where not traced."""
+
     notes: tuple[str, ...] = ()
     """What could not be traced, and the fallback that was used."""
 

@@ -30,6 +30,7 @@ from danling_conf._torch_private import (
     tree_leaves,
     watched_resizes,
 )
+from danling_conf.plan.allocator import unused
 from danling_conf.plan.figures import ACTIVATIONS, GATHERED, GRADIENTS, TEMPORARIES
 
 _KINDS = (
@@ -47,6 +48,10 @@ _KINDS = (
 """Beginnings of operators' names, and the kind of collective that they are."""
 
 
+_GATHERING = 1
+"""Stream on which FSDP gathers weights."""
+
+
 @dataclass
 class _Storage:
     """One storage, from the moment it was made to the moment it was freed."""
@@ -60,6 +65,8 @@ class _Storage:
     freed: int | None = None
     communicated: bool = False
     """Whether FSDP gathered or reduced it."""
+    stream: int = 0
+    """Of the device, on which it was made; torch's allocator keeps apart what is made on several."""
 
 
 @dataclass
@@ -92,12 +99,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = "forward"
         self.active = False
         self._paused = False
+        self._recomputing = False
+        self._counts_traffic = True
         self.action = ""
         self._entries: list[tuple[int, int]] = []
         """Number of the storage, and bytes added or given back."""
         self._storages: list[_Storage] = []
         self._alive: dict[int, tuple[int, Any, int]] = {}
         """By identity: number, weak reference and bytes of a storage."""
+        self._held = 0
+        """Entries of what was there before the step."""
         self._boundaries: list[int] = []
         """Positions at which a micro-batch had ended."""
 
@@ -106,19 +117,46 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The context in which everything is recorded."""
         self.active = True
         try:
-            with watched_resizes(self._resized), around_shapes(self._pause), self:
+            with watched_resizes(self._resized), around_shapes(self.unseen), self:
                 yield self
         finally:
             self.active = False
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether torch may compile where this is on: what is compiled is watched as it runs."""
+        return True
+
     @contextmanager
-    def _pause(self) -> Iterator[None]:
+    def unseen(self) -> Iterator[None]:
         """Nothing inside is memory or work of this rank."""
         self._paused, before = True, self._paused
         try:
             yield
         finally:
             self._paused = before
+
+    @contextmanager
+    def recomputing(self, value: bool) -> Iterator[None]:
+        """What runs inside is computed again, as compiled code does without autograd's knowledge."""
+        self._recomputing, before = value, self._recomputing
+        try:
+            yield
+        finally:
+            self._recomputing = before
+
+    @contextmanager
+    def without_traffic(self) -> Iterator[None]:
+        """What operators inside read and write is told by `moves` instead."""
+        self._counts_traffic, before = False, self._counts_traffic
+        try:
+            yield
+        finally:
+            self._counts_traffic = before
+
+    def moves(self, size: int) -> None:
+        """So many bytes are read or written."""
+        self.regions[-1].hbm_bytes += size
 
     def enter(self, name: str) -> None:
         """What runs from now on belongs to this region."""
@@ -139,6 +177,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._entries = [(number, size) for number, _, size in alive if size]
         for number, _, _ in alive:
             self._storages[number].category = self._storages[number].category or category
+        self._held = len(self._entries)
         self.regions, self._boundaries = [Region("start", 0)], []
 
     def begin(self, name: str) -> None:
@@ -177,10 +216,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._book(item.untyped_storage(), None)
         if namespace == "fsdp":
             self._mark(made)
+            if func.overloadpacket.__name__ == "all_gather_copy_in":
+                for item in made:
+                    self._storages[self._book(item.untyped_storage(), None)].stream = _GATHERING
         if namespace in ("prim", "c10d", "_c10d_functional") or is_view(func):
             return
         given = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
-        region.hbm_bytes += sum(item.numel() * item.element_size() for item in (*given, *made))
+        if self._counts_traffic:
+            region.hbm_bytes += sum(item.numel() * item.element_size() for item in (*given, *made))
         flops = _flops(func, args, kwargs, result)
         if flops:
             kind = str(given[0].dtype).removeprefix("torch.")
@@ -213,7 +256,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _origin(self) -> str:
         # Only what is recomputed is differentiated while a backward pass runs.
-        return "recompute" if self.phase == "backward" and torch.is_grad_enabled() else self.phase
+        again = self.phase == "backward" and (torch.is_grad_enabled() or self._recomputing)
+        return "recompute" if again else self.phase
 
     def _book(self, storage: torch.UntypedStorage, category: str | None, origin: str | None = None) -> int:
         identity = identity_of(storage)
@@ -271,6 +315,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def forget(self) -> None:
         """Let go of the storages that are alive: they are freed later, when nobody counts any more."""
         self._alive.clear()
+
+    def unused(self) -> int:
+        """Bytes that torch's allocator would reserve beyond what is allocated at the peak."""
+        streams = {number: storage.stream for number, storage in enumerate(self._storages) if storage.stream}
+        return unused(self._entries[: self._held], self._entries[self._held :], streams)
 
     def memory(self) -> list[tuple[dict[str, int], dict[str, int]]]:
         """By region: bytes by category at the moment with the most bytes, and at its end."""

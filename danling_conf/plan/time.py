@@ -17,8 +17,6 @@ from danling_conf.topology.hardware import Cluster
 
 BAND = 0.25
 """Share by which a step's time may be off, either way."""
-FUSED_TRAFFIC = 0.6
-"""Share of the memory traffic that is left where a compiler fuses operations."""
 HIDING = 0.85
 """Share of the computation that can hide communication beside it: kernels take turns, and share the memory."""
 _BACKWARD = 2 / 3
@@ -121,8 +119,7 @@ def _of_rank(rank: RankFigures, figures: LayoutFigures, cluster: Cluster) -> tup
     """Seconds of matrix products and of memory-bound operations, and what is passed."""
     gpu = cluster.gpu
     matmul = sum(flops / (gpu.peak(dtype) * gpu.matmul_efficiency) for dtype, flops in rank.flops.items())
-    traffic = rank.hbm_bytes * (FUSED_TRAFFIC if figures.settings.get("compile") else 1.0)
-    memory = traffic / (gpu.hbm * gpu.hbm_efficiency)
+    memory = rank.hbm_bytes / (gpu.hbm * gpu.hbm_efficiency)
     return matmul, memory, _passed(rank.collectives, matmul + memory, figures, cluster)
 
 

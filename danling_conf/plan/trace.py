@@ -27,12 +27,14 @@ from danling_conf.components import gradients, precision
 from danling_conf.components import optimizer as optimizers
 from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.batch import map_tensors, tensors
+from danling_conf.parallel import compile as compilation
 from danling_conf.parallel import hugging_face
 from danling_conf.parallel import mesh as meshes
 from danling_conf.parallel.forward_backward import Loss, Passes
 from danling_conf.parallel.model import Assembled, assemble
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.pipeline import Pipeline
+from danling_conf.plan import compiled
 from danling_conf.plan.figures import BATCH, BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
 from danling_conf.plan.ledger import Ledger
 from danling_conf.runner.batch import Forward
@@ -86,17 +88,26 @@ class OneRank:
         self.layout: Layout = layout_of(self.config)
         self.fake: Any = _torch_private.fake_tensors()
         self.ledger = Ledger()
-        self._model, self._blocks = model, blocks
+        section = self.config.compile
+        self._compile = compiled.planned_section(section) if section.enable else section
+        # A whole model in one graph: a look at its blocks would cut it.
+        whole = self._compile.enable and not compilation.is_per_block(model, self._compile)
+        self._model, self._blocks = model, () if whole else blocks
         self._stack = ExitStack()
         self.sent: Sent | None = None
         """What the last stage that was traced here sends, or what is received."""
         self.microbatches = 1
 
     def __enter__(self) -> OneRank:
+        if self._compile.enable:
+            _torch_private.forget_graphs()
         with ExitStack() as stack:
             if self.layout.world_size > 1 or self.layout.fsdp:
                 stack.enter_context(_torch_private.fake_world(self.rank, self.layout.world_size))
             stack.enter_context(_torch_private.quiet_fake_tensors())
+            stack.enter_context(compilation.restored())
+            if self._compile.enable:
+                stack.enter_context(_torch_private.quiet_compilation())
             stack.enter_context(hugging_face.one_sequence_a_row())
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
@@ -118,7 +129,7 @@ class OneRank:
             device=CPU,
             seed=0,
             fsdp=config.fsdp,
-            compile=replace(config.compile, enable=False),
+            compile=self._compile,
             activation_checkpointing=config.activation_checkpointing,
             parallel=config.parallel,
             expert_mesh=meshes.make_expert(self.layout, mesh),
@@ -133,7 +144,7 @@ class OneRank:
                 # A lambda, since DDP reads annotations and takes no text for them.
                 part.register_comm_hook(None, lambda _, bucket: _reduced(bucket))
         # Ranks compare values to share buffers, and try attention with real ones.
-        return replace(built, buffers=None, check_attention=None)
+        return replace(built, buffers=None)
 
     @contextmanager
     def _making(self) -> Iterator[None]:
@@ -191,6 +202,9 @@ class OneRank:
             if self.assembled.pipeline is not None:
                 self.sent = received
                 run = partial(self._stages, self.assembled.pipeline, passes, optimizer, parameters, batch)
+            pipeline = self.assembled.pipeline
+            for index, part in {0: self.assembled.parts[0]}.items() if pipeline is None else pipeline.parts.items():
+                _Regions(self.ledger, part, self._blocks, "" if pipeline is None else of_stage(index))
             # The first step is another one than those that follow: optimizers make their states, and DTensor tries each
             # operator on whole shapes before it remembers the outcome. DDP has no second step here: it would arrange
             # its buckets anew, by numbers that ranks agree about.
@@ -200,9 +214,6 @@ class OneRank:
                 run()
             self._hold(optimizer, batch)
             self.ledger.restart(GRADIENTS)
-            pipeline = self.assembled.pipeline
-            for index, part in {0: self.assembled.parts[0]}.items() if pipeline is None else pipeline.parts.items():
-                _Regions(self.ledger, part, self._blocks, "" if pipeline is None else of_stage(index))
             with self.ledger.watching():
                 run()
 
@@ -363,10 +374,12 @@ class _Regions:
         held = [(name, modules[found]) for name in blocks if (found := _found(modules, name)) is not None]
         for index, (name, block) in enumerate(held):
             last = index == len(held) - 1
-            block.register_forward_pre_hook(partial(self._enter, name, index == 0), prepend=True, with_kwargs=True)
-            block.register_forward_hook(partial(self._backward_of, name), prepend=True)
+            hidden = _torch_private.uncompiled
+            enter = hidden(partial(self._enter, name, index == 0))
+            block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+            block.register_forward_hook(hidden(partial(self._backward_of, name)), prepend=True)
             if last:
-                block.register_forward_hook(self._behind)
+                block.register_forward_hook(hidden(self._behind))
 
     def _enter(self, name: str, first: bool, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.ledger.enter(f"forward {name}")

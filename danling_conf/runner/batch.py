@@ -112,11 +112,12 @@ def _call(model: nn.Module, batch: Any, args: tuple[Any, ...], kwargs: dict[str,
         unfit = _unfit(model, args, kwargs)
         if unfit is None:
             raise
+        first = next(iter(names_of(batch)), "0")
         raise SettingError(
             "batch.inputs",
             ABSENT,
             f"{unfit}, and it is called with {described(batch)}",
-            "name the items that it takes (batch.inputs=[x], or batch.inputs={x: image}), or pass forward=",
+            f"name the items that it takes (batch.inputs=[{first}], or batch.inputs={{x: {first}}}), or pass forward=",
         ) from error
 
 

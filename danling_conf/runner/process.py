@@ -110,12 +110,16 @@ def record_environment(attempt: Path) -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "accelerators": [torch.get_device_module().get_device_name(index) for index in range(_accelerators())],
-        "packages": {
-            found.metadata["Name"]: found.version
-            for found in sorted(importlib.metadata.distributions(), key=lambda item: str(item.metadata["Name"]).lower())
-        },
+        "packages": dict(sorted(map(_name_and_version, importlib.metadata.distributions()))),
     }
     write_whole(attempt / ENVIRONMENT, json.dumps(content, indent=1) + "\n")
+
+
+def _name_and_version(found: importlib.metadata.Distribution) -> tuple[str, str]:
+    # `found.metadata` parses the whole text, description included: a tenth of a second for a few hundred packages.
+    text = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""
+    fields = dict(line.partition(": ")[::2] for line in reversed(text.partition("\n\n")[0].splitlines()))
+    return fields.get("Name", "?"), fields.get("Version", "?")
 
 
 def _accelerators() -> int:

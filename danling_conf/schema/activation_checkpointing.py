@@ -20,8 +20,8 @@ class ActivationCheckpointingConfig:
     every_n: int = setting(2, at_least=1, semantic=False)
     """With `mode: every_n`: recompute one block in this many."""
     keep_ops: Optional[List[str]] = setting(None, semantic=False)
-    """With `mode: selective`: operators whose results are kept, such as `aten.mm.default`. Unset: matrix products and
-    attention."""
+    """With `mode: selective`: operators whose results are kept, such as `aten.mm.default`. Unset: attention, and every
+    second product of a layer with its weight, as torchtitan does."""
 
     _target_: str = "danling_conf.parallel.activation_checkpointing.from_keywords"
     _recursive_: bool = False

@@ -173,6 +173,8 @@ def _train(cell: Cell, kind: str) -> Trained:
         for_engine=cell.zero is not None,
     )
     inject(cell, assembled)
+    if cell.fault is not None:
+        assembled = replace(assembled, prove_layout=None)  # the matrix has to notice by itself
     initial = {clean(name): full(item.detach()) for name, item in assembled.named_parameters()}
     parameters = [parameter for _, parameter in assembled.named_parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)

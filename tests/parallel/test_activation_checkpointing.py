@@ -75,6 +75,19 @@ def test_each_mode_recomputes_what_it_says_and_gradients_stay(
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("keep", "recomputed"), [(None, 2), (["aten.addmm"], 0)], ids=["default", "named"])
+def test_every_second_product_is_computed_again_unless_named(keep: list[str] | None, recomputed: int) -> None:
+    model = nn.Module()
+    # The last result of a block is needed by nothing in it, and so never computed again.
+    layers = [nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Sigmoid()]
+    model.blocks = nn.ModuleList([nn.Sequential(*copy.deepcopy(layers)) for _ in range(2)])
+    recomputation.apply(model, ActivationCheckpointingConfig(mode="selective", keep_ops=keep))
+    with Count() as count:
+        first = model.blocks[0](torch.randn(3, 4))
+        model.blocks[1](first).sum().backward()
+    assert count.calls["aten.addmm.default"] == 6 + recomputed
+
+
 def test_names_and_classes_stay() -> None:
     plain, model = Model(), recomputation.apply(Model(), ActivationCheckpointingConfig(mode="full"))
     names = [name for name, _ in plain.named_parameters()]

@@ -59,6 +59,8 @@ class Cell:
 FULL, SELECTIVE = "activation_checkpointing.mode=full", "activation_checkpointing.mode=selective"
 SGD = "optim.type=sgd"
 ONCE = ("parallel.pipeline_schedule=GPipe", "parallel.pipeline_n_microbatches=1")
+# Without generated code, whose buffers are inductor's own on a CPU.
+COMPILED = ("compile.enable=true", "compile.backend=aot_eager")
 
 CELLS = [
     Cell("decoder", "single"),
@@ -106,6 +108,10 @@ CELLS = [
     Cell("experts", "fsdp2_ep2"),
     Cell("experts", "fsdp4_ep2", (FULL,)),
     Cell("experts", "fsdp4_ep4", ("accum_steps=2",)),
+    Cell("decoder", "single", COMPILED),
+    Cell("decoder", "single", (*COMPILED, "compile.memory_policy=budget:0.3")),
+    Cell("decoder", "fsdp2", (*COMPILED, SELECTIVE)),
+    Cell("llama", "ddp2", COMPILED),
     Cell("llama", "single"),
     Cell("llama", "single", (FULL,)),
     Cell("llama", "fsdp2"),

@@ -12,6 +12,7 @@ from danling_conf.cli.plan_page import layout_page, write_page
 from danling_conf.config.resolve import resolve
 from danling_conf.groups.layout_names import name_of, parse_layout
 from danling_conf.plan import links
+from danling_conf.plan.allocator import unused
 from danling_conf.plan.assessment import assess, memory_lines, time_lines
 from danling_conf.plan.candidates import Candidate, candidates, configured, global_batch, layouts
 from danling_conf.plan.derive import FEW, MORE, costs_of, derived
@@ -196,8 +197,22 @@ def test_mfu_counts_what_the_model_needs():
     assert again.mfu * again.seconds == pytest.approx(time.mfu * time.seconds)
 
 
-def test_fused_operations_pass_less_memory():
-    assert step_time(figures(settings={"compile": True}), H100).memory < step_time(figures(), H100).memory
+def test_free_blocks_are_no_more_than_the_device_has_left():
+    """torch gives them back before it is out of memory."""
+    traced = rank(unused=3 * GIB)
+    assert next(term for term in verdict_of(figures(traced), H100).terms if term.name == "allocator").bytes == 3 * GIB
+    full = rank(unused=30 * GIB, peak={"activations": 70 * GIB})
+    assert verdict_of(figures(full), H100).total == H100.gpu.memory
+
+
+def test_an_allocator_keeps_blocks_that_nothing_fits_into():
+    mib = 1 << 20
+    # Half of 40 MiB is taken out of the free block, 50 MiB are too large for it.
+    steps = [(1, 40 * mib), (1, -40 * mib), (2, 20 * mib), (3, 50 * mib), (2, -20 * mib), (3, -50 * mib)]
+    assert unused([(0, 100 * mib)], steps, {}) == 20 * mib
+    # What another stream has freed is not taken at all.
+    assert unused([(0, 100 * mib)], steps, {2: 1}) == 40 * mib
+    assert unused([], [(number, mib // 2) for number in range(4)], {}) == 0
 
 
 # Candidates.

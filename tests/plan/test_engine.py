@@ -124,6 +124,16 @@ def test_a_thousand_ranks_are_planned_as_one():
     assert model.microbatches == 4
 
 
+def test_compiled_code_keeps_and_moves_less():
+    eager, found = figures("parallel=single").ranks[0], figures("parallel=single", "compile.enable=true")
+    assert not found.notes
+    rank = found.ranks[0]
+    assert rank.flops == eager.flops
+    assert rank.recomputed_flops == eager.recomputed_flops
+    assert rank.hbm_bytes < 0.8 * eager.hbm_bytes
+    assert rank.peak_bytes < eager.peak_bytes
+
+
 def test_a_schedule_decides_how_many_microbatches_are_kept():
     def kept(schedule: str) -> int:
         settings = ("parallel=pp2", f"parallel.pipeline_schedule={schedule}", "dataloader.batch_size=8")
