@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,20 +82,15 @@ def rehearse(model: nn.Module, layout: Layout, forward: Forward, batch: Any) -> 
         forward: runs it on the batch.
 
     Raises:
-        SettingError: on all ranks alike.
+        SettingError: on all ranks alike; on one alone where the model fails there inside of a forward or backward pass,
+            in which the others may wait for it: the launcher stops them.
     """
-    failure: SettingError | None = None
-    try:
-        found = _reference(model, layout, forward, batch)
-        reasons = gathered(found if isinstance(found, str) else None)
-        reason = next((item for item in reasons if item is not None), None)
-        if reason is not None or isinstance(found, str):
-            _log.warning("%s was not tried against one process before training: %s", layout.path, reason)
-            return
-        _compare(found, layout, forward)
-    except SettingError as error:
-        failure = error
-    trial.agree(failure)
+    found = trial.together(lambda: _reference(model, layout, forward, batch))
+    reason = _first_of_ranks(found if isinstance(found, str) else None)
+    if isinstance(found, str) or reason is not None:
+        _log.warning("%s was not tried against one process before training: %s", layout.path, reason)
+        return
+    _compare(found, layout, forward)
 
 
 class _Skipped(nn.Module):
@@ -143,12 +138,15 @@ class _Cut:
     passed: _Passed
     again: Callable[[], nn.Module]
     """Makes it once more."""
+    blocks: list[str]
+    """Names of the blocks of the whole model, of which a cut does not show that they repeat."""
 
 
 def _reference(model: nn.Module, layout: Layout, forward: Forward, batch: Any) -> _Cut | str:
     """The cut in one piece, after a forward pass; else why there is none."""
     kind, room = type(model).__name__, _room(layout.device)
     nothing: dict[str, str] = {}
+    blocks = [name for name, _ in repeated_blocks(model)]
     choices = [nothing] if _bytes(model, nothing) <= _SMALL else [_like_others(model, layout.plan or {}), nothing]
     reason = ""
     for skipped in choices:
@@ -168,13 +166,13 @@ def _reference(model: nn.Module, layout: Layout, forward: Forward, batch: Any) -
             if not passed.outputs or not all(bool(item.isfinite().all()) for item in passed.outputs):
                 reason = f"{kind} returns no finite numbers for random weights"
                 continue
-            return _Cut(made, laid_out, given, passed, partial(_with_values, model, skipped, layout.device))
+            return _Cut(made, laid_out, given, passed, partial(_with_values, model, skipped, layout.device), blocks)
     return " ".join(reason.split())
 
 
 def _compare(cut: _Cut, layout: Layout, forward: Forward) -> None:
     context, length = layout.context, sequence_length(cut.batch)
-    layout.apply(cut.laid_out)
+    trial.together(lambda: layout.apply(cut.laid_out))
     batch = cut.batch if context is None else context.part(cut.batch)
     try:
         with nullcontext() if context is None else inside_step.step(sharded_logits=False):
@@ -190,26 +188,41 @@ def _compare(cut: _Cut, layout: Layout, forward: Forward) -> None:
 
     wanted = cut.passed.outputs
     same = [index for index, mine in enumerate(found.outputs) if mine.shape == part(wanted[index]).shape]
+    shape: str | None = None
     if not same:
         shapes = [" and ".join(str(tuple(item.shape)) for item in items) for items in (found.outputs, wanted)]
-        raise _refused(cut, layout, None, f"returns the shape {shapes[0]} in place of {shapes[1]}")
+        shape = f"returns the shape {shapes[0]} in place of {shapes[1]}"
+    # Ranks agree before the next pass: one that refused alone would leave the others waiting in its collectives.
+    if (shape := _first_of_ranks(shape)) is not None:
+        raise _refused(cut, layout, None, shape)
     if context is not None and len(same) > 1:
         # Such as a loss beside the outputs that it is made of: of a part of the tokens.
         same = [index for index in same if wanted[index].ndim]
+    differing: tuple[str | None, str] | None = None
     for index in same:
         mine, theirs = found.outputs[index].detach(), part(wanted[index]).detach()
         if context is not None and not mine.ndim:
             mine = _sum(mine, context) / context.degree
-        if _differ(mine, theirs, theirs.norm()):
-            _refuse_unless_it_draws(cut, layout, forward, _first_difference(found, cut.passed, part))
-            return
+        if differing is None and _differ(mine, theirs, theirs.norm()):
+            differing = _first_difference(found, cut.passed, part)
+    if (differing := _first_of_ranks(differing)) is not None:
+        _refuse_unless_it_draws(cut, layout, forward, differing)
+        return
     generator = torch.Generator(layout.device).manual_seed(_SEED)
     weights = [torch.randn(item.shape, generator=generator, device=item.device) for item in wanted]
     _backward(wanted[index] * weights[index] for index in same)
     shares = [1.0 if context is None or _has_sequence(item, length) else 1 / context.degree for item in wanted]
     _backward(found.outputs[index] * part(weights[index]) * shares[index] for index in same)
-    if (name := _differing_gradient(cut, context)) is not None:
+    if (name := _first_of_ranks(_differing_gradient(cut, context))) is not None:
         _refuse_unless_it_draws(cut, layout, forward, (name, f"gives {name} another gradient"))
+
+
+Found = TypeVar("Found")
+
+
+def _first_of_ranks(found: Found | None) -> Found | None:
+    """What the first rank found that found something. Collective."""
+    return next((item for item in gathered(found) if item is not None), None)
 
 
 def _backward(terms: Iterable[Tensor]) -> None:
@@ -240,17 +253,19 @@ def _differing_gradient(cut: _Cut, context: ContextParallel | None) -> str | Non
 def _refuse_unless_it_draws(cut: _Cut, layout: Layout, forward: Forward, what: tuple[str | None, str]) -> None:
     """Refuse; but a model that draws numbers where it does not train gives others in one process as well."""
     other = _pass(cut.again(), forward, cut.batch, seed=_SEED + 1).outputs
-    for mine, theirs in zip(other, cut.passed.outputs, strict=False):
-        if mine.shape != theirs.shape or _differ(mine.detach(), theirs.detach(), theirs.detach().norm()):
-            _log.warning("%s was not compared with one process before training: %s", layout.path, "its outputs differ "
-                         "from call to call")  # fmt: skip
-            return
-    raise _refused(cut, layout, *what)
+    draws = any(
+        mine.shape != theirs.shape or _differ(mine.detach(), theirs.detach(), theirs.detach().norm())
+        for mine, theirs in zip(other, cut.passed.outputs, strict=False)
+    )
+    if not any(gathered(draws)):
+        raise _refused(cut, layout, *what)
+    rule = "its outputs differ from call to call"
+    _log.warning("%s was not compared with one process before training: %s", layout.path, rule)
 
 
 def _refused(cut: _Cut, layout: Layout, name: str | None, what: str) -> SettingError:
     plan = layout.plan or {}
-    inside = next((block for block, _ in repeated_blocks(cut.model) if f"{name}.".startswith(f"{block}.")), name)
+    inside = next((block for block in cut.blocks if f"{name}.".startswith(f"{block}.")), name)
     entries = {
         f"{pattern}: {style}": None
         for pattern, style in plan.items()

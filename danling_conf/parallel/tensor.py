@@ -250,12 +250,28 @@ def _outside_blocks(model: nn.Module) -> set[str]:
 
 
 def _check_features(name: str, module: nn.Module, style: str, degree: int) -> None:
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module):  # a layer of peft, whose `weight` is that of the layer in it
+        raise SettingError(
+            f"parallel.tensor_plan.{name}",
+            style,
+            f"{name} is a {type(base).__name__} with an adapter around it, and a style shards one layer",
+            f"name the layers in it: {name}.base_layer with this style, and of the adapter those that meet a part of "
+            f"the features (lora_B of a colwise layer as colwise, lora_A of a rowwise one as rowwise)",
+        )
     if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters:
         raise SettingError(
             f"parallel.tensor_plan.{name}",
             style,
             f"the weight of {name} is computed of other parameters (a parametrization), which no style shards",
             "leave it out of the plan, or remove the parametrization",
+        )
+    if style.startswith(("colwise", "rowwise", "embedding_")) and not isinstance(module, (nn.Linear, nn.Embedding)):
+        raise SettingError(
+            f"parallel.tensor_plan.{name}",
+            style,
+            f"it shards an nn.Linear or an nn.Embedding, and {name} is a {type(module).__name__}",
+            "name linear layers, leave it out of the plan, or replace it by an nn.Linear",
         )
     if not isinstance(module, nn.Linear):
         return

@@ -6,18 +6,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from danling_conf.groups.layout_names import parse_layout
-from danling_conf.parallel import mesh
+from danling_conf.parallel import mesh, rehearsal
 from danling_conf.parallel.model import assemble
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.violation import SettingError
-from tests.support.spawn import run
+from tests.support.spawn import shared
 
 pytestmark = pytest.mark.slow
 
@@ -51,13 +54,50 @@ FUSED = {**RIGHT, "blocks.*.qkv": "colwise", "blocks.*.proj": "rowwise"}
 UNSUMMED = {name: style for name, style in RIGHT.items() if name != "blocks.*.scale"}
 
 
-def refusals(plans: list[dict[str, str]]) -> list[str | None]:
+class Uneven(Net):
+    """Its second rank computes something else, and one of the ranks alone sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + 1 if isinstance(self.blocks[0].up.weight, DTensor) and dist.get_rank() == 1 else out
+
+
+class Mixed(Net):
+    """A layer that no style shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(super().forward(x).mT).mT
+
+
+class Adapted(Net):
+    """Frozen layers with adapters around two of them, as peft has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inject_adapter_in_model(LoraConfig(target_modules=["up", "down"], init_lora_weights=False), self)
+
+
+def cut_refusals(plans: list[dict[str, str]]) -> list[str | None]:
+    """With a limit that leaves one block of the three."""
+    rehearsal._SMALL = 0
+    try:
+        assert len(rehearsal._like_others(Net(), plans[0])) == 2
+        return refusals(plans)
+    finally:
+        rehearsal._SMALL = 64 << 20
+
+
+def refusals(plans: list[dict[str, str]], model: type[nn.Module] = Net) -> list[str | None]:
     made = mesh.make(parse_layout("tp2"), "cpu")
     found: list[str | None] = []
     for plan in plans:
         try:
             assemble(
-                Net,
+                model,
                 layout=parse_layout("tp2"),
                 mesh=made,
                 device=torch.device("cpu"),
@@ -79,11 +119,46 @@ def _call(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     return model(batch)
 
 
-def test_a_wrong_plan_is_refused_with_its_entries_and_a_right_one_is_not() -> None:
-    right, fused, unsummed = run(refusals, 2, [RIGHT, FUSED, UNSUMMED])[0]
+def check(found: list[str | None]) -> None:
+    right, fused, unsummed = found
     assert right is None
     assert fused is not None
     assert "blocks.*.qkv: colwise" in fused
     assert "computes something else in blocks.0.proj" in fused
     assert unsummed is not None
     assert "gives blocks.0.scale.weight another gradient" in unsummed
+
+
+def test_a_wrong_plan_is_refused_with_its_entries_and_a_right_one_is_not() -> None:
+    check(shared(refusals, 2, [RIGHT, FUSED, UNSUMMED])[0])
+
+
+def test_a_large_model_is_tried_by_one_block_of_each_kind() -> None:
+    check(shared(cut_refusals, 2, [RIGHT, FUSED, UNSUMMED])[0])
+
+
+def test_what_one_rank_alone_sees_is_refused_by_all() -> None:
+    of_ranks = shared(refusals, 2, [RIGHT], Uneven)
+    assert of_ranks[0] == of_ranks[1]
+    assert of_ranks[0][0] is not None
+    assert "returns something else" in of_ranks[0][0]
+
+
+@pytest.mark.parametrize("style", ["colwise", "rowwise", "embedding_rowwise"])
+def test_a_layer_that_no_style_shards_is_named_with_its_entry(style: str) -> None:
+    refused = shared(refusals, 2, [{**RIGHT, "mix": style}], Mixed)[0]
+    assert refused == ["parallel.tensor_plan.mix: it shards an nn.Linear or an nn.Embedding, and mix is a Conv1d"]
+
+
+def test_the_layers_inside_of_an_adapter_are_sharded_and_the_adapter_is_refused() -> None:
+    inside = {
+        "blocks.*.up.base_layer": "colwise",
+        "blocks.*.up.lora_B.default": "colwise",
+        "blocks.*.scale": "replicated_with_grad_allreduce",
+        "blocks.*.down.base_layer": "rowwise",
+        "blocks.*.down.lora_A.default": "rowwise",
+    }
+    around, right = shared(refusals, 2, [RIGHT, inside], Adapted)[0]
+    assert right is None
+    assert around is not None
+    assert "blocks.0.up is a Linear with an adapter around it" in around
