@@ -607,7 +607,36 @@ def fake_tensors() -> AbstractContextManager[object]:
         def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensorMode:
             return self
 
+    _grouped_products_of_any_type()
     return OneMode(allow_non_fake_inputs=True)
+
+
+@cache
+def _grouped_products_of_any_type() -> None:
+    """Teach fake tensors `grouped_mm` of other types than bf16. The operator takes them, but its shape rule refuses
+    them: experts in fp32 would run everywhere but in a plan."""
+    from torch._subclasses import fake_impls
+
+    operator = torch.ops.aten._grouped_mm.default
+    if operator in fake_impls.op_implementations_dict:
+        return
+
+    def product(mode: Any, func: Any, left: torch.Tensor, right: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if left.dtype == torch.bfloat16 or left.dtype != right.dtype:
+            return NotImplemented
+        offsets: Any = rest[0] if rest else named.get("offs")
+        shape: tuple[int, ...]
+        columns = right.shape[-1]
+        if left.dim() == right.dim() == 2:
+            shape = (len(offsets), left.shape[0], columns)
+        elif left.dim() == right.dim() == 3:
+            shape = (left.shape[0], left.shape[1], columns)
+        else:
+            shape = (left.shape[-2], columns)
+        with mode:
+            return torch.empty(shape, dtype=named.get("out_dtype") or left.dtype, device=left.device)
+
+    fake_impls.register_op_impl(operator)(product)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

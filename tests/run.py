@@ -130,25 +130,33 @@ def exit_code(argv: Sequence[str], show: Callable[[str], None], *, polite: bool 
     return process.returncode
 
 
-def keep_polite(ended: threading.Event) -> None:
+def keep_polite(alone: Callable[[], bool]) -> None:
     """Give sessions of polite parts the lowest share of the processors, also those that tests and runs begin.
 
-    Linux shares processors among sessions first, so that a process's own niceness says nothing to other sessions.
+    Linux shares processors among sessions first, so that a process's own niceness says nothing to other sessions. Once
+    polite parts are `alone`, they have the usual share.
     """
     mark = f"{POLITE_VARIABLE}=1".encode()
     known: set[str] = set()
-    while not ended.wait(_LOOK_SECONDS):
-        leaders = set()
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if (process / "stat").read_text().rpartition(")")[2].split()[_SESSION] != process.name:
-                    continue
-                leaders.add(process.name)
-                if process.name not in known and mark in (process / "environ").read_bytes().split(b"\0"):
-                    (process / "autogroup").write_text("19")
-            except OSError:
-                continue  # it has ended, is somebody else's, or this Linux has no such groups
-        known = leaders
+    while not alone():
+        known = _give_share("19", mark, known)
+        time.sleep(_LOOK_SECONDS)
+    _give_share("0", mark, set())
+
+
+def _give_share(niceness: str, mark: bytes, known: set[str]) -> set[str]:
+    """Set the share of sessions whose leader has `mark` in its environment and is not known; all leaders there are."""
+    leaders = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "stat").read_text().rpartition(")")[2].split()[_SESSION] != process.name:
+                continue
+            leaders.add(process.name)
+            if process.name not in known and mark in (process / "environ").read_bytes().split(b"\0"):
+                (process / "autogroup").write_text(niceness)
+        except OSError:
+            continue  # it has ended, is somebody else's, or this Linux has no such groups
+    return leaders
 
 
 def interrupt() -> None:
@@ -187,8 +195,10 @@ def side_by_side(lanes: Sequence[Sequence[Part]]) -> list[Outcome]:
             outcomes.append(outcome)
         return outcomes
 
-    with ThreadPoolExecutor(len(lanes)) as pool:
+    with ThreadPoolExecutor(len(lanes) + 1) as pool:
         running = [pool.submit(follow, lane, index == len(lanes) - 1) for index, lane in enumerate(lanes)]
+        first = [future for future, lane in zip(running, lanes, strict=True) if not any(part.polite for part in lane)]
+        pool.submit(keep_polite, lambda: all(future.done() for future in first))
         try:
             return [outcome for lane in running for outcome in lane.result()]
         except KeyboardInterrupt:
@@ -229,12 +239,8 @@ def main(arguments: Sequence[str]) -> int:
     if unknown:
         parser.error(f"no part is named {', '.join(sorted(unknown))}")
     chosen = [[part for part in lane if not given.names or part.name in given.names] for lane in lanes]
-    began, ended = time.monotonic(), threading.Event()
-    looking = threading.Thread(target=keep_polite, args=(ended,), daemon=True)
-    looking.start()
+    began = time.monotonic()
     outcomes = side_by_side([lane for lane in chosen if lane])
-    ended.set()
-    looking.join()
     print(closing(outcomes, time.monotonic() - began), flush=True)
     return 0 if all(outcome.good for outcome in outcomes) else 1
 

@@ -31,7 +31,6 @@ from danling_conf.records.attempts import AttemptFacts, attempts_of
 from danling_conf.records.find import runs_or_refuse
 from danling_conf.records.history import History, read_history
 from danling_conf.records.membership import GONE, Event, changes_of, members_of
-from danling_conf.records.metrics import goodput
 from danling_conf.records.planned import read_plan
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_directory import newest_attempt
@@ -66,7 +65,8 @@ def write_report(directory: str, html: str) -> list[str]:
 def report(run: Path) -> str:
     """The page of a run, as HTML."""
     state = standing_of(run)
-    history, attempts = read_history(run), attempts_of(run, state)
+    history = read_history(run)
+    attempts = attempts_of(run, state, history.attempts)
     newest = attempts[-1] if attempts else None
     made = read_fields(run / RUN_FILE, "config_id", "created")
     heading = Html(
@@ -74,7 +74,7 @@ def report(run: Path) -> str:
         f" &middot; config {text(made.text('config_id') or '?')} &middot; made {text(made.text('created') or '?')}"
     )
     sections = [
-        _overview(run, history, attempts),
+        _overview(history, attempts),
         _curves(history),
         _speed(history),
         _planned(run, history),
@@ -87,7 +87,7 @@ def report(run: Path) -> str:
     return page(f"Run {run.name}", [item for item in sections if item], subtitle=heading)
 
 
-def _overview(run: Path, history: History, attempts: Sequence[AttemptFacts]) -> Html:
+def _overview(history: History, attempts: Sequence[AttemptFacts]) -> Html:
     last, curves = history.last, history.curves
     items: list[tuple[str, object, object]] = [("step", last.get("step"), f"epoch {last.get('epoch', 0)}")]
     scored = next((item.score for item in reversed(attempts) if item.score is not None), None)
@@ -103,9 +103,8 @@ def _overview(run: Path, history: History, attempts: Sequence[AttemptFacts]) -> 
         items.append(("throughput", f"{short(speed.median)}/s", f"{unit}, the median"))
     if "memory.peak_bytes" in curves:
         items.append(("peak memory", readable_size(curves["memory.peak_bytes"].most), "of the fullest rank"))
-    share = goodput(run)
-    if share is not None:
-        items.append(("goodput", f"{100 * share:.1f} %", "of wall time in steps that count"))
+    if history.goodput is not None:
+        items.append(("goodput", f"{100 * history.goodput:.1f} %", "of wall time in steps that count"))
     wall = sum(each.end - each.begin for each in attempts)
     count = len(attempts)
     items.append(("wall time", duration(wall), f"{count} attempt{'' if count == 1 else 's'}"))

@@ -6,6 +6,7 @@ What gives way is named in a note, which a run prints with its warnings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -48,7 +49,8 @@ def _options_of_presets(node: DictConfig, context: Context) -> Iterator[str]:
             continue
         chosen = context.choices.get(name)
         preset: Mapping[str, Any] = GROUPS[name][chosen].settings if chosen in GROUPS[name] else {}
-        defaults = OmegaConf.structured(OmegaConf.get_type(section))
+        kind: Any = OmegaConf.get_type(section)
+        defaults = _defaults(kind)
         for key in list(section):
             known = key in ("type", "interval", "monitor", "param_groups") or str(key).startswith("_")
             if known or section[key] is None or key in entry.options or f"{name}.{key}" in context.given:
@@ -66,6 +68,13 @@ def _options_of_presets(node: DictConfig, context: Context) -> Iterator[str]:
             else:
                 with open_dict(section):
                     section.pop(key)
+
+
+@cache  # a sweep asks for the same few of every job
+def _defaults(kind: Any) -> DictConfig:
+    made = OmegaConf.structured(kind)
+    assert isinstance(made, DictConfig)
+    return made
 
 
 def _plain(value: Any) -> Any:

@@ -92,15 +92,16 @@ def _check_section(node: DictConfig, kind: type, prefix: str) -> Iterator[Violat
     for key in list(node.keys()):
         path = f"{prefix}{key!s}"
         # `_get_node` and `_is_` are private, and a third of the time of the public access to each of 170 settings.
-        child: Any = node._get_node(key)
-        broken = _broken_interpolation(node, key, path) if child._is_interpolation() else None
+        child: Any = node._get_node(key, validate_access=False)
+        refers = _may_refer(child) and child._is_interpolation()
+        broken = _broken_interpolation(node, key, path) if refers else None
         if broken is not None:
             yield broken
             _reset(node, declared[str(key)]) if key in declared else _remove(node, key)
         elif key in declared and str(key).startswith("_") and "read_by" in vars(kind):
             yield from _check_door(node, declared[key], path)
         elif key in declared:
-            yield from _check_setting(node, child, declared[key], path)
+            yield from _check_setting(node, child, declared[key], path, refers)
         elif open_to is not None and not _can_be_name(str(key)):
             yield Violation(
                 path, ABSENT, "a name here needs letters, digits and underscores, and no Python keyword", "rename it"
@@ -161,14 +162,19 @@ def _check_door(node: DictConfig, item: Field[Any], path: str) -> Iterator[Viola
         _reset(node, item)
 
 
+def _may_refer(child: Any) -> bool:
+    """Whether a node may be an interpolation or `???`, which only text can be. Most are numbers and flags."""
+    return not isinstance(child, ValueNode) or isinstance(child._value(), str)
+
+
 def _can_be_name(key: str) -> bool:
     """Whether an open key can be a field of a configuration object; a leading underscore is reserved for Hydra."""
     return key.isidentifier() and not iskeyword(key) and not key.startswith("_")
 
 
-def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str) -> Iterator[Violation]:
-    facts, refers = facts_of(item), child._is_interpolation()
-    if OmegaConf.is_missing(node, item.name) if refers else child._is_missing():
+def _check_setting(node: DictConfig, child: Any, item: Field[Any], path: str, refers: bool) -> Iterator[Violation]:
+    facts = facts_of(item)
+    if OmegaConf.is_missing(node, item.name) if refers else _may_refer(child) and child._is_missing():
         yield Violation(path, ABSENT, "it must be given", f"set {path}=...")
         _fill(node, item)
         return

@@ -26,7 +26,7 @@ from danling_conf.records.code import code_identity
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import freeze_attempt, thaw_job
 from danling_conf.records.job_file import JobFile
-from danling_conf.records.reading import read_fields
+from danling_conf.records.reading import read_result
 from danling_conf.records.run_directory import (
     Attempt,
     claim,
@@ -39,7 +39,7 @@ from danling_conf.records.run_directory import (
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.files import FROZEN, RESULT
+from danling_conf.schema.files import FROZEN
 from danling_conf.schema.imports import uncollected
 from danling_conf.schema.printable import printable_lines
 from danling_conf.topology.layout import layout_of
@@ -179,7 +179,7 @@ def run_attempt(
             # failed first it wrote only the consequence.
             write_result(attempt.directory, outcome_of(error))
             raise
-        return read_fields(attempt.directory / RESULT).number("score")
+        return read_result(attempt.directory).number("score")
 
     with refusing_unwritable(config):  # Hydra's own files; what the task raises is in its outcome
         outcome = run_job(task=task)

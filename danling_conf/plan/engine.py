@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,13 +29,14 @@ from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened, sign
 from danling_conf.plan.extend import Place, Trace, added, calls_added, extended, trace_of
 from danling_conf.plan.figures import GRADIENTS, OPTIMIZER, PARAMETERS, Collective, LayoutFigures, Moment, RankFigures
 from danling_conf.plan.schedule import Action, in_order
-from danling_conf.plan.trace import OneRank, Sent, Subject
+from danling_conf.plan.trace import OneRank, Sent, Subject, line_of
+from danling_conf.runner import data
 from danling_conf.runner.batch import forward_of, loss_of_output
 from danling_conf.runner.planning import Recipe
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.topology.layout import coordinates, layout_of, rank_at
-from danling_conf.topology.violation import SettingError
+from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError
 
 
 def subject_of(recipe: Recipe, *, accelerated: bool = False) -> Subject:
@@ -45,9 +46,12 @@ def subject_of(recipe: Recipe, *, accelerated: bool = False) -> Subject:
         accelerated: whether it is planned for an accelerator.
 
     Raises:
-        SettingError: the model cannot be built without values, or the data has no sample.
+        SettingError: the model cannot be built.
+        ConfigRefused: a data set is missing or has no sample.
     """
     config = recipe.config
+    if wrong := data.faults(recipe.datasets):
+        raise ConfigRefused(wrong)
     given = model_factory(config.model) if recipe.model is None else recipe.model
     return Subject(
         config=config,
@@ -443,10 +447,30 @@ BUSY = 2.0
 def _on_meta(given: Any) -> nn.Module:
     if isinstance(given, nn.Module):
         return meta_copy(given)
-    with _torch_private.fake_tensors(), _torch_private.quiet_fake_tensors():
-        model = made_by(given)
+    try:
+        with (
+            _torch_private.fake_tensors(),
+            _torch_private.quiet_fake_tensors(),
+            _torch_private.truncated_normal(lambda original, tensor, *rest: tensor),
+        ):
+            model = made_by(given)
+    except SettingError:
+        raise
+    except Exception:  # it may only ask for values, which a model that is really built has
+        model = _with_values(given)
     to_meta(model)
     return model
+
+
+def _with_values(factory: Callable[[], nn.Module]) -> nn.Module:
+    """The model of a factory that asks for values, as a list of rates from `torch.linspace` does."""
+    try:
+        return made_by(factory)
+    except SettingError:
+        raise
+    except Exception as error:
+        rule = f"its factory raised {type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' ...')}"
+        raise SettingError("model", ABSENT, rule, f"see {line_of(error) or 'the factory'}") from error
 
 
 def _batch(recipe: Recipe, size: int) -> Any:

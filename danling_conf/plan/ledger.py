@@ -357,6 +357,8 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
         return int(sdpa_backward_flop_count(*(item.shape for item in args[:4])))  # type: ignore[no-untyped-call]
     if "grouped_mm" in name or "grouped_outer" in name:
+        if name == "_grouped_mm" and args[0].dim() == args[1].dim() == 2:  # (outputs, rows) and (rows, inputs)
+            return int(2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
         return _grouped_flops(args, result)
     return 0
 

@@ -171,16 +171,16 @@ class OneRank:
 
     def _untraceable(self, error: Exception) -> SettingError:
         """The refusal of a model that does not run without values, with the line of it that does not."""
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
-        place = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+        where = line_of(error)
+        place = f" at {where}" if where else ""
         kind = type(self.subject.model).__name__
         if isinstance(error, _torch_private.fake_errors()):
             what = f"{kind} asks for the value of a tensor{place}, and a plan has none"
+            fix = "leave .item(), .tolist(), nonzero() and branches on tensors out of it"
         else:
             what = f"{kind} does not run on tensors without values{place} ({type(error).__name__}: {error})"
-        return SettingError(
-            "model", ABSENT, what, "leave .item(), .tolist(), nonzero() and branches on tensors out of it"
-        )
+            fix = "where it needs values, leave those out; anything else ends a training in this layout as well"
+        return SettingError("model", ABSENT, what, fix)
 
     def _observed(self, received: Sent | None) -> None:
         config = self.config
@@ -402,6 +402,12 @@ def _reduced(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
+
+
+def line_of(error: Exception) -> str:
+    """The last line of the user's, or of another package, that an error passed through; empty where there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
 
 
 def _is_ours(filename: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from danling_conf.config.identity import flatten
 from danling_conf.records.find import sweep_of
 from danling_conf.records.heartbeats import read_heartbeats
-from danling_conf.records.metrics import STATUS, read_lines
+from danling_conf.records.metrics import Span, spans_of
 from danling_conf.records.reading import Fields, read_fields, read_text, warn_of_damage
 from danling_conf.records.run_directory import attempts_in
 from danling_conf.records.state import RunState, state_of, written_end
@@ -44,15 +44,17 @@ class AttemptFacts:
     """Diff of the code that was not committed."""
 
 
-def attempts_of(run: Path, state: RunState | None = None) -> list[AttemptFacts]:
+def attempts_of(
+    run: Path, state: RunState | None = None, measured: Mapping[str, Span] | None = None
+) -> list[AttemptFacts]:
     """The attempts of a run, in the order in which they started.
 
     Args:
         state: state of the run, which is that of its newest attempt; `state_of(run)` when None.
+        measured: what the lines of metrics say of each, as a `History` has it; read here when None.
     """
-    measured: dict[str, _Measured] = {}
-    for line in read_lines(run):
-        measured.setdefault(line["attempt"], _Measured(line)).add(line)
+    if measured is None:
+        measured = spans_of(run)
     beats = list(read_heartbeats(run).values())
     folders = attempts_in(run)
     ends = _ends(run, folders, measured)
@@ -65,21 +67,7 @@ def attempts_of(run: Path, state: RunState | None = None) -> list[AttemptFacts]:
     return found
 
 
-class _Measured:
-    """What the lines of an attempt's metrics say of it."""
-
-    def __init__(self, line: dict[str, Any]) -> None:
-        self.begin = self.end = line["time"]
-        self.first_step = self.last_step = line["step"]
-        self.status: Status | None = None
-
-    def add(self, line: dict[str, Any]) -> None:
-        self.begin, self.end = min(self.begin, line["time"]), max(self.end, line["time"])
-        self.first_step, self.last_step = min(self.first_step, line["step"]), max(self.last_step, line["step"])
-        self.status = line.get(STATUS, self.status)
-
-
-def _ends(run: Path, folders: Sequence[Path], measured: dict[str, _Measured]) -> dict[str, RunState]:
+def _ends(run: Path, folders: Sequence[Path], measured: Mapping[str, Span]) -> dict[str, RunState]:
     """How each attempt ended, by name: from the sweep's ledger, else from its own result or metrics, else `lost`."""
     owner = sweep_of(run)
     in_ledger = {} if owner is None else owner[1].ends()
@@ -94,7 +82,7 @@ def _ends(run: Path, folders: Sequence[Path], measured: dict[str, _Measured]) ->
     return found
 
 
-def _facts(folder: Path, measured: _Measured | None, signs: list[float], state: RunState) -> AttemptFacts:
+def _facts(folder: Path, measured: Span | None, signs: list[float], state: RunState) -> AttemptFacts:
     frozen = read_fields(folder / FROZEN, "config")
     # No file holds an attempt's start and end for certain: SIGKILL writes nothing. So take the extremes of all signs.
     times = signs if measured is None else [measured.begin, measured.end, *signs]

@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from danling_conf.records.metrics import BASE, STATUS, is_measurement, read_lines, resumptions
-from danling_conf.records.reading import is_number
+from danling_conf.records.metrics import BASE, STATUS, Goodput, Span, counting_lines, is_measurement
 
 MOST_INTERVALS = 1024
 """Of a curve, each of which has two points at most."""
+
+_NO_CURVES = frozenset({*BASE, STATUS})
 
 Point = tuple[float, float]
 """A step, and the value there."""
@@ -29,9 +30,20 @@ class Curve:
 
     def add(self, step: float, value: float) -> None:
         """Add a value; of one step the newest counts."""
-        if self._newest is not None and self._newest[0] != step:
-            self._put(self._newest)
+        newest = self._newest
         self._newest = (step, value)
+        if newest is None or newest[0] == step:
+            return
+        # Called for every value of every line: an interval is made anew only where a value widens it.
+        if self._filled == self._size or not self._intervals:
+            self._begin(newest)
+            return
+        self._filled += 1
+        first, low, high = self._intervals[-1]
+        if newest[1] < low[1]:
+            self._intervals[-1] = (first, newest, high)
+        elif newest[1] > high[1]:
+            self._intervals[-1] = (first, low, newest)
 
     @property
     def points(self) -> list[Point]:
@@ -59,16 +71,11 @@ class Curve:
         values = sorted([first[1] for first, _, _ in self._intervals] + newest)
         return values[len(values) // 2]
 
-    def _put(self, point: Point) -> None:
-        if self._filled == self._size or not self._intervals:
-            if len(self._intervals) == MOST_INTERVALS:
-                self._halve()
-            self._intervals.append((point, point, point))
-            self._filled = 1
-            return
-        first, low, high = self._intervals[-1]
-        self._intervals[-1] = (first, min(low, point, key=_value), max(high, point, key=_value))
-        self._filled += 1
+    def _begin(self, point: Point) -> None:
+        if len(self._intervals) == MOST_INTERVALS:
+            self._halve()
+        self._intervals.append((point, point, point))
+        self._filled = 1
 
     def _halve(self) -> None:
         pairs = zip(self._intervals[::2], self._intervals[1::2], strict=True)
@@ -82,11 +89,13 @@ def _value(point: Point) -> float:
 
 
 class History:
-    """The curves of a run by their keys, and the newest values of all keys."""
+    """The curves of a run by their keys, the newest values of all keys, and what the lines say of each attempt."""
 
     def __init__(self) -> None:
         self.curves: dict[str, Curve] = {}
         self.last: dict[str, Any] = {}
+        self.attempts: dict[str, Span] = {}
+        self.goodput: float | None = None
 
     def points(self, key: str) -> list[Point]:
         """The points of a metric; none where it was not measured."""
@@ -94,24 +103,28 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """The history of a run. Steps that a resumed attempt has trained again count as that attempt measured them."""
-    history = History()
-    # An attempt's steps count up to where any later attempt began.
-    limits: list[float] = [float("inf")]
-    for first in reversed(resumptions(run)[1:]):
-        limits.append(min(limits[-1], first))
-    attempt, limit = None, float("inf")
-    for line in read_lines(run):
-        if line["attempt"] != attempt:
-            attempt, limit = line["attempt"], limits.pop() if limits else float("inf")
-        step = line["step"]
-        if step > limit or not is_measurement(line):
+    """The history of a run, from one reading of its lines.
+
+    Steps that a resumed attempt has trained again count as that attempt measured them.
+    """
+    history, goodput = History(), Goodput()
+    curves, attempts = history.curves, history.attempts
+    for line, counts in counting_lines(run):
+        goodput.add(line, counts)
+        span = attempts.get(line["attempt"])
+        if span is None:
+            span = attempts[line["attempt"]] = Span(line)
+        span.add(line)
+        if not counts or not is_measurement(line):
             continue
         history.last = line
+        step = line["step"]
         for key, value in line.items():
-            if key not in BASE and key != STATUS and is_number(value):
-                curve = history.curves.get(key)
-                if curve is None:
-                    curve = history.curves[key] = Curve()
-                curve.add(step, value)
+            if value is None or key in _NO_CURVES:
+                continue
+            curve = curves.get(key)
+            if curve is None:
+                curve = curves[key] = Curve()
+            curve.add(step, value)
+    history.goodput = goodput.share
     return history

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from danling_conf.records.reading import is_moment, is_number, read_fields, warn_of_damage
+from danling_conf.records.reading import is_moment, is_number, read_result, warn_of_damage
 from danling_conf.records.rebuilding import jobs_with_files, lost_lines
 from danling_conf.records.status import ENDED, Status, written_status
 from danling_conf.schema.files import (
     ATTEMPTS,
     LEDGER,
-    RESULT,
     SWEEP_FILE,
     Damaged,
     no_links,
@@ -265,7 +264,7 @@ class Ledger:
 def _end_of(record: Record, seen: str, error: str | None) -> dict[str, Any]:
     """The facts of the end of a job that did not write it itself."""
     status = Status(seen)
-    result = None if record.attempt is None else read_fields(record.attempt / RESULT)
+    result = None if record.attempt is None else read_result(record.attempt)
     own = written_status(result.text("status")) if result else None
     if status is Status.LOST and result and own in ENDED:
         return {"status": own, "error": result.text("error"), "score": result.number("score")}

@@ -226,28 +226,91 @@ def series(history: list[dict[str, Any]], key: str, by: str = "step") -> list[tu
     return [(line[by], line[key]) for line in history if is_number(line.get(key))]
 
 
-def goodput(run: Path) -> float | None:
-    """Share of a run's wall time spent in steps that count, over all attempts; None without lines.
+class Span:
+    """What the lines of one attempt say of it: from when to when, which steps, and how it ended."""
+
+    def __init__(self, line: dict[str, Any]) -> None:
+        self.begin = self.end = line["time"]
+        self.first_step = self.last_step = line["step"]
+        self.status: Status | None = None
+
+    def add(self, line: dict[str, Any]) -> None:
+        at, step = line["time"], line["step"]
+        if at > self.end:
+            self.end = at
+        elif at < self.begin:
+            self.begin = at
+        if step > self.last_step:
+            self.last_step = step
+        elif step < self.first_step:
+            self.first_step = step
+        if STATUS in line:
+            self.status = line[STATUS]
+
+
+def spans_of(run: Path) -> dict[str, Span]:
+    """What the lines say of each attempt, by its name."""
+    found: dict[str, Span] = {}
+    for line in read_lines(run):
+        span = found.get(line["attempt"])
+        if span is None:
+            span = found[line["attempt"]] = Span(line)
+        span.add(line)
+    return found
+
+
+def counting_lines(run: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yields all lines of a run, each with whether its step counts: no later attempt began before it."""
+    limits: list[float] = [float("inf")]
+    for first in reversed(resumptions(run)[1:]):
+        limits.append(min(limits[-1], first))
+    attempt, limit = None, float("inf")
+    for line in read_lines(run):
+        if line["attempt"] != attempt:
+            attempt, limit = line["attempt"], limits.pop() if limits else float("inf")
+        yield line, line["step"] <= limit
+
+
+class Goodput:
+    """Share of a run's wall time spent in steps that count, over all attempts.
 
     Wall time is summed over attempts, from the first line of each to its last; time between them (in a queue) does not
     count. Steps that were repeated after a restart count once.
     """
-    wall = productive = 0.0
-    attempt, began, ended = None, 0.0, 0.0
-    steps: list[tuple[int, float]] = []  # in order: of each attempt's steps, those that later ones did not repeat
-    for line in read_lines(run):
-        if line["attempt"] != attempt:
-            wall += ended - began
-            attempt, began, ended = line["attempt"], line["time"], line["time"]
-            first = line["step"] - (1 if is_measurement(line) else 0)
-            while steps and steps[-1][0] > first:
-                productive -= steps.pop()[1]
-        began, ended = min(began, line["time"]), max(ended, line["time"])
+
+    def __init__(self) -> None:
+        self._wall = self._productive = self._began = self._ended = 0.0
+        self._attempt: str | None = None
+        self._newest: tuple[int, float] = (-1, 0.0)  # a later line may say it again of the same step
+
+    def add(self, line: dict[str, Any], counts: bool) -> None:
+        """Add a line, and whether its step counts, as `counting_lines` yields them."""
+        at = line["time"]
+        if line["attempt"] != self._attempt:
+            self._wall += self._ended - self._began
+            self._attempt, self._began, self._ended = line["attempt"], at, at
+        elif at > self._ended:
+            self._ended = at
+        elif at < self._began:
+            self._began = at
         seconds = line.get(PRODUCTIVE)
-        if seconds:
-            if steps and steps[-1][0] == line["step"]:
-                productive -= steps.pop()[1]
-            steps.append((line["step"], seconds))
-            productive += seconds
-    wall += ended - began
-    return productive / wall if wall > 0 else None
+        if seconds and counts:
+            step = line["step"]
+            if step == self._newest[0]:
+                self._productive -= self._newest[1]
+            self._newest = (step, seconds)
+            self._productive += seconds
+
+    @property
+    def share(self) -> float | None:
+        """None without lines."""
+        wall = self._wall + self._ended - self._began
+        return self._productive / wall if wall > 0 else None
+
+
+def goodput(run: Path) -> float | None:
+    """The goodput of a run, see `Goodput`."""
+    found = Goodput()
+    for line, counts in counting_lines(run):
+        found.add(line, counts)
+    return found.share

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from danling_conf.schema.files import LARGEST_BYTES, Damaged, read_object, read_regular
+from danling_conf.schema.files import LARGEST_BYTES, RESERVE, RESULT, Damaged, parse_object, read_object, read_regular
 from danling_conf.schema.printable import printable
 
 _log = logging.getLogger("danling_conf.records.damage")
@@ -128,6 +128,21 @@ def read_fields(path: Path, *needed: str) -> Fields:
     if found and missing:
         warn_of_damage(path, f"{', '.join(missing)} missing")
     return Fields(path, found)
+
+
+def read_result(attempt: Path) -> Fields:
+    """How an attempt says that it ended; empty where it does not.
+
+    Where the file of the result could not be made, the end stands in the room that was kept for it.
+    """
+    found = read_fields(attempt / RESULT)
+    if found:
+        return found
+    try:
+        # Blank as long as the attempt has not ended, and torn where it was killed while it wrote its end.
+        return Fields(attempt / RESERVE, parse_object(read_regular(attempt / RESERVE)))
+    except (OSError, ValueError):
+        return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

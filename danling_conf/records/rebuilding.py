@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from danling_conf.config.identity import layout_name
-from danling_conf.records.reading import Fields, read_fields
+from danling_conf.records.reading import Fields, read_fields, read_result
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.status import ENDED, Status, written_status
 from danling_conf.schema import Layout
-from danling_conf.schema.files import JOB_FILE, RESULT, RUN_FILE
+from danling_conf.schema.files import JOB_FILE, RUN_FILE
 
 
 def jobs_with_files(sweep: Path) -> list[str]:
@@ -52,7 +52,7 @@ def _of_run(run: Path) -> list[dict[str, Any]]:
     attempt = newest_attempt(run)
     if attempt is None:
         return []
-    result = read_fields(attempt / RESULT)
+    result = read_result(attempt)
     started = {"status": Status.RUNNING, "attempt": attempt.name}
     ended = written_status(result.text("status"))
     if ended not in ENDED:

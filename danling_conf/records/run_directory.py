@@ -420,7 +420,7 @@ def _write_into_reserve(attempt: Path, content: bytes) -> None:
         with open(attempt / RESERVE, "r+b", buffering=0, opener=no_links) as file:
             file.write(content)
             file.truncate()
-        os.replace(attempt / RESERVE, attempt / RESULT)
+        os.replace(attempt / RESERVE, attempt / RESULT)  # `read_result` finds it in either place
     except OSError as error:
         show_unwritable(attempt / RESULT, error)
 

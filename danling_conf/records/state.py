@@ -16,11 +16,11 @@ from danling_conf.records.find import sweep_of
 from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.ledger import Record
 from danling_conf.records.metrics import end_in_metrics
-from danling_conf.records.reading import read_fields, read_json, warn_of_damage
+from danling_conf.records.reading import read_json, read_result, warn_of_damage
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.run_lock import holder_of, is_live
 from danling_conf.records.status import ENDED, Status, written_status
-from danling_conf.schema.files import FROZEN, RESULT
+from danling_conf.schema.files import FROZEN
 
 SILENT_INTERVALS = 3.0
 """A rank whose heartbeat is older than this many intervals has stopped writing: it is stopped, or gone."""
@@ -80,7 +80,7 @@ def state_of(run: Path, now: float | None = None) -> RunState:
 
 def written_end(attempt: Path) -> RunState | None:
     """The end that an attempt wrote itself; None where it wrote none."""
-    result = read_fields(attempt / RESULT)
+    result = read_result(attempt)
     if not result:
         return None
     status = written_status(result.text("status"))

@@ -47,7 +47,7 @@ def make_loaders(
             ranks do not have the same splits, or as many samples.
         SettingError: see `components.dataloader.make`.
     """
-    refuse_together(_faults(datasets))
+    refuse_together(faults(datasets))
     refuse_together(_differences([dict(item) for item in gathered(_sizes(datasets))]))
     made = {}
     for split, dataset in datasets.items():
@@ -184,7 +184,7 @@ def check_sequences(loaders: Mapping[str, Any], model: Assembled, layout: Layout
             )
 
 
-def _faults(datasets: Any) -> list[Violation]:
+def faults(datasets: Any) -> list[Violation]:
     """What is wrong with the data sets, as this rank sees them."""
     if not isinstance(datasets, Mapping):
         rule = f"one data set a split is needed, and this is a {type(datasets).__name__}"

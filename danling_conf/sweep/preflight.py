@@ -251,7 +251,7 @@ def _shape(
 ) -> tuple[Shape, list[Violation]]:
     on_cpu = config.parallel.mesh_device_type == "cpu"
     settings = launcher if isinstance(launcher, SlurmLauncherConfig) else SlurmLauncherConfig()
-    groups = config.ft.group_size if starts_groups(config, this_machine()) else 0
+    groups = config.ft.group_size if config.ft.enabled and starts_groups(config, this_machine()) else 0
     name = layout_name(layout)
     return shape_of(layout, on_cpu=on_cpu, capacity=capacity, launcher=settings, name=name, groups=groups)
 

@@ -17,8 +17,9 @@ from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
 from danling_conf.records.metrics import end_in_metrics
 from danling_conf.records.reading import read_fields
-from danling_conf.records.run_directory import newest_attempt
-from danling_conf.records.status import Status
+from danling_conf.records.run_directory import newest_attempt, reserve_result, write_result
+from danling_conf.records.state import state_of
+from danling_conf.records.status import Outcome, Status
 from danling_conf.sweep.slurm_backend import SlurmJobs
 from tests.support.commands import APP, all_gone, run, runs, started, wait_for
 from tests.support.records import ATTEMPT, write_run, write_sweep_of
@@ -129,6 +130,33 @@ def test_a_run_of_which_nothing_started(tmp_path: Path, capsys: Any) -> None:
     made = write_run(tmp_path / "run")
     (made / "attempts").rename(tmp_path / "elsewhere")
     assert judged(made, capsys) == Status.EMPTY
+
+
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.INTERRUPTED])
+@pytest.mark.parametrize("swept", [False, True])
+def test_a_run_whose_result_cannot_be_made(tmp_path: Path, capsys: Any, status: Status, swept: bool) -> None:
+    """Its end stands in the room that was kept for it, and counts as if it were the result."""
+    if swept:
+        (record,) = write_sweep_of(tmp_path, None, lines=[RUNNING]).ledger.records().values()
+        assert record.run is not None
+        made = record.run
+    else:
+        made = write_run(tmp_path / "run")
+    attempt = newest_attempt(made)
+    assert attempt is not None
+    (attempt / "result.json").mkdir()
+    reserve_result(attempt)
+    assert state_of(made).status is Status.LOST
+    error = "" if status is Status.COMPLETED else "as it says"
+    write_result(attempt, Outcome(status=status, exit_code=0, message=error), 0.5)
+    assert judged(made, capsys) == status
+    state = state_of(made)
+    assert (state.error, state.score) == (error or None, None if error else 0.5)
+    if not swept:
+        main(["resume", str(made)])
+        told = "".join(capsys.readouterr())
+        assert "Traceback" not in told
+        assert ("nothing to do: the run has completed" in told) == (status is Status.COMPLETED)
 
 
 def test_a_run_on_another_machine(tmp_path: Path, capsys: Any) -> None:

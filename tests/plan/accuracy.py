@@ -98,10 +98,13 @@ CELLS = [
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=GPipe",)),
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=Interleaved1F1B",)),
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=LoopedBFS", FULL)),
+    Cell("decoder", "pp2", ("parallel.pipeline_schedule=ZBVZeroBubble",)),
+    Cell("decoder", "pp2", ("parallel.pipeline_schedule=DualPipeV",)),
     Cell("decoder", "pp2", (FULL, "accum_steps=2")),
     Cell("decoder", "pp4", ("parallel.pipeline_schedule=1F1B",)),
-    # torch's tracker takes one pass through a module only.
     Cell("decoder", "fsdp2_pp2", ("precision=bf16", *ONCE)),
+    Cell("decoder", "fsdp2_pp2", ("precision=bf16",)),
+    Cell("decoder", "fsdp2_pp2", ("parallel.pipeline_schedule=Interleaved1F1B",)),
     Cell("decoder", "fsdp2_tp2_pp2", ONCE),
     Cell("experts", "single"),
     Cell("experts", "fsdp2", ("precision=bf16",)),
@@ -204,13 +207,26 @@ def measured(cell: Cell, root: str) -> tuple[int, int]:
     return max(item.extra_fields.total_allocated for item in inside) - before, tracked
 
 
+class _Tracker(MemTracker):
+    """torch's tracker takes one pass through a module only, and a pipeline has several under way."""
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
+        if not self._mod_tracker.is_bw:
+            self.memory_tracking.pop(module, None)
+        super()._pre_fw_hook(module, inputs)
+
+
 def _tracked(runner: danling_conf.Runner, step: list[Any]) -> int:
-    tracker = MemTracker()
+    tracker, assembled = _Tracker(), runner.setup.assembled
     held = [item for batch in step for item in batch]
-    tracker.track_external(*runner.setup.assembled.parts, runner.optimizer, *held)
+    if assembled.pipeline is not None:  # what is received goes to buffers that the steps before have made
+        for index in assembled.pipeline.parts:
+            stage = assembled.pipeline.alone(index)
+            infos = (*stage.args_recv_info.values(), *stage.grad_recv_info.values())
+            held += [info.buffer for of_chunk in infos for info in of_chunk if info.buffer is not None]
+    tracker.track_external(*assembled.parts, runner.optimizer, *held)
     with tracker:
         for batch in step:
-            tracker.reset_mod_stats()  # it takes one pass through a module only
             runner.step(batch)
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 

@@ -17,7 +17,7 @@ from danling_conf.plan.figures import ACTIVATIONS, OPTIMIZER, PARAMETERS, Layout
 from danling_conf.plan.remedies import remedies_of
 from danling_conf.plan.trace import Subject
 from danling_conf.runner.planning import Recipe
-from danling_conf.topology.violation import SettingError
+from danling_conf.topology.violation import ConfigRefused, SettingError
 from models.decoder import Decoder, DecoderConfig
 from tests.plan.accuracy import loss
 
@@ -193,3 +193,59 @@ def test_a_model_that_asks_for_values_is_refused_by_name():
     with pytest.raises(SettingError, match=r"Lost.*value of a tensor") as refused:
         figures_of(subject_of(recipe))
     assert "test_engine.py" in str(refused.value)
+
+
+class Rates(nn.Module):
+    """Asks for values while it is built, as models with a rate for each block do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+        self.map = nn.Linear(4, 4)
+        nn.init.trunc_normal_(self.map.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(x) * self.rates[-1]
+
+
+class Grouped(nn.Module):
+    """Experts in fp32, by one product of groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        offsets = torch.full((2,), len(x), dtype=torch.int32) // 2
+        return torch.nn.functional.grouped_mm(x, self.weight, offs=offsets)
+
+
+def of_model(model: Any, width: int, datasets: Any = None) -> LayoutFigures:
+    config = danling_conf.compose(["steps=3", "parallel=single", "dataloader.batch_size=8"])
+    samples = {"train": [(torch.zeros(width), torch.zeros(width))]} if datasets is None else datasets
+    recipe = Recipe(config=config, model=model, datasets=samples, loss=lambda output, batch: output.sum())
+    return figures_of(subject_of(recipe))
+
+
+def test_models_that_only_ask_for_values_while_they_are_built():
+    assert of_model(Rates, 4).parameters == 4 * 4 + 4
+
+
+def test_products_of_groups_in_fp32():
+    (rank,) = of_model(Grouped, 16).ranks
+    assert rank.flops["float32"] == 2 * (2 * 8 * 16 * 16)  # the batch has no gradient
+
+
+def test_a_factory_that_fails_is_refused_with_its_line():
+    def missing() -> nn.Module:
+        open("missing.pt").close()
+        return Rates()
+
+    with pytest.raises(SettingError, match=r"factory raised FileNotFoundError.*missing.pt") as refused:
+        of_model(missing, 4)
+    assert "test_engine.py" in str(refused.value)
+
+
+def test_data_sets_are_refused_as_a_run_refuses_them():
+    with pytest.raises(ConfigRefused, match="pass a mapping"):
+        of_model(Rates, 4, [(torch.zeros(4), torch.zeros(4))])

@@ -13,6 +13,7 @@ import pytest
 import danling_conf
 from danling_conf.records import ledger as ledgers
 from danling_conf.records import metrics, ranks, run_directory
+from danling_conf.records.history import read_history
 from danling_conf.records.ledger import Ledger
 from danling_conf.records.metrics import PRODUCTIVE, end_in_metrics, goodput, read_lines, read_metrics
 from danling_conf.records.run_directory import bind
@@ -121,6 +122,25 @@ def test_the_end_of_a_long_run_is_read_from_its_tail(tmp_path: Path, monkeypatch
     assert goodput(tmp_path) == pytest.approx(0.5, rel=1e-3)
     assert len(sizes) > 2
     assert max(sizes) == 1 << 20  # block by block, whatever the length
+
+
+def test_a_history_parses_each_line_once_and_says_all_that_a_report_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line(0), *(line(step, x=step % 7) for step in range(1, 5000))]
+    lines += [json.dumps({"time": 2e9, "attempt": "b", "step": 3000, "epoch": 0}), line(3001, "b", x=-1.0)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    share, parsed = goodput(tmp_path), []
+    at_once = metrics._at_once
+    monkeypatch.setattr(metrics, "_at_once", lambda given: parsed.extend(given) or at_once(given))
+    history = read_history(tmp_path)
+    assert len(parsed) == len(lines)
+    assert history.goodput == share
+    assert history.curves["x"].least == (3001, -1.0)
+    assert {name: (span.first_step, span.last_step) for name, span in history.attempts.items()} == {
+        ATTEMPT: (0, 4999),
+        "b": (3000, 3001),
+    }
 
 
 def test_lines_are_the_same_parsed_at_once_and_one_by_one(tmp_path: Path) -> None:

@@ -46,8 +46,6 @@ def test_a_group_that_is_killed_is_started_again_and_catches_up(slurm: Cluster, 
     assert len({(item["step"], item["rank"]) for item in ends.values()}) == 2  # all at one step
     assert ends[0]["digest"] == ends[2]["digest"] != ends[1]["digest"]  # rank r of one group as of the other
     assert ends[1]["digest"] == ends[3]["digest"]
-    alone = {item["step"] for item in noted(digests, 0)} - {item["step"] for item in noted(digests, 2)}
-    assert alone  # steps that the first group did while the second was away
 
 
 def noted(digests: Path, rank: int) -> list[dict[str, Any]]:

@@ -53,6 +53,9 @@ _PRELOADED = [
 ]
 
 
+_MOST_CALLS = 16
+"""Of one world: torch's caches keep groups of some calls, and gloo has a thread for each, which wakes a hundred times a
+second."""
 _GRACE = 3.0
 """Seconds in which ranks notice that another has failed."""
 
@@ -66,7 +69,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._calls = 0
+        self.calls = 0
         # A fork of this process could inherit locked threads (autograd, OpenMP); the server has none.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
@@ -95,8 +98,8 @@ class World:
         Raises:
             RankFailed: with the traceback of the rank that failed first, and with the ranks that hang.
         """
-        call = pickle.dumps((self._calls, collectives, function, arguments))
-        self._calls += 1
+        call = pickle.dumps((self.calls, collectives, function, arguments))
+        self.calls += 1
         try:
             for _, connection in self._ranks:
                 connection.send_bytes(call)
@@ -147,7 +150,7 @@ def shared(
     call that did not.
     """
     global _shared
-    if _shared is None or _shared.size != world_size:
+    if _shared is None or _shared.size != world_size or _shared.calls >= _MOST_CALLS:
         close_shared()
         _shared = World(world_size)
     try:
