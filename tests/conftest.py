@@ -10,12 +10,16 @@ import pytest
 
 LONG = (
     "distributed/test_foreign_models.py", "distributed/test_matrix.py", "checkpoint/test_exact.py",
-    "launch/test_groups.py", "documents/test_blocks.py", "examples/test_commands.py", "checkpoint/test_layouts.py",
-    "checkpoint/test_signals.py", "crash/test_killed.py", "gpu/test_gpu.py", "cli/test_endings.py",
-    "launch/test_local_workers.py", "distributed/test_deepspeed.py", "launch/test_joining.py", "plan/test_accuracy.py",
-    "plan/test_proposals.py", "plan/test_engine.py", "config/test_sweep_composer.py", "groups/test_presets.py",
+    "launch/test_groups.py", "runner/observe/test_collective_timeout.py", "documents/test_blocks.py",
+    "examples/test_commands.py", "checkpoint/test_layouts.py", "checkpoint/test_signals.py", "crash/test_killed.py",
+    "gpu/test_gpu.py", "cli/test_endings.py", "launch/test_local_workers.py", "distributed/test_deepspeed.py",
+    "launch/test_joining.py", "plan/test_accuracy.py", "plan/test_proposals.py", "plan/test_engine.py",
+    "runner/test_replicas.py", "crash/test_disks.py", "examples/test_gan.py", "examples/test_own_loop.py",
+    "runner/test_artifacts.py", "documents/test_site.py", "config/test_fuzzed_command_lines.py",
+    "distributed/test_foreign_data_axes.py", "cli/test_init.py", "apps/test_example.py",
+    "config/test_sweep_composer.py", "groups/test_presets.py",
 )  # fmt: skip
-"""Files that take a minute: they come first, so that no worker is left alone with one of them at the end."""
+"""Files that take half a minute: they come first, so that no worker is left alone with one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
