@@ -691,11 +691,13 @@ def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
     found = vars(tensor)
     if not is_fake(tensor):
         return dict(found)
-    with tensor.fake_mode:  # type: ignore[attr-defined]
-        bare = vars(torch.empty(0))
-    return {
-        name: value for name, value in found.items() if name not in bare and name not in ("_is_param", "_is_buffer")
-    }
+    return {name: value for name, value in found.items() if name not in _attributes_of_fakes()}
+
+
+@cache
+def _attributes_of_fakes() -> frozenset[str]:
+    with fake_tensors():
+        return frozenset(vars(torch.empty(0))) | {"_is_param", "_is_buffer"}
 
 
 @contextmanager

@@ -36,11 +36,14 @@ _OVERWRITES = (
 """Operators that set every element of their first argument, whatever its value was."""
 
 
+_NO_STORAGES: frozenset[int] = frozenset()
+
+
 class NotReplayable(RuntimeError):
     """A replay would not do what the function did; `str()` says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ref:
     """A tensor, by its storage and its place there: views and `.data` of one storage need no operator."""
 
@@ -72,7 +75,7 @@ class Ref:
         return self.offset == 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One operator. Tensors among its arguments and results are `Ref`s."""
 
@@ -165,7 +168,13 @@ class Recording(TorchDispatchMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not is_operator(func):
             raise NotReplayable(f"it calls {func}, which is no plain operator")
-        arguments, keywords = _map_tensors(self.ref, args), _map_tensors(self.ref, kwargs)
+        given: list[Ref] = []
+
+        def ref(tensor: Tensor) -> Ref:
+            given.append(self.ref(tensor))
+            return given[-1]
+
+        arguments, keywords = _mapped(Tensor, ref, args), _mapped(Tensor, ref, kwargs)
         draws = torch.Tag.nondeterministic_seeded in func.tags
         if draws:
             self._check_draw(kwargs.get("generator"))
@@ -173,15 +182,15 @@ class Recording(TorchDispatchMode):
             result = func(*args, **kwargs)
         except _torch_private.fake_errors() as error:
             return self._computed(error, func, arguments, keywords)
-        read = frozenset(item.storage for item in _refs(arguments, keywords))
-        written = frozenset(self._numbers[storage_identity(item)] for item in _written(func, args, kwargs))
+        read = frozenset([item.storage for item in given])
+        written = _written(func, arguments, keywords)
         results, made = self._results(result)
         if self._on_step is not None:
             self._on_step(func, read, written | made)
         if made or written:  # else it is a view, or has nothing to do with tensors
             if made and is_view(func):
                 self._aliased |= made | read
-            keywords = _with_dtype(func, arguments, keywords, results)
+            keywords = keywords if given else _with_dtype(func, arguments, keywords, results)
             overwrites = self._overwritten(func, arguments, keywords)
             uses = read | written | made
             self._steps.append(Step(func, arguments, keywords, results, uses, written | made, overwrites, draws))
@@ -189,16 +198,16 @@ class Recording(TorchDispatchMode):
 
     def _results(self, result: Any) -> tuple[tuple[Ref | None, ...], frozenset[int]]:
         """The references of an operator's results, and the storages that are new."""
-        made: set[int] = set()
+        made: list[int] = []
         results: list[Ref | None] = []
-        for item in tree_leaves(result):
+        for item in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if not isinstance(item, Tensor):
                 results.append(None)
                 continue
             if storage_identity(item) not in self._numbers:
-                made.add(self._add(item))
+                made.append(self._add(item))
             results.append(self.ref(item))
-        return tuple(results), frozenset(made)
+        return tuple(results), frozenset(made) if made else _NO_STORAGES
 
     def _add(self, tensor: Tensor) -> int:
         self._numbers[storage_identity(tensor)] = number = len(self._alive)
@@ -311,7 +320,7 @@ class _Values:
         if target is not None and target.storage not in self._storages:
             self._storages[target.storage] = torch.UntypedStorage(target.bytes)
         found = self.call(step.function, step.arguments, step.keywords)
-        for ref, item in zip(step.results, tree_leaves(found), strict=True):
+        for ref, item in zip(step.results, (found,) if isinstance(found, Tensor) else tree_leaves(found), strict=True):
             if ref is not None and ref.storage not in self._storages:
                 if _ref(ref.storage, item) != ref:  # on fake tensors, an operator may lay out its result otherwise
                     item = ref.on(torch.UntypedStorage(ref.bytes)).copy_(item)
@@ -323,19 +332,16 @@ class _Values:
         return function(*self._real(arguments), **self._real(keywords))
 
     def _real(self, value: Any) -> Any:
-        def real(item: Any) -> Any:
-            if isinstance(item, Ref):
-                return item.on(self.storage(item.storage))
-            return item
-
-        return tree_map(real, value)
+        return _mapped(Ref, lambda item: item.on(self.storage(item.storage)), value)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The arguments that an operator changes."""
-    for position, name in written_arguments(func):
-        value = args[position] if position < len(args) else kwargs.get(name)
-        yield from (item for item in tree_leaves(value) if isinstance(item, Tensor))
+def _written(func: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> frozenset[int]:
+    """The storages that an operator changes."""
+    places = written_arguments(func)
+    if not places:
+        return _NO_STORAGES
+    values = [arguments[place] if place < len(arguments) else keywords.get(name) for place, name in places]
+    return frozenset([item.storage for item in _refs(values)])
 
 
 def _ref(number: int, tensor: Tensor) -> Ref:
@@ -343,17 +349,30 @@ def _ref(number: int, tensor: Tensor) -> Ref:
 
 
 def _refs(*values: Any) -> list[Ref]:
-    return [item for item in tree_leaves(values) if isinstance(item, Ref)]
+    found: list[Ref] = []
+    _mapped(Ref, found.append, values)
+    return found
 
 
-def _map_tensors(function: Callable[[Tensor], Ref], value: Any) -> Any:
-    return tree_map(lambda item: function(item) if isinstance(item, Tensor) else item, value)
+def _mapped(kind: type[Any], function: Callable[[Any], Any], value: Any) -> Any:
+    """A value with `function` of what is of a kind in it. What operators are called with, is nested by tuples, lists
+    and dicts; torch's pytrees, which know more, take ten times as long for it."""
+    if isinstance(value, kind):
+        return function(value)
+    found = type(value)
+    if found is tuple or found is list:
+        return found([_mapped(kind, function, item) for item in value])
+    if found is dict:
+        return {name: _mapped(kind, function, item) for name, item in value.items()}
+    if isinstance(value, (tuple, list, dict)):
+        return tree_map(lambda item: function(item) if isinstance(item, kind) else item, value)
+    return value
 
 
 def _with_dtype(func: Any, arguments: Any, keywords: Mapping[str, Any], results: tuple[Ref | None, ...]) -> Any:
-    """The keywords of an operator that makes a tensor, with the dtype that was the default then."""
+    """The keywords of an operator that makes a tensor of no other, with the dtype that was the default then."""
     names = _torch_private.argument_names(func)[len(arguments) :]
     made = results[0] if results else None
-    if "dtype" not in names or keywords.get("dtype") is not None or made is None or _refs(arguments, keywords):
+    if "dtype" not in names or keywords.get("dtype") is not None or made is None:
         return keywords
     return {**keywords, "dtype": made.dtype}
