@@ -18,7 +18,8 @@ class Background:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
+        """What the last job has raised, until `check` raises it."""
         self.what = ""
         """The running job, or the last one."""
 
@@ -39,7 +40,7 @@ class Background:
 
     def check(self) -> None:
         """Raise the error of the last job, once."""
-        failure, self._failure = self._failure, None
+        failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
 
@@ -65,4 +66,4 @@ class Background:
         try:
             job()
         except BaseException as error:  # torch's CheckpointException derives from BaseException, not Exception
-            self._failure = error
+            self.failure = error

@@ -221,7 +221,7 @@ class CheckpointManager:
 
     def check(self) -> None:
         """Raise SaveFailed if a background save has failed. Does not block; not collective."""
-        if not self._background.busy:
+        if self._background.failure is not None and not self._background.busy:
             self._background.check()
 
     def drain(self, limit: float | None = None) -> None:

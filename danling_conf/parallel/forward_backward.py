@@ -36,7 +36,7 @@ _NOTE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Measured:
     """A loss of this rank: a total and its weight, whose ratio is the mean. Both are 0 where another stage has it."""
 
@@ -46,8 +46,11 @@ class Measured:
     @property
     def mean(self) -> Tensor:
         """The mean; not a number on ranks that do not have the loss."""
-        is_mean = isinstance(self.weight, float) and self.weight == 1.0
-        return self.total if is_mean else self.total / self.weight
+        weight = self.weight
+        return self.total if type(weight) is float and weight == 1.0 else self.total / weight
+
+
+_NOTHING = Measured(torch.zeros(()), 0.0)
 
 
 class Passes:
@@ -93,7 +96,13 @@ class Passes:
         self.rank_with_outputs = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": last})
         """A rank that sees outputs: the first one of the last stage."""
         self._prove_layout = model.prove_layout
-        self._whole_step = None if graph is None else WholeStep(self._objective, graph)
+        self._in_parts = model.context is not None or model.sharded_logits
+        """Whether the model looks at whether it is inside of a step."""
+        self._pass = self._train_whole if model.pipeline is None else self._train_pipeline
+        self._whole_step: WholeStep | None = None
+        if graph is not None:
+            self._whole_step = WholeStep(self._objective, graph)
+            self._pass = self._train_graph
         self._weighted: bool | None = None
         self._counted: Tensor | None = None
         self._proven = False
@@ -116,21 +125,23 @@ class Passes:
             self._prove_layout = None
         if self.model.buffers is not None:
             self.model.buffers.begin()
-        with self._inside(self.model.sharded_logits):
-            if self.model.pipeline is not None:
-                with self._refused_at_first():
-                    batch = self.part(batch)
-                    self.model.pipeline.microbatches(batch)  # what cannot be cut is refused before ranks depend on it
-                measured = self._train_pipeline(batch, micro_batches)
-            elif self._whole_step is not None:
-                measured = self._train_graph(self._whole_step, batch, micro_batches)
-            elif micro_batches == 1:
-                measured = self._train_whole(batch, 1, last=True)
-            else:
-                with gradients.accumulate(self.model.module, last=last):
-                    measured = self._train_whole(batch, micro_batches, last=last)
+        if micro_batches == 1 and not self._in_parts:
+            measured = self._pass(batch, 1, last)
+        else:
+            with self._inside(accumulates=micro_batches > 1, last=last):
+                measured = self._pass(batch, micro_batches, last)
         self._proven = True
         return measured
+
+    @contextmanager
+    def _inside(self, *, accumulates: bool, last: bool) -> Iterator[None]:
+        """The context of a pass that works on parts of sequences, or is one of several of its optimizer step."""
+        accumulates = accumulates and self.model.pipeline is None and self._whole_step is None
+        with (
+            inside_step.step(sharded_logits=self.model.sharded_logits) if self._in_parts else nullcontext(),
+            gradients.accumulate(self.model.module, last=last) if accumulates else nullcontext(),
+        ):
+            yield
 
     def finish(self, parameters: Iterable[nn.Parameter], *, rescale: float = 1.0) -> Tensor | None:
         """Complete the gradients over the data ranks, and divide them by the count where the loss returns one; call it
@@ -218,7 +229,9 @@ class Passes:
             with self.autocast():
                 take(self._output(module, batch), batch)
 
-        with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
+        sharded_logits = self.model.sharded_logits and use is None
+        inside = inside_step.step(sharded_logits=sharded_logits) if self._in_parts else nullcontext()
+        with inside, torch.no_grad():
             pipeline = self.model.pipeline
             if pipeline is None:
                 self.model.run(evaluated, training=False)
@@ -230,12 +243,6 @@ class Passes:
     def part(self, batch: Any) -> Any:
         """This rank's part of the sequences of a batch."""
         return batch if self.model.context is None else self.model.context.part(batch)
-
-    def _inside(self, sharded_logits: bool) -> AbstractContextManager[None]:
-        """The context of a step, where the model looks at whether there is one."""
-        if self.model.context is None and not sharded_logits:
-            return nullcontext()
-        return inside_step.step(sharded_logits=sharded_logits)
 
     @contextmanager
     def _refused_at_first(self) -> Iterator[None]:
@@ -262,39 +269,54 @@ class Passes:
 
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
-            return _measured(self.loss(output, batch))
+            value = self.loss(output, batch)
+            # The usual loss: nothing is made of it.
+            if type(value) is Tensor and not value.ndim and value.requires_grad and value.is_floating_point():
+                return Measured(value, 1.0)
+            return _measured(value)
         except (RuntimeError, NotImplementedError) as error:
             if inside_step.sharded_logits() and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(_NOTE)
             raise
 
-    def _train_whole(self, batch: Any, micro_batches: int, *, last: bool) -> Measured:
-        found: list[Measured] = []
-        part: Any = None
+    def _train_whole(self, batch: Any, micro_batches: int, last: bool) -> Measured:
+        model = self.model
+        part, measured = batch, _NOTHING
 
         def objective(module: nn.Module) -> Tensor:
-            with self.autocast():
-                found.append(self._measured(self._output(module, part), part))
-            return found[0].total
+            nonlocal measured
+            if self.autocast is nullcontext:
+                measured = self._measured(self._output(module, part), part)
+            else:
+                with self.autocast():
+                    measured = self._measured(self._output(module, part), part)
+            return measured.total
 
         # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
-        with self._refused_at_first(), self._watched():
-            part = self.part(batch)
-            total = self.model.run(objective, training=True)
+        if self._proven:
+            if model.context is not None:
+                part = model.context.part(batch)
+            total = model.run(objective, training=True)
+        else:
+            with self._refused_at_first(), self._watched():
+                part = self.part(batch)
+                total = model.run(objective, training=True)
         assert total is not None
-        measured = Measured(total, found[0].weight)
-        if self.model.gradients is not None:
-            self.model.gradients.before_backward(total, last=last)
+        measured.total = total
+        if model.gradients is not None:
+            model.gradients.before_backward(total, last=last)
         scaled = self._scaled(measured, micro_batches)
-        if self.model.engine is None:
+        if model.engine is None:
             scaled.backward()
         else:
-            self.model.engine.backward(scaled, last=last)
-        return Measured(total.detach(), measured.weight)
+            model.engine.backward(scaled, last=last)
+        measured.total = total.detach()
+        return measured
 
-    def _train_graph(self, step: WholeStep, batch: Any, micro_batches: int) -> Measured:
+    def _train_graph(self, batch: Any, micro_batches: int, last: bool) -> Measured:
+        assert self._whole_step is not None
         with self._refused_at_first():
-            measured = Measured(*step(batch, micro_batches))
+            measured = Measured(*self._whole_step(batch, micro_batches))
         if self._has_count(measured):
             self._count(measured)
         return measured
@@ -304,9 +326,12 @@ class Passes:
             measured = self._measured(self.forward(self.model.module, batch), batch)
         return measured.total, measured.weight
 
-    def _train_pipeline(self, batch: Any, micro_batches: int) -> Measured:
+    def _train_pipeline(self, batch: Any, micro_batches: int, last: bool) -> Measured:
         pipeline = self.model.pipeline
         assert pipeline is not None
+        with self._refused_at_first():
+            batch = self.part(batch)
+            pipeline.microbatches(batch)  # what cannot be cut is refused before ranks depend on it
         cut = micro_batches * len(pipeline.microbatches(batch))
         found: list[Measured] = []
         faults: list[Violation] = []
@@ -344,12 +369,12 @@ class Passes:
 
     def _scaled(self, measured: Measured, cut: int, *, count: bool = True) -> Tensor:
         """The scalar to call `backward` on."""
-        if self._has_count(measured):
+        value = measured.total
+        if not isinstance(measured.weight, float):
             if count:
                 self._count(measured)
-            value = measured.total
-        else:
-            value = measured.total if cut == 1 else measured.total / cut
+        elif cut != 1:
+            value = value / cut
         return value if self.scaler is None else self.scaler.scale(value)
 
     def _multiply(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:

@@ -7,27 +7,34 @@ with `waiting`; the heartbeat's thread reads it.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from threading import get_ident
 
 _marks: dict[int, list[str]] = {}
 """What each thread may wait for, innermost last. A checkpoint's thread waits for other ranks while training goes on."""
 
 
-@contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Mark a block in which this thread may wait for other ranks.
+class waiting:
+    """Mark a block in which this thread may wait for other ranks. One object may mark any number of blocks.
 
     Args:
         what: names the block in the heartbeat, such as `the backward pass`.
     """
-    marks = _marks.setdefault(threading.get_ident(), [])
-    marks.append(what)
-    try:
-        yield
-    finally:
-        marks.pop()
+
+    # No generator: the loop enters two of these at each step.
+    __slots__ = ("what",)
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        thread = get_ident()
+        if thread in _marks:
+            _marks[thread].append(self.what)
+        else:
+            _marks[thread] = [self.what]
+
+    def __exit__(self, *_: object) -> None:
+        _marks[get_ident()].pop()
 
 
 def waits_for(thread: int) -> str | None:

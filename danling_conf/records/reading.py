@@ -159,10 +159,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_text(path: Path, limit: int | None = LARGEST_BYTES) -> str:
-    """The text of a file, with bytes replaced that are not UTF-8; "" where there is no file."""
+def read_text(path: Path, limit: int | None = LARGEST_BYTES, *, most: int | None = None) -> str:
+    """The text of a file, with bytes replaced that are not UTF-8; "" where there is no file.
+
+    Args:
+        limit: see `read_regular`; likewise `most`.
+    """
     try:
-        return read_regular(path, limit).decode(errors="replace")
+        return read_regular(path, limit, most=most).decode(errors="replace")
     except FileNotFoundError:
         return ""
     except Damaged as damage:

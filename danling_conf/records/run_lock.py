@@ -150,7 +150,7 @@ def check_token(run_directory: Path, token: str) -> None:
     Raises:
         LostRun: they differ.
     """
-    found = re.search(r"^token (\w+)$", read_text(run_directory / RUN_LOCK), re.MULTILINE)
+    found = re.search(r"^token (\w+)$", read_text(run_directory / RUN_LOCK, most=4096), re.MULTILINE)
     # No token is the damage of a file, and no other attempt.
     if found is not None and found[1] != token:
         raise LostRun(f"{run_directory}: another attempt has taken over the run; this one ends")

@@ -20,7 +20,6 @@ from danling_conf.components.batch import to_device
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel import process_group
 from danling_conf.parallel.deepspeed import ZeroEngine
-from danling_conf.parallel.forward_backward import Measured
 from danling_conf.parallel.replica_groups import NoQuorum
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records.membership import Event
@@ -33,6 +32,7 @@ from danling_conf.runner.display import Display
 from danling_conf.runner.evaluation import measure
 from danling_conf.runner.leading import Lead
 from danling_conf.runner.observe import collective_timeout, out_of_memory
+from danling_conf.runner.observe.nonfinite import SKIP
 from danling_conf.runner.observe.observers import Observers
 from danling_conf.runner.observe.stopwatch import EVALUATION, FAULT
 from danling_conf.runner.replicas import Replicas, TooFewGroups
@@ -47,6 +47,7 @@ from danling_conf.topology.violation import ConfigRefused
 
 _END = object()
 """Behind the last batch of an epoch."""
+_PASSES, _GRADIENTS = waiting("forward and backward"), waiting("the gradients")
 
 Report = Callable[["nn.Module | None", Mapping[str, float]], list[str]]
 """Returns lines to print at the end, from the model and the results."""
@@ -86,6 +87,7 @@ class Loop:
         self.saver, self.resumption, self.observers, self.display = saver, resumption, observers, display
         self.stop_request, self.callbacks, self.report = stop_request, callbacks, report
         self.lead, self.replicas = lead, replicas
+        self._accum_steps, self._clips = config.accum_steps, config.max_grad_norm is not None
         self._refused = False
         """Whether the groups have refused the last step, which is then repeated."""
         # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
@@ -174,7 +176,11 @@ class Loop:
             if ahead:
                 following = next(iterator, _END)
                 state.epoch_ends = following is _END
-            yield from self._delivered(to_device(batch, self.world.device) if move else batch)
+            batch = to_device(batch, self.world.device) if move else batch
+            if self.replicas is None:
+                yield batch
+            else:
+                yield from self._delivered(batch)
             state.epoch_ends = False
             if self._done() or self._behind:
                 return
@@ -194,11 +200,8 @@ class Loop:
         self._after_epoch()
 
     def _delivered(self, batch: Any) -> Iterator[Any]:
-        """A batch; and, for as long as the replica groups refuse the step that it completes, the step's batches
+        """With replica groups: a batch; and, for as long as they refuse the step that it completes, the step's batches
         again."""
-        if self.replicas is None:
-            yield batch
-            return
         self._step_batches.append(batch)
         ends = self.state.epoch_ends
         yield batch
@@ -279,20 +282,27 @@ class Loop:
             SaveFailed: a checkpoint could not be written.
             Stopped: a signal asked the run to stop.
         """
-        state, setup, count = self.state, self.setup, self.config.accum_steps
-        self._recover()
+        state, count = self.state, self._accum_steps
+        if state.step_failed:
+            self._recover()
         state.micro_batches += 1
         last = state.micro_batches == count or state.epoch_ends
-        if state.micro_batches == 1 and state.step + 1 == state.first_step:
-            setup.utilisation.count(batch)
-        if state.micro_batches == 1 and self.callbacks.step_start is not None:
-            self.callbacks.step_start()
+        if state.micro_batches == 1:
+            if state.step + 1 == state.first_step:
+                self.setup.utilisation.count(batch)
+            if self.callbacks.step_start is not None:
+                self.callbacks.step_start()
         try:
             # Not the backward pass alone: a model that is sharded or cut into stages communicates in its forward too.
-            with waiting("forward and backward"):
-                loss = self._train(batch, last=last)
-            state.training_loss.append(loss, last=last)
-            self.observers.micro_batch(loss.total, state.epoch_step * count + state.micro_batches - 1)
+            with _PASSES:
+                try:
+                    loss = self.setup.passes.train(batch, micro_batches=count, last=last)
+                except BaseException:
+                    state.step_failed, state.micro_batches = True, 0
+                    raise
+            total = state.training_loss.append(loss, last=last)
+            if not (isinstance(total, float) and math.isfinite(total)):
+                self.observers.micro_batch(total, state.epoch_step * count + state.micro_batches - 1)
             if last:
                 rescale, state.micro_batches = count / state.micro_batches, 0
                 if not self._update(rescale):
@@ -307,25 +317,20 @@ class Loop:
                     self.callbacks.step_end()
                 if state.step >= self._next_event:
                     self._after_step()
-                self._stop_where_asked()
+                self.saver.checkpoints.check()
+                asked = (self.replicas or self.stop_request).signal_on_any_rank()
+                if asked and not self._done():  # a run that is complete ends as such
+                    self._stop(asked)
         except RuntimeError as error:
             self._explain(error)
             raise
         return loss.mean
 
-    def _train(self, batch: Any, *, last: bool) -> Measured:
-        try:
-            return self.setup.passes.train(batch, micro_batches=self.config.accum_steps, last=last)
-        except BaseException:
-            self.state.step_failed, self.state.micro_batches = True, 0
-            raise
-
     def _recover(self) -> None:
         """After an exception that the user's loop has survived, start the optimizer step anew. Not before: most
         exceptions end the run, and what they have left (a collective that timed out) may not be touched again."""
-        if self.state.step_failed:
-            self._drop_step()
-            self.observers.known_epoch = False  # steps do not count the batches of this epoch any more
+        self._drop_step()
+        self.observers.known_epoch = False  # steps do not count the batches of this epoch any more
 
     def _drop_step(self) -> None:
         """Leave out the optimizer step under way, with what its micro-batches have left."""
@@ -360,13 +365,13 @@ class Loop:
         if setup.zero is not None:
             self._update_by(setup.zero, rescale)
             return True
-        with waiting("the gradients"):
+        with _GRADIENTS:
             counted = setup.passes.finish(setup.parameters, rescale=rescale)
             # Before anything looks at the gradients: until the vote, they may be garbage.
-            if not self._agreed(counted):
+            if self.replicas is not None and not self._agreed(self.replicas, counted):
                 return False
             self.state.training_loss.commit()
-            measures = self.config.max_grad_norm is not None or nonfinite.measures_gradients
+            measures = self._clips or nonfinite.measures_gradients
             hook = self.callbacks.before_optimizer_step
             if setup.scaler is not None and (measures or hook is not None):
                 setup.scaler.unscale_(self.setup.optimizer)
@@ -376,7 +381,7 @@ class Loop:
                 limit = self.config.max_grad_norm or math.inf
                 norm = gradients.clip(setup.parameters, limit, pipeline=setup.pipeline_group)
                 self.observers.norm(norm, expected=setup.scaler is not None)
-            skipped = nonfinite.skips()
+            skipped = nonfinite.mode == SKIP and nonfinite.skips()
         if skipped:
             pass
         elif setup.scaler is None:
@@ -391,7 +396,7 @@ class Loop:
     def _update_by(self, zero: ZeroEngine, rescale: float) -> None:
         """The same by ZeRO, which clips and steps at once, and leaves out a step whose gradients are not finite."""
         nonfinite = self.observers.nonfinite
-        with waiting("the gradients"):
+        with _GRADIENTS:
             self.setup.passes.finish(self.setup.parameters, rescale=rescale)
             self.state.training_loss.commit()
             if nonfinite.skips():
@@ -404,18 +409,20 @@ class Loop:
         self._count_step()
 
     def _count_step(self) -> None:
-        self.setup.schedule.after_step()
-        self.state.loader_before = None
-        self.state.step += 1
-        self.state.epoch_step += 1
-        self.observers.stepped()
+        state, observers, schedule = self.state, self.observers, self.setup.schedule.by_step
+        if schedule is not None:
+            schedule.step()
+        state.loader_before = None
+        state.step += 1
+        state.epoch_step += 1
+        observers.last_step_time = time.time()
+        if observers.profiler is not None:
+            observers.profiler.step()
 
-    def _agreed(self, counted: Tensor | None) -> bool:
+    def _agreed(self, replicas: Replicas, counted: Tensor | None) -> bool:
         """Whether the step under way counts, also with the other replica groups."""
-        if self.replicas is None:
-            return True
         try:
-            if not self.replicas.agree(counted):
+            if not replicas.agree(counted):
                 return False
         except NoQuorum as error:
             self._leave(error)
@@ -471,13 +478,9 @@ class Loop:
         if due or better:
             self.saver.save_run(history=due and cadence.keeps_history, best=better)
 
-    def _stop_where_asked(self) -> None:
-        """Between two steps: fail where a save has failed; save and leave where a signal asked for it; end the training
-        where a rank asked for that."""
-        self.saver.checkpoints.check()
-        number = (self.replicas or self.stop_request).signal_on_any_rank()
-        if not number or self._done():  # a run that is complete ends as such
-            return
+    def _stop(self, number: int) -> None:
+        """Between two steps: save and leave where a signal asked for it; end the training where a rank asked for
+        that."""
         if number == END_REQUESTED:
             self._end()
         else:
@@ -536,7 +539,8 @@ class Loop:
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of a split, by `split.name`. Collective."""
         self.display.activity(f"evaluating {split}")
-        self._recover()
+        if self.state.step_failed:
+            self._recover()
         if self.callbacks.evaluation_start is not None:
             self.callbacks.evaluation_start(split)
         results: dict[str, float] = {}

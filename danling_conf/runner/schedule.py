@@ -71,13 +71,9 @@ class Schedule:
                 "set steps, or scheduler=constant",
             )
         self.scheduler = scheduler.make(optimizer, section, advances or sys.maxsize, metric_mode=mode)
-        self._by_step: Any = self.scheduler if interval == "step" else None
+        self.by_step: Any = self.scheduler if interval == "step" else None
+        """What advances with each optimizer step; None where nothing does."""
         self._by_epoch: Any = self.scheduler if interval == "epoch" else None
-
-    def after_step(self) -> None:
-        """Advance what advances by step."""
-        if self._by_step is not None:
-            self._by_step.step()
 
     def after_epoch(self, results: Mapping[str, float], *, evaluated: bool = True) -> None:
         """Advance what advances by epoch; by a metric only where it was measured anew."""

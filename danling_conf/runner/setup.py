@@ -164,7 +164,7 @@ def set_up(
     assembled.train()
     # FSDP casts by its own policy; autocast on top of it would cast twice.
     cast = None if config.fsdp.enabled else config.precision
-    autocast = partial(precision.autocast, cast, world.device.type)
+    autocast = nullcontext if cast in (None, "fp32") else partial(precision.autocast, cast, world.device.type)
     scaler = precision.scaler(cast, world.device.type)
     return Setup(
         loaders=split_loaders,

@@ -489,7 +489,7 @@ class Runner:
             SaveFailed: a checkpoint could not be written.
             Stopped: a signal asked the run to stop.
         """
-        return self.loop.step(batch)
+        return (self._loop or self.loop).step(batch)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Loss and metrics of a split, by `split.name`. Collective."""

@@ -1,14 +1,15 @@
 """Watch for losses and gradients that are not finite; what happens then, `nonfinite` decides.
 
-Each micro-batch adds one subtraction on the device, `x - x`, which is zero for a finite number and not a number else;
-the result is read with the next log line, which waits for the device anyway. Only `skip` must know before each
-optimizer step, and waits for it.
+On an accelerator, each micro-batch adds one subtraction, `x - x`, which is zero for a finite number and not a number
+else; the result is read with the next log line, which waits for the device anyway. Only `skip` must know before each
+optimizer step, and waits for it. On the CPU numbers are there at once, and only those that are not finite are kept.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class NonFinite:
         self.mode = mode
         self.steps = 0
         """Optimizer steps of this attempt that were not finite."""
+        self.measures_gradients = mode != COUNT
+        """Whether the gradients' norm is wanted also where nothing is clipped."""
         self._device, self._indices, self.record = device, indices, record
         self._joined: list[Tensor] = []
         self._seen: list[Tensor] = []
@@ -57,17 +60,16 @@ class NonFinite:
         self._places: list[tuple[int, int, int]] = []
         self._read_at = 0
 
-    @property
-    def measures_gradients(self) -> bool:
-        """Whether the gradients' norm is wanted also where nothing is clipped."""
-        return self.mode != COUNT
-
     def begin(self, step: int) -> None:
         """Count from here."""
         self._read_at = step
 
-    def look(self, value: Tensor, step: int, epoch: int, micro_batch: int) -> None:
+    def look(self, value: Tensor | float, step: int, epoch: int, micro_batch: int) -> None:
         """Take a loss, or the norm of gradients (`micro_batch` -1), of the step that is under way."""
+        if not isinstance(value, Tensor):
+            if math.isfinite(value):
+                return
+            value = torch.tensor(value)
         zero = value - value
         self._seen.append(zero)
         if self.mode == SKIP:
@@ -83,7 +85,7 @@ class NonFinite:
         if self.mode != SKIP:
             return False
         of_step, self._of_step = self._of_step, []
-        bad = torch.stack(of_step).isnan().any().float()
+        bad = torch.stack(of_step).isnan().any().float() if of_step else torch.zeros((), device=self._device)
         if is_distributed():
             distributed.all_reduce(bad, op=distributed.ReduceOp.MAX)
         return bool(bad.item())

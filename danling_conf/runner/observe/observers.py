@@ -1,8 +1,7 @@
 """Observers of a run, behind a few calls of the loop: they change nothing of what is trained.
 
 called by the loop            what happens
-`micro_batch` at each         losses that are not finite
-`stepped` at each step        the heartbeat's clock, the profiler's schedule
+`micro_batch`                 losses that are not finite
 `log_line`                    speed, memory, loss: one reduction over the ranks, to every tracker
 `evaluated`                   results, to every tracker
 `state`                       what the rank does now, in its heartbeat
@@ -37,6 +36,7 @@ from danling_conf.runner.observe import collective_timeout, planned
 from danling_conf.runner.observe.heartbeat import Heartbeat
 from danling_conf.runner.observe.log_pace import LogPace
 from danling_conf.runner.observe.logged import LoggedValues
+from danling_conf.runner.observe.meters import Number, at_hand
 from danling_conf.runner.observe.nonfinite import FAIL, NonFinite, NotFinite, warning_of
 from danling_conf.runner.observe.stopwatch import Lap, Stopwatch
 from danling_conf.runner.observe.summary import Summary, peak_bytes, summarise
@@ -70,8 +70,10 @@ class Observers:
         self.stopwatch = Stopwatch()
         self.logged = LoggedValues()
         self.last_step_time: float | None = None
+        """When the loop did its last optimizer step, for the heartbeat; seconds since 1970."""
         self._heartbeat: Heartbeat | None = None
-        self._profiler: profiler.StepProfiler | None = None
+        self.profiler: profiler.StepProfiler | None = None
+        """Its schedule advances with each optimizer step; None where nothing is traced."""
         self._trackers: Trackers | None = None
         self._relay: WarningRelay | None = None
         self._planned: planned.Planned | None = None
@@ -138,7 +140,7 @@ class Observers:
             fixed=config.log_interval is not None or loss_decides,
             length_known=cadence.steps is not None,
         )
-        self._profiler = profiler.make(
+        self.profiler = profiler.make(
             config.profiling,
             attempt.run_directory,
             rank=world.ranks.number,
@@ -184,21 +186,21 @@ class Observers:
         self.stopwatch.restart(self._state.step)
         self.pace.begin(self._state.step)
 
-    def micro_batch(self, loss: torch.Tensor, number: int) -> None:
-        """Take the loss of a micro-batch of the step under way; `number` is its place in the epoch."""
-        self.nonfinite.look(loss, self._state.step + 1, self._state.epoch, number)
+    def micro_batch(self, loss: Number, place: int) -> None:
+        """Take the loss of a micro-batch of the step under way; `place` is its number in the epoch."""
+        self.nonfinite.look(loss, self._state.step + 1, self._state.epoch, place)
 
     def norm(self, norm: torch.Tensor, *, expected: bool) -> None:
         """Take the gradients' norm of the step under way. `expected`: a loss scaler handles what is not finite."""
         self._norm = norm
         if not expected:
-            self.nonfinite.look(norm, self._state.step + 1, self._state.epoch, -1)
+            self.nonfinite.look(at_hand(norm), self._state.step + 1, self._state.epoch, -1)
 
     def group_loss(self, loss: torch.Tensor) -> None:
         """Take the loss of the step under way over all replica groups: where it is not finite in one, all of them leave
         the step out, or none."""
         if self.nonfinite.measures_gradients:
-            self.nonfinite.look(loss, self._state.step + 1, self._state.epoch, -1)
+            self.nonfinite.look(at_hand(loss), self._state.step + 1, self._state.epoch, -1)
 
     def jumped(self) -> None:
         """The run goes on at another step, which was taken over from another replica group."""
@@ -206,12 +208,6 @@ class Observers:
         self.nonfinite.begin(self._state.step)
         assert self._display is not None
         self._display.restart_clock()
-
-    def stepped(self) -> None:
-        """An optimizer step is done."""
-        self.last_step_time = time.time()
-        if self._profiler is not None:
-            self._profiler.step()
 
     def log_line(self) -> None:
         """Log how the steps since the last line went, to every tracker. Collective. Raises NotFinite."""
@@ -282,11 +278,11 @@ class Observers:
                 interrupted = error is None and self._state.interrupted
                 status = Status.INTERRUPTED if interrupted else outcome_of(error).status
                 stack.callback(self._finish, self._trackers, status)
-            if self._profiler is not None:
-                stack.callback(self._profiler.stop)
+            if self.profiler is not None:
+                stack.callback(self.profiler.stop)
             if self._planned is not None:
                 stack.callback(self._planned.close, wait=error is None)
-            self._profiler, self._relay, self._heartbeat, self._planned = None, None, None, None
+            self.profiler, self._relay, self._heartbeat, self._planned = None, None, None, None
 
     def _finish(self, trackers: Trackers, status: Status) -> None:
         assert self._world is not None
