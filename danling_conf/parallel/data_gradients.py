@@ -66,6 +66,8 @@ class DataGradients:
             model.set_reduce_scatter_unused_params(True)
         self._used = torch.zeros(len(self.named), dtype=torch.int32)
         """Which parameters the micro-batches of this step have used so far, where that is looked for."""
+        self._parameters = [item for _, item in self.named]
+        self._all_had_one = False
         self._without: set[str] | None = None
         """Parameters that had no gradient in the first step; None before it."""
 
@@ -80,11 +82,12 @@ class DataGradients:
             ConfigRefused: a parameter gets no gradient, and that is not allowed; or the first forward has changed a
                 parameter otherwise on other ranks. On all ranks.
         """
+        if self._without is not None and (self.by_ddp or not self.allowed):
+            return
         with real_tensors():
-            if self._without is None or (self.allowed and not self.by_ddp):
-                mine = self._mask(loss)
-                # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
-                self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
+            mine = self._mask(loss)
+            # DDP waits for what the last micro-batch uses; FSDP reduces what all of them have used.
+            self._used = mine if self.by_ddp else torch.maximum(self._used, mine)
             if self._without is None and last and not self.allowed:
                 self._compare_ranks()
                 self._refuse_unused()
@@ -96,16 +99,19 @@ class DataGradients:
             ConfigRefused: a parameter has no gradient that had one in the first step, and that is not allowed. On the
                 ranks where it is so.
         """
-        self._average_replicated()
+        if self.replicated:
+            self._average_replicated()
         if self.allowed:
             if not self.by_ddp:
                 self._drop_unused()
             self._without = set()
             return
+        if self._all_had_one and all(map(self._reached, self._parameters)):
+            return
         without = {name for name, item in self.named if not self._reached(item)}
         if self._without is not None and without != self._without:
             raise self._refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
-        self._without = without
+        self._without, self._all_had_one = without, not without
 
     def forget(self) -> None:
         """Start the step under way again: its micro-batches do not count."""
@@ -168,8 +174,6 @@ class DataGradients:
             raise self._refusal(names, where)
 
     def _average_replicated(self) -> None:
-        if not self.replicated:
-            return
         with real_tensors():
             mask = torch.tensor([int(item.grad is not None) for item in self.replicated], dtype=torch.int32)
             used = self._over_ranks(mask, dist.ReduceOp.MAX).tolist()

@@ -50,9 +50,6 @@ class Measured:
         return self.total if type(weight) is float and weight == 1.0 else self.total / weight
 
 
-_NOTHING = Measured(torch.zeros(()), 0.0)
-
-
 class Passes:
     """Trains and evaluates an assembled model with a loss.
 
@@ -263,6 +260,8 @@ class Passes:
         return second_derivatives.NoSecondDerivatives(self.layout) if watched else nullcontext()
 
     def _output(self, module: nn.Module, batch: Any) -> Any:
+        if self.model.policy is None:
+            return self.forward(module, batch)
         inputs = self.model.inputs(batch)
         with self.model.explaining(inputs):
             return self.forward(module, inputs)
@@ -280,17 +279,16 @@ class Passes:
             raise
 
     def _train_whole(self, batch: Any, micro_batches: int, last: bool) -> Measured:
-        model = self.model
-        part, measured = batch, _NOTHING
+        model, part = self.model, batch
+        found: list[Measured] = []
 
         def objective(module: nn.Module) -> Tensor:
-            nonlocal measured
             if self.autocast is nullcontext:
-                measured = self._measured(self._output(module, part), part)
+                found.append(self._measured(self._output(module, part), part))
             else:
                 with self.autocast():
-                    measured = self._measured(self._output(module, part), part)
-            return measured.total
+                    found.append(self._measured(self._output(module, part), part))
+            return found[0].total
 
         # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
         if self._proven:
@@ -302,6 +300,7 @@ class Passes:
                 part = self.part(batch)
                 total = model.run(objective, training=True)
         assert total is not None
+        measured = found[0]
         measured.total = total
         if model.gradients is not None:
             model.gradients.before_backward(total, last=last)
