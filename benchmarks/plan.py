@@ -73,24 +73,27 @@ class _Float8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _float8_product(x, weight.t())
+        (rows, scale), (columns, other) = _in_float8(x), _in_float8(weight)
+        return _product(rows, columns.t(), scale * other, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return _float8_product(grad, weight), _float8_product(grad.t(), x)
-
-
-def _float8_product(left: Tensor, right: Tensor) -> Tensor:
-    """Of matrices; the kernel wants the rows of the left one, and the columns of the right one, without gaps."""
-    first, scale = _in_float8(left)
-    second, other = _in_float8(right.t())
-    return torch._scaled_mm(first, second.t(), scale, other, out_dtype=left.dtype)
+        (grads, scale), (rows, other), (columns, another) = map(_in_float8, (grad, x, weight))
+        given = _product(grads, columns, scale * another, x.dtype)
+        return given, _product(grads.t(), rows, scale * other, x.dtype)
 
 
 def _in_float8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     scale = tensor.abs().max().float() / torch.finfo(torch.float8_e4m3fn).max
-    return (tensor / scale).to(torch.float8_e4m3fn).contiguous(), scale
+    return (tensor / scale).to(torch.float8_e4m3fn), scale
+
+
+def _product(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of matrices; the kernel wants the rows of the left one, and the columns of the right one, without gaps."""
+    return torch._scaled_mm(
+        left.contiguous(), right.t().contiguous().t(), scale, torch.ones_like(scale), out_dtype=dtype
+    )
 
 
 def model_of(sizes: DecoderConfig, float8: bool) -> nn.Module:

@@ -243,8 +243,8 @@ class Grouped(nn.Module):
         return torch.nn.functional.grouped_mm(x, self.weight, offs=offsets)
 
 
-def of_model(model: Any, width: int, datasets: Any = None) -> LayoutFigures:
-    config = danling_conf.compose(["steps=3", "parallel=single", "dataloader.batch_size=8"])
+def of_model(model: Any, width: int, datasets: Any = None, *overrides: str) -> LayoutFigures:
+    config = danling_conf.compose(["steps=3", "parallel=single", "dataloader.batch_size=8", *overrides])
     samples = {"train": [(torch.zeros(width), torch.zeros(width))]} if datasets is None else datasets
     recipe = Recipe(config=config, model=model, datasets=samples, loss=lambda output, batch: output.sum())
     return figures_of(subject_of(recipe))
@@ -257,6 +257,36 @@ def test_models_that_only_ask_for_values_while_they_are_built():
 def test_products_of_groups_in_fp32():
     (rank,) = of_model(Grouped, 16).ranks
     assert rank.flops["float32"] == 2 * (2 * 8 * 16 * 16)  # the batch has no gradient
+
+
+def test_a_large_product_hides_what_it_moves():
+    rows, width = 8 * 1024, 2048
+    samples = {"train": [(torch.zeros(1024, width),) * 2]}
+    (rank,) = of_model(partial(nn.Linear, width, width, bias=False), width, samples).ranks
+    assert rank.flops == {"float32": 2 * (2 * rows * width * width)}
+    # What is left is the sum of the outputs, its gradient and the optimizer; the products move five times `rows`.
+    assert rank.hbm_bytes < 4 * (2 * rows * width + 16 * width * width)
+
+
+class Scaled(nn.Module):
+    """Divides by the largest number: of all, as a cast to float8 does, or of each row."""
+
+    def __init__(self, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.map, self.dims = nn.Linear(256, 256), dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.map(x)
+        return self.map(x / x.detach().abs().amax(self.dims, keepdim=True))
+
+
+def test_what_needs_one_number_of_all_others_is_another_kernel():
+    samples = {"train": [(torch.zeros(1024, 256),) * 2]}
+    moved = [
+        of_model(partial(Scaled, dims), 256, samples, "compile.enable=true").ranks[0].hbm_bytes
+        for dims in ((0, 1, 2), (2,))
+    ]
+    assert moved[0] - moved[1] == pytest.approx(4 * 8 * 1024 * 256, rel=0.05)
 
 
 def test_a_factory_that_fails_is_refused_with_its_line():
