@@ -166,6 +166,10 @@ TITAN = (
     Published("13B", "a100-80", "fsdp64", 2, 4096, 1904, None, SELECTIVE),
     Published("70B-2", "a100-80", "fsdp64", 1, 4096, 355, None, SELECTIVE),
     Published("70B-2", "a100-80", "fsdp64", 2, 4096, 353, None, FULL),
+    Published("405B", "h100-96", "fsdp8_tp8_pp8", 8, 32768, 76, 75.3, PIPELINE, float8=True),
+    Published("405B", "h100-96", "fsdp4_tp8_pp8_cp2", 8, 65536, 47, 75.9, PIPELINE, float8=True),
+    Published("405B", "h100-96", "fsdp2_tp8_pp8_cp4", 8, 131072, 31, 77.1, PIPELINE, float8=True),
+    Published("405B", "h100-96", "fsdp1_tp8_pp8_cp8", 8, 262144, 16, 84.9, PIPELINE, float8=True),
 )
 """Of https://github.com/pytorch/torchtitan, by its teams: benchmarks/llama3_h100_202412_torchtitan.md,
 benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md, benchmarks/llama3-8b_h200_202506_trainy-whitefiber.md, and earlier
@@ -174,7 +178,7 @@ PAIRS = (
     (1, 0), (2, 1), (4, 3), (5, 4), (11, 10), (13, 12), (15, 14), (18, 19), (21, 22), (22, 23), (24, 25),
 )  # fmt: skip
 """Alternatives for the same model and GPUs: the faster one, in tokens of each device, and the slower one."""
-LENGTHS = ((6, 7), (7, 8), (8, 9))
+LENGTHS = ((6, 7), (7, 8), (8, 9), (26, 27), (27, 28), (28, 29))
 """The same of sequences of two lengths, which ask for a context axis."""
 
 
