@@ -232,7 +232,7 @@ class Passes:
         return batch if self.model.context is None else self.model.context.part(batch)
 
     def inside(self, sharded_logits: bool) -> AbstractContextManager[None]:
-        """The context of forward, loss and backward, where the model looks at whether there is one."""
+        """The context of a step, where the model looks at whether there is one."""
         if self.model.context is None and not sharded_logits:
             return nullcontext()
         return inside_step.step(sharded_logits=sharded_logits)
