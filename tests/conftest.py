@@ -49,8 +49,8 @@ def pytest_configure() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Modules of other marks are not even imported: with `-m composition` torch may not be installed, sweepers are where
-    `-m sweeper` is, and `-m slurm` needs few of them."""
+    """Modules of other marks are not even imported: with `-m composition` torch may not be installed, sweepers are
+    where `-m sweeper` is, and `-m slurm` needs few of them."""
     if not collection_path.match("test_*.py"):
         return None
     text, chosen = collection_path.read_text(), config.option.markexpr
