@@ -91,12 +91,12 @@ def _leave_process_group() -> None:
     # Look in sys.modules: a function that never imported torch has no group, and importing it here takes seconds.
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # torch 2.13 sometimes aborts when a sharded model, kept by a reference cycle, outlives its process group.
-        gc.collect()
         groups = sys.modules.get("danling_conf.parallel.process_group")
         if groups is not None:
             groups.stop()  # with the groups of background work, which it keeps
         else:
+            # torch 2.13 sometimes aborts when a sharded model, kept by a reference cycle, outlives its process group.
+            gc.collect()
             distributed.destroy_process_group()
 
 
