@@ -43,6 +43,7 @@ from danling_conf.config.defects import circle_from, defect_of
 from danling_conf.config.typed_text import restore_typed, restore_written, written_in
 from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, SUBMITIT, NameSource
 from danling_conf.schema.files import LONGEST_NAME
+from danling_conf.schema.imports import uncollected
 from danling_conf.schema.printable import unprintable
 from danling_conf.schema.setting import OUTPUT_DIRECTORY
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
@@ -274,13 +275,19 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
     callbacks = Callbacks(config)
     if single:  # the jobs of a sweep have the callbacks of a job only
         callbacks.on_run_start(config=config, config_name=name)
-    result = run_job(
-        hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
-        task_function=task,
-        config=config,
-        job_dir_key="hydra.run.dir",  # also for a job of a sweep: its directory is that of its run
-        job_subdir_key=None,
-    )
+    with uncollected() as end_pause:
+
+        def collected(composed: DictConfig) -> Any:
+            end_pause()
+            return task(composed)
+
+        result = run_job(
+            hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
+            task_function=collected,
+            config=config,
+            job_dir_key="hydra.run.dir",  # also for a job of a sweep: its directory is that of its run
+            job_subdir_key=None,
+        )
     if single:
         callbacks.on_run_end(config=config, config_name=name, job_return=result)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -63,7 +64,8 @@ def base_config(name: str, *, free: bool = False) -> DictConfig:
         free: of `open_sections`.
     """
     kind: Any = _registered[name]  # for mypy, a class is as unhashable as its objects
-    return copy.deepcopy(_base_config(kind, free))
+    node, content = _base_config(kind, free)
+    return copy.deepcopy(node) if content is None else pickle.loads(content)
 
 
 def section_kinds() -> dict[str, type]:
@@ -72,9 +74,10 @@ def section_kinds() -> dict[str, type]:
     return {name: kind for name, kind in factories.items() if isinstance(kind, type) and is_dataclass(kind)}
 
 
-# Cached, since a sweep composes twice a job, and a copy takes a fifth of the time of a new node.
+# Cached, since Hydra loads it several times, and its bytes are read in a tenth of the time of a new node.
 @cache
-def _base_config(kind: Any, free: bool) -> DictConfig:
+def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
+    """A base config, and its bytes; None for a class that no module has by its name."""
     node: DictConfig = OmegaConf.structured(kind)
     open_sections(node, free=free)
     with open_dict(node):
@@ -88,4 +91,12 @@ def _base_config(kind: Any, free: bool) -> DictConfig:
                 *({f"override {section}": None} for section in nothing),
             ]
         )
-    return node
+    return node, pickled(node)
+
+
+def pickled(node: DictConfig) -> bytes | None:
+    """A node as bytes, which are read in a fifth of the time of a deep copy; None where a class cannot be pickled."""
+    try:
+        return pickle.dumps(node, pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return None
