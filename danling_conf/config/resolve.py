@@ -25,6 +25,7 @@ from danling_conf.schema import Layout, RunnerConfig, declared_class, facts_of
 from danling_conf.schema.open_mapping import plain_values
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.schema.setting import READONLY, add_notes
+from danling_conf.schema.typed_node import typed_node_of
 from danling_conf.topology.layout import fill, layout_of
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rules import Context, violations_of
@@ -122,12 +123,11 @@ def typed_node(given: Mapping[str, Any], kind: type[Any], sections: Mapping[str,
     Args:
         sections: classes of sections that `kind` does not declare, by path.
     """
-    node = OmegaConf.structured(kind)
+    node = typed_node_of(kind)
     open_sections(node)
     for path, section in sections.items():
         OmegaConf.update(node, path, OmegaConf.structured(section), force_add=True)
     merge_leaves(node, given, kind)
-    assert isinstance(node, DictConfig)
     return node
 
 
@@ -185,7 +185,7 @@ def _typed_copy(config: Any, kind: type[RunnerConfig], spent: bool) -> tuple[Dic
         given = plain_values(config)
     else:
         raise TypeError(f"resolve takes a composed configuration, a mapping or a RunnerConfig, not {type(config)}")
-    node = OmegaConf.structured(kind)
+    node = typed_node_of(kind)
     open_sections(node)
     return node, merge_leaves(node, given, kind)
 

@@ -9,11 +9,12 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 
 from danling_conf.groups.presets import DEFAULT_CHOICES
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.open_sections import open_sections
+from danling_conf.schema.typed_node import typed_node_of
 
 BASE_NAME = "danling"
 SECTIONS = "danling/section"
@@ -78,7 +79,7 @@ def section_kinds() -> dict[str, type]:
 @cache
 def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
     """A base config, and its bytes; None for a class that no module has by its name."""
-    node: DictConfig = OmegaConf.structured(kind)
+    node = typed_node_of(kind)
     open_sections(node, free=free)
     with open_dict(node):
         # Presets bring no sections here. Hydra refuses to override what is not chosen, so nothing is chosen first.
