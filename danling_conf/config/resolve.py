@@ -13,7 +13,9 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import yaml
 from omegaconf import AnyNode, DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.hydra_adapter import hydra_of, running_job
@@ -272,7 +274,15 @@ def stack_of(layout: Layout) -> str:
 
 def save(config: RunnerConfig, path: str | Path) -> None:
     """Write a configuration, open keys included, as YAML."""
-    OmegaConf.save(OmegaConf.create(plain(config)), Path(path))
+    Path(path).write_text(as_yaml(plain(config)), encoding="utf-8")
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML, which OmegaConf reads as the same values; `OmegaConf.to_yaml` makes nodes of them first."""
+    text: str = yaml.dump(
+        values, Dumper=get_omega_conf_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=False
+    )
+    return text
 
 
 @overload
