@@ -258,8 +258,9 @@ class OneRank:
             return total
 
         pipeline.begin(microbatches, self.subject.forward, objective, passes.autocast)
-        for index in sorted(pipeline.parts):
-            self._stage(pipeline, index)
+        with passes.inside(self.assembled.sharded_logits):
+            for index in sorted(pipeline.parts):
+                self._stage(pipeline, index)
         self._update(passes, optimizer, parameters)
 
     def _stage(self, pipeline: Pipeline, index: int) -> None:
