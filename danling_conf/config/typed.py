@@ -18,6 +18,7 @@ from danling_conf.schema import Facts, facts_of
 from danling_conf.schema.files import DEEPEST, LARGEST_INTEGER
 from danling_conf.schema.nearest import nearest
 from danling_conf.schema.setting import fraction_in
+from danling_conf.schema.typed_node import typed_node_of
 from danling_conf.topology.violation import ABSENT, Violation, show
 
 NO_SUCH_SETTING = "there is no such setting"
@@ -315,7 +316,7 @@ def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: boo
         yield Violation(path, given, "it must be null or a mapping", f"write {path}.{fields(shape)[0].name}=...")
         node[key] = None
         return
-    typed = OmegaConf.structured(shape)
+    typed = typed_node_of(shape)
     known = {item.name for item in fields(shape)}
     for name, value in _plain(given).items():
         inner = f"{path}.{name}"
