@@ -89,8 +89,8 @@ def report(run: Path) -> str:
 
 def _overview(history: History, attempts: Sequence[AttemptFacts]) -> Html:
     curves = history.curves
-    step, epoch = history.measured or (None, 0)
-    items: list[tuple[str, object, object]] = [("step", step, f"epoch {epoch}")]
+    reached, epoch = history.measured or (None, 0)
+    items: list[tuple[str, object, object]] = [("step", reached, f"epoch {epoch}")]
     scored = next((item.score for item in reversed(attempts) if item.score is not None), None)
     if scored is not None:
         items.append(("best score", f"{scored:.6g}", ""))
