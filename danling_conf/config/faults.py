@@ -432,6 +432,9 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
         return Violation(
             "--config-name", primary[1], "there is no such config", "name a file among the configs, or danling"
         )
+    if folder := re.search(r"Primary config directory not found.*config directory '([^']+)'", text, re.DOTALL):
+        fix = "correct config_path of danling_conf.main, or name another by --config-path"
+        return Violation("config_path", folder[1], "there is no such directory", fix)
     if scalar := re.search(r"config '([^']+)' must be a (?:DictConfig|Config)", text):
         return Violation(
             f"{scalar[1]}.yaml", ABSENT, "a config file holds a mapping of settings", "write KEY: VALUE in it"

@@ -46,7 +46,8 @@ def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
     if near:
         fix = f"did you mean {where}{near}?"
     else:
-        elsewhere = [known for known in setting_paths(root or kind) if known.rpartition(".")[2] == key.casefold()]
+        paths = setting_paths(root) if root else setting_paths(kind, where)
+        elsewhere = [known for known in paths if known.rpartition(".")[2] == key.casefold()]
         if elsewhere:
             fix = f"did you mean {' or '.join(elsewhere)}?"
         elif prefix:
