@@ -56,7 +56,10 @@ class _Graph(fx.Interpreter):
 
     def __call__(self, inputs: list[Any]) -> Any:
         self._ledger = _torch_private.active_mode(Ledger)
-        return self.boxed_run(inputs)
+        try:
+            return self.boxed_run(inputs)
+        finally:
+            self.env = {}  # its results would stay in memory, and gradients be copied that others hold as well
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; one that is to draw the same numbers again is run by itself, as there are none."""
