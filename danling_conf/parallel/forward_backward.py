@@ -116,7 +116,7 @@ class Passes:
             self._prove_layout = None
         if self.model.buffers is not None:
             self.model.buffers.begin()
-        with self._inside(self.model.sharded_logits):
+        with self.inside(self.model.sharded_logits):
             if self.model.pipeline is not None:
                 with self._refused_at_first():
                     batch = self.part(batch)
@@ -218,7 +218,7 @@ class Passes:
             with self.autocast():
                 take(self._output(module, batch), batch)
 
-        with self._inside(self.model.sharded_logits and use is None), torch.no_grad():
+        with self.inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
             if pipeline is None:
                 self.model.run(evaluated, training=False)
@@ -231,7 +231,7 @@ class Passes:
         """This rank's part of the sequences of a batch."""
         return batch if self.model.context is None else self.model.context.part(batch)
 
-    def _inside(self, sharded_logits: bool) -> AbstractContextManager[None]:
+    def inside(self, sharded_logits: bool) -> AbstractContextManager[None]:
         """The context of a step, where the model looks at whether there is one."""
         if self.model.context is None and not sharded_logits:
             return nullcontext()

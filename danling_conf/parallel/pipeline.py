@@ -160,10 +160,6 @@ class Pipeline:
         forward works on the first microbatch."""
         return PipelineStage(self.parts[index], index, len(self.placement), self.device, group=self.group)
 
-    def neighbour(self, index: int) -> int:
-        """The rank, among all, that holds a stage."""
-        return dist.get_global_rank(self.group, self.placement[index])
-
     def actions(self, count: int) -> dict[int, list[tuple[int, str, int | None]]]:
         """By pipeline rank, what it does in a step of so many microbatches, in order: stage, what (`F`, `B`; `I` and
         `W` where a backward pass is split into inputs and weights; `R`, which reduces gradients) and microbatch."""

@@ -258,16 +258,17 @@ class OneRank:
             return total
 
         pipeline.begin(microbatches, self.subject.forward, objective, passes.autocast)
-        for index in sorted(pipeline.parts):
-            split = pipeline.section.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES and index > 0
-            self._stage(pipeline, index, split=split)
-            if split and self.ledger.active:
-                # torch runs what such a schedule leaves together as a whole backward pass: with gradients made anew.
-                self.ledger.action = f"{index} {AGAIN}"
-                self.ledger.enter(AGAIN)
-                for parameter in pipeline.parts[index].parameters():
-                    parameter.grad = None
-                self._stage(pipeline, index, split=False, suffix=f" {AGAIN}")
+        with passes.inside(self.assembled.sharded_logits):
+            for index in sorted(pipeline.parts):
+                split = pipeline.section.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES and index > 0
+                self._stage(pipeline, index, split=split)
+                if split and self.ledger.active:
+                    # torch runs both parts at once where a schedule has them behind each other.
+                    self.ledger.action = f"{index} {AGAIN}"
+                    self.ledger.enter(AGAIN)
+                    for parameter in pipeline.parts[index].parameters():
+                        parameter.grad = None
+                    self._stage(pipeline, index, split=False, suffix=f" {AGAIN}")
         self._update(passes, optimizer, parameters)
 
     def _stage(self, pipeline: Pipeline, index: int, *, split: bool, suffix: str = "") -> None:
