@@ -16,6 +16,7 @@ from torch import nn
 from danling_conf import _torch_private
 from danling_conf.components import dataloader as loaders
 from danling_conf.components.batch import count_samples as count_by_rule
+from danling_conf.components.batch import tensors
 from danling_conf.components.instantiate import model_factory
 from danling_conf.config.identity import layout_name as name_of
 from danling_conf.parallel import context as sequences
@@ -25,6 +26,7 @@ from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.fsdp import offloads
 from danling_conf.parallel.init_plan import made_by, meta_copy, to_meta
+from danling_conf.parallel.pipeline import rehearse
 from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened, signature
 from danling_conf.plan.extend import Place, Trace, added, calls_added, extended, trace_of
 from danling_conf.plan.figures import GRADIENTS, OPTIMIZER, PARAMETERS, Collective, LayoutFigures, Moment, RankFigures
@@ -90,6 +92,7 @@ def _figures_of(subject: Subject, places: Sequence[int] | None, load: bool) -> L
     layout, config = layout_of(subject.config), subject.config
     samples = subject.count_samples(subject.batch) * layout.data_degree * config.accum_steps
     length = sequences.sequence_length(subject.batch)
+    tokens = 0 if length is None or not _of_tokens(subject.batch) else samples * length
     found = _pipeline_ranks(subject, layout, places) if layout.pipeline > 1 else [_only_rank(subject, layout)]
     return LayoutFigures(
         layout=name_of(layout),
@@ -98,12 +101,18 @@ def _figures_of(subject: Subject, places: Sequence[int] | None, load: bool) -> L
         microbatches=found[0][1],
         accumulation=config.accum_steps,
         samples=samples,
-        tokens=0 if length is None else samples * length,
+        tokens=tokens,
         parameters=sum(item.numel() for item in subject.model.parameters()),
         settings=settings_of(config),
         dims=_dims(subject, length),
         notes=tuple(_notes(subject, layout, [figures for figures, _ in found], load=load)),
     )
+
+
+def _of_tokens(batch: Any) -> bool:
+    """Whether the first tensor of a batch that has two dims is one of numbers of tokens: images have none."""
+    first = next(item for item in tensors(batch) if item.ndim >= 2)
+    return first.ndim == 2 and not first.is_floating_point()
 
 
 def dims_of(subject: Subject) -> dict[str, int]:
@@ -325,11 +334,15 @@ def _stage_names(subject: Subject, layout: Layout) -> tuple[stages_of.Names, boo
     few = [FEW] * len(runs := runs_of(subject.model, every=_every(subject.config)))
     model = shortened(subject.model, runs, few)
     # The trial shows which module is used before the blocks and which behind them: few blocks are enough for that.
-    trial = trials.run(
-        model, [name for names in names_in(runs, few) for name in names], around, subject.forward, subject.example
-    )
+    chain = [name for names in names_in(runs, few) for name in names]
+    trial = trials.run(model, chain, around, subject.forward, subject.example)
     count = layout.pipeline * stages_of.stages_per_rank(section.pipeline_schedule)
-    return stages_of.deal_out(subject.model, count, trial), not any(trial.returns)
+    found = stages_of.deal_out(subject.model, count, trial)
+    if any(trial.returns):
+        return found, False
+    # What a stage lacks of the whole model, as a run would refuse it: it shows in two stages as well.
+    rehearse(trial, stages_of.deal_out(model, 2, trial), chain, subject.forward, subject.example)
+    return found, True
 
 
 def _with_stages(

@@ -108,8 +108,6 @@ CELLS = [
     Cell("decoder", "fsdp2_pp2", ("precision=bf16", *ONCE)),
     Cell("decoder", "fsdp2_pp2", ("precision=bf16",)),
     Cell("decoder", "fsdp2_pp2", ("parallel.pipeline_schedule=Interleaved1F1B",)),
-    Cell("decoder", "fsdp2_pp2", ("parallel.pipeline_schedule=DualPipeV",)),
-    Cell("decoder", "tp2_pp2", ("parallel.pipeline_schedule=ZBVZeroBubble",)),
     Cell("decoder", "fsdp2_tp2_pp2", ONCE),
     Cell("experts", "single"),
     Cell("experts", "fsdp2", ("precision=bf16",)),
