@@ -70,26 +70,27 @@ benchmark: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/python tests/run.py lint
 
-# torch goes first and alone: a range would make pip look for its newest build, gigabytes with CUDA.
+# torch goes first and alone: a range would make pip look for its newest build, gigabytes with CUDA. Python compiles what
+# is imported; pip would compile all of torch, which takes as long as to install it.
 $(VENV)/installed: pyproject.toml constraints/hydra-1.3.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints/hydra-1.3.txt torch
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints/hydra-1.3.txt --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints/hydra-1.3.txt torch
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints/hydra-1.3.txt --editable ".[dev]"
 	touch $@
 
 $(VENV_HYDRA_14)/installed: pyproject.toml constraints/hydra-1.4.txt
 	$(PYTHON) -m venv $(VENV_HYDRA_14)
-	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --constraint constraints/hydra-1.4.txt \
+	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --no-compile --constraint constraints/hydra-1.4.txt \
 		hydra-core rich pytest pytest-xdist hypothesis editables
-	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV_HYDRA_14)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
 $(VENV_OPTUNA)/installed: pyproject.toml constraints/hydra-optuna.txt
 	$(PYTHON) -m venv $(VENV_OPTUNA)
-	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt torch
-	$(VENV_OPTUNA)/bin/python -m pip install --quiet --constraint constraints/hydra-optuna.txt \
+	$(VENV_OPTUNA)/bin/python -m pip install --quiet --no-compile --constraint constraints/hydra-optuna.txt torch
+	$(VENV_OPTUNA)/bin/python -m pip install --quiet --no-compile --constraint constraints/hydra-optuna.txt \
 		hydra-core hydra-optuna-sweeper torchdata rich scikit-learn torchmetrics pytest editables
-	$(VENV_OPTUNA)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV_OPTUNA)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
 clean:

@@ -129,7 +129,7 @@ def settings_of(config: RunnerConfig) -> dict[str, Any]:
         "batch_size": loaders.settings_for(config.dataloader, "train").batch_size or 1,
         "accum_steps": config.accum_steps,
         "optimizer": config.optim.type,
-        "schedule": config.parallel.pipeline_schedule,
+        "pipeline_schedule": config.parallel.pipeline_schedule,
         "reshard_after_forward": config.fsdp.reshard_after_forward,
     }
 

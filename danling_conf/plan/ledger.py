@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from danling_conf._torch_private import (
     TorchDispatchMode,
+    argument_names,
     around_shapes,
     collective_of,
     identity_of,
@@ -32,7 +33,7 @@ from danling_conf._torch_private import (
     watched_resizes,
 )
 from danling_conf.plan.allocator import unused
-from danling_conf.plan.figures import ACTIVATIONS, GATHERED, GRADIENTS, TEMPORARIES
+from danling_conf.plan.figures import ACTIVATIONS, ATTENTION, GATHERED, GRADIENTS, MASKED, TEMPORARIES
 
 _KINDS = (
     ("allgather", "all_gather"),
@@ -51,6 +52,11 @@ _KINDS = (
 
 _GATHERING = 1
 """Stream on which FSDP gathers weights."""
+
+
+_HIDING_FLOPS = 200
+"""FLOPs in which a byte is read or written beside them, so that a large product takes the time of its arithmetic only:
+what accelerators can do of the one in the time of the other (120 to 350 of those in `topology.hardware`)."""
 
 
 @dataclass
@@ -235,12 +241,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if namespace in ("prim", "c10d", "_c10d_functional") or is_view(func):
             return
         given = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
-        if self._counts_traffic:
-            region.hbm_bytes += sum(item.numel() * item.element_size() for item in (*given, *made))
         flops = _flops(func, args, kwargs, result)
+        if self._counts_traffic:
+            moved = sum(item.numel() * item.element_size() for item in (*given, *made))
+            region.hbm_bytes += max(0, moved - flops // _HIDING_FLOPS)
         if flops:
             kind = str(given[0].dtype).removeprefix("torch.")
-            region.flops[kind] += flops
+            masked = _masked_share(func, args, kwargs)
+            if masked is None:
+                region.flops[kind] += flops
+            else:
+                region.flops[f"{kind} {ATTENTION}"] += flops - round(masked * flops)
+                region.flops[f"{kind} {MASKED}"] += round(masked * flops)
             if self._origin() == "recompute":
                 region.recomputed += flops
 
@@ -374,6 +386,19 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
             return int(2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
         return _grouped_flops(args, result)
     return 0
+
+
+def _masked_share(func: Any, args: Any, kwargs: Any) -> float | None:
+    """The share of all pairs of an attention that its causal mask leaves out; None of any other operator."""
+    if not func.overloadpacket.__name__.startswith("_scaled_dot_product_"):
+        return None
+    named = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
+    if not named.get("is_causal"):
+        return 0.0
+    queries, keys = named["query"].shape[-2], named["key"].shape[-2]
+    least = min(queries, keys)
+    seen = least * (least + 1) // 2 + (queries - least) * keys
+    return 1.0 - float(seen / (queries * keys))
 
 
 def _grouped_flops(args: Any, result: Any) -> int:
