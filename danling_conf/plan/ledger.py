@@ -25,6 +25,7 @@ from danling_conf._torch_private import (
     around_shapes,
     collective_of,
     identity_of,
+    is_fake,
     is_view,
     is_wrapper,
     storage_identity,
@@ -198,6 +199,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             number = self._book(storage, category)
             self._storages[number].category = category
 
+    def lend(self, tensor: Tensor) -> Tensor:
+        """A tensor whose memory is counted by somebody else. Made inside of `unseen`."""
+        if self.active:
+            storage = tensor.untyped_storage()
+            identity = identity_of(storage)
+            self._alive[identity] = (len(self._storages), weakref.ref(storage, lambda _: self._freed(identity)), 0)
+            self._storages.append(_Storage(TEMPORARIES, self._origin(), len(self._entries)))
+        return tensor
+
     def boundary(self) -> None:
         """A micro-batch has ended: what its backward pass made and is there still are gradients."""
         if self.active:
@@ -206,6 +216,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(_stands_for_another(kind) for kind in types):
             return NotImplemented  # it comes again with the tensors of this rank
+        if func.overloadpacket.__name__ == "wait_tensor" and is_fake(args[0]):
+            return args[0]  # as a real one does; the fake one makes another tensor
         result = func(*args, **(kwargs or {}))
         if self._paused:
             return result
@@ -213,7 +225,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        made = [item for item in tree_leaves(result) if isinstance(item, Tensor)]
+        leaves = tree_leaves(result)
+        made = [item for item in leaves if isinstance(item, Tensor) and not _stands_for_another(type(item))]
         region = self.regions[-1]
         namespace = func.namespace
         if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):

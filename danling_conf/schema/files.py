@@ -32,6 +32,11 @@ RESULT = "result.json"
 RESERVE = ".result.json"
 """In an attempt that has not ended: room for its result, for a disk that is full by then. Of one whose
 result could not be made: how it ended."""
+PLAN_FILE = "plan.json"
+"""In an attempt: its plan, as `danling-conf plan --json` prints it. It is whole once it is JSON, and removed where none
+can be made."""
+PLAN_LOG = "plan.log"
+"""In an attempt: why it could not be planned."""
 DIFFERENCE = "difference.yaml"
 """In an attempt: the settings that differ from the defaults."""
 ENVIRONMENT = "environment.json"

@@ -259,6 +259,27 @@ def test_products_of_groups_in_fp32():
     assert rank.flops["float32"] == 2 * (2 * 8 * 16 * 16)  # the batch has no gradient
 
 
+class Looking(Decoder):
+    """Looks into a module that the last stage does not hold."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        assert self.layers[0].attention.wq.weight.dtype.is_floating_point
+        return super().forward(tokens)
+
+
+def test_a_stage_that_lacks_a_module_is_refused_as_a_run_refuses_it():
+    given = replace(subject("parallel=pp2"), model=subject_of_looking())
+    with pytest.raises(SettingError, match="stage 1 of Looking does not run without the modules") as refused:
+        figures_of(given)
+    assert refused.value.violation.path == "parallel.axes.pipeline"
+
+
+def subject_of_looking() -> nn.Module:
+    settings = {"width": 64, "heads": 4, "kv_heads": 4, "context": LENGTH, "vocab_size": 64}
+    with torch.device("meta"):
+        return Looking(DecoderConfig(depth=8, **settings))
+
+
 def test_a_large_product_hides_what_it_moves():
     rows, width = 8 * 1024, 2048
     samples = {"train": [(torch.zeros(1024, width),) * 2]}
