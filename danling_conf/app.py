@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from danling_conf.schema.imports import uncollected
+
 Function = TypeVar("Function", bound=Callable[[Any], Any])
 
 
@@ -32,8 +34,9 @@ def main(config_path: str | None = None, config_name: str = "danling") -> Callab
             if config is not None:  # with a configuration, it calls the function itself, as under @hydra.main
                 return function(config)
             # Imported here: `import danling_conf` in a library must not load Hydra and all of the schema.
-            from danling_conf.command import run_command
-            from danling_conf.launch.app import App
+            with uncollected():
+                from danling_conf.command import run_command
+                from danling_conf.launch.app import App
 
             script = Path(inspect.unwrap(function).__code__.co_filename).absolute()
             path = config_path

@@ -6,7 +6,9 @@ All processes of a run start the same script with the same command line, so envi
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from danling_conf.config.hydra_adapter import (
 from danling_conf.launch.app import App, refuse
 from danling_conf.launch.workers import FROZEN_VARIABLE
 from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE
+from danling_conf.schema.imports import uncollected
 from danling_conf.topology.rank_environment import started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -70,22 +73,30 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
             from danling_conf.launch.joined import run_joined
 
             return run_joined(app, app.search(parsed), parsed, ranks)
-        with composer(app.search(parsed)) as composing:
-            if parsed.multirun or composing.asks_for_sweep(parsed.overrides):
-                return _sweep(composing, app, parsed.overrides)
-            composed = compose_or_refuse(composing, parsed.overrides)
-            if composed.hydra.mode == RunMode.MULTIRUN:
-                return _sweep(composing, app, parsed.overrides)
-            if composed.hydra.runtime.choices.get("hydra/launcher") == "danling_slurm":
-                from danling_conf.sweep.submit import run_one
-
-                return run_one(app, composing, composed, parsed.overrides)
-            config = check(composing, composed, parsed.overrides)
-            from danling_conf.launch.execute import execute
-
-            return execute(app, composing, composed, config)
+        with uncollected() as end_pause, composer(app.search(parsed)) as composing:
+            run = _accepted(app, composing, parsed)
+            end_pause()
+            return run()
     except ConfigRefused as refusal:
         refuse(refusal)
+
+
+def _accepted(app: App, composing: Composer, parsed: Namespace) -> Callable[[], Any]:
+    """What runs a command line: a sweep, a job on Slurm, or a run here, which is checked. Raises ConfigRefused."""
+    overrides = parsed.overrides
+    if parsed.multirun or composing.asks_for_sweep(overrides):
+        return partial(_sweep, composing, app, overrides)
+    composed = compose_or_refuse(composing, overrides)
+    if composed.hydra.mode == RunMode.MULTIRUN:
+        return partial(_sweep, composing, app, overrides)
+    if composed.hydra.runtime.choices.get("hydra/launcher") == "danling_slurm":
+        from danling_conf.sweep.submit import run_one
+
+        return partial(run_one, app, composing, composed, overrides)
+    config = check(composing, composed, overrides)
+    from danling_conf.launch.execute import execute
+
+    return partial(execute, app, composing, composed, config)
 
 
 def _run_job(app: App, path: Path) -> Any:
@@ -122,5 +133,5 @@ def _hand_to_hydra(app: App, search: ConfigSearch) -> None:
 
     path = app.config_path
     decorated = hydra.main(config_path=path, config_name=app.config_name, **VERSION_BASE)(app.function)
-    with as_in_main(search):
+    with uncollected(), as_in_main(search):
         decorated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
+def pytest_collection_finish() -> None:
+    # What has been imported by now stays. Each collection would look through it, for up to a quarter of a test's time.
+    gc.freeze()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     # Ranks that wait for a call take a seventh of a core, by gloo's threads: none wait while another file runs.
@@ -43,11 +49,11 @@ def pytest_configure() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Modules for another environment are not even imported: with `-m composition` torch may not be installed, and
-    sweepers are where `-m sweeper` is."""
+    """Modules of other marks are not even imported: with `-m composition` torch may not be installed, sweepers are
+    where `-m sweeper` is, and `-m slurm` needs few of them."""
     if not collection_path.match("test_*.py"):
         return None
     text, chosen = collection_path.read_text(), config.option.markexpr
-    if chosen in ("composition", "sweeper"):
+    if chosen in ("composition", "slurm", "sweeper"):
         return f"mark.{chosen}" not in text or None
     return "mark.sweeper" in text or None

@@ -19,6 +19,7 @@ from danling_conf.launch.app import App
 from danling_conf.plan.assessment import Assessment, assess, gib, memory_lines, time_lines
 from danling_conf.plan.figures import LayoutFigures, RankFigures
 from danling_conf.plan.script import plan_of_script
+from danling_conf.records.planned import memory_text
 from danling_conf.schema.nearest import nearest
 from danling_conf.schema.printable import shell_line
 from danling_conf.sweep.preflight import Preflight
@@ -130,7 +131,10 @@ def planned_run(app: App, config: Any, cluster: Cluster | None) -> Planned:
 def as_json(planned: Planned) -> dict[str, Any]:
     """As plain values for JSON."""
     found = planned.assessment.as_json() if planned.assessment is not None else {"figures": planned.figures.as_json()}
-    ways = [f"{item.overrides}: {gib(item.saves)} GiB less; {item.costs}" for item in planned.remedies]
+    from danling_conf.plan.remedies import cheapest_first
+
+    remedies = cheapest_first(planned.remedies, planned.figures.worst.peak_bytes)
+    ways = [f"{item.overrides}: {memory_text(item.saves)} less; {item.costs}" for item in remedies]
     return {**found, "ways": ways}
 
 

@@ -165,6 +165,7 @@ def _time(found: Assessment) -> Html:
     parts = facts(
         {
             "arithmetic": seconds(time.matmul),
+            "attention": seconds(time.attention),
             "memory-bound operations": seconds(time.memory),
             "communication that nothing hides": seconds(time.exposed),
             "the pipeline's bubble": seconds(time.bubble),

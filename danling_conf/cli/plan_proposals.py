@@ -61,7 +61,7 @@ def proposal_lines(found: Proposals, cluster: Cluster, script: str, overrides: S
     rows: list[tuple[str, ...]] = [("", "layout", "GiB", "step", "MFU", "arithmetic", "memory", "waits", "bubble", "")]
     for number, item in enumerate(found.shown, 1):
         time_of = item.time
-        parts = (time_of.matmul, time_of.memory, time_of.exposed, time_of.bubble)
+        parts = (time_of.matmul + time_of.attention, time_of.memory, time_of.exposed, time_of.bubble)
         said = "" if item.verdict.word == "fits" else item.verdict.word
         rows.append(
             (

@@ -88,8 +88,9 @@ def report(run: Path) -> str:
 
 
 def _overview(history: History, attempts: Sequence[AttemptFacts]) -> Html:
-    last, curves = history.last, history.curves
-    items: list[tuple[str, object, object]] = [("step", last.get("step"), f"epoch {last.get('epoch', 0)}")]
+    curves = history.curves
+    reached, epoch = history.measured or (None, 0)
+    items: list[tuple[str, object, object]] = [("step", reached, f"epoch {epoch}")]
     scored = next((item.score for item in reversed(attempts) if item.score is not None), None)
     if scored is not None:
         items.append(("best score", f"{scored:.6g}", ""))

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.faults import all_faults, faults_of_sweep, in_files
+from danling_conf.config.faults import all_faults, faults_of_sweep, in_files, look_at
 from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
 from danling_conf.config.hydra_directories import run_directory_faults
 from danling_conf.config.resolve import declared_kind, given_in, inspect
@@ -64,13 +64,19 @@ def compose_or_refuse(composing: Composer, overrides: Sequence[str], *, multirun
             belong to the jobs, and may hold several values.
     """
     try:
-        return composing.compose(overrides, multirun=multirun)
+        if multirun:
+            return composing.compose(overrides, multirun=True)
+        config, broken = composing.compose_until_broken(overrides, look_at)
     except ConfigRefused:
         raise
     except COMPOSITION_ERRORS as error:
         if multirun:
             raise ConfigRefused(faults_of_sweep(composing, overrides, error)) from error
         raise ConfigRefused(all_faults(composing, overrides, context_of(overrides), error)) from error
+    if broken is not None:
+        faults = all_faults(composing, overrides, context_of(overrides), broken.error, begun=(config, broken))
+        raise ConfigRefused(faults) from broken.error
+    return config
 
 
 def context_of(

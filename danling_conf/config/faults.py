@@ -15,7 +15,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, BrokenValue, Composer
 from danling_conf.config.job import PREFIX, launcher_in
 from danling_conf.config.resolve import declared_kind, given_in, inspect, merge_leaves
 from danling_conf.config.typed import NO_SUCH_SETTING, setting_paths, unknown_key, wrong_type
@@ -46,6 +46,7 @@ def all_faults(
     *,
     compose: Callable[[Sequence[str]], DictConfig] | None = None,
     also: Callable[[RunnerConfig, DictConfig], list[Violation]] | None = None,
+    begun: tuple[DictConfig, BrokenValue] | None = None,
 ) -> list[Violation]:
     """Every fault of `overrides` that can be found.
 
@@ -55,11 +56,15 @@ def all_faults(
         refusal: the error that Hydra raised; it is reported itself where nothing more precise is found.
         compose: composes group choices; that of the composer when None.
         also: finds further faults, in the resolved and in the composed configuration.
+        begun: of `Composer.compose_until_broken`, which saves composing again where only values are at fault.
     """
     command_line = _sort(composer, overrides)
     violations = command_line.violations
+    values = command_line.values
+    if begun is not None and begun[1].values != tuple(str(item.input_line) for item in values):
+        begun = None  # Hydra takes others for values, such as its own settings
     try:
-        config = (compose or composer.compose)(command_line.choices)
+        config = begun[0] if begun is not None else (compose or composer.compose)(command_line.choices)
     except ConfigRefused as refused:
         return unique([*violations, *refused.violations])
     except COMPOSITION_ERRORS as error:
@@ -72,7 +77,11 @@ def all_faults(
         config = sound
         violations += found
     kind = declared_kind(config) or RunnerConfig
-    violations += _faults_of_values(composer, command_line.values, config, kind, {item.path for item in violations})
+    if begun is not None:
+        number = begun[1].number
+        violations.append(_value_fault(values[number], begun[1].error, config, kind, begun[1].seen))
+        values = values[number + 1 :]
+    violations += _faults_of_values(composer, values, config, kind, {item.path for item in violations})
     faulty = {item.path for item in violations}
     violations += [item for item in _faults_of_settings(config, kind, context, also) if item.path not in faulty]
     named = in_files(composer, overrides, violations, choices=command_line.choices)
@@ -269,28 +278,47 @@ def _choice_fault(composer: Composer, override: Override) -> Violation | None:
 
 
 def _apply(composer: Composer, override: Override, config: DictConfig, kind: type) -> list[Violation]:
-    path = override.key_or_group
-    if override.is_delete() and not _exists(config, path):
-        return [_nothing_to_remove(config, path, kind)]
-    null = _null_mapping(config, path)
+    seen = look_at(override, config)
+    if override.is_delete() and not seen.exists:
+        return [_nothing_to_remove(config, override.key_or_group, kind)]
     try:
         composer.apply(override, config)
         return []
     except HydraException as error:
-        cause = error.__cause__
-        if override.is_delete():
-            return [Violation(f"~{path}", ABSENT, "it is unset already", "leave it out")]
-        if null is not None:
-            rule = "a mapping that is null cannot take keys"
-            return [Violation(null, None, rule, "give it an empty one as its default: field(default_factory=dict)")]
-        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
-            return [_unknown(config, path, kind)]
-        if isinstance(cause, OmegaConfBaseException):
-            if override.is_delete():
-                rule = "a declared setting cannot be taken away"
-                return [Violation(f"~{path}", ABSENT, rule, f"write {path}=VALUE, or leave it out for its default")]
-            return [wrong_type(path, override.value(), cause)]
-        return [Violation(path, ABSENT, _first_line(error), "fix the override")]
+        return [_value_fault(override, error, config, kind, seen)]
+
+
+def _value_fault(override: Override, error: Exception, config: DictConfig, kind: type, seen: _Seen) -> Violation:
+    """The fault of a value that Hydra could not apply."""
+    path, cause = override.key_or_group, error.__cause__
+    if override.is_delete():
+        if not seen.exists:
+            return _nothing_to_remove(config, path, kind)
+        return Violation(f"~{path}", ABSENT, "it is unset already", "leave it out")
+    if seen.null is not None:
+        rule = "a mapping that is null cannot take keys"
+        return Violation(seen.null, None, rule, "give it an empty one as its default: field(default_factory=dict)")
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
+        return _unknown(config, path, kind)
+    if isinstance(cause, OmegaConfBaseException):
+        return wrong_type(path, override.value(), cause)
+    return Violation(path, ABSENT, _first_line(error), "fix the override")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What matters to the fault of a value, before it is applied."""
+
+    exists: bool
+    """Whether there is something to remove."""
+    null: str | None
+    """The part of its path that is a null mapping; None where there is none."""
+
+
+def look_at(override: Override, config: DictConfig) -> _Seen:
+    """What is to be seen before a value is applied, for the fault that it may have."""
+    path = override.key_or_group
+    return _Seen(exists=not override.is_delete() or _exists(config, path), null=_null_mapping(config, path))
 
 
 def _exists(config: DictConfig, path: str) -> bool:
@@ -404,6 +432,9 @@ def _composition_fault(composer: Composer, error: Exception) -> Violation:
         return Violation(
             "--config-name", primary[1], "there is no such config", "name a file among the configs, or danling"
         )
+    if folder := re.search(r"Primary config directory not found.*config directory '([^']+)'", text, re.DOTALL):
+        fix = "correct config_path of danling_conf.main, or name another by --config-path"
+        return Violation("config_path", folder[1], "there is no such directory", fix)
     if scalar := re.search(r"config '([^']+)' must be a (?:DictConfig|Config)", text):
         return Violation(
             f"{scalar[1]}.yaml", ABSENT, "a config file holds a mapping of settings", "write KEY: VALUE in it"

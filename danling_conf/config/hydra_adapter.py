@@ -13,12 +13,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
-from hydra._internal import config_loader_impl
+from hydra import version
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -40,9 +42,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.defects import circle_from, defect_of
+from danling_conf.config.quick_copies import quick_copies
 from danling_conf.config.typed_text import restore_typed, restore_written, written_in
 from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, SUBMITIT, NameSource
 from danling_conf.schema.files import LONGEST_NAME
+from danling_conf.schema.imports import uncollected
 from danling_conf.schema.printable import unprintable
 from danling_conf.schema.setting import OUTPUT_DIRECTORY
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
@@ -76,6 +80,22 @@ class ConfigSearch:
         return self.config_name if self.config_path is None and self.config_dir is None else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class BrokenValue:
+    """The first value on a command line that Hydra could not apply."""
+
+    error: Exception
+    values: tuple[str, ...]
+    """All values of the command line, as they were given."""
+    number: int
+    """Its place among them."""
+    seen: Any
+    """What was seen before it was applied, which may change a part of the configuration before it fails."""
+
+
+Look = Callable[[Override, DictConfig], Any]
+
+
 class Composer:
     """Composes the configurations of one app."""
 
@@ -89,12 +109,28 @@ class Composer:
         Raises Hydra's errors, and ConfigRefused for a launcher or a sweeper that is none.
         """
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        return self._compose(overrides, mode, ())
+
+    def compose_until_broken(self, overrides: Sequence[str], look: Look) -> tuple[DictConfig, BrokenValue | None]:
+        """The composed configuration without the first value that it cannot take, and all values after that one.
+
+        Raises like `compose` for all other faults.
+
+        Args:
+            look: looks at the configuration before each value.
+        """
+        with _first_broken_value(look) as found:
+            config = self._compose(overrides, RunMode.RUN, found)
+        return config, found[0] if found else None
+
+    def _compose(self, overrides: Sequence[str], mode: RunMode, broken: Sequence[BrokenValue]) -> DictConfig:
         circle = circle_from(self.loader.repository, self.search.config_name)
         if circle is not None:
             raise ConfigRefused([circle])
         with self._files_named(overrides):
             config = self.loader.load_configuration(self.search.config_name, list(overrides), run_mode=mode)
-        self._restore_text(config, overrides)
+        left_out = broken[0].values[broken[0].number :] if broken else ()
+        self._restore_text(config, [text for text in overrides if text not in left_out])
         _check_hydra(config)
         return config
 
@@ -274,13 +310,19 @@ def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, l
     callbacks = Callbacks(config)
     if single:  # the jobs of a sweep have the callbacks of a job only
         callbacks.on_run_start(config=config, config_name=name)
-    result = run_job(
-        hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
-        task_function=task,
-        config=config,
-        job_dir_key="hydra.run.dir",  # also for a job of a sweep: its directory is that of its run
-        job_subdir_key=None,
-    )
+    with uncollected() as end_pause:
+
+        def collected(composed: DictConfig) -> Any:
+            end_pause()
+            return task(composed)
+
+        result = run_job(
+            hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
+            task_function=collected,
+            config=config,
+            job_dir_key="hydra.run.dir",  # also for a job of a sweep: its directory is that of its run
+            job_subdir_key=None,
+        )
     if single:
         callbacks.on_run_end(config=config, config_name=name, job_return=result)
     return result
@@ -400,6 +442,40 @@ def _batches_unvalidated() -> Iterator[None]:
 
 
 @contextmanager
+def _first_broken_value(look: Look) -> Iterator[list[BrokenValue]]:
+    """Let Hydra finish a configuration without the first value that it cannot apply, and without those after it.
+
+    A command line with a fault would otherwise be composed twice: to the fault, and without values, to look for more.
+    Yields the value, once it is found. Where Hydra then fails for want of these values, its first error is raised.
+    """
+    found: list[BrokenValue] = []
+    apply = ConfigLoaderImpl._apply_overrides_to_config
+
+    def apply_until_broken(values: Sequence[Override], config: DictConfig) -> None:
+        for number, item in enumerate(values):
+            seen = look(item, config)
+            try:
+                apply([item], config)
+            except ConfigCompositionException as error:
+                if item.is_hydra_override():
+                    raise
+                given = tuple(str(each.input_line) for each in values)
+                found.append(BrokenValue(error=error, values=given, number=number, seen=seen))
+                return
+
+    loader: Any = ConfigLoaderImpl
+    loader._apply_overrides_to_config = staticmethod(apply_until_broken)
+    try:
+        yield found
+    except Exception:
+        if found:
+            raise found[0].error from found[0].error.__cause__
+        raise
+    finally:
+        loader._apply_overrides_to_config = staticmethod(apply)
+
+
+@contextmanager
 def _named_defects() -> Iterator[None]:
     """Turn bare builtin errors of Hydra and OmegaConf into Hydra's own errors, and YAML errors into refusals."""
     try:
@@ -468,15 +544,38 @@ def as_in_main(search: ConfigSearch) -> Iterator[None]:
     before = NameSource.free, NameSource.launchers
     NameSource.free, NameSource.launchers = search.without_files, LAUNCHERS | SUBMITIT
     try:
-        yield
+        with _without_waste(), quick_copies():
+            yield
     finally:
         NameSource.free, NameSource.launchers = before
         stored.update(theirs)
 
 
-def _set_version_base() -> None:
-    from hydra import version
+@contextmanager
+def _without_waste() -> Iterator[None]:
+    """Spare Hydra 1.3 two kinds of work that it repeats for each entry of a defaults list, a tenth of a start.
 
+    It parses two versions for each question whether it behaves as 1.2, and makes a configuration of all choices, for
+    entries that refer to others (`${optim}`), where there are none. Hydra 1.4 does neither.
+    """
+    lists: Any = defaults_list
+    parse, choices = version._get_version, getattr(lists, "_create_interpolation_map", None)
+    if not VERSION_BASE or choices is None:
+        yield
+        return
+
+    def choices_where_needed(overrides: Overrides, entries: Sequence[Any], self_added: bool) -> DictConfig:
+        needed = any(entry.is_interpolation() for entry in entries)
+        return choices(overrides, entries, self_added) if needed else OmegaConf.create()
+
+    version._get_version, lists._create_interpolation_map = cache(parse), choices_where_needed
+    try:
+        yield
+    finally:
+        version._get_version, lists._create_interpolation_map = parse, choices
+
+
+def _set_version_base() -> None:
     version.setbase(*VERSION_BASE.values() or (version._UNSPECIFIED_,))
 
 

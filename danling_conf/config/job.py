@@ -17,6 +17,7 @@ from danling_conf.config.typed import check_declarations
 from danling_conf.groups.source import LAUNCHERS, SUBMITIT
 from danling_conf.schema import Layout, RunnerConfig
 from danling_conf.schema.launcher import REFUSED_OF_SUBMITIT, LauncherConfig
+from danling_conf.schema.typed_node import typed_node_of
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.rules.launcher import launcher_faults
 from danling_conf.topology.violation import Violation, unique
@@ -63,7 +64,7 @@ def check_launcher(settings: Mapping[str, Any]) -> tuple[LauncherConfig | None, 
     kind = next((kind for kind in kinds if getattr(kind, "_target_", None) == target), None)
     if kind is None:
         return None, []
-    node = OmegaConf.structured(kind)
+    node = typed_node_of(kind)
     violations = merge_leaves(node, settings, kind, PREFIX)
     violations += check_declarations(node, kind, PREFIX)
     typed = OmegaConf.to_object(node)

@@ -13,7 +13,9 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import yaml
 from omegaconf import AnyNode, DictConfig, FloatNode, ListConfig, Node, OmegaConf, open_dict, read_write
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.hydra_adapter import hydra_of, running_job
@@ -25,6 +27,7 @@ from danling_conf.schema import Layout, RunnerConfig, declared_class, facts_of
 from danling_conf.schema.open_mapping import plain_values
 from danling_conf.schema.open_sections import open_sections
 from danling_conf.schema.setting import READONLY, add_notes
+from danling_conf.schema.typed_node import typed_node_of
 from danling_conf.topology.layout import fill, layout_of
 from danling_conf.topology.machine import this_machine
 from danling_conf.topology.rules import Context, violations_of
@@ -122,12 +125,11 @@ def typed_node(given: Mapping[str, Any], kind: type[Any], sections: Mapping[str,
     Args:
         sections: classes of sections that `kind` does not declare, by path.
     """
-    node = OmegaConf.structured(kind)
+    node = typed_node_of(kind)
     open_sections(node)
     for path, section in sections.items():
         OmegaConf.update(node, path, OmegaConf.structured(section), force_add=True)
     merge_leaves(node, given, kind)
-    assert isinstance(node, DictConfig)
     return node
 
 
@@ -185,7 +187,7 @@ def _typed_copy(config: Any, kind: type[RunnerConfig], spent: bool) -> tuple[Dic
         given = plain_values(config)
     else:
         raise TypeError(f"resolve takes a composed configuration, a mapping or a RunnerConfig, not {type(config)}")
-    node = OmegaConf.structured(kind)
+    node = typed_node_of(kind)
     open_sections(node)
     return node, merge_leaves(node, given, kind)
 
@@ -272,7 +274,15 @@ def stack_of(layout: Layout) -> str:
 
 def save(config: RunnerConfig, path: str | Path) -> None:
     """Write a configuration, open keys included, as YAML."""
-    OmegaConf.save(OmegaConf.create(plain(config)), Path(path))
+    Path(path).write_text(as_yaml(plain(config)), encoding="utf-8")
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML, which OmegaConf reads as the same values; `OmegaConf.to_yaml` makes nodes of them first."""
+    text: str = yaml.dump(
+        values, Dumper=get_omega_conf_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=False
+    )
+    return text
 
 
 @overload

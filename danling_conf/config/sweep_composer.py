@@ -15,6 +15,7 @@ from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 
 from danling_conf.config.hydra_adapter import Composer, hydra_settings, override_facts, settings_of_job
 from danling_conf.config.resolve import refers_to_hydra
+from danling_conf.groups.base import pickled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class SweepComposer:
                 depends="${" in str(read),
                 refers_to_hydra=refers_to_hydra(config),
                 bare=bare,
-                pickled=_pickled(bare),
+                pickled=pickled(bare),
             )
         return self._composed[choices]
 
@@ -138,14 +139,6 @@ class SweepComposer:
         if text not in self._parsed:
             (self._parsed[text],) = self._parser.parse_overrides([text])
         return self._parsed[text]
-
-
-def _pickled(config: DictConfig) -> bytes | None:
-    """A configuration as bytes; None where a user's class is not one that a module has by its name."""
-    try:
-        return pickle.dumps(config, pickle.HIGHEST_PROTOCOL)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return None
 
 
 def _reaches_into_hydra(override: Override) -> bool:

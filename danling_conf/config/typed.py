@@ -18,6 +18,7 @@ from danling_conf.schema import Facts, facts_of
 from danling_conf.schema.files import DEEPEST, LARGEST_INTEGER
 from danling_conf.schema.nearest import nearest
 from danling_conf.schema.setting import fraction_in
+from danling_conf.schema.typed_node import typed_node_of
 from danling_conf.topology.violation import ABSENT, Violation, show
 
 NO_SUCH_SETTING = "there is no such setting"
@@ -45,7 +46,8 @@ def unknown_key(kind: type, path: str, root: type | None = None) -> Violation:
     if near:
         fix = f"did you mean {where}{near}?"
     else:
-        elsewhere = [known for known in setting_paths(root or kind) if known.rpartition(".")[2] == key.casefold()]
+        paths = setting_paths(root) if root else setting_paths(kind, where)
+        elsewhere = [known for known in paths if known.rpartition(".")[2] == key.casefold()]
         if elsewhere:
             fix = f"did you mean {' or '.join(elsewhere)}?"
         elif prefix:
@@ -315,7 +317,7 @@ def _check_shape(node: DictConfig, key: Any, shape: type, path: str, sparse: boo
         yield Violation(path, given, "it must be null or a mapping", f"write {path}.{fields(shape)[0].name}=...")
         node[key] = None
         return
-    typed = OmegaConf.structured(shape)
+    typed = typed_node_of(shape)
     known = {item.name for item in fields(shape)}
     for name, value in _plain(given).items():
         inner = f"{path}.{name}"

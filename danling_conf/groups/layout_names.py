@@ -123,6 +123,8 @@ def _split(name: str, token: str) -> tuple[str, str]:
     if match is None or match["word"] not in words:
         spoken = _TOKEN.match(token.lower())
         near = nearest(spoken["word"] if spoken else token, words)
+        if near and spoken and re.match(NAME_PATTERN, near + spoken["degrees"]):
+            near += spoken["degrees"]
         hint = f" (did you mean {near}?)" if near else ""
         part = f"part {token!r}" if token != name else "it"
         raise LayoutNameError(f"layout {name!r}: {part} is not of the grammar{hint}; write {GRAMMAR}")

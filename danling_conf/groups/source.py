@@ -30,6 +30,7 @@ from danling_conf.schema.launcher import (
     SubmititSlurmConfig,
 )
 from danling_conf.schema.open_sections import open_sections
+from danling_conf.schema.typed_node import typed_node_of
 
 LAYOUTS = "parallel"
 LAYOUTS_SWITCH = "fsdp"
@@ -56,7 +57,7 @@ def layout_settings(name: str) -> dict[str, Any]:
 def section_config(name: str) -> DictConfig:
     """A section as a typed node with its defaults. Raises KeyError where there is none of that name."""
     kind: Any = section_kinds()[name]
-    node: DictConfig = OmegaConf.structured(kind)
+    node = typed_node_of(kind)
     open_sections(node)
     if not hasattr(kind, "open_to"):
         OmegaConf.set_struct(node, None)  # nothing of ours checks the keys, so Hydra has to
@@ -91,7 +92,7 @@ class NameSource(ConfigSource):
             # No package: a primary config is placed at the root. Presets name theirs, as `@package` in a file does.
             return self._result(base_config(name, free=name == self.free), None)
         if group == LAUNCHER_GROUP and name in self.launchers:
-            node = OmegaConf.structured(self.launchers[name])
+            node = typed_node_of(self.launchers[name])
             open_sections(node)
             return self._result(node, "hydra.launcher")
         if group in GROUPS and name in GROUPS[group]:

@@ -25,7 +25,7 @@ from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
 from danling_conf.records.logs import close_logs, configure_job_logging, open_logs, rank_log, redirect_output
-from danling_conf.records.run_directory import write_result
+from danling_conf.records.run_directory import hold_room, write_result
 from danling_conf.records.run_lock import RankLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.records.stopped import Stopped
@@ -47,6 +47,8 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     if config.ft.address is None:
         keep_to_loopback(ranks, os.environ)
     share = RankLock(attempt.run_directory, attempt.token)
+    if ranks.main:
+        hold_room(attempt.directory)
     handlers = open_logs(attempt.directory, ranks, log=config.log, job_name=job_name)
     _log.info("%s", _place_of(ranks))
     current.enter(start)
@@ -91,12 +93,12 @@ def _leave_process_group() -> None:
     # Look in sys.modules: a function that never imported torch has no group, and importing it here takes seconds.
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # torch 2.13 sometimes aborts when a sharded model, kept by a reference cycle, outlives its process group.
-        gc.collect()
         groups = sys.modules.get("danling_conf.parallel.process_group")
         if groups is not None:
             groups.stop()  # with the groups of background work, which it keeps
         else:
+            # torch 2.13 sometimes aborts when a sharded model, kept by a reference cycle, outlives its process group.
+            gc.collect()
             distributed.destroy_process_group()
 
 

@@ -135,7 +135,7 @@ class Passes:
         """The context of a pass that works on parts of sequences, or is one of several of its optimizer step."""
         accumulates = accumulates and self.model.pipeline is None and self._whole_step is None
         with (
-            inside_step.step(sharded_logits=self.model.sharded_logits) if self._in_parts else nullcontext(),
+            self.inside(self.model.sharded_logits),
             gradients.accumulate(self.model.module, last=last) if accumulates else nullcontext(),
         ):
             yield
@@ -226,9 +226,7 @@ class Passes:
             with self.autocast():
                 take(self._output(module, batch), batch)
 
-        sharded_logits = self.model.sharded_logits and use is None
-        inside = inside_step.step(sharded_logits=sharded_logits) if self._in_parts else nullcontext()
-        with inside, torch.no_grad():
+        with self.inside(self.model.sharded_logits and use is None), torch.no_grad():
             pipeline = self.model.pipeline
             if pipeline is None:
                 self.model.run(evaluated, training=False)
@@ -240,6 +238,12 @@ class Passes:
     def part(self, batch: Any) -> Any:
         """This rank's part of the sequences of a batch."""
         return batch if self.model.context is None else self.model.context.part(batch)
+
+    def inside(self, sharded_logits: bool) -> AbstractContextManager[None]:
+        """The context of a step, where the model looks at whether there is one."""
+        if self.model.context is None and not sharded_logits:
+            return nullcontext()
+        return inside_step.step(sharded_logits=sharded_logits)
 
     @contextmanager
     def _refused_at_first(self) -> Iterator[None]:

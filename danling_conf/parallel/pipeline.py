@@ -30,6 +30,9 @@ from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.rules.pipeline import divisor_of_batch
 from danling_conf.topology.violation import ABSENT, SettingError
 
+_ACTIONS = {"F": "F", "B": "B", "I": "I", "W": "W", "REDUCE_GRAD": "R"}
+"""What is computed, by torch's names."""
+
 Forward = Callable[[Any, Any], Any]
 """Runs a model on a (micro)batch: `forward(model, batch)`."""
 
@@ -157,26 +160,24 @@ class Pipeline:
         forward works on the first microbatch."""
         return PipelineStage(self.parts[index], index, len(self.placement), self.device, group=self.group)
 
-    def neighbour(self, index: int) -> int:
-        """The rank, among all, that holds a stage."""
-        return dist.get_global_rank(self.group, self.placement[index])
-
     def actions(self, count: int) -> dict[int, list[tuple[int, str, int | None]]]:
         """By pipeline rank, what it does in a step of so many microbatches, in order: stage, what (`F`, `B`; `I` and
-        `W` where a backward pass is split into inputs and weights) and microbatch."""
+        `W` where a backward pass is split into inputs and weights; `R`, which reduces gradients) and microbatch."""
         kind = get_schedule_class(self.section.pipeline_schedule)
         stages = [self.alone(index) for index in sorted(self.parts)]
         single = issubclass(kind, PipelineScheduleSingle)
         schedule = kind(stages[0] if single else stages, count, loss_fn=lambda output, _: output, scale_grads=False)
+        # The order that is run has `B` where `I` and `W` of a microbatch would follow each other.
+        orders = schedule.pipeline_order if single else schedule.pipeline_order_with_comms
         return {
             rank: [
-                (item.stage_index, item.computation_type.value, item.microbatch_index)
+                (item.stage_index, _ACTIONS[item.computation_type.value], item.microbatch_index)
                 for action in order
                 if action is not None
                 for item in action.sub_actions or (action,)
-                if item.computation_type.value in ("F", "B", "I", "W")
+                if item.computation_type.value in _ACTIONS
             ]
-            for rank, order in (schedule.pipeline_order or {}).items()
+            for rank, order in (orders or {}).items()
         }
 
     @torch.no_grad()

@@ -71,6 +71,7 @@ def time_lines(found: Assessment) -> list[str]:
     lines = [
         f"step {seconds(time.seconds)} ± {100 * time.band:.0f} %, MFU {100 * time.mfu:.1f} %{speed}",
         f"  {'arithmetic':<14}{seconds(time.matmul):>10}  {arithmetic}",
+        f"  {'attention':<14}{seconds(time.attention):>10}  at {100 * gpu.attention_efficiency:.0f} % of the peak",
         f"  {'memory-bound':<14}{seconds(time.memory):>10}  {memory}",
         f"  {'communication':<14}{seconds(time.exposed):>10}  that nothing hides",
         f"  {'bubble':<14}{seconds(time.bubble):>10}  of the pipeline",

@@ -56,7 +56,10 @@ class _Graph(fx.Interpreter):
 
     def __call__(self, inputs: list[Any]) -> Any:
         self._ledger = _torch_private.active_mode(Ledger)
-        return self.boxed_run(inputs)
+        try:
+            return self.boxed_run(inputs)
+        finally:
+            self.env = {}  # its results would stay in memory, and gradients be copied that others hold as well
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; one that is to draw the same numbers again is run by itself, as there are none."""
@@ -106,7 +109,9 @@ class _Kernels:
             given = node.all_input_nodes
             level = max((behind[item] for item in given), default=0)
             if fused or (passed and any(item in self.level for item in given)):
-                self.level[node] = behind[node] = level
+                self.level[node] = level
+                # What needs one number of all others, as the scale of a cast to float8, is another kernel.
+                behind[node] = level + _is_of_all(node)
             else:
                 behind[node] = level + (node.op == "call_function" and not passed)
         for node in reversed(graph.nodes):
@@ -138,6 +143,14 @@ def _is_fusible(target: Any) -> bool:
     if not _torch_private.is_operator(target) or _torch_private.is_view(target):
         return False
     return torch.Tag.pointwise in target.tags or target.overloadpacket.__name__ in _FUSED
+
+
+def _is_of_all(node: fx.Node) -> bool:
+    """Whether a node makes one number out of many, for which a kernel has to end."""
+    value = node.meta.get("val")
+    given = (item.meta.get("val") for item in node.all_input_nodes)
+    alone = isinstance(value, Tensor) and value.numel() == 1
+    return alone and any(isinstance(item, Tensor) and item.numel() > 1 for item in given)
 
 
 _FUSED = frozenset(

@@ -16,6 +16,7 @@ from torch import nn
 from danling_conf import _torch_private
 from danling_conf.components import dataloader as loaders
 from danling_conf.components.batch import count_samples as count_by_rule
+from danling_conf.components.batch import tensors
 from danling_conf.components.instantiate import model_factory
 from danling_conf.config.identity import layout_name as name_of
 from danling_conf.parallel import context as sequences
@@ -25,10 +26,11 @@ from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.fsdp import offloads
 from danling_conf.parallel.init_plan import made_by, meta_copy, to_meta
+from danling_conf.parallel.pipeline import rehearse
 from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened, signature
 from danling_conf.plan.extend import Place, Trace, added, calls_added, extended, trace_of
 from danling_conf.plan.figures import GRADIENTS, OPTIMIZER, PARAMETERS, Collective, LayoutFigures, Moment, RankFigures
-from danling_conf.plan.schedule import Action, in_order
+from danling_conf.plan.schedule import Action, Passed, in_order
 from danling_conf.plan.trace import OneRank, Sent, Subject, line_of
 from danling_conf.runner import data
 from danling_conf.runner.batch import forward_of, loss_of_output
@@ -90,6 +92,7 @@ def _figures_of(subject: Subject, places: Sequence[int] | None, load: bool) -> L
     layout, config = layout_of(subject.config), subject.config
     samples = subject.count_samples(subject.batch) * layout.data_degree * config.accum_steps
     length = sequences.sequence_length(subject.batch)
+    tokens = 0 if length is None or not _of_tokens(subject.batch) else samples * length
     found = _pipeline_ranks(subject, layout, places) if layout.pipeline > 1 else [_only_rank(subject, layout)]
     return LayoutFigures(
         layout=name_of(layout),
@@ -98,12 +101,18 @@ def _figures_of(subject: Subject, places: Sequence[int] | None, load: bool) -> L
         microbatches=found[0][1],
         accumulation=config.accum_steps,
         samples=samples,
-        tokens=0 if length is None else samples * length,
+        tokens=tokens,
         parameters=sum(item.numel() for item in subject.model.parameters()),
         settings=settings_of(config),
         dims=_dims(subject, length),
         notes=tuple(_notes(subject, layout, [figures for figures, _ in found], load=load)),
     )
+
+
+def _of_tokens(batch: Any) -> bool:
+    """Whether the first tensor of a batch that has two dims is one of numbers of tokens: images have none."""
+    first = next(item for item in tensors(batch) if item.ndim >= 2)
+    return first.ndim == 2 and not first.is_floating_point()
 
 
 def dims_of(subject: Subject) -> dict[str, int]:
@@ -120,7 +129,7 @@ def settings_of(config: RunnerConfig) -> dict[str, Any]:
         "batch_size": loaders.settings_for(config.dataloader, "train").batch_size or 1,
         "accum_steps": config.accum_steps,
         "optimizer": config.optim.type,
-        "schedule": config.parallel.pipeline_schedule,
+        "pipeline_schedule": config.parallel.pipeline_schedule,
         "reshard_after_forward": config.fsdp.reshard_after_forward,
     }
 
@@ -162,10 +171,6 @@ class Whole:
     microbatches: int
     actions: Mapping[int, Sequence[Action]]
     """Of one pass through the schedule, by pipeline rank."""
-    buffers: int
-    """Bytes of what is received from other stages, for all microbatches."""
-    traffic: Mapping[tuple[str, tuple[int, ...]], tuple[int, int]]
-    """What is sent to other stages in one pass."""
 
 
 def whole_trace(
@@ -209,21 +214,47 @@ def whole_trace(
 def _learned(one: OneRank) -> tuple[Any, ...]:
     pipeline = one.assembled.pipeline
     if pipeline is None or one.sent is None:
-        return None, 1, {}, 0, {}
-    actions = pipeline.actions(one.microbatches)
-    size = math.prod(one.sent[0]) * one.sent[1].itemsize
-    placement, buffers = pipeline.placement, 0
-    traffic: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
-    for index in pipeline.parts:
-        for other, exists in ((index - 1, index > 0), (index + 1, index < pipeline.last)):
-            if not exists or placement[other] == pipeline.rank:
+        return None, 1, {}
+    return one.sent, one.microbatches, pipeline.actions(one.microbatches)
+
+
+def _passed_on(
+    whole: Whole, schedule: str, placement: Sequence[int], traced: Mapping[int, int]
+) -> tuple[Passed, dict[int, tuple[int, int]]]:
+    """What the stages of a pipeline rank pass on; and calls and bytes to and from each other one, in one pass.
+
+    Args:
+        placement: the pipeline rank of each stage.
+        traced: for each stage of the rank, the one that was traced for it.
+    """
+    assert whole.sent is not None  # there are several stages
+    size = math.prod(whole.sent[0]) * whole.sent[1].itemsize
+    # torch keeps a buffer for every microbatch of what each stage receives, forward and backward.
+    buffer = size * whole.microbatches
+    buffers = 0
+    traffic: dict[int, tuple[int, int]] = {}
+    sent: dict[str, set[int]] = {"F": set(), "B": set()}
+    handed: dict[str, set[int]] = {"F": set(), "B": set()}
+    for stage in traced:
+        for what, neighbour in (("F", stage + 1), ("B", stage - 1)):
+            if not 0 <= neighbour < len(placement):
                 continue
-            # torch keeps a buffer for every microbatch of what each stage receives, forward and backward.
-            buffers += size * one.microbatches
-            ranks = tuple(sorted((one.rank, pipeline.neighbour(other))))
-            count, total = traffic.get(("send_recv", ranks), (0, 0))
-            traffic["send_recv", ranks] = (count + one.microbatches, total + size * one.microbatches)
-    return one.sent, one.microbatches, actions, buffers, traffic
+            buffers += buffer
+            if neighbour in traced:
+                handed[what].add(traced[stage])
+                continue
+            sent[what].add(traced[stage])
+            count, total = traffic.get(placement[neighbour], (0, 0))
+            traffic[placement[neighbour]] = (count + whole.microbatches, total + buffer)
+    return Passed(
+        size=size,
+        buffers=buffers,
+        forward=frozenset(sent["F"]),
+        backward=frozenset(sent["B"]),
+        handed_forward=frozenset(handed["F"]),
+        handed_backward=frozenset(handed["B"]),
+        waits={"1F1B": "sends", "GPipe": "outputs"}.get(schedule, ""),
+    ), traffic
 
 
 def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | None) -> list[tuple[RankFigures, int]]:
@@ -239,7 +270,7 @@ def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | No
     known: dict[object, tuple[Whole, list[int], list[int]]] = {}
     sent: Sent | None = None
     for place in range(layout.pipeline) if places is None else sorted({0, *places}):
-        rank = rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": place})
+        rank = _at(layout, place)
         held = [index for index, at in enumerate(placement) if at == place]
         own = [number for number, run in enumerate(runs) if stage_of.get(run.blocks[0]) in held]
         # Stages between the first and the last one do the same if they have as many blocks of the same kinds.
@@ -253,7 +284,9 @@ def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | No
         sent = sent or whole.sent
         stage = dict(zip(held, traced, strict=True))
         actions = [(stage[index], what, number) for index, what, number in whole.actions[place]]
-        moments, times = in_order(whole.trace, actions, steps=subject.config.accum_steps, buffers=whole.buffers)
+        passed, traffic = _passed_on(whole, subject.config.parallel.pipeline_schedule, placement, stage)
+        steps = subject.config.accum_steps
+        moments, times = in_order(whole.trace, actions, steps=steps, passed=passed)
         called = {
             old: new
             for other, number in zip(blocks, own, strict=True)
@@ -271,12 +304,17 @@ def _pipeline_ranks(subject: Subject, layout: Layout, places: Sequence[int] | No
             host=offloads(subject.config.fsdp),
             unused=whole.unused,
             traffic={
-                key: (count * subject.config.accum_steps, size * subject.config.accum_steps)
-                for key, (count, size) in whole.traffic.items()
+                ("send_recv", tuple(sorted((rank, _at(layout, other))))): (count * steps, size * steps)
+                for other, (count, size) in traffic.items()
             },
         )
         found.append((figures, whole.microbatches))
     return found
+
+
+def _at(layout: Layout, place: int) -> int:
+    """The first rank of a place in the pipeline."""
+    return rank_at(layout, {**dict.fromkeys(WORLD_AXES, 0), "pipeline": place})
 
 
 def _renamed(moment: str, called: Mapping[str, str]) -> str:
@@ -296,11 +334,15 @@ def _stage_names(subject: Subject, layout: Layout) -> tuple[stages_of.Names, boo
     few = [FEW] * len(runs := runs_of(subject.model, every=_every(subject.config)))
     model = shortened(subject.model, runs, few)
     # The trial shows which module is used before the blocks and which behind them: few blocks are enough for that.
-    trial = trials.run(
-        model, [name for names in names_in(runs, few) for name in names], around, subject.forward, subject.example
-    )
+    chain = [name for names in names_in(runs, few) for name in names]
+    trial = trials.run(model, chain, around, subject.forward, subject.example)
     count = layout.pipeline * stages_of.stages_per_rank(section.pipeline_schedule)
-    return stages_of.deal_out(subject.model, count, trial), not any(trial.returns)
+    found = stages_of.deal_out(subject.model, count, trial)
+    if any(trial.returns):
+        return found, False
+    # What a stage lacks of the whole model, as a run would refuse it: it shows in two stages as well.
+    rehearse(trial, stages_of.deal_out(model, 2, trial), chain, subject.forward, subject.example)
+    return found, True
 
 
 def _with_stages(

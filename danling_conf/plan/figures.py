@@ -31,6 +31,11 @@ CATEGORIES = {
 }
 """Categories of memory, each with what it holds."""
 
+ATTENTION = "attention"
+MASKED = "masked"
+"""Work beside matrix products, behind a data type: `bfloat16 attention`. What is masked is counted as attention by MFU
+and by torch's counter, and no kernel does it: the half of all pairs that a causal mask leaves out."""
+
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send_recv")
 """Kinds of collectives."""
 
@@ -105,7 +110,8 @@ class RankFigures:
     """Of a step: all microbatches and accumulated batches, and the optimizer's."""
 
     flops: Mapping[str, int]
-    """Floating point operations a step, recomputation included, by data type of the operands (`bfloat16`)."""
+    """Floating point operations a step, recomputation included: of matrix products by data type of the operands
+    (`bfloat16`), and apart from them of attention (`bfloat16 attention`, `bfloat16 masked`)."""
 
     recomputed_flops: int
     """How many of them recompute what activation checkpointing did not keep: not counted by MFU."""

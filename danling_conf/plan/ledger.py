@@ -21,9 +21,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from danling_conf._torch_private import (
     TorchDispatchMode,
+    argument_names,
     around_shapes,
     collective_of,
     identity_of,
+    is_fake,
     is_view,
     is_wrapper,
     storage_identity,
@@ -31,7 +33,7 @@ from danling_conf._torch_private import (
     watched_resizes,
 )
 from danling_conf.plan.allocator import unused
-from danling_conf.plan.figures import ACTIVATIONS, GATHERED, GRADIENTS, TEMPORARIES
+from danling_conf.plan.figures import ACTIVATIONS, ATTENTION, GATHERED, GRADIENTS, MASKED, TEMPORARIES
 
 _KINDS = (
     ("allgather", "all_gather"),
@@ -50,6 +52,11 @@ _KINDS = (
 
 _GATHERING = 1
 """Stream on which FSDP gathers weights."""
+
+
+_HIDING_FLOPS = 200
+"""FLOPs in which a byte is read or written beside them, so that a large product takes the time of its arithmetic only:
+what accelerators can do of the one in the time of the other (120 to 350 of those in `topology.hardware`)."""
 
 
 @dataclass
@@ -192,6 +199,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             number = self._book(storage, category)
             self._storages[number].category = category
 
+    def lend(self, tensor: Tensor) -> Tensor:
+        """A tensor whose memory is counted by somebody else. Made inside of `unseen`."""
+        if self.active:
+            storage = tensor.untyped_storage()
+            identity = identity_of(storage)
+            self._alive[identity] = (len(self._storages), weakref.ref(storage, lambda _: self._freed(identity)), 0)
+            self._storages.append(_Storage(TEMPORARIES, self._origin(), len(self._entries)))
+        return tensor
+
     def boundary(self) -> None:
         """A micro-batch has ended: what its backward pass made and is there still are gradients."""
         if self.active:
@@ -200,6 +216,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(_stands_for_another(kind) for kind in types):
             return NotImplemented  # it comes again with the tensors of this rank
+        if func.overloadpacket.__name__ == "wait_tensor" and is_fake(args[0]):
+            return args[0]  # as a real one does; the fake one makes another tensor
         result = func(*args, **(kwargs or {}))
         if self._paused:
             return result
@@ -207,7 +225,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        made = [item for item in tree_leaves(result) if isinstance(item, Tensor)]
+        leaves = tree_leaves(result)
+        made = [item for item in leaves if isinstance(item, Tensor) and not _stands_for_another(type(item))]
         region = self.regions[-1]
         namespace = func.namespace
         if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
@@ -222,12 +241,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if namespace in ("prim", "c10d", "_c10d_functional") or is_view(func):
             return
         given = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
-        if self._counts_traffic:
-            region.hbm_bytes += sum(item.numel() * item.element_size() for item in (*given, *made))
         flops = _flops(func, args, kwargs, result)
+        if self._counts_traffic:
+            moved = sum(item.numel() * item.element_size() for item in (*given, *made))
+            region.hbm_bytes += max(0, moved - flops // _HIDING_FLOPS)
         if flops:
             kind = str(given[0].dtype).removeprefix("torch.")
-            region.flops[kind] += flops
+            masked = _masked_share(func, args, kwargs)
+            if masked is None:
+                region.flops[kind] += flops
+            else:
+                region.flops[f"{kind} {ATTENTION}"] += flops - round(masked * flops)
+                region.flops[f"{kind} {MASKED}"] += round(masked * flops)
             if self._origin() == "recompute":
                 region.recomputed += flops
 
@@ -361,6 +386,19 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
             return int(2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
         return _grouped_flops(args, result)
     return 0
+
+
+def _masked_share(func: Any, args: Any, kwargs: Any) -> float | None:
+    """The share of all pairs of an attention that its causal mask leaves out; None of any other operator."""
+    if not func.overloadpacket.__name__.startswith("_scaled_dot_product_"):
+        return None
+    named = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
+    if not named.get("is_causal"):
+        return 0.0
+    queries, keys = named["query"].shape[-2], named["key"].shape[-2]
+    least = min(queries, keys)
+    seen = least * (least + 1) // 2 + (queries - least) * keys
+    return 1.0 - float(seen / (queries * keys))
 
 
 def _grouped_flops(args: Any, result: Any) -> int:

@@ -155,6 +155,7 @@ def why(first: Proposal, second: Proposal) -> list[str]:
     gain = second.time.seconds - first.time.seconds
     parts = {
         "arithmetic": second.time.matmul - first.time.matmul,
+        "attention": second.time.attention - first.time.attention,
         "memory-bound operations": second.time.memory - first.time.memory,
         "the pipeline's bubble": second.time.bubble - first.time.bubble,
         **_by_axis(first.time, second.time),

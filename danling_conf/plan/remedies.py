@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,16 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.schema.fsdp import OffloadPolicyConfig
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, SettingError
+
+_BF16 = "bf16 arithmetic, twice as fast"
+_CHEAP_TWICE = "cheap operators run twice"
+_SMALLER = "smaller matrix products"
+_GATHERED = "weights are gathered more often"
+_FORWARD_TWICE = "forward runs twice"
+_COPIES = "copies from and to the host in each step"
+_BY_PRICE = (_BF16, _CHEAP_TWICE, _SMALLER, _GATHERED, _FORWARD_TWICE, _COPIES)
+_WORTH = 0.05
+"""Share of the peak below which a way out is none."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,11 @@ def remedies_of(subject: Subject, figures: LayoutFigures) -> list[Remedy]:
     return sorted(found, key=lambda remedy: -remedy.saves)
 
 
+def cheapest_first(remedies: Sequence[Remedy], peak: int) -> list[Remedy]:
+    """Remedies in the order of what they cost; those that save next to nothing of a peak come last."""
+    return sorted(remedies, key=lambda item: (item.saves < _WORTH * peak, _BY_PRICE.index(item.costs)))
+
+
 def _candidates(subject: Subject) -> Iterator[tuple[str, RunnerConfig, Any, str]]:
     config = subject.config
     mode = config.activation_checkpointing.mode
@@ -54,12 +69,12 @@ def _candidates(subject: Subject) -> Iterator[tuple[str, RunnerConfig, Any, str]
             "activation_checkpointing.mode=selective",
             with_mode("selective"),
             subject.batch,
-            "cheap operators run twice",
+            _CHEAP_TWICE,
         )
     if mode != "full":
-        yield "activation_checkpointing.mode=full", with_mode("full"), subject.batch, "forward runs twice"
+        yield "activation_checkpointing.mode=full", with_mode("full"), subject.batch, _FORWARD_TWICE
     if config.precision in (None, "fp32") and config.fsdp.mp_policy is None:
-        yield "precision=bf16", replace(config, precision="bf16"), subject.batch, "bf16 arithmetic, twice as fast"
+        yield "precision=bf16", replace(config, precision="bf16"), subject.batch, _BF16
     yield from _of_fsdp(subject)
     yield from _of_batch(subject)
 
@@ -76,7 +91,7 @@ def _of_fsdp(subject: Subject) -> Iterator[tuple[str, RunnerConfig, Any, str]]:
             "fsdp.reshard_after_forward=true",
             replace(config, fsdp=fsdp),
             subject.batch,
-            "weights are gathered more often",
+            _GATHERED,
         )
     if config.fsdp.offload_policy is None:
         fsdp = replace(config.fsdp, offload_policy=OffloadPolicyConfig(enabled=True))
@@ -84,7 +99,7 @@ def _of_fsdp(subject: Subject) -> Iterator[tuple[str, RunnerConfig, Any, str]]:
             "fsdp.offload_policy.enabled=true",
             replace(config, fsdp=fsdp),
             subject.batch,
-            "copies from and to the host in each step",
+            _COPIES,
         )
 
 
@@ -97,7 +112,7 @@ def _of_batch(subject: Subject) -> Iterator[tuple[str, RunnerConfig, Any, str]]:
         if section.pipeline_n_microbatches is None and smaller:
             parallel = replace(section, pipeline_microbatch_size=smaller)
             changed = replace(config, parallel=parallel)
-            yield f"parallel.pipeline_microbatch_size={smaller}", changed, subject.batch, "smaller matrix products"
+            yield f"parallel.pipeline_microbatch_size={smaller}", changed, subject.batch, _SMALLER
         return
     if size < 2 or size % 2:
         return
@@ -105,4 +120,4 @@ def _of_batch(subject: Subject) -> Iterator[tuple[str, RunnerConfig, Any, str]]:
     # The section is open: a split may have its own size, which is what is replaced for the plan.
     changed = replace(config, accum_steps=2 * config.accum_steps)
     overrides = f"dataloader.batch_size={half} accum_steps={2 * config.accum_steps}"
-    yield overrides, changed, subject.cut(half), "smaller matrix products"
+    yield overrides, changed, subject.cut(half), _SMALLER

@@ -7,7 +7,7 @@ own order of actions; each action is replaced by what the traced one of its kind
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from danling_conf.plan.extend import Place, Seen, Trace
@@ -17,6 +17,53 @@ Action = tuple[int, str, "int | None"]
 """Stage, what, and microbatch."""
 
 Memory = dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What the stages of a rank pass to others, and how long torch keeps it.
+
+    A traced action ends without what it passes on: an output is let go of behind the backward pass of its microbatch,
+    the gradient of an input behind `B` or `W`.
+
+    Attributes:
+        size: bytes of what is passed on for one microbatch.
+        buffers: bytes for what is received, of all microbatches. A stage of the same rank puts its own tensor into such
+            a buffer's place.
+        forward: stages whose outputs are sent to another rank.
+        backward: stages whose inputs' gradients are.
+        handed_forward: stages whose outputs go to a stage of this rank.
+        handed_backward: the same of gradients.
+        waits: what a schedule waits for before the end of a pass: `sends` (each, behind the next action), `outputs`, or
+            nothing.
+    """
+
+    size: int = 0
+    buffers: int = 0
+    forward: frozenset[int] = frozenset()
+    backward: frozenset[int] = frozenset()
+    handed_forward: frozenset[int] = frozenset()
+    handed_backward: frozenset[int] = frozenset()
+    waits: str = ""
+
+    def sent_after(self, stage: int, what: str, *, first: bool) -> int:
+        """Bytes more, from an action to the end of the pass, since they are being sent."""
+        if what not in _MAKE_GRADIENTS:
+            return 0
+        gradient = stage in self.backward and (first or self.waits != "sends")
+        return self.size * (gradient + (stage in self.forward and not self.waits))
+
+    def handed_after(self, stage: int, what: str) -> int:
+        """Bytes more, or less, behind an action, since a stage of this rank has its result."""
+        found = 0
+        if stage in self.handed_forward:
+            found += {"F": -1, "B": 1, "W": 1}.get(what, 0)
+        if stage in self.handed_backward:
+            found += {"I": -1, "W": 1}.get(what, 0)
+        return found * self.size
+
+
+_MAKE_GRADIENTS = ("B", "W")
 
 
 @dataclass(frozen=True)
@@ -29,7 +76,7 @@ class _Span:
 
 
 def in_order(
-    trace: Trace, actions: Sequence[Action], *, steps: int, buffers: int
+    trace: Trace, actions: Sequence[Action], *, steps: int, passed: Passed
 ) -> tuple[list[Moment], list[tuple[Place, int]]]:
     """The time line of an optimizer step, and how often each traced region is run in it.
 
@@ -37,26 +84,34 @@ def in_order(
         trace: of a rank's stages, each alone.
         actions: of one pass through the schedule.
         steps: such passes, of accumulated batches.
-        buffers: bytes that are kept for what is received from other stages.
+        passed: what the stages pass on.
     """
     spans = _spans(trace)
     level: Memory = dict(next(iter(trace.values())).level)
-    level[ACTIVATIONS] = level.get(ACTIVATIONS, 0) + buffers
+    level[ACTIVATIONS] = level.get(ACTIVATIONS, 0) + passed.buffers
     moments: list[Moment] = []
     counts: dict[str, int] = {}
-    stages = sorted({action[0] for action in actions})
     reduced: int | None = None
     for step in range(steps):
         done: set[tuple[int, str]] = set()
-        for stage, what, number in [*actions, *((index, "R", None) for index in stages)]:
-            # Gradients that FSDP has reduced are made anew in the next pass; others are added to.
-            again = step > 0 and what in ("B", "W") and not _frees_gradients(spans.get(f"{stage}R"))
-            for name in _traced(spans, stage, what, first=(stage, what) not in done and not again):
+        kept = 0
+        for stage, what, number in actions:
+            first = (stage, what) not in done
+            if what in _MAKE_GRADIENTS:
+                # Gradients that FSDP has reduced are made anew in the next pass; others are added to.
+                first = not any((stage, other) in done for other in _MAKE_GRADIENTS)
+                first = first and (step == 0 or _frees_gradients(spans.get(f"{stage}R")))
+            name = _traced(spans, stage, what, first=first)
+            if name is not None:
                 span = spans[name]
                 counts[name] = counts.get(name, 0) + 1
                 moments.append(_moment(level, span, "" if number is None else f", microbatch {number}"))
                 level = _after(level, span)
+            sent = passed.sent_after(stage, what, first=(stage, what) not in done)
+            level[ACTIVATIONS] = level.get(ACTIVATIONS, 0) + sent + passed.handed_after(stage, what)
+            kept += sent
             done.add((stage, what))
+        level[ACTIVATIONS] -= kept
         # Later passes add to the reduced gradients of the first one.
         reduced = level.get(GRADIENTS, 0) if reduced is None else reduced
         level[GRADIENTS] = reduced
@@ -87,20 +142,12 @@ def _spans(trace: Trace) -> dict[str, _Span]:
     return found
 
 
-def _traced(spans: Mapping[str, _Span], stage: int, what: str, *, first: bool) -> Iterator[str]:
-    """The traced actions that stand for one of the schedule."""
-    number = 0 if first else 1
-    if what == "R":
-        if f"{stage}R" in spans:
-            yield f"{stage}R"
-        return
-    name = f"{stage}{what}{number}"
-    if name in spans:
-        yield name
-    elif what == "B":  # a backward pass that was traced in its two parts
-        yield from (part for part in (f"{stage}I{number}", f"{stage}W{number}") if part in spans)
-    elif what == "W" and f"{stage}B{number}" in spans:  # the first stage, whose inputs need no gradient
-        yield f"{stage}B{number}"
+def _traced(spans: Mapping[str, _Span], stage: int, what: str, *, first: bool) -> str | None:
+    """The traced action that stands for one of the schedule."""
+    name = f"{stage}R" if what == "R" else f"{stage}{what}{0 if first else 1}"
+    if name not in spans and what == "W":  # the first stage, whose inputs need no gradient
+        name = f"{stage}B{0 if first else 1}"
+    return name if name in spans else None
 
 
 def _moment(level: Memory, span: _Span, which: str) -> Moment:

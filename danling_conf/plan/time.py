@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from danling_conf.plan import links
-from danling_conf.plan.figures import Collective, LayoutFigures, RankFigures
+from danling_conf.plan.figures import ATTENTION, MASKED, Collective, LayoutFigures, RankFigures
 from danling_conf.schema.parallel import MULTI_STAGE_SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES
 from danling_conf.topology.hardware import Cluster
 
@@ -47,7 +47,9 @@ class StepTime:
 
     seconds: float
     matmul: float
-    """Seconds of matrix products and attention."""
+    """Seconds of matrix products."""
+    attention: float
+    """Seconds of attention, between the pairs that see each other."""
     memory: float
     """Seconds of operations that are limited by memory: norms, activations, the optimizer."""
     exposed: float
@@ -69,32 +71,51 @@ class StepTime:
 
 def step_time(figures: LayoutFigures, cluster: Cluster) -> StepTime:
     """Estimate an optimizer step of a layout on a cluster."""
-    stages = [_of_rank(rank, figures, cluster) for rank in figures.ranks]
-    matmul, memory, passed = max(stages, key=lambda each: each[0] + each[1] + sum(item.exposed for item in each[2]))
-    exposed = sum(item.exposed for item in passed)
-    waits = bubble_share(
-        str(figures.settings.get("pipeline_schedule", "1F1B")),
-        figures.degrees.get("pipeline", 1),
-        figures.microbatches,
-        max(len(rank.stages) for rank in figures.ranks),
-    )
+    busy = max((_of_rank(rank, figures, cluster) for rank in figures.ranks), key=lambda work: work.total)
+    ranks, waits = figures.degrees.get("pipeline", 1), 0.0
+    if ranks > 1:
+        stages = max(len(rank.stages) for rank in figures.ranks)
+        waits = bubble_share(figures.settings["pipeline_schedule"], ranks, figures.microbatches, stages)
     # Weights and gradients are passed once a step, outside of the pipeline's turns.
-    turns = matmul + memory + sum(item.exposed for item in passed if not _of_weights(item.axis))
+    turns = busy.computing + sum(item.exposed for item in busy.passed if not _of_weights(item.axis))
     bubble = waits * turns
-    total = matmul + memory + exposed + bubble
+    total = busy.total + bubble
     devices = sum(rank.ranks for rank in figures.ranks)
     needed = sum(rank.ranks * _model_share(rank, cluster, figures.settings) for rank in figures.ranks)
     return StepTime(
         seconds=total,
-        matmul=matmul,
-        memory=memory,
-        exposed=exposed,
+        matmul=busy.matmul,
+        attention=busy.attention,
+        memory=busy.memory,
+        exposed=busy.exposed,
         bubble=bubble,
         mfu=needed / (devices * total) if total else 0.0,
         tokens_per_second=figures.tokens / total if total else 0.0,
         samples_per_second=figures.samples / total if total else 0.0,
-        passed=passed,
+        passed=busy.passed,
     )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a rank does in a step, in seconds."""
+
+    matmul: float
+    attention: float
+    memory: float
+    passed: tuple[Passed, ...]
+
+    @property
+    def computing(self) -> float:
+        return self.matmul + self.attention + self.memory
+
+    @property
+    def exposed(self) -> float:
+        return sum(item.exposed for item in self.passed)
+
+    @property
+    def total(self) -> float:
+        return self.computing + self.exposed
 
 
 def bubble_share(schedule: str, ranks: int, microbatches: int, stages: int) -> float:
@@ -115,12 +136,18 @@ def bubble_share(schedule: str, ranks: int, microbatches: int, stages: int) -> f
     return share / 3 if schedule in SPLIT_BACKWARD_SCHEDULES else share
 
 
-def _of_rank(rank: RankFigures, figures: LayoutFigures, cluster: Cluster) -> tuple[float, float, tuple[Passed, ...]]:
-    """Seconds of matrix products and of memory-bound operations, and what is passed."""
+def _of_rank(rank: RankFigures, figures: LayoutFigures, cluster: Cluster) -> _Work:
     gpu = cluster.gpu
-    matmul = sum(flops / (gpu.peak(dtype) * gpu.matmul_efficiency) for dtype, flops in rank.flops.items())
+    matmul = attention = 0.0
+    for kind, flops in rank.flops.items():
+        dtype, _, what = kind.partition(" ")
+        if what == ATTENTION:
+            attention += flops / (gpu.peak(dtype) * gpu.attention_efficiency)
+        elif what != MASKED:
+            matmul += flops / (gpu.peak(dtype) * gpu.matmul_efficiency)
     memory = rank.hbm_bytes / (gpu.hbm * gpu.hbm_efficiency)
-    return matmul, memory, _passed(rank.collectives, matmul + memory, figures, cluster)
+    passed = _passed(rank.collectives, matmul + attention + memory, figures, cluster)
+    return _Work(matmul, attention, memory, passed)
 
 
 def _passed(
@@ -167,4 +194,4 @@ def _model_share(rank: RankFigures, cluster: Cluster, settings: Mapping[str, Any
     """Seconds that a rank's own FLOPs would take at the device's peak, without what is computed again."""
     total = sum(rank.flops.values())
     needed = 1.0 - rank.recomputed_flops / total if total else 0.0
-    return needed * sum(flops / cluster.gpu.peak(dtype) for dtype, flops in rank.flops.items())
+    return needed * sum(flops / cluster.gpu.peak(kind.partition(" ")[0]) for kind, flops in rank.flops.items())

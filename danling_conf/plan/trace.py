@@ -258,39 +258,53 @@ class OneRank:
             return total
 
         pipeline.begin(microbatches, self.subject.forward, objective, passes.autocast)
-        for index in sorted(pipeline.parts):
-            self._stage(pipeline, index)
+        with passes.inside(self.assembled.sharded_logits):
+            for index in sorted(pipeline.parts):
+                split = pipeline.section.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES and index > 0
+                self._stage(pipeline, index, split=split)
+                if split and self.ledger.active:
+                    # torch runs both parts at once where a schedule has them behind each other.
+                    self.ledger.action = f"{index} {AGAIN}"
+                    self.ledger.enter(AGAIN)
+                    for parameter in pipeline.parts[index].parameters():
+                        parameter.grad = None
+                    self._stage(pipeline, index, split=False, suffix=f" {AGAIN}")
         self._update(passes, optimizer, parameters)
 
-    def _stage(self, pipeline: Pipeline, index: int) -> None:
+    def _stage(self, pipeline: Pipeline, index: int, *, split: bool, suffix: str = "") -> None:
+        """The passes of a stage.
+
+        Args:
+            split: whether backward passes are run in two parts.
+            suffix: of the names of actions that were traced before.
+        """
         ledger, stage = self.ledger, pipeline.alone(index)
         place = of_stage(index)
         kept: list[tuple[Any, tuple[Tensor, ...]]] = []
         for number in range(TRACED_MICROBATCHES if ledger.active else 1):
-            ledger.action = f"{index}F{number}"
+            ledger.action = f"{index}F{number}{suffix}"
             ledger.begin(f"forward {BEFORE}{place}")
             inputs: tuple[Tensor, ...] = ()
             if index:
-                inputs = (self._received(f"backward {BEFORE}{place}"),)
+                assert self.sent is not None  # ranks are traced from the first stage on
+                inputs = (self._received(*self.sent, f"backward {BEFORE}{place}"),)
             output: Any = stage.forward_maybe_with_nosync(*(inputs or (None,)))  # type: ignore[no-untyped-call]
             if index < pipeline.last:
                 self.sent = (output.shape, output.dtype)
             kept.append((output, inputs))
-        split = pipeline.section.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES and index > 0
         later: list[dict[str, Any]] = []
-        back: Any = None
         for number in range(TRACED_MICROBATCHES if ledger.active else 1):
             output, inputs = kept.pop(0)
             ledger.action = f"{index}{'I' if split else 'B'}{number}"
             ledger.turn(f"backward {AFTER}{place}")
             given: dict[str, Any] = {"stage_output": (output,), "output_grads": None, "input_values": list(inputs)}
             if index < pipeline.last:
-                given["output_grads"] = (torch.empty_like(output),)
+                given["output_grads"] = (self._received(output.shape, output.dtype),)
             elif not split:
                 given["stage_output"] = output
             del output, inputs
-            # What goes back to the stage before is kept until it is sent, behind the next action.
-            back, groups = stage.backward_maybe_with_nosync("input" if split else "full", given)
+            # What goes back to the stage before is let go of: the schedule says how long it is kept.
+            groups = stage.backward_maybe_with_nosync("input" if split else "full", given)[1]
             ledger.boundary()
             if split:
                 later.append({"stage_output": given["stage_output"], "param_groups": groups})
@@ -301,16 +315,16 @@ class OneRank:
             stage.backward_maybe_with_nosync("weight", given)
             ledger.boundary()
         later.clear()
-        del back
-        ledger.action = f"{index}R"
+        ledger.action = f"{index}R{suffix}"
         ledger.turn(f"reduction{place}")
         stage.perform_reduce_grad(1)
 
-    def _received(self, region: str) -> Tensor:
-        assert self.sent is not None  # ranks are traced from the first stage on
-        shape, kind = self.sent
-        tensor = torch.empty(shape, dtype=kind).requires_grad_(kind.is_floating_point)
-        if tensor.requires_grad:
+    def _received(self, shape: torch.Size, kind: torch.dtype, region: str | None = None) -> Tensor:
+        """What comes from another stage: in a buffer of the schedule's. With the region that its gradient begins."""
+        with self.ledger.unseen():
+            tensor = self.ledger.lend(torch.empty(shape, dtype=kind))
+        if region is not None and kind.is_floating_point:
+            tensor.requires_grad_()
             tensor.register_hook(lambda _: self.ledger.turn(region))  # type: ignore[no-untyped-call]
         return tensor
 
@@ -356,6 +370,8 @@ class OneRank:
         hold(tensors(batch), BATCH)
 
 
+AGAIN = "again"
+"""Ends the names of actions that no schedule has: they lead to others."""
 BEFORE = "before the blocks"
 AFTER = "behind the blocks"
 

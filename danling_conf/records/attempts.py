@@ -11,7 +11,7 @@ from typing import Any
 from danling_conf.config.identity import flatten
 from danling_conf.records.find import sweep_of
 from danling_conf.records.heartbeats import read_heartbeats
-from danling_conf.records.metrics import Span, spans_of
+from danling_conf.records.history import Span, read_history
 from danling_conf.records.reading import Fields, read_fields, read_text, warn_of_damage
 from danling_conf.records.run_directory import attempts_in
 from danling_conf.records.state import RunState, state_of, written_end
@@ -54,7 +54,7 @@ def attempts_of(
         measured: what the lines of metrics say of each, as a `History` has it; read here when None.
     """
     if measured is None:
-        measured = spans_of(run)
+        measured = read_history(run).attempts
     beats = list(read_heartbeats(run).values())
     folders = attempts_in(run)
     ends = _ends(run, folders, measured)

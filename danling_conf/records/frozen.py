@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from danling_conf.config.hydra_adapter import take_part
 from danling_conf.config.identity import canonical, difference_from_defaults, job_id, plain
 from danling_conf.config.readonly import freeze
-from danling_conf.config.resolve import inspect, own_sections, save, typed_node
+from danling_conf.config.resolve import as_yaml, inspect, own_sections, save, typed_node
 from danling_conf.records.code import code_identity
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_directory import Attempt, attempt_order, attempts_in, write_whole
@@ -39,7 +39,7 @@ def freeze_attempt(
     code = code_identity(script.parent)
     save(config, folder / "config.yaml")
     write_whole(folder / "canonical.json", canonical(config) + "\n")
-    write_whole(folder / DIFFERENCE, OmegaConf.to_yaml(OmegaConf.create(difference_from_defaults(config))))
+    write_whole(folder / DIFFERENCE, as_yaml(difference_from_defaults(config)))
     if code.diff:
         write_whole(folder / DIFF, code.diff)
     # Last: once this file exists, all others of the attempt do.

@@ -36,37 +36,64 @@ def metrics_file(run: Path) -> Path:
 def read_lines(run: Path) -> Iterator[dict[str, Any]]:
     """Yields all lines as they were written, including those of steps that were repeated; none where there is no file.
 
-    A damaged line is skipped with a warning, given at the end. A last line without a newline is still being written,
-    and is no damage. Lines are read block by block: a long run has millions.
+    A damaged line is skipped with a warning, given at the end.
     """
-    path = metrics_file(run)
-    bad: list[int] = []
-    number, torn = 0, b""
-    try:
-        for block in _blocks(path):
-            *lines, torn = (torn + block).split(b"\n")
-            for found in _parsed(lines):
-                number += 1
-                if isinstance(found, dict):
-                    yield found
-                elif found:
-                    bad.append(number)
-    except FileNotFoundError:
-        return
-    except Damaged as damage:
-        warn_of_damage(damage.path, damage.reason)
-        return
-    last = parse_line(torn)
-    if last is not None:
-        yield last
-    if bad:
-        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-        warn_of_damage(path, f"line {bad[0]}{more} cannot be read, and is left out")
+    reading = Reading(run)
+    yield from reading.records()
+    reading.warn()
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    start = 0
-    while block := read_regular(path, limit=None, start=start, most=_BLOCK_BYTES):
+class Reading:
+    """A reading of a run's file, stretch by stretch, which gathers what is damaged.
+
+    A last line without a newline is still being written, and is no damage. Lines are read block by block: a long run
+    has millions.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = metrics_file(run)
+        self._number = 0
+        self._bad: list[int] = []
+
+    def records(self, start: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields the lines between two bytes, the end of the file where `end` is None."""
+        torn = b""
+        try:
+            for block in file_blocks(self._path, start, end):
+                *lines, torn = (torn + block).split(b"\n")
+                for found in _parsed(lines):
+                    self._number += 1
+                    if isinstance(found, dict):
+                        yield found
+                    elif found:
+                        self._bad.append(self._number)
+        except FileNotFoundError:
+            return
+        except Damaged as damage:
+            warn_of_damage(damage.path, damage.reason)
+            return
+        last = parse_line(torn)
+        if last is not None:
+            yield last
+
+    def skip(self, lines: int) -> None:
+        """Pass over so many lines, which are known to be whole."""
+        self._number += lines
+
+    def warn(self) -> None:
+        """Warn of the lines that could not be read."""
+        if self._bad:
+            more = f", and {len(self._bad) - 1} more" if len(self._bad) > 1 else ""
+            warn_of_damage(self._path, f"line {self._bad[0]}{more} cannot be read, and is left out")
+
+
+def file_blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yields the bytes of a file from `start` to `end`, a block at a time. Raises as `read_regular` does."""
+    while end is None or start < end:
+        most = _BLOCK_BYTES if end is None else min(_BLOCK_BYTES, end - start)
+        block = read_regular(path, limit=None, start=start, most=most)
+        if not block:
+            return
         start += len(block)
         yield block
 
@@ -203,7 +230,7 @@ def resumptions(run: Path) -> list[int]:
     found: list[int] = []
     attempt, same, torn = None, b"\0", b""  # no line has that byte
     try:
-        for block in _blocks(metrics_file(run)):
+        for block in file_blocks(metrics_file(run)):
             *lines, torn = (torn + block).split(b"\n")
             for text in lines:
                 line = None if same in text else parse_line(text)
@@ -224,93 +251,3 @@ def is_measurement(line: dict[str, Any]) -> bool:
 def series(history: list[dict[str, Any]], key: str, by: str = "step") -> list[tuple[float, float]]:
     """The points (`by`, value) of one metric in a history of `read_metrics`. Drops values that are not finite."""
     return [(line[by], line[key]) for line in history if is_number(line.get(key))]
-
-
-class Span:
-    """What the lines of one attempt say of it: from when to when, which steps, and how it ended."""
-
-    def __init__(self, line: dict[str, Any]) -> None:
-        self.begin = self.end = line["time"]
-        self.first_step = self.last_step = line["step"]
-        self.status: Status | None = None
-
-    def add(self, line: dict[str, Any]) -> None:
-        at, step = line["time"], line["step"]
-        if at > self.end:
-            self.end = at
-        elif at < self.begin:
-            self.begin = at
-        if step > self.last_step:
-            self.last_step = step
-        elif step < self.first_step:
-            self.first_step = step
-        if STATUS in line:
-            self.status = line[STATUS]
-
-
-def spans_of(run: Path) -> dict[str, Span]:
-    """What the lines say of each attempt, by its name."""
-    found: dict[str, Span] = {}
-    for line in read_lines(run):
-        span = found.get(line["attempt"])
-        if span is None:
-            span = found[line["attempt"]] = Span(line)
-        span.add(line)
-    return found
-
-
-def counting_lines(run: Path) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yields all lines of a run, each with whether its step counts: no later attempt began before it."""
-    limits: list[float] = [float("inf")]
-    for first in reversed(resumptions(run)[1:]):
-        limits.append(min(limits[-1], first))
-    attempt, limit = None, float("inf")
-    for line in read_lines(run):
-        if line["attempt"] != attempt:
-            attempt, limit = line["attempt"], limits.pop() if limits else float("inf")
-        yield line, line["step"] <= limit
-
-
-class Goodput:
-    """Share of a run's wall time spent in steps that count, over all attempts.
-
-    Wall time is summed over attempts, from the first line of each to its last; time between them (in a queue) does not
-    count. Steps that were repeated after a restart count once.
-    """
-
-    def __init__(self) -> None:
-        self._wall = self._productive = self._began = self._ended = 0.0
-        self._attempt: str | None = None
-        self._newest: tuple[int, float] = (-1, 0.0)  # a later line may say it again of the same step
-
-    def add(self, line: dict[str, Any], counts: bool) -> None:
-        """Add a line, and whether its step counts, as `counting_lines` yields them."""
-        at = line["time"]
-        if line["attempt"] != self._attempt:
-            self._wall += self._ended - self._began
-            self._attempt, self._began, self._ended = line["attempt"], at, at
-        elif at > self._ended:
-            self._ended = at
-        elif at < self._began:
-            self._began = at
-        seconds = line.get(PRODUCTIVE)
-        if seconds and counts:
-            step = line["step"]
-            if step == self._newest[0]:
-                self._productive -= self._newest[1]
-            self._newest = (step, seconds)
-            self._productive += seconds
-
-    @property
-    def share(self) -> float | None:
-        """None without lines."""
-        wall = self._wall + self._ended - self._began
-        return self._productive / wall if wall > 0 else None
-
-
-def goodput(run: Path) -> float | None:
-    """The goodput of a run, see `Goodput`."""
-    found = Goodput()
-    for line, counts in counting_lines(run):
-        found.add(line, counts)
-    return found.share

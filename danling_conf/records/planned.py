@@ -16,6 +16,8 @@ KEY = "plan"
 """In a run's file."""
 TOLERANCE = 0.10
 """Share of a planned value that a run may go beyond it without a word."""
+_LEAST = 0.001
+"""Share of the peak below which a category is not shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,10 @@ class PlannedRun:
 
 
 def breakdown_of(rank: PlannedRank) -> list[str]:
-    """Lines that say what was planned to hold a rank's memory."""
+    """Lines that say what was planned to hold a rank's memory; what is next to nothing is left out."""
     held = sorted(rank.memory.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {_gib(value)}" for name, value in held if value)
-    return [f"planned: {_gib(rank.peak_bytes)} GiB at {rank.peak_moment}: {shown}"]
+    shown = ", ".join(f"{name} {memory_text(value)}" for name, value in held if value >= _LEAST * rank.peak_bytes)
+    return [f"planned: {memory_text(rank.peak_bytes)} at {rank.peak_moment}: {shown}"]
 
 
 def write_plan(run: Path, plan: PlannedRun) -> None:
@@ -123,5 +125,7 @@ def plan_of_json(content: Mapping[str, Any]) -> PlannedRun:
     )
 
 
-def _gib(count: float) -> str:
-    return f"{count / (1 << 30):.3g}"
+def memory_text(count: float) -> str:
+    """Bytes in the unit that a device's memory is told in: 1.5 GiB; MiB below one tenth of it."""
+    gib = count / (1 << 30)
+    return f"{gib:.3g} GiB" if gib >= 0.1 else f"{1024 * gib:.3g} MiB"

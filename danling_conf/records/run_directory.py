@@ -17,10 +17,10 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
@@ -51,6 +51,8 @@ _LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 _START_SETTINGS = ("pretrained", "checkpoint.exclude_from_loading")
 """Settings of what a run starts from. They have no effect on a resume, so a difference in them does not matter."""
 _RESERVED_BYTES = 8192
+_rooms: dict[Path, IO[bytes]] = {}
+"""The rooms for results that this process holds open, by their attempts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,20 +408,34 @@ def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
         end_metrics(attempt.parent.parent, attempt.name, outcome.status)
     except OSError as error:
         show_unwritable(metrics_file(attempt.parent.parent), error)
+    if attempt in _rooms:
+        _rooms.pop(attempt).close()
 
 
 def reserve_result(attempt: Path) -> None:
-    """Keep room on the disk for the result of an attempt."""
+    """Keep room on the disk for the result of an attempt, and keep it open."""
     with open(attempt / RESERVE, "wb") as file:
         file.write(b" " * _RESERVED_BYTES)
         os.fsync(file.fileno())  # file systems may allocate blocks only now
+    hold_room(attempt)
+
+
+def hold_room(attempt: Path) -> None:
+    """Open the room for an attempt's result, if there is any, for as long as this process lives: what is open can be
+    written where a folder is made read-only later."""
+    with suppress(OSError):
+        descriptor = no_links(str(attempt / RESERVE), os.O_WRONLY)
+        _rooms[attempt] = open(descriptor, "wb", buffering=0)  # noqa: SIM115  closed with the process, or its successor
 
 
 def _write_into_reserve(attempt: Path, content: bytes) -> None:
+    room = _rooms.get(attempt)
     try:
-        with open(attempt / RESERVE, "r+b", buffering=0, opener=no_links) as file:
-            file.write(content)
-            file.truncate()
+        # Its name is gone where a rank has written the result.
+        if room is None or not os.fstat(room.fileno()).st_nlink:
+            room = open(attempt / RESERVE, "r+b", buffering=0, opener=no_links)  # noqa: SIM115  see above
+        os.pwrite(room.fileno(), content, 0)
+        room.truncate(len(content))
         os.replace(attempt / RESERVE, attempt / RESULT)  # `read_result` finds it in either place
     except OSError as error:
         show_unwritable(attempt / RESULT, error)

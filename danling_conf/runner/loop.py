@@ -619,8 +619,9 @@ class Loop:
         timed out."""
         if isinstance(error, TooFewGroups):  # a timeout too, and no collective's
             return
-        if isinstance(error, torch.OutOfMemoryError):
-            raise out_of_memory.explained(error, self.config, self.world, self.state.step) from error
+        full = out_of_memory.full_device(error)
+        if full is not None:
+            raise out_of_memory.explained(full, self.config, self.world, self.state.step) from error
         collective_timeout.explain(error, self.world.attempt, self.world.ranks, self.config, self.place())
 
 

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Pauses the collector, unless somebody else has."""
+def uncollected() -> Iterator[Callable[[], None]]:
+    """Pauses the collector, unless somebody else has.
+
+    Yields:
+        A function that ends the pause early, where other code is called in the middle.
+    """
     enabled = gc.isenabled()
     gc.disable()
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         if enabled:
             gc.enable()
+
+    try:
+        yield end
+    finally:
+        end()
 
 
 def import_large(name: str) -> ModuleType:

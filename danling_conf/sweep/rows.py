@@ -11,8 +11,9 @@ from typing import Any
 
 from danling_conf.config.identity import flatten
 from danling_conf.records.heartbeats import read_heartbeats
+from danling_conf.records.history import read_history
 from danling_conf.records.ledger import Record
-from danling_conf.records.metrics import last_line, read_metrics
+from danling_conf.records.metrics import last_line
 from danling_conf.records.reading import warn_of_damage
 from danling_conf.records.status import ENDED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
@@ -134,13 +135,9 @@ def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float 
         return mode != "max"
     if run is None or score is None:
         return False
-    values = [
-        value
-        for line in read_metrics(run)
-        for key, value in line.items()
-        if key.partition(".")[2] == name and isinstance(value, (int, float))
-    ]
-    return len(values) > 1 and score == min(values) != max(values)
+    curves = [curve for key, curve in read_history(run).curves.items() if key.partition(".")[2] == name]
+    lowest = min((curve.least[1] for curve in curves), default=None)
+    return score == lowest and any(curve.most != lowest for curve in curves)
 
 
 def progress(run: Path) -> tuple[int | None, int | None, int | None]:

@@ -43,6 +43,9 @@ class Gpu:
     """Bytes a second of each device to other nodes, in each direction."""
     matmul_efficiency: float = 0.70
     """Share of the peak that large matrix products reach in a training step."""
+    attention_efficiency: float = 0.60
+    """Share of the peak that a fused attention kernel reaches, forward and backward, of the pairs that see each other.
+    FlashAttention-2 reaches 50 to 73 % where it was written for (https://arxiv.org/abs/2307.08691)."""
     hbm_efficiency: float = 0.80
     """Share of the memory's bandwidth that operations reach."""
     link_efficiency: float = 0.80
@@ -94,6 +97,11 @@ def _gpu(
 
 _HOPPER_WORKSPACE = 64 * MIB
 """cuBLAS and cuBLASLt, 32 MiB each since Hopper (https://docs.nvidia.com/cuda/cublas/#cublassetworkspace)."""
+_HOPPER: Mapping[str, Any] = {"workspace": _HOPPER_WORKSPACE, "attention_efficiency": 0.30}
+"""Attention: FlashAttention-2, which torch takes, reaches 35 % of an H100 (https://arxiv.org/abs/2407.08608), and less
+in its backward pass."""
+_OTHER_ATTENTION = 0.30
+"""Where FlashAttention-2 was not written for a device, or is not there: assumed to be as on Hopper."""
 _TOTALS = "memory: the total that torch reports on it"
 _NDR = "network: one 400 Gb/s adapter for each GPU, as in DGX H100"
 _HDR = "network: one 200 Gb/s adapter for each GPU, as in DGX A100"
@@ -113,22 +121,22 @@ GPUS: Mapping[str, Gpu] = {
         _gpu("a100-80", 79.1, (19.5, 156, 312, None), 2039, 300, 200, _A100_SHEET, _TOTALS, _HDR,
              matmul_efficiency=0.75, reported_as=("A100", "A800")),
         _gpu("h100-pcie", 79.1, (51, 378, 756, 1513), 2000, 64, 200, _H100_SHEET, _TOTALS, _PCIE5,
-             _ASSUMED.format(200), link_kind="pcie", workspace=_HOPPER_WORKSPACE, reported_as=("H100 PCIe",)),
+             _ASSUMED.format(200), link_kind="pcie", **_HOPPER, reported_as=("H100 PCIe",)),
         _gpu("h100-nvl", 93.0, (60, 417.5, 835, 1670.5), 3900, 300, 200, _H100_SHEET, _TOTALS,
-             "link: NVLink bridges between pairs", _ASSUMED.format(200), workspace=_HOPPER_WORKSPACE,
+             "link: NVLink bridges between pairs", _ASSUMED.format(200), **_HOPPER,
              reported_as=("H100 NVL",)),
         _gpu("h100", 79.1, (67, 494, 989, 1979), 3350, 450, 400, _H100_SHEET, _TOTALS, _NDR,
-             workspace=_HOPPER_WORKSPACE, reported_as=("H100", "H800")),
+             **_HOPPER, reported_as=("H100", "H800")),
         _gpu("h100-96", 95.0, (67, 494, 989, 1979), 2400, 450, 400, _H100_SHEET, "memory and its bandwidth: "
              "HBM2e, https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md",
              _NDR, "arithmetic: less of its peak, since it is run at 500 W there", matmul_efficiency=0.6,
-             workspace=_HOPPER_WORKSPACE),
+             workspace=_HOPPER_WORKSPACE, attention_efficiency=0.26),
         _gpu("h200", 139.7, (67, 494, 989, 1979), 4800, 450, 400,
              "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446", _TOTALS, _NDR,
-             workspace=_HOPPER_WORKSPACE, reported_as=("H200",)),
+             **_HOPPER, reported_as=("H200",)),
         _gpu("b200", 178.3, (75, 1125, 2250, 4500), 7700, 900, 400,
              "https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet (of eight, sparse figures halved)",
-             _TOTALS, _NDR, workspace=_HOPPER_WORKSPACE, reported_as=("B200",)),
+             _TOTALS, _NDR, **_HOPPER, reported_as=("B200",)),
         _gpu("l40s", 44.5, (91.6, 183, 362, 733), 864, 32, 100,
              "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413 (sparse figures halved)", _TOTALS,
              _PCIE4, _ASSUMED.format(100), link_kind="pcie", reported_as=("L40S",)),
@@ -147,18 +155,22 @@ GPUS: Mapping[str, Gpu] = {
              f"{_PCIE4}, without peer-to-peer", _ASSUMED.format(25), link_kind="pcie", link_efficiency=0.5,
              reported_as=("RTX 4090",)),
         _gpu("v100-32", 31.7, (15.7, 15.7, 125, None), 900, 150, 25, _V100_SHEET, _TOTALS,
-             "bfloat16 is emulated, and slower than its peak here", _ASSUMED.format(25), reported_as=("V100",)),
+             "bfloat16 is emulated, and slower than its peak here", _ASSUMED.format(25),
+             attention_efficiency=_OTHER_ATTENTION, reported_as=("V100",)),
         _gpu("t4", 14.6, (8.1, 8.1, 65, None), 300, 16, 12.5,
              "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet.pdf",
-             _TOTALS, "link: PCIe 3.0 x16", _ASSUMED.format(12.5), link_kind="pcie", reported_as=("T4",)),
+             _TOTALS, "link: PCIe 3.0 x16", _ASSUMED.format(12.5), link_kind="pcie",
+             attention_efficiency=_OTHER_ATTENTION, reported_as=("T4",)),
         _gpu("mi250x", 64.0, (47.9, 47.9, 191.5, None), 1638, 100, 100,
              "https://www.amd.com/content/dam/amd/en/documents/instinct-business-docs/product-briefs/"
              "instinct-mi250x-product-brief.pdf", "of one of its two dies, which are devices of their own",
-             _ASSUMED.format(100), matmul_efficiency=0.55, reported_as=("MI250X",)),
+             _ASSUMED.format(100), matmul_efficiency=0.55, attention_efficiency=_OTHER_ATTENTION,
+             reported_as=("MI250X",)),
         _gpu("mi300x", 191.9, (163.4, 653.7, 1307.4, 2614.9), 5300, 448, 400,
              "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-sheets/"
              "amd-instinct-mi300x-data-sheet.pdf", _TOTALS,
              "link: seven Infinity Fabric links of 64 GB/s in each direction", _NDR, matmul_efficiency=0.55,
+             attention_efficiency=_OTHER_ATTENTION,
              reported_as=("MI300X",)),
     )
 }  # fmt: skip
@@ -191,6 +203,7 @@ _FIELDS = {
     "link_kind": str,
     "network_gbit_per_s": float,
     "matmul_efficiency": float,
+    "attention_efficiency": float,
     "hbm_efficiency": float,
     "link_efficiency": float,
     "context_mib": float,
@@ -201,7 +214,7 @@ _NEEDED = ("memory_gib", "tflops", "hbm_gb_per_s", "link_gb_per_s", "network_gbi
 _SCALES = {"memory": ("memory_gib", GIB), "hbm": ("hbm_gb_per_s", 1e9), "link": ("link_gb_per_s", 1e9),
            "network": ("network_gbit_per_s", 1e9 / 8), "context": ("context_mib", MIB),
            "workspace": ("workspace_mib", MIB)}  # fmt: skip
-_SHARES = ("matmul_efficiency", "hbm_efficiency", "link_efficiency")
+_SHARES = ("matmul_efficiency", "attention_efficiency", "hbm_efficiency", "link_efficiency")
 
 
 def gpu_reported_as(name: str) -> Gpu | None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from danling_conf.cli.main import main
 from danling_conf.cli.report import duration, report
 from danling_conf.records.attempts import attempts_of
-from danling_conf.records.metrics import goodput, read_metrics, series
+from danling_conf.records.history import goodput
+from danling_conf.records.metrics import read_metrics, series
 from danling_conf.records.stopped import Stopped
 from tests.cli.browser import dom_of, picture_of
 from tests.support.small import Net, Pairs, loss, runner

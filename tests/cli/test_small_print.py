@@ -82,7 +82,12 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("optim.param_groups=[{pattern: '${nope}'}]",), "optim.param_groups[0].pattern=${nope}", "'nope' not found",
     ),
     "setting taken away": (("~parallel.axes.shard",), "~parallel.axes.shard", "unset already"),
-    "layout in capitals": (("parallel=Fsdp2",), "parallel=Fsdp2", "did you mean fsdp?"),
+    "layout in capitals": (("parallel=Fsdp2",), "parallel=Fsdp2", "did you mean fsdp2?"),
+    "section of a section": (
+        ("fsdp.cast_forward_inputs=false",), "fsdp.cast_forward_inputs",
+        "did you mean fsdp.mp_policy.cast_forward_inputs?",
+    ),
+    "no folder of configs": (("--config-path", "/nowhere/at/all"), "config_path=/nowhere/at/all", "no such directory"),
     "choice in capitals": (("precision=BF16",), "precision=BF16", "did you mean bf16?"),
     "section in capitals": (("OPTIM.lr=3",), "OPTIM", "did you mean optim?"),
     "preset in capitals": (("optim=AdamW",), "optim=AdamW", "did you mean optim=adamw?"),

@@ -66,16 +66,17 @@ def test_a_disk_that_is_full_or_read_only_while_a_run_trains(tmp_path: Path) -> 
     for found in runs:
         assert "Logging error" not in found["err"]
         assert "Traceback" not in found["err"]
-        assert found["err"].count("records miss what cannot be written") == 1, found
+        # A save that does not fit gives its bytes back, which may be in time for all lines.
+        least = 0 if found["case"] == "full with checkpoints" else 1
+        assert least <= found["err"].count("records miss what cannot be written") <= 1, found
     full, full_saving, closed, closed_saving = runs
-    for goes_on, status in ((full, "completed"), (closed, "lost")):
-        assert (goes_on["code"], goes_on["state"]["status"]) == (0, status), goes_on
+    for goes_on in (full, closed):
+        assert (goes_on["code"], goes_on["state"]["status"]) == (0, "completed"), goes_on
         assert "step=60 " in goes_on["out"]
-    for fails, status in ((full_saving, "failed"), (closed_saving, "lost")):
-        assert (fails["code"], fails["state"]["status"]) == (1, status), fails
+    for fails, reason in ((full_saving, "No space left on device"), (closed_saving, "Read-only file system")):
+        assert (fails["code"], fails["state"]["status"]) == (1, "failed"), fails
+        assert f"the checkpoint could not be written: {reason}" in fails["state"]["error"]
         assert fails["err"].count("the checkpoint could not be written") == 1
-    assert "the checkpoint could not be written: No space left on device" in full_saving["state"]["error"]
-    assert "the checkpoint could not be written: Read-only file system" in closed_saving["err"]
     # The sweep waits for its ledger, and stops in order.
     assert (sweep["code"], "Traceback" in sweep["err"]) == (130, False), sweep
     assert "Read-only file system: the sweep goes on when it can be written again" in sweep["err"]

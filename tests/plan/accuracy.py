@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -72,6 +73,7 @@ CELLS = [
     Cell("decoder", "single", ("max_grad_norm=1",)),
     Cell("decoder", "single", (SGD,)),
     Cell("decoder", "single", ("optim.type=muon",)),
+    Cell("decoder", "single", ("optim.fused=true",)),
     Cell("decoder", "ddp2"),
     Cell("decoder", "ddp2", ("accum_steps=2",)),
     Cell("decoder", "ddp4", (FULL,)),
@@ -98,6 +100,7 @@ CELLS = [
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=GPipe",)),
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=Interleaved1F1B",)),
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=LoopedBFS", FULL)),
+    Cell("decoder", "pp2", ("parallel.pipeline_schedule=InterleavedZeroBubble",)),
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=ZBVZeroBubble",)),
     Cell("decoder", "pp2", ("parallel.pipeline_schedule=DualPipeV",)),
     Cell("decoder", "pp2", (FULL, "accum_steps=2")),
@@ -114,6 +117,10 @@ CELLS = [
     Cell("decoder", "single", COMPILED),
     Cell("decoder", "single", (*COMPILED, "compile.memory_policy=budget:0.3")),
     Cell("decoder", "fsdp2", (*COMPILED, SELECTIVE)),
+    Cell("decoder", "tp2", COMPILED),
+    Cell("decoder", "pp2", COMPILED),
+    Cell("decoder", "fsdp2_tp2", (*COMPILED, "precision=bf16")),
+    Cell("decoder", "fsdp2_pp2", (*COMPILED, "precision=bf16")),
     Cell("llama", "ddp2", COMPILED),
     Cell("llama", "single"),
     Cell("llama", "single", (FULL,)),
@@ -181,6 +188,7 @@ def measured(cell: Cell, root: str) -> tuple[int, int]:
     The allocator counts while the profiler runs, so that the profiler has to see the model being built.
     """
     samples = data()
+    gc.collect()  # what earlier cells have left on these ranks would be freed while this one is measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         runner = danling_conf.Runner(config_of(cell, root))
         try:
@@ -209,6 +217,11 @@ def measured(cell: Cell, root: str) -> tuple[int, int]:
 
 class _Tracker(MemTracker):
     """torch's tracker takes one pass through a module only, and a pipeline has several under way."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether torch runs compiled code while this is on, instead of the eager one."""
+        return True
 
     def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
         if not self._mod_tracker.is_bw:

@@ -10,7 +10,8 @@ CHOSEN = (
     "llama single",
     "decoder fsdp2 precision=bf16 activation_checkpointing.mode=full accum_steps=2 max_grad_norm=1",
     "decoder tp2",
-    "decoder pp2 parallel.pipeline_schedule=Interleaved1F1B",
+    "decoder single compile.enable=true compile.backend=aot_eager compile.memory_policy=budget:0.3",
+    "decoder pp2 parallel.pipeline_schedule=DualPipeV",
     "experts fsdp2_ep2",
 )
 

@@ -176,7 +176,7 @@ def test_bubbles(schedule, stages, share):
 def test_a_step_is_the_sum_of_its_parts():
     passed = (Collective("all_gather", "shard", 16, 16 * GIB, 8), Collective("all_reduce", "tensor", 64, 4 * GIB, 2))
     time = step_time(figures(rank(collectives=passed)), H100)
-    assert time.seconds == pytest.approx(time.matmul + time.memory + time.exposed + time.bubble)
+    assert time.seconds == pytest.approx(time.matmul + time.attention + time.memory + time.exposed + time.bubble)
     of_weights, of_activations = time.passed
     assert of_weights.exposed < of_weights.seconds / 4, "gathers run beside the computation"
     assert of_activations.exposed == of_activations.seconds, "the next operation waits for what tensor ranks sum"
@@ -188,6 +188,18 @@ def test_communication_that_computation_cannot_hide():
     much = (Collective("all_gather", "shard", 16, 4096 * GIB, 64, 8),)
     time = step_time(figures(rank(collectives=much)), H100)
     assert time.exposed > 0.9 * (time.passed[0].seconds - time.matmul - time.memory)
+
+
+def test_attention_takes_the_time_of_the_pairs_that_see_each_other():
+    half = {"bfloat16": 10**15, "bfloat16 attention": 10**14, "bfloat16 masked": 10**14}
+    time, whole = (
+        step_time(figures(rank(flops=flops)), H100)
+        for flops in (half, {"bfloat16": 10**15, "bfloat16 attention": 2 * 10**14})
+    )
+    assert time.attention == pytest.approx(whole.attention / 2)
+    assert time.attention == pytest.approx(1e14 / (H100.gpu.peak("bfloat16") * H100.gpu.attention_efficiency))
+    # MFU counts all pairs, as is usual.
+    assert time.mfu * time.seconds == pytest.approx(whole.mfu * whole.seconds)
 
 
 def test_mfu_counts_what_the_model_needs():

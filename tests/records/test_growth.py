@@ -13,9 +13,9 @@ import pytest
 import danling_conf
 from danling_conf.records import ledger as ledgers
 from danling_conf.records import metrics, ranks, run_directory
-from danling_conf.records.history import read_history
+from danling_conf.records.history import goodput, read_history
 from danling_conf.records.ledger import Ledger
-from danling_conf.records.metrics import PRODUCTIVE, end_in_metrics, goodput, read_lines, read_metrics
+from danling_conf.records.metrics import PRODUCTIVE, end_in_metrics, read_lines, read_metrics
 from danling_conf.records.run_directory import bind
 from danling_conf.records.state import RunState
 from danling_conf.records.status import Status

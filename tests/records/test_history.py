@@ -58,5 +58,5 @@ def test_it_is_the_history_that_is_read_whole(tmp_path: Path) -> None:
         whole, history = read_metrics(run), read_history(run)
         for key in ("train.loss", "val.loss"):
             assert history.points(key) == series(whole, key), (case, key)
-        assert history.last.get("step") == (whole[-1]["step"] if whole else None)
+        assert history.measured == ((whole[-1]["step"], 0) if whole else None)
     assert read_history(tmp_path / "nowhere").curves == {}

@@ -9,7 +9,8 @@ import pytest
 
 from danling_conf.records.find import runs_in, runs_or_refuse
 from danling_conf.records.heartbeats import read_heartbeats
-from danling_conf.records.metrics import PRODUCTIVE, goodput, metrics_file, read_metrics, series
+from danling_conf.records.history import goodput
+from danling_conf.records.metrics import PRODUCTIVE, metrics_file, read_metrics, series
 from danling_conf.records.run_directory import newest_attempt
 from danling_conf.topology.violation import ConfigRefused
 

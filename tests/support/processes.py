@@ -6,6 +6,7 @@ died of is its result then. `call` runs any function in a process of its own, wh
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -179,6 +180,8 @@ def import_once() -> None:
 def _serve() -> None:
     """Import what tests need, then fork one process a line, each for the call in the folder that the line names."""
     import_once()
+    # What has been imported stays. Each collection in a forked process would look through it, and copy its pages.
+    gc.freeze()
     answers = os.dup(1)
     os.dup2(2, 1)
     # Not by name: this module is `__main__` here, and what is pickled says tests.support.processes.

@@ -27,7 +27,8 @@ from danling_conf.parallel import expert
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records import logs
-from danling_conf.records.metrics import PRODUCTIVE, goodput
+from danling_conf.records.history import goodput
+from danling_conf.records.metrics import PRODUCTIVE
 from danling_conf.records.run_directory import Attempt
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.runner.display import Display

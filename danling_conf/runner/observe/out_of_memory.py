@@ -26,6 +26,15 @@ class OutOfMemory(torch.OutOfMemoryError, HasOutcome):
         return Outcome(status=Status.OUT_OF_MEMORY, exit_code=EXIT_FAILED, message=str(self))
 
 
+def full_device(error: BaseException) -> torch.OutOfMemoryError | None:
+    """The error of a device without memory that an error is, or was raised for: torch's pipelines and compilers raise
+    one of their own for it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, torch.OutOfMemoryError):
+        found = found.__cause__
+    return found
+
+
 def explained(error: torch.OutOfMemoryError, config: RunnerConfig, world: World, step: int) -> OutOfMemory:
     """The error with the step, what the allocator holds, what is planned to, and the settings that need less memory.
 
@@ -40,13 +49,16 @@ def explained(error: torch.OutOfMemoryError, config: RunnerConfig, world: World,
     if plan is not None:
         stage = coordinates(world.layout, world.ranks.rank)["pipeline"]
         lines += [f"  {line}" for line in breakdown_of(plan.rank_at(stage))]
-    ways = [*(plan.ways if plan is not None else ()), *ways_out(config)]
-    # A way that the plan has measured stands first, and not a second time without its figure.
-    known: dict[str, str] = {}
-    for way in ways:
-        known.setdefault(way.partition(":")[0].partition("=")[0], way)
-    lines += [f"  try {way}" for way in list(known.values())[:_WAYS]]
+    ways = list(plan.ways) if plan is not None else []
+    # What the plan has measured stands first, and not a second time without its figure.
+    known = {_setting(way) for way in ways}
+    ways += [way for way in ways_out(config) if _setting(way) not in known]
+    lines += [f"  try {way}" for way in ways[:_WAYS]]
     return OutOfMemory("\n".join(lines))
+
+
+def _setting(way: str) -> str:
+    return way.partition(":")[0].partition("=")[0]
 
 
 def _held(device: torch.device) -> str:
@@ -68,7 +80,12 @@ def ways_out(config: RunnerConfig) -> Iterator[str]:
     if config.precision in (None, "fp32"):
         yield "precision=bf16: half the memory of activations"
     batch, offload = config.dataloader.batch_size, config.fsdp.offload_policy
-    if batch is not None and batch % 2 == 0:
+    section = config.parallel
+    if section.axes.pipeline > 1:  # its schedule says how many microbatches are kept, whatever the batch
+        half = section.pipeline_microbatch_size // 2
+        if half and section.pipeline_n_microbatches is None:
+            yield f"parallel.pipeline_microbatch_size={half}: half the activations of each microbatch in flight"
+    elif batch is not None and batch % 2 == 0:
         halves = f"dataloader.batch_size={batch // 2} accum_steps={2 * config.accum_steps}"
         yield f"{halves}: the same global batch in smaller pieces"
     if not layout_of(config).fsdp:

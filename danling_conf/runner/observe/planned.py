@@ -8,14 +8,17 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from danling_conf.records.current import current
-from danling_conf.records.planned import TOLERANCE, PlannedRun, plan_of_json, read_plan, write_plan
+from danling_conf.records.planned import TOLERANCE, PlannedRun, memory_text, plan_of_json, read_plan, write_plan
 from danling_conf.records.run_directory import Attempt
+from danling_conf.schema.files import PLAN_FILE, PLAN_LOG
 from danling_conf.schema.observability import PlanConfig
 from danling_conf.topology.hardware import gpu_reported_as
 from danling_conf.topology.rank_environment import RankEnvironment
@@ -49,10 +52,11 @@ class Planned:
         say: Callable[[str], None],
     ) -> None:
         self._run, self._say, self._device = attempt.run_directory, say, device
-        self._output, self._errors = attempt.directory / "plan.json", attempt.directory / "plan.log"
+        self._output, self._errors = attempt.directory / PLAN_FILE, attempt.directory / PLAN_LOG
         self.plan: PlannedRun | None = None
         self._warned: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: threading.Thread | None = None
         self._start(plan_command(section, attempt.command, ranks, device))
 
     def _start(self, command: Sequence[str]) -> None:
@@ -61,8 +65,15 @@ class Planned:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=plan_environment()
                 )
+            # Whatever this rank waits for: others may wait for the plan of a run that is out of memory.
+            self._watch = threading.Thread(target=self._give_up_if_failed, args=(self._process,), daemon=True)
+            self._watch.start()
         except OSError as error:  # a run must not fail for its plan
             self._say(f"warning: the run is not planned: {error}")
+
+    def _give_up_if_failed(self, process: subprocess.Popen[bytes]) -> None:
+        if process.wait() != 0:
+            self._output.unlink(missing_ok=True)
 
     def compare(self, peaks: Sequence[float], pipelines: Sequence[int], step_seconds: float | None) -> None:
         """Say where the run goes beyond its plan, each kind once.
@@ -84,7 +95,8 @@ class Planned:
             ]
             if over:
                 share, rank, peak, planned = max(over)
-                self._beyond("memory", f"rank {rank} has held {_gib(peak)} GiB, {_gib(planned)} were planned", share)
+                what = f"rank {rank} has held {memory_text(peak)}, {memory_text(planned)} were planned"
+                self._beyond("memory", what, share)
         if step_seconds and plan.step_seconds and step_seconds > (1.0 + TOLERANCE) * plan.step_seconds:
             share = step_seconds / plan.step_seconds - 1.0
             self._beyond("time", f"a step takes {step_seconds:.3g} s, {plan.step_seconds:.3g} were planned", share)
@@ -159,27 +171,37 @@ def plan_environment() -> dict[str, str]:
 
 
 def plan_now(section: PlanConfig, attempt: Attempt, ranks: RankEnvironment, device: torch.device) -> PlannedRun | None:
-    """The plan of a run that has just failed: the one that it has, else one that is made now, by one rank of it.
-
-    None where another rank makes it, or none can be made.
-    """
+    """The plan of a run that has just failed: the one that it has, or that is being made; else one that is made now, by
+    one rank of it. None where none can be made."""
     known = read_plan(attempt.run_directory)
     # What our `main` did not start cannot be started again up to where training begins.
     if known is not None or current() is None or not Path(attempt.command[0]).is_file():
         return known
-    output = attempt.directory / "plan.json"
+    output = attempt.directory / PLAN_FILE
     try:
         with open(output, "xb") as out:  # exclusively: all ranks of a run may fail at once
-            done = subprocess.run(
+            subprocess.run(
                 plan_command(section, attempt.command, ranks, device),
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, env=plan_environment(),
-                timeout=_MOST_SECONDS, check=False,
+                timeout=_MOST_SECONDS, check=True,
             )  # fmt: skip
-        return plan_of_json(json.loads(output.read_text())) if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError) as error:
+        return plan_of_json(json.loads(output.read_text()))
+    except FileExistsError:
+        return _awaited(output)
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+        output.unlink(missing_ok=True)
         _log.info("no plan of this run can be made: %s", error)
         return None
 
 
-def _gib(count: float) -> str:
-    return f"{count / (1 << 30):.3g}"
+def _awaited(output: Path) -> PlannedRun | None:
+    """The plan that another process is writing; None once it has given up, which it does by removing the file."""
+    end = time.monotonic() + _MOST_SECONDS
+    while time.monotonic() < end:
+        try:
+            return plan_of_json(json.loads(output.read_text()))
+        except OSError:
+            return None
+        except (ValueError, KeyError, TypeError):  # not whole yet
+            time.sleep(0.2)
+    return None

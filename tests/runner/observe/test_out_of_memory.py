@@ -17,19 +17,35 @@ from tests.support.small import Net, Pairs, config, loss, runner
 APP = """
 from __future__ import annotations
 import torch
+from torch import nn
 import danling_conf
-from tests.support.small import Net, Pairs, loss
+from tests.support.small import Pairs, loss
 
-class Full(Net):
+class Block(nn.Module):
+    # Its device is full in the twentieth forward, which a plan does not come to.
+    def __init__(self):
+        super().__init__()
+        self.map, self.calls = nn.Linear(5, 5), 0
+
     def forward(self, x):
-        self.calls = getattr(self, "calls", 0) + 1
-        if self.calls == 3:
+        self.calls += 1
+        if self.calls == 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\\nSee documentation")
-        return super().forward(x)
+        return torch.tanh(self.map(x))
+
+class Full(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 @danling_conf.main()
 def train(config):
-    return danling_conf.Runner(config).fit(Full, {{"train": Pairs()}}, loss=loss)
+    return danling_conf.Runner(config).fit(Full, {{"train": Pairs(96)}}, loss=loss)
 
 if __name__ == "__main__":
     train()
@@ -75,17 +91,29 @@ def test_ways_out_are_those_that_the_run_does_not_use_yet(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["single", "ddp2"])
-def test_the_run_ends_out_of_memory(tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "step", "settings"),
+    [
+        ("single", 20, ("plan.enabled=true",)),  # planned beside it, and still under way when the device is full
+        ("ddp2", 20, ()),  # both ranks at once: the one that ends the run may not be the one that plans it
+        ("pp2", 5, ()),  # torch's pipeline raises an error of its own for it
+    ],
+)
+def test_the_run_ends_with_its_plan_and_three_ways_out(
+    tmp_path: Path, layout: str, step: int, settings: tuple[str, ...]
+) -> None:
     app = write_app(tmp_path, APP)
     outcome = run(
-        app, f"parallel={layout}", "steps=6", "dataloader.batch_size=4", f"workspace_root={tmp_path}",
+        app, f"parallel={layout}", "steps=24", "dataloader.batch_size=4", f"workspace_root={tmp_path}", *settings,
         PYTHONPATH=str(Path(__file__).parents[3]),
     )  # fmt: skip
     assert outcome.code == EXIT_FAILED
-    assert "in step 3" in outcome.err
-    assert "try activation_checkpointing.mode=full" in outcome.err
+    assert f"out of memory on cpu in step {step}" in outcome.err
+    assert "  planned: " in outcome.err
     assert "Traceback" not in outcome.err
+    ways = [line for line in outcome.err.splitlines() if line.startswith("  try ")]
+    assert len(ways) == 3
+    assert "less; " in ways[0]
     (result,) = tmp_path.rglob("result.json")
     assert json.loads(result.read_text())["status"] == Status.OUT_OF_MEMORY
     logs = "".join(path.read_text() for path in tmp_path.rglob("*.log"))

@@ -8,6 +8,7 @@ import time
 from typing import IO, Any
 
 from danling_conf.records.metrics import STATUS, metrics_file
+from danling_conf.records.metrics_index import IndexWriter
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
 from danling_conf.schema.files import TEXTS, no_links
 
@@ -31,6 +32,7 @@ class JsonLines:
         self._file = open(path, "ab", buffering=0, opener=no_links)  # noqa: SIM115  open for as long as the run lasts
         if torn:
             self._file.write(b"\n")
+        self._index = IndexWriter(facts.attempt.run_directory, self._attempt)
 
     def begin(self, step: int, epoch: int, at: float) -> None:
         """Mark where the attempt starts."""
@@ -55,7 +57,9 @@ class JsonLines:
         assert self._file is not None
         self._check_token()
         self._place = {"step": line["step"], "epoch": line["epoch"]}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        text = json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._file.write(text)
+        self._index.add(text, os.fstat(self._file.fileno()).st_size)
 
 
 def _ends_within_a_line(path: str | os.PathLike[str]) -> bool:
