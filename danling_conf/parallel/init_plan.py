@@ -28,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from danling_conf import _torch_private
 from danling_conf.parallel.function_caches import fake_values_forgotten
 from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
+from danling_conf.schema.imports import uncollected
 from danling_conf.topology.violation import ABSENT, SettingError
 
 _log = logging.getLogger(__name__)
@@ -125,20 +126,7 @@ class WithoutValues:
         return iter(())
 
 
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """No garbage is collected inside. What is made for thousands of tensors is kept, and to look through it again and
-    again takes a fifth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@no_collections()
+@uncollected()  # what is made for thousands of tensors stays: to look through it took a fifth of the time
 def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     """The model of a factory on the meta device, and how to replay its construction.
 

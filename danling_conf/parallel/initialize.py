@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from danling_conf.parallel.init_plan import Source, named_tensors, no_collections, replace_tensors
+from danling_conf.parallel.init_plan import Source, named_tensors, replace_tensors
+from danling_conf.schema.imports import uncollected
 from danling_conf.topology.violation import ABSENT, SettingError
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-@no_collections()
+@uncollected()
 def materialize(
     parts: Sequence[nn.Module],
     *,

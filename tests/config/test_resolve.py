@@ -16,6 +16,7 @@ import danling_conf
 from danling_conf import ConfigRefused, RunnerConfig, resolve
 from danling_conf.config.hydra_adapter import ConfigSearch, composer
 from danling_conf.config.identity import job_id, plain
+from danling_conf.config.resolve import as_yaml
 from danling_conf.records.frozen import frozen_content, thaw
 from danling_conf.records.run_directory import Attempt
 from danling_conf.schema import declared_class, open_keys
@@ -234,3 +235,13 @@ def test_mappings_of_ones_own_are_read_only_dicts_with_attributes():
     with pytest.raises(AttributeError, match="did you mean width"):
         made.model.widht  # noqa: B018
     assert not hasattr(made.data, "width")
+
+
+def test_written_values_are_read_again_as_they_were():
+    values = {
+        "none": None, "yes": True, "word": "true", "number": "1e-3", "small": 1e-3, "big": 10**20, "empty": {},
+        "rows": [1, [2.5, "x: y"], {"k": "ü"}], "text": "line\nline", "interpolation": "${optim.lr}", "": "~", 3: "three",
+    }  # fmt: skip
+    text = as_yaml(values)
+    assert OmegaConf.to_container(OmegaConf.create(text)) == values
+    assert text == OmegaConf.to_yaml(OmegaConf.create(values))
