@@ -240,7 +240,7 @@ def test_mappings_of_ones_own_are_read_only_dicts_with_attributes():
 def test_written_values_are_read_again_as_they_were():
     values = {
         "none": None, "yes": True, "word": "true", "number": "1e-3", "small": 1e-3, "big": 10**20, "empty": {},
-        "rows": [1, [2.5, "x: y"], {"k": "ü"}], "text": "line\nline", "interpolation": "${optim.lr}", "": "~", 3: "three",
+        "rows": [1, [2.5, "x: y"], {"k": "ü"}], "text": "line\nline", "of": "${optim.lr}", "": "~", 3: "three",
     }  # fmt: skip
     text = as_yaml(values)
     assert OmegaConf.to_container(OmegaConf.create(text)) == values
