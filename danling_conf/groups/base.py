@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, open_dict
+from omegaconf import DictConfig, ListConfig, flag_override, open_dict
 
 from danling_conf.groups.presets import DEFAULT_CHOICES
 from danling_conf.schema import RunnerConfig
@@ -81,7 +81,7 @@ def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
     """A base config, and its bytes; None for a class that no module has by its name."""
     node = typed_node_of(kind)
     open_sections(node, free=free)
-    with open_dict(node):
+    with open_dict(node), flag_override(node, "no_deepcopy_set_nodes", True):
         # Presets bring no sections here. Hydra refuses to override what is not chosen, so nothing is chosen first.
         nothing = [f"{SECTIONS}@{name}" for name in DEFAULT_CHOICES if name in section_kinds()]
         node["defaults"] = ListConfig(
