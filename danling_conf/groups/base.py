@@ -9,12 +9,12 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, flag_override, open_dict
+from omegaconf import DictConfig, flag_override, open_dict
 
 from danling_conf.groups.presets import DEFAULT_CHOICES
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.open_sections import open_sections
-from danling_conf.schema.typed_node import typed_node_of
+from danling_conf.schema.typed_node import plain_node_of, typed_node_of
 
 BASE_NAME = "danling"
 SECTIONS = "danling/section"
@@ -84,7 +84,7 @@ def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
     with open_dict(node), flag_override(node, "no_deepcopy_set_nodes", True):
         # Presets bring no sections here. Hydra refuses to override what is not chosen, so nothing is chosen first.
         nothing = [f"{SECTIONS}@{name}" for name in DEFAULT_CHOICES if name in section_kinds()]
-        node["defaults"] = ListConfig(
+        node["defaults"] = plain_node_of(
             [
                 "_self_",
                 *({group: choice} for group, choice in DEFAULT_CHOICES.items()),
