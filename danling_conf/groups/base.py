@@ -21,6 +21,8 @@ SECTIONS = "danling/section"
 """Group of the typed sections that presets bring along in an app without a base config."""
 
 _registered: dict[str, type[RunnerConfig]] = {BASE_NAME: RunnerConfig}
+_asked_for: set[tuple[Any, bool]] = set()
+"""Base configs that have been made once."""
 
 
 def register(config: type[RunnerConfig], name: str | None = None) -> type[RunnerConfig]:
@@ -65,7 +67,10 @@ def base_config(name: str, *, free: bool = False) -> DictConfig:
         free: of `open_sections`.
     """
     kind: Any = _registered[name]  # for mypy, a class is as unhashable as its objects
-    node, content = _base_config(kind, free)
+    if (kind, free) not in _asked_for:
+        _asked_for.add((kind, free))
+        return _new_base_config(kind, free)
+    node, content = _kept_base_config(kind, free)
     return copy.deepcopy(node) if content is None else pickle.loads(content)
 
 
@@ -75,10 +80,15 @@ def section_kinds() -> dict[str, type]:
     return {name: kind for name, kind in factories.items() if isinstance(kind, type) and is_dataclass(kind)}
 
 
-# Cached, since Hydra loads it several times, and its bytes are read in a tenth of the time of a new node.
+# Kept from the second time on: a start asks once, a sweep for each job, and bytes are read in a tenth of the time.
 @cache
-def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
+def _kept_base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
     """A base config, and its bytes; None for a class that no module has by its name."""
+    node = _new_base_config(kind, free)
+    return node, pickled(node)
+
+
+def _new_base_config(kind: Any, free: bool) -> DictConfig:
     node = typed_node_of(kind)
     open_sections(node, free=free)
     with open_dict(node), flag_override(node, "no_deepcopy_set_nodes", True):
@@ -92,7 +102,7 @@ def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
                 *({f"override {section}": None} for section in nothing),
             ]
         )
-    return node, pickled(node)
+    return node
 
 
 def pickled(node: DictConfig) -> bytes | None:
