@@ -24,7 +24,8 @@ from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel
-from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
+from danling_conf.parallel.pipeline import Pipeline
+from danling_conf.parallel.stage_forward import Forward, rehearse
 from danling_conf.parallel.trial import Trial
 from danling_conf.schema.layout import Layout
 from danling_conf.schema.parallel import ParallelConfig

@@ -46,8 +46,9 @@ from danling_conf.parallel.init_plan import (
 )
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
-from danling_conf.parallel.pipeline import Forward, Pipeline
+from danling_conf.parallel.pipeline import Pipeline
 from danling_conf.parallel.process_group import is_distributed
+from danling_conf.parallel.stage_forward import Forward
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
