@@ -388,13 +388,15 @@ def _in_forward(state: Any) -> bool:
     return state._is_root is False and state._state_ctx.iter_forward_root is not None
 
 
+@cache
 def _own_methods(kind: type) -> list[str]:
-    """Names of the methods that a class of modules adds to `nn.Module`."""
+    """Names of the methods that a class of modules adds to `nn.Module`, without those of a container, which compute
+    nothing."""
     known = {*dir(nn.Module), *dir(FSDPModule)}
     found = {
         name: value
         for base in reversed(kind.__mro__)
-        if base is not FSDPModule and base is not nn.Module
+        if base is not FSDPModule and base is not nn.Module and base.__module__ != nn.Sequential.__module__
         for name, value in vars(base).items()
     }
     return [

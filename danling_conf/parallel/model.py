@@ -53,6 +53,7 @@ from danling_conf.parallel.trial import Trial
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.schema.imports import uncollected
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.layout import coordinates
@@ -137,6 +138,7 @@ class Assembled:
             part.train(mode)
 
 
+@uncollected()  # what is made for each tensor stays
 def assemble(
     model: nn.Module | Callable[[], nn.Module],
     *,
