@@ -374,7 +374,8 @@ def gather_in_methods(module: Any, enter: Callable[[], None]) -> None:
 
         return run
 
-    for name in _own_methods(type(module)):
+    kind: Any = type(module)
+    for name in _own_methods(kind):
         setattr(module, name, whole_in(getattr(module, name)))
 
 

@@ -110,6 +110,12 @@ class Assembled:
                 return _torch_private.run_inside_fsdp(module, lambda: function(module))
         return function(module)
 
+    @property
+    def direct(self) -> bool:
+        """Whether `run` does no more than call its function with the model."""
+        wrapped = self.engine is not None or self.pipeline is not None
+        return not wrapped and not isinstance(self.parts[0], (_torch_private.Replicated, FSDPModule))
+
     def inputs(self, batch: object) -> object:
         """A batch as the model takes it."""
         return sharding.cast_inputs(batch, self.policy)
