@@ -12,7 +12,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,14 @@ class Composer:
         return loader
 
     def group_exists(self, name: str) -> bool:
-        with _named_defects():
+        with _named_defects(), suppress(OSError):  # a name too long for a folder
             return self.loader.repository.group_exists(name)
+        return False
 
     def config_exists(self, path: str) -> bool:
-        with _named_defects():
+        with _named_defects(), suppress(OSError):  # a name too long for a file
             return self.loader.repository.config_exists(path)
+        return False
 
     def fault_of_file(self, path: str) -> str | None:
         """Why a config cannot be loaded by itself; None where it can."""

@@ -52,6 +52,7 @@ from danling_conf.parallel.stage_forward import Forward
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.schema.imports import uncollected
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
 from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
@@ -107,6 +108,12 @@ class Assembled:
                 return _torch_private.run_inside_fsdp(module, lambda: function(module))
         return function(module)
 
+    @property
+    def direct(self) -> bool:
+        """Whether `run` does no more than call its function with the model."""
+        wrapped = self.engine is not None or self.pipeline is not None
+        return not wrapped and not isinstance(self.parts[0], (_torch_private.Replicated, FSDPModule))
+
     def inputs(self, batch: object) -> object:
         """A batch as the model takes it."""
         return sharding.cast_inputs(batch, self.policy)
@@ -135,6 +142,7 @@ class Assembled:
             part.train(mode)
 
 
+@uncollected()  # what is made for each tensor stays
 def assemble(
     model: nn.Module | Callable[[], nn.Module],
     *,
