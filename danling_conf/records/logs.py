@@ -18,14 +18,19 @@ from danling_conf.topology.rank_environment import RankEnvironment
 _OURS = "danling_conf"
 _shown: set[int | None] = set()
 """Kinds of errors that were shown."""
-_position: Callable[[], int] | None = None
-"""Returns the current optimizer step of this process; None outside of training."""
+_position: Callable[[], tuple[int, int]] | None = None
+"""Returns the optimizer steps and the epochs that this process has done; None outside of training."""
 
 
-def set_position(position: Callable[[], int] | None) -> None:
-    """Let log lines show the optimizer step."""
+def set_position(position: Callable[[], tuple[int, int]] | None) -> None:
+    """Let log lines, and the last record of an attempt, show the optimizer step and the epoch."""
     global _position
     _position = position
+
+
+def position() -> tuple[int, int] | None:
+    """The optimizer steps and the epochs that this process has done; None outside of training."""
+    return None if _position is None else _position()
 
 
 def rank_log(attempt: Path, rank: int) -> Path:
@@ -135,7 +140,7 @@ class _Line(logging.Formatter):
         super().__init__(f"%(asctime)s rank {rank} %(step)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        record.step = "starting" if _position is None else f"step {_position()}"
+        record.step = "starting" if _position is None else f"step {_position()[0]}"
         return super().format(record)
 
 

@@ -66,8 +66,9 @@ def test_a_disk_that_is_full_or_read_only_while_a_run_trains(tmp_path: Path) -> 
     for found in runs:
         assert "Logging error" not in found["err"]
         assert "Traceback" not in found["err"]
-        # A save that does not fit gives its bytes back, which may be in time for all lines.
-        least = 0 if found["case"] == "full with checkpoints" else 1
+        # A save that does not fit gives its bytes back, which may be in time for all lines. On a disk that is read-only
+        # for what is opened anew, the open logs and the room for the result take all there is to say.
+        least = 1 if found["case"] == "full" else 0
         assert least <= found["err"].count("records miss what cannot be written") <= 1, found
     full, full_saving, closed, closed_saving = runs
     for goes_on in (full, closed):
