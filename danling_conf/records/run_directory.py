@@ -41,7 +41,7 @@ from danling_conf.schema.files import (
     no_links,
     read_object,
 )
-from danling_conf.schema.printable import printable_lines, shell_line
+from danling_conf.schema.printable import override, printable_lines, shell_line
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
@@ -396,6 +396,9 @@ def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
         value: what the user's function returned.
     """
     content = {"status": outcome.status, "score": score_of(value), "error": outcome.message or None}
+    place = position()
+    if place is not None:  # the metrics may miss it, on a full disk
+        content["step"], content["epoch"] = place
     try:
         write_whole(attempt / RESULT, json.dumps(content) + "\n")
         (attempt / RESERVE).unlink(missing_ok=True)
@@ -408,7 +411,7 @@ def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
             if read_result(attempt).text("status") != outcome.status:  # a rank may have written the same end
                 show_unwritable(attempt / RESULT, error)
     try:
-        end_metrics(attempt.parent.parent, attempt.name, outcome.status, position())
+        end_metrics(attempt.parent.parent, attempt.name, outcome.status, place)
     except OSError as error:
         show_unwritable(metrics_file(attempt.parent.parent), error)
     if attempt in _rooms:
@@ -524,7 +527,7 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
             if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
                 return (
                     f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
-                    f"({shell_line(f'resume={run}')} parallel.allow_degree_change=true resumes it)",
+                    f"({shell_line(override('resume', run))} parallel.allow_degree_change=true resumes it)",
                 )
     return ()
 
