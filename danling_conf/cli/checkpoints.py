@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +73,19 @@ def folder_of(run: Path) -> Path:
             return run / configured
     found = sorted(path.parent.parent for path in run.glob(f"*/ckpt-*/{FACTS}"))
     return found[0] if found else run / "checkpoints"
+
+
+def saved_step(run: Path) -> int | None:
+    """The step of the checkpoint that a run would resume from; None where there is none, or it cannot be read."""
+    latest = Folder(folder_of(run)).pointed(LATEST)
+    if latest is None:
+        return None
+    # Those of steps are named by them; of an epoch the manifest knows.
+    by_step = re.fullmatch(r"ckpt-s([0-9]{8,15})", latest.name)
+    try:
+        return int(by_step[1]) if by_step is not None else manifest.read(latest).step
+    except Broken:
+        return None
 
 
 def _fault(entry: Entry, check: bool) -> str:

@@ -11,6 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from danling_conf.groups.layout_names import parse_layout
+from danling_conf.schema.printable import shell_line
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _SUFFIX = ".txt"
@@ -58,7 +59,7 @@ def write_project(directory: str, task: str) -> list[str]:
     return [
         f"{folder}: {', '.join(content)}",
         *([f"  pip install {' '.join(missing)}"] if missing else []),
-        *([f"  cd {folder}"] if folder.resolve() != Path.cwd() else []),
+        *([f"  {shell_line('cd', folder)}"] if folder.resolve() != Path.cwd() else []),
         *(f"  {command:<{width}}  # {what}" for command, what in commands.items()),
     ]
 

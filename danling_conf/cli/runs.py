@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from danling_conf.cli.checkpoints import saved_step
 from danling_conf.cli.runs_found import find
 from danling_conf.config.identity import flatten, layout_name
 from danling_conf.records.find import sweep_of
@@ -41,6 +42,7 @@ _FACTS = (
     "step",
     "total_steps",
     "epoch",
+    "saved_step",
     "score",
     "attempts",
     "started",
@@ -158,6 +160,7 @@ def facts_of(row: Row) -> dict[str, object]:
         "step": row.step,
         "total_steps": row.total_steps,
         "epoch": row.epoch,
+        "saved_step": saved_step(row.run) if row.run else None,
         "score": row.score,
         "attempts": row.attempts,
         "started": row.started,
@@ -268,9 +271,15 @@ def _errors(seen: Seen, width: int | None) -> list[str]:
     bad = [row for row in seen.rows if row.error and row.state != Status.COMPLETED]
     for row in bad[:_ERRORS]:
         name = f"#{row.number}" if row.number is not None else row.run.name if row.run else ""
-        line = f"{name} {row.state}: {str(row.error).partition(chr(10))[0]}"
+        line = f"{name} {row.state}{_at(row)}: {str(row.error).partition(chr(10))[0]}"
         lines.append(line if width is None or len(line) <= width else line[: width - 1] + "…")
     return lines + ([f"and {len(bad) - _ERRORS} more"] if len(bad) > _ERRORS else [])
+
+
+def _at(row: Row) -> str:
+    """Where a job ended and what it has saved, unless that is the same step."""
+    saved = None if row.run is None or row.step is None else saved_step(row.run)
+    return "" if saved is None or saved == row.step else f" at step {row.step}, saved at step {saved}"
 
 
 def _next_steps(seen: Seen) -> list[str]:

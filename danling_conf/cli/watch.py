@@ -21,6 +21,7 @@ from danling_conf.records.ranks import RankSeen, RunSeen, look_at
 from danling_conf.records.status import EXIT_FAILED, Status
 from danling_conf.schema.printable import printable
 from danling_conf.sweep.ends import Standings
+from danling_conf.sweep.rows import progress
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 _WIDE = 240
@@ -107,6 +108,8 @@ def _heading(seen: RunSeen) -> Text:
     line.append(seen.status, style=_COLOURS.get(seen.status, "red"))
     if seen.ranks:
         step, total = max(each.step for each in seen.ranks), seen.ranks[0].total_steps
+        if not seen.status.live:  # heartbeats stop where a disk is full; other records may know more
+            step = max(step, progress(Path(seen.run))[0] or 0)
         line.append(f"  step {step}" + (f"/{total}" if total else ""), style="not bold")
     if seen.error and not seen.status.live:
         line.append(f"  {printable(seen.error.partition(chr(10))[0])}", style="not bold")

@@ -28,6 +28,7 @@ from danling_conf.schema.files import LONGEST_NAME
 from danling_conf.schema.launcher import LauncherConfig
 from danling_conf.schema.nearest import nearest
 from danling_conf.schema.open_sections import open_sections
+from danling_conf.schema.printable import quoted, shell_line
 from danling_conf.topology.rules import Context
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, unique
 
@@ -390,7 +391,7 @@ def _unparsed(text: str) -> Violation:
     if not re.fullmatch(r"[+~]{0,2}[\w./@:$-]+", key):
         return Violation(text, ABSENT, "it cannot be read as KEY=VALUE", "a key is a path such as optim.lr")
     opened = f"close what is open in {value}, or " if re.search(r"[\[{(]", value) else ""
-    fix = f"{opened}write it in quotes: '{key}=\"{value}\"'"
+    fix = f"{opened}write it in quotes: {shell_line(f'{key}={quoted(value)}')}"
     return Violation(key.lstrip("+~"), value, "the value cannot be read", fix)
 
 

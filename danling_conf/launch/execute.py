@@ -37,6 +37,7 @@ from danling_conf.records.run_directory import (
 )
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Status, outcome_of
+from danling_conf.records.stopped import StoppedEarly, stopping_in_order
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN
 from danling_conf.schema.imports import uncollected
@@ -60,8 +61,13 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
     with uncollected():
         attempt, directory, lock = open_attempt(app, composed, config)
     try:
-        run_job = partial(composing.run_job, composed, directory=directory)
-        return run_attempt(app, run_job, config, attempt)
+        with stopping_in_order():
+            run_job = partial(composing.run_job, composed, directory=directory)
+            return run_attempt(app, run_job, config, attempt)
+    except StoppedEarly as error:  # otherwise the runner has said so
+        write_result(attempt.directory, outcome_of(error))
+        show_error(error, attempt.run_directory)
+        raise
     except (ConfigRefused, SystemExit):
         raise
     except (Exception, KeyboardInterrupt) as error:

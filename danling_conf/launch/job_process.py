@@ -18,6 +18,7 @@ from danling_conf.records.logs import is_full, show_unwritable
 from danling_conf.records.run_directory import score_of
 from danling_conf.records.run_lock import LostRun
 from danling_conf.records.status import EXIT_FAILED, Status, outcome_of
+from danling_conf.records.stopped import stopping_in_order
 
 if TYPE_CHECKING:
     from danling_conf.launch.app import App
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 def run_local_job(app: App, path: Path) -> Any:
     """Run the job of a job file to its end, and add its end to the ledger. Exits the process if it failed."""
+    with stopping_in_order():
+        return _run_to_its_end(app, path)
+
+
+def _run_to_its_end(app: App, path: Path) -> Any:
     # If the sweep's command is killed, its jobs save and exit instead of training on unseen.
     end_with_parent()
     job = JobFile.read(path)

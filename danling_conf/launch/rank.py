@@ -20,11 +20,11 @@ from danling_conf.config.hydra_adapter import output_directory
 from danling_conf.config.readonly import place_output
 from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.store import serve
-from danling_conf.launch.workers import record_failure
+from danling_conf.launch.workers import hold_own_room, record_failure
 from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
-from danling_conf.records.logs import close_logs, configure_job_logging, open_logs, rank_log, redirect_output
+from danling_conf.records.logs import ENDS_RANK, close_logs, configure_job_logging, open_logs, rank_log, redirect_output
 from danling_conf.records.run_directory import hold_room, write_result
 from danling_conf.records.run_lock import RankLock
 from danling_conf.records.status import Status, outcome_of
@@ -63,7 +63,7 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     except BaseException as error:
         outcome = outcome_of(error)
         if outcome.status in (Status.FAILED, Status.OUT_OF_MEMORY):
-            _log.exception("rank %d failed", ranks.rank)
+            _log.exception("rank %d failed", ranks.rank, extra={ENDS_RANK: True})
         if ranks.main and ranks.groups == 1:
             write_result(attempt.directory, outcome)
         raise
@@ -107,6 +107,7 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
     error."""
     end_with_parent()
     faulthandler.enable()  # a rank that crashes in C++ says where it was
+    hold_own_room()
     try:
         # Before all else: other ranks may be waiting for the store.
         serve()

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from danling_conf.launch.forked import (
     ForkedRank,
@@ -29,8 +29,8 @@ from danling_conf.launch.forked import (
 )
 from danling_conf.launch.parent import as_parent
 from danling_conf.launch.store import SERVED_VARIABLE
-from danling_conf.records.logs import log_descriptor, rank_log
-from danling_conf.records.reading import read_fields
+from danling_conf.records.logs import log_descriptor, rank_log, show_unwritable
+from danling_conf.records.reading import Fields, read_fields
 from danling_conf.records.run_directory import write_whole
 from danling_conf.records.status import (
     EXIT_FAILED,
@@ -42,7 +42,7 @@ from danling_conf.records.status import (
     written_status,
 )
 from danling_conf.records.stopped import STOPPING, is_stop, note_stop
-from danling_conf.schema.files import error_file
+from danling_conf.schema.files import error_file, no_links, parse_object
 from danling_conf.topology.rank_environment import FROZEN_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
 from danling_conf.topology.violation import PlainError
@@ -54,6 +54,8 @@ _PASSED_ON = (*STOPPING, "SIGHUP", "SIGQUIT")
 POLL_SECONDS = 0.05
 _GRACE_SECONDS = 30.0
 """How long ranks may take to end once another has failed, or after a second signal."""
+_ROOM_BYTES = 4096
+"""Of each rank on the disk for why it fails, which may be that the disk is full."""
 _NOTICED_SECONDS = 0.5
 """How long before it is noticed a rank may have died: other ranks record the loss within milliseconds."""
 
@@ -96,6 +98,8 @@ class _Rank:
 
     process: subprocess.Popen[bytes] | ForkedRank
     error: Path
+    room: IO[bytes] | None
+    """Where the error stands that could not be written as a file."""
     ended_at: float = math.inf
     told: bool = False
     """Whether it was told to end, since another rank had failed or by a signal of the user's."""
@@ -125,6 +129,7 @@ class Workers:
     ) -> None:
         self._command, self._attempt, self._numbered_from = command, attempt, numbered_from
         self._ranks: list[_Rank] = []
+        self._rooms: list[IO[bytes] | None] = []
         self._warm: WarmProcess | None = None
         self._not_begun: WorkersFailed | WorkersInterrupted | None = None
         self._end_at = self._kill_at = math.inf
@@ -153,6 +158,7 @@ class Workers:
     def _start(self, rank: int, listening: int, opened: ExitStack) -> RankStart:
         """What a rank is started with."""
         error = error_file(self._attempt, self._numbered_from + rank)
+        self._rooms.append(_made_room(error))
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_VARIABLE: str(error)}
         if rank == 0:
             return RankStart(
@@ -164,7 +170,7 @@ class Workers:
 
     def _start_each(self) -> None:
         """Start every rank as a process of its own."""
-        for start in self._starts:
+        for start, room in zip(self._starts, self._rooms, strict=True):
             try:
                 process = subprocess.Popen(
                     self._command,
@@ -177,7 +183,7 @@ class Workers:
             except BaseException:
                 self.kill()
                 raise
-            self._ranks.append(_Rank(process, start.error))
+            self._ranks.append(_Rank(process, start.error, room))
 
     def _begun(self, warm: WarmProcess) -> bool:
         """Whether the ranks have been forked, or have failed to be."""
@@ -192,7 +198,8 @@ class Workers:
         else:
             if forked is None:
                 return False
-            self._ranks = [_Rank(rank, start.error) for rank, start in zip(forked, self._starts, strict=True)]
+            begun = zip(forked, self._starts, self._rooms, strict=True)
+            self._ranks = [_Rank(rank, start.error, room) for rank, start, room in begun]
         self._warm = None
         self._opened.close()
         return True
@@ -253,6 +260,17 @@ class Workers:
 
     def failure(self) -> WorkersFailed | WorkersInterrupted | None:
         """What ended ranks that have not ended well: the error of the first. None where all returned."""
+        try:
+            return self._first_failure()
+        finally:
+            for start, room in zip(self._starts, self._rooms, strict=True):
+                if room is not None:
+                    room.close()
+                    with suppress(OSError):  # it is small, and hidden
+                        _room_of(start.error).unlink(missing_ok=True)
+            self._rooms = [None] * len(self._starts)
+
+    def _first_failure(self) -> WorkersFailed | WorkersInterrupted | None:
         if self._not_begun is not None:
             return self._not_begun
         found = [
@@ -265,7 +283,7 @@ class Workers:
         _, number, code = min(found)
         if is_stop(code):  # a rank received the signal, and all ranks stopped together
             return WorkersInterrupted(signal_of_exit_code(code))
-        written = read_fields(self._ranks[number].error)
+        written = _written(self._ranks[number])
         status = written_status(written.text("status")) or Status.FAILED
         return self._failed(number, code, _message(written, code, status), status)
 
@@ -335,7 +353,54 @@ def record_failure(error: Exception, trace: str, outcome: Outcome) -> None:
         "status": outcome.status,
         "reason": outcome.message,
     }
-    write_whole(Path(os.environ[ERROR_VARIABLE]), json.dumps(content) + "\n")
+    path = Path(os.environ[ERROR_VARIABLE])
+    try:
+        write_whole(path, json.dumps(content) + "\n")
+    except OSError as failed:
+        content["traceback"] = ""
+        while len(text := json.dumps(content).encode()) > _ROOM_BYTES:
+            content |= {name: str(content[name])[: len(str(content[name])) // 2] for name in ("message", "reason")}
+        try:
+            if _own_room is None:
+                raise
+            os.pwrite(_own_room, text.ljust(_ROOM_BYTES), 0)
+        except OSError:
+            show_unwritable(path, failed)
+
+
+_own_room: int | None = None
+"""Descriptor of the room for this rank's own error."""
+
+
+def hold_own_room() -> None:
+    """In a rank: open the room for its error, which cannot be opened later where its folder is made read-only."""
+    global _own_room
+    with suppress(OSError):
+        _own_room = no_links(str(_room_of(Path(os.environ[ERROR_VARIABLE]))), os.O_WRONLY)
+
+
+def _room_of(error: Path) -> Path:
+    return error.with_name(f".{error.name}")
+
+
+def _made_room(error: Path) -> IO[bytes] | None:
+    """Keep room on the disk for the error of a rank; None where there is none left."""
+    try:
+        room = open(_room_of(error), "w+b", buffering=0, opener=no_links)  # noqa: SIM115  until the ranks have ended
+        room.write(b" " * _ROOM_BYTES)
+    except OSError:
+        return None
+    return room
+
+
+def _written(rank: _Rank) -> Fields:
+    """What a rank has written of its error; empty where it has not."""
+    if rank.error.exists() or rank.room is None:
+        return read_fields(rank.error)
+    try:
+        return Fields(rank.error, parse_object(os.pread(rank.room.fileno(), _ROOM_BYTES, 0)))
+    except ValueError:  # blank
+        return Fields(rank.error)
 
 
 def worker_command() -> list[str]:
@@ -367,7 +432,7 @@ def _send(process: subprocess.Popen[bytes] | ForkedRank, number: int) -> None:
 
 def _when(rank: _Rank) -> float:
     """When a rank failed, in seconds since 1970, to find the first."""
-    raised_at = read_fields(rank.error).number("raised_at") if rank.error.exists() else None
+    raised_at = _written(rank).number("raised_at")
     if raised_at is not None:
         return raised_at
     if rank.told:

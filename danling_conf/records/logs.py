@@ -16,16 +16,27 @@ from omegaconf import DictConfig
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _OURS = "danling_conf"
+ENDS_RANK = "ends_rank"
+"""Attribute of a log record that says why a rank ends, which the command shows as the end of the run."""
 _shown: set[int | None] = set()
 """Kinds of errors that were shown."""
-_position: Callable[[], int] | None = None
-"""Returns the current optimizer step of this process; None outside of training."""
+_position: Callable[[], tuple[int, int]] | None = None
+"""Returns the optimizer steps and the epochs that this process has done; None outside of training."""
+_reached: tuple[int, int] | None = None
+"""What it returned last, where training is over."""
 
 
-def set_position(position: Callable[[], int] | None) -> None:
-    """Let log lines show the optimizer step."""
-    global _position
+def set_position(position: Callable[[], tuple[int, int]] | None) -> None:
+    """Let log lines, and the last record of an attempt, show the optimizer step and the epoch."""
+    global _position, _reached
+    if _position is not None:
+        _reached = _position()
     _position = position
+
+
+def position() -> tuple[int, int] | None:
+    """The optimizer steps and the epochs that this process has done, also when training is over; None before it."""
+    return _reached if _position is None else _position()
 
 
 def rank_log(attempt: Path, rank: int) -> Path:
@@ -38,6 +49,8 @@ def open_logs(attempt: Path, ranks: RankEnvironment, *, log: bool, job_name: str
 
     The package's own logger does not propagate: on the console its lines would break the progress display.
     """
+    global _reached
+    _reached = None
     handlers: list[logging.Handler] = [_file_handler(rank_log(attempt, ranks.number), ranks.number)]
     root, ours = logging.getLogger(), logging.getLogger(_OURS)
     if root.level > logging.INFO or root.level == logging.NOTSET:
@@ -135,7 +148,7 @@ class _Line(logging.Formatter):
         super().__init__(f"%(asctime)s rank {rank} %(step)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        record.step = "starting" if _position is None else f"step {_position()}"
+        record.step = "starting" if _position is None else f"step {_position()[0]}"
         return super().format(record)
 
 

@@ -170,16 +170,20 @@ def last_line(run: Path) -> dict[str, Any] | None:
     return next((found for found in map(parse_line, reversed(lines)) if found is not None), None)
 
 
-def end_metrics(run: Path, attempt: str, status: Status) -> None:
+def end_metrics(run: Path, attempt: str, status: Status, place: tuple[int, int] | None = None) -> None:
     """Append the end of an attempt as its last record, unless the runner wrote it. Does nothing without any record.
 
     A training loop of the user's own that raises never reaches the runner's last call, and a function can fail after
     it.
+
+    Args:
+        place: the last step and the epoch; those of the last record when None.
     """
     last = last_line(run)
     if last is None or last["attempt"] != attempt or last.get(STATUS) == status:
         return
-    line = {"time": time.time(), "attempt": attempt, "step": last["step"], "epoch": last["epoch"], STATUS: status}
+    step, epoch = place or (last["step"], last["epoch"])
+    line = {"time": time.time(), "attempt": attempt, "step": step, "epoch": epoch, STATUS: status}
     with open(metrics_file(run), "ab+", opener=no_links) as file:
         # The attempt may have been killed within a line: without a newline both lines would be unreadable.
         file.seek(-1, os.SEEK_END)

@@ -24,9 +24,9 @@ from typing import IO, Any
 
 from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
-from danling_conf.records.logs import show_unwritable
+from danling_conf.records.logs import position, show_unwritable
 from danling_conf.records.metrics import end_metrics, metrics_file
-from danling_conf.records.reading import read_fields
+from danling_conf.records.reading import read_fields, read_result
 from danling_conf.records.run_lock import RunLock, check_token
 from danling_conf.records.status import Outcome
 from danling_conf.schema import Layout, RunnerConfig
@@ -41,7 +41,7 @@ from danling_conf.schema.files import (
     no_links,
     read_object,
 )
-from danling_conf.schema.printable import printable_lines, shell_line
+from danling_conf.schema.printable import override, printable_lines, shell_line
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
@@ -396,16 +396,22 @@ def write_result(attempt: Path, outcome: Outcome, value: Any = None) -> None:
         value: what the user's function returned.
     """
     content = {"status": outcome.status, "score": score_of(value), "error": outcome.message or None}
+    place = position()
+    if place is not None:  # the metrics may miss it, on a full disk
+        content["step"], content["epoch"] = place
     try:
         write_whole(attempt / RESULT, json.dumps(content) + "\n")
         (attempt / RESERVE).unlink(missing_ok=True)
     except OSError as error:
-        show_unwritable(attempt / RESULT, error)
         if outcome.message:
             content["error"] = outcome.message[: _RESERVED_BYTES // 16]  # JSON writes a letter as up to twelve bytes
-        _write_into_reserve(attempt, json.dumps(content).encode())
+        try:
+            _write_into_reserve(attempt, json.dumps(content).encode())
+        except OSError:
+            if read_result(attempt).text("status") != outcome.status:  # a rank may have written the same end
+                show_unwritable(attempt / RESULT, error)
     try:
-        end_metrics(attempt.parent.parent, attempt.name, outcome.status)
+        end_metrics(attempt.parent.parent, attempt.name, outcome.status, place)
     except OSError as error:
         show_unwritable(metrics_file(attempt.parent.parent), error)
     if attempt in _rooms:
@@ -430,15 +436,13 @@ def hold_room(attempt: Path) -> None:
 
 def _write_into_reserve(attempt: Path, content: bytes) -> None:
     room = _rooms.get(attempt)
-    try:
-        # Its name is gone where a rank has written the result.
-        if room is None or not os.fstat(room.fileno()).st_nlink:
-            room = open(attempt / RESERVE, "r+b", buffering=0, opener=no_links)  # noqa: SIM115  see above
-        os.pwrite(room.fileno(), content, 0)
-        room.truncate(len(content))
-        os.replace(attempt / RESERVE, attempt / RESULT)  # `read_result` finds it in either place
-    except OSError as error:
-        show_unwritable(attempt / RESULT, error)
+    # Its name is gone where a rank has written the result.
+    if room is None or not os.fstat(room.fileno()).st_nlink:
+        room = open(attempt / RESERVE, "r+b", buffering=0, opener=no_links)  # noqa: SIM115  see above
+    os.pwrite(room.fileno(), content, 0)
+    room.truncate(len(content))
+    with suppress(OSError):  # `read_result` finds it in either place
+        os.replace(attempt / RESERVE, attempt / RESULT)
 
 
 def score_of(value: Any) -> float | None:
@@ -523,7 +527,7 @@ def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
             if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
                 return (
                     f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
-                    f"({shell_line(f'resume={run}')} parallel.allow_degree_change=true resumes it)",
+                    f"({shell_line(override('resume', run))} parallel.allow_degree_change=true resumes it)",
                 )
     return ()
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from danling_conf.records.status import HasOutcome, Outcome, Status, exit_code_of_signal, signal_of_exit_code
@@ -32,6 +36,37 @@ class Stopped(HasOutcome, SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {self.name}"
+
+
+class StoppedEarly(Stopped):
+    """A signal that came while no runner listened: there was nothing to save."""
+
+
+@contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """Inside the block, a stop signal that nobody handles raises StoppedEarly, as Ctrl-C raises KeyboardInterrupt: by
+    default it would end the process, and nothing would say how the run ended. A second one does end it."""
+    process, default = os.getpid(), signal.SIG_DFL
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, default)
+        if os.getpid() != process:  # a forked child, which is not the run
+            os.kill(os.getpid(), number)
+        else:
+            raise StoppedEarly(number)
+
+    numbers = [int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        if signal.getsignal(number) is default:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is stop:
+                signal.signal(number, default)
 
 
 _early = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from danling_conf.records.run_directory import Attempt
 from danling_conf.runner.cadence import Cadence
 from danling_conf.runner.score import Score
-from danling_conf.schema.printable import printable, shell_line
+from danling_conf.schema.printable import override, printable, shell_line
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _OF_THE_LAUNCH = ("resume=", "auto_resume=", "hydra/launcher=", "hydra.sweep", "-m", "--multirun")
@@ -42,7 +42,7 @@ def resume_command(attempt: Attempt, ranks: RankEnvironment, cadence: Cadence) -
     key, length = ("epochs", cadence.epochs) if cadence.epochs is not None else ("steps", cadence.steps or 1)
     script, *overrides = attempt.command
     argv = [word for word in overrides if not word.startswith((f"{key}=", *_OF_THE_LAUNCH))]
-    resume = f"resume={shown(attempt.run_directory)}"
+    resume = override("resume", shown(attempt.run_directory))
     return shell_line(*_program(ranks), shown(Path(script)), *argv, f"{key}={2 * length}", resume)
 
 
@@ -50,7 +50,7 @@ def resume_stopped_command(attempt: Attempt, ranks: RankEnvironment) -> str:
     """The command that resumes a run that was stopped."""
     script, *overrides = attempt.command
     argv = [word for word in overrides if not word.startswith(_OF_THE_LAUNCH)]
-    return shell_line(*_program(ranks), shown(Path(script)), *argv, f"resume={shown(attempt.run_directory)}")
+    return shell_line(*_program(ranks), shown(Path(script)), *argv, override("resume", shown(attempt.run_directory)))
 
 
 def _program(ranks: RankEnvironment) -> list[str]:

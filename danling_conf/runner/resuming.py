@@ -29,7 +29,7 @@ from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.checkpoint import excluded
 from danling_conf.schema.files import danling_checkpoint
-from danling_conf.schema.printable import shell_line
+from danling_conf.schema.printable import override, shell_line
 from danling_conf.topology.violation import ABSENT, ConfigRefused, SettingError, Violation
 
 _LOADING_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
@@ -291,7 +291,7 @@ class Resumption:
             fix = "pip install safetensors"
         elif key == "auto_resume":
             value = True
-            other = f"{shell_line(f'resume={found[0]}')}, or " if found else ""
+            other = f"{shell_line(override('resume', found[0]))}, or " if found else ""
             fix = f"{other}auto_resume=false starts another run"
         elif isinstance(error, ModelDiffers):
             fix += ", or checkpoint.exclude_from_loading=[model.NAME] leaves a part of it as it is"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import shlex
 
+_PLAIN_VALUE = re.compile(r"[\w./@%+:-]+", re.ASCII)
+_WORDS = ("null", "true", "false", "inf", "nan")
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
 
@@ -47,3 +49,26 @@ def unprintable(text: str, allowed: str = "") -> str:
 def shell_line(*words: object) -> str:
     """A command to paste into a shell: every word is quoted where it needs to be."""
     return printable(shlex.join(str(word) for word in words))
+
+
+def override(key: str, value: object) -> str:
+    """`KEY=VALUE` of Hydra's command line, where a text of any content is that text; for a shell, see `shell_line`."""
+    text = str(value)
+    return f"{key}={text if _is_plain(text) else quoted(text)}"
+
+
+def quoted(text: str) -> str:
+    """A text in quotes of Hydra's command line."""
+    # Backslashes are themselves, unless a quote follows them.
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
+
+
+def _is_plain(text: str) -> bool:
+    """Whether Hydra reads a text without quotes as that text."""
+    if not _PLAIN_VALUE.fullmatch(text) or text.lower() in _WORDS:
+        return False
+    try:
+        float(text)  # the name of a run may be 12e456789012
+    except ValueError:
+        return True
+    return False

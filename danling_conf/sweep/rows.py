@@ -14,7 +14,8 @@ from danling_conf.records.heartbeats import read_heartbeats
 from danling_conf.records.history import read_history
 from danling_conf.records.ledger import Record
 from danling_conf.records.metrics import last_line
-from danling_conf.records.reading import warn_of_damage
+from danling_conf.records.reading import read_result, warn_of_damage
+from danling_conf.records.run_directory import attempt_order, newest_attempt
 from danling_conf.records.status import ENDED, Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema.files import Damaged
@@ -142,14 +143,22 @@ def smaller_is_better(config: Mapping[str, Any], run: Path | None, score: float 
 
 def progress(run: Path) -> tuple[int | None, int | None, int | None]:
     """The newest step of a run, the number of all its steps, and the epoch; None for what is not recorded."""
-    # Heartbeats may be off, and metrics come only at log lines: whichever is newer knows the step.
+    # Heartbeats may be off, metrics come only at log lines, and the result at the end: of the newest attempt, whichever
+    # is further knows.
     beats = read_heartbeats(run).values()
-    signs = [(beat["written"], beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
+    signs = [(attempt_order(beat["attempt"]), beat["step"], beat.get("total_steps"), beat["epoch"]) for beat in beats]
     line = last_line(run)
     if line is not None:
         total = next((sign[2] for sign in signs), None)
-        signs.append((line["time"], line["step"], total, line["epoch"]))
-    return max(signs, key=lambda sign: sign[0])[1:] if signs else (None, None, None)
+        signs.append((attempt_order(line["attempt"]), line["step"], total, line["epoch"]))
+    attempt = newest_attempt(run)
+    if attempt is not None:
+        result = read_result(attempt)
+        step = result.integer("step")
+        if step is not None:
+            total = next((sign[2] for sign in signs), None)
+            signs.append((attempt_order(attempt.name), step, total, result.integer("epoch") or 0))
+    return max(signs, key=lambda sign: sign[:2])[1:] if signs else (None, None, None)
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema import Layout
 from danling_conf.schema.files import FROZEN, JOB_FILE, RUN_FILE
-from danling_conf.schema.printable import shell_line
+from danling_conf.schema.printable import override, shell_line
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 
@@ -32,7 +32,7 @@ def sweep_for_run(run: Path) -> SweepDirectory:
     if state_of(run).status is Status.RUNNING:
         fix = f"see how it goes: {shell_line('danling-conf', 'runs', run)}"
         raise ConfigRefused([Violation("DIR", str(run), "the run is live", fix)])
-    by_hand = f"start it with its own command and {shell_line(f'resume={run}')}"
+    by_hand = f"start it with its own command and {shell_line(override('resume', run))}"
     attempt = newest_attempt(run)
     frozen = read_fields(attempt / FROZEN) if attempt is not None else Fields(run)
     argv, hydra = frozen.table("attempt").texts("command"), frozen.table("hydra")

@@ -21,7 +21,7 @@ from danling_conf.records.run_directory import newest_attempt, reserve_result, w
 from danling_conf.records.state import state_of
 from danling_conf.records.status import Outcome, Status
 from danling_conf.sweep.slurm_backend import SlurmJobs
-from tests.support.commands import APP, all_gone, run, runs, started, wait_for
+from tests.support.commands import APP, Ranks, all_gone, run, runs, started, wait_for
 from tests.support.records import ATTEMPT, write_run, write_sweep_of
 from tests.support.sweeps import slurm_of
 
@@ -99,6 +99,19 @@ def test_a_run_that_is_asked_to_stop(tmp_path: Path, capsys: Any, number: signal
     assert process.returncode == 128 + number
     assert judged(made, capsys) == Status.INTERRUPTED
     assert recorded(made) == (Status.INTERRUPTED, Status.INTERRUPTED)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_no_runner_listens(tmp_path: Path, capsys: Any) -> None:
+    """As while it imports torch: SIGTERM would end the process by default, and leave a run that looks lost."""
+    words: list[str | Path] = [APP, f"workspace_root={tmp_path}", "steps=3", "data.do=wait", f"data.ranks={tmp_path}"]
+    with started(words, cwd=tmp_path) as process:
+        Ranks(tmp_path).wait(1, process)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    (made,) = runs(tmp_path)
+    assert (process.returncode, f"stopped by SIGTERM; the run so far: {made}" in err) == (143, True), err
+    assert judged(made, capsys) == Status.INTERRUPTED
 
 
 @pytest.mark.slow

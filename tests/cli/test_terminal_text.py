@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from danling_conf.cli.main import main
-from danling_conf.schema.printable import printable, printable_lines, printable_output, shell_line
+from danling_conf.schema.printable import override, printable, printable_lines, printable_output, shell_line
 from danling_conf.topology.violation import ConfigRefused, Violation
 from tests.support.records import write_sweep_of
 
@@ -48,6 +49,15 @@ def test_a_line_to_paste_is_read_as_it_was_meant(words: str) -> None:
     assert shlex.split(shell_line("danling-conf", "runs", Path("x y") / "z", words)) == [
         "danling-conf", "runs", "x y/z", words,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ["a b'$(x)/w", 'w s"x', "x\\", 'x\\"y', "366eeecc842f", "12e456789012", "1234", "null", "a,b=[", "~/é", ""]
+)
+def test_an_override_to_paste_is_read_as_it_was_meant(text: str) -> None:
+    (word,) = shlex.split(shell_line(override("resume", text)))
+    value = OverridesParser.create().parse_override(word).value()
+    assert (value, isinstance(value, str)) == (text, True)
 
 
 @pytest.mark.parametrize("flags", [("runs",), ("watch", "--once"), ("checkpoints",), ("cancel",), ("resume",)])

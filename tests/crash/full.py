@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from danling_conf.records.state import state_of
+from danling_conf.sweep.rows import progress
 from tests.crash.disks import mount
 from tests.support.commands import LIMIT_SECONDS, REPOSITORY, run, runs, started
 
 APP = REPOSITORY / "tests" / "support" / "filling_app.py"
 CASES = {
-    "full": ["checkpoint.load_only=true"],
+    "full": ["checkpoint.load_only=true", "tensorboard=true"],
     "full with checkpoints": ["checkpoint.interval=1"],
+    "full with checkpoints of two ranks": ["checkpoint.interval=1", "parallel=ddp2"],
     "read-only": ["checkpoint.load_only=true", "+data.read_only=true"],
     "read-only with checkpoints": ["checkpoint.interval=1", "+data.read_only=true"],
 }
@@ -49,6 +51,7 @@ def main(folder: Path) -> None:
         done = run(command(workspace, *settings), cwd=folder, env={"PYTHONPATH": str(REPOSITORY)})
         (made,) = runs(workspace)
         found = {"code": done.code, "out": done.out, "err": done.err, "state": asdict(state_of(made))}
+        found["step"] = progress(made)[0]
         print(json.dumps({"case": name, **found}), flush=True)
     (folder / "sweep").mkdir()
     print(json.dumps({"case": "sweep", **stopped_sweep(folder / "sweep")}), flush=True)

@@ -40,7 +40,13 @@ def test_ranks_train_and_tighten_their_time_limits(tmp_path: Path) -> None:
         assert facts[rank]["score"] == facts[0]["score"]
     assert facts[0]["losses"] != facts[1]["losses"]
     assert facts[0]["pid"] != facts[1]["pid"]
-    assert result_of(tmp_path) == {"status": "completed", "score": facts[0]["score"], "error": None}
+    assert result_of(tmp_path) == {
+        "status": "completed",
+        "score": facts[0]["score"],
+        "error": None,
+        "step": 3,
+        "epoch": 0,
+    }
     assert done.run == runs(tmp_path)[0]
     (line,) = [line for line in done.out.splitlines() if line.startswith("to resume: ")]
     assert line.startswith(f"to resume: python {APP} ")

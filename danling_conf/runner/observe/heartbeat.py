@@ -15,6 +15,7 @@ from typing import Any
 from danling_conf._torch_private import outstanding_collective
 from danling_conf.parallel.waiting import waits_for
 from danling_conf.records.heartbeats import heartbeat_file
+from danling_conf.records.logs import is_full, show_unwritable
 from danling_conf.runner.observe.summary import used_bytes
 from danling_conf.schema.files import no_links
 from danling_conf.schema.observability import HeartbeatConfig
@@ -31,7 +32,7 @@ _PATIENCE = 1.0
 class Heartbeat:
     """Writes `rank-<n>.json` into a folder, whole each time, once every `heartbeat.interval_seconds`.
 
-    A full disk does not stop the run: it is logged once.
+    A full disk does not stop the run: it is shown once.
 
     Args:
         folder: of the heartbeats of all ranks.
@@ -154,9 +155,17 @@ class Heartbeat:
                 file.write(json.dumps(self.content()) + "\n")
             os.replace(temporary, self._path)
         except Exception as error:  # a run must not fail for its heartbeat
+            full = isinstance(error, OSError) and is_full(error)
+            if isinstance(error, OSError) and full:
+                show_unwritable(self._path, error)
             if not self._warned:
                 self._warned = True
-                _log.warning("no heartbeat could be written, and training goes on: %s", error)
+                # A warning of each rank would be shown beside that line.
+                _log.log(
+                    logging.INFO if full else logging.WARNING,
+                    "no heartbeat could be written, and training goes on: %s",
+                    error,
+                )
             try:
                 temporary.unlink(missing_ok=True)
             except OSError:  # a disk that cannot write may not delete either

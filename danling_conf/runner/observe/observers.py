@@ -117,7 +117,7 @@ class Observers:
         """The ranks have met. Collective."""
         self._world = world
         self.begin(world.attempt, world.ranks)
-        logs.set_position(lambda: self._state.step)
+        logs.set_position(lambda: (self._state.step, self._state.epoch))
         self._relay = WarningRelay(world.ranks)
         self._relay.start()
 
@@ -293,7 +293,7 @@ class Observers:
         share = goodput(world.attempt.run_directory) if main else None
         if share is not None:
             self._log(END, {"goodput": share})
-        trackers.finish(status, self._setup.score.best)
+        trackers.finish(status, self._setup.score.best, step=self._state.step, epoch=self._state.epoch)
         self._trackers = None
 
     def _judge(self, bad: list[int]) -> None:

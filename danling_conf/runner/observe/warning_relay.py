@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 from danling_conf._torch_private import default_store
+from danling_conf.records.logs import ENDS_RANK
 from danling_conf.topology.rank_environment import RankEnvironment
 
 _log = logging.getLogger("danling_conf.warnings")
@@ -69,7 +70,7 @@ class WarningRelay(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass on what a rank logs. Whether rank 0's own lines are shown, its logging configuration decides."""
-        if record.name != _log.name:
+        if record.name != _log.name and not getattr(record, ENDS_RANK, False):
             self._pass_on(record.getMessage(), shown=self.ranks.main)
 
     def _pass_on(self, text: str, *, shown: bool) -> None:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from danling_conf.records.metrics import metrics_file, read_lines, read_metrics, series
+from danling_conf.records.run_directory import write_result
+from danling_conf.records.status import Outcome, Status
 from danling_conf.runner.observe import meters, observers
 from danling_conf.runner.observe.trackers import choose, guarded
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
+from danling_conf.sweep.rows import progress
 from tests.support.small import Net, Pairs, config, loss, runner
 
 DATA = {"train": Pairs(), "val": Pairs(9, seed=1)}
@@ -54,6 +57,25 @@ def test_the_run_s_file_holds_what_was_measured(tmp_path: Path) -> None:
     assert evaluated["step"] == 4
     assert evaluated["evaluation.seconds"] > 0
     assert "train.mfu" not in last  # nobody knows a CPU's peak
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["closed", "an exception of the user's own loop"])
+def test_the_last_record_says_the_last_step(tmp_path: Path, closes: bool) -> None:
+    """And not that of the last log line, which every command would show."""
+    ours = runner(tmp_path, {"steps": 6, "log_interval": 2 if closes else 100})
+    ours.prepare(Net, DATA, loss=loss)
+    for batch in ours.batches("train"):
+        ours.step(batch)
+        if ours.global_step == 3:
+            break
+    if closes:
+        ours.close()
+    attempt = ours.world.attempt
+    write_result(attempt.directory, Outcome(status=Status.FAILED, exit_code=1, message="broken"))
+    lines = list(read_lines(attempt.run_directory))
+    ours.close()
+    assert (lines[-1]["step"], lines[-1]["epoch"], lines[-1]["status"]) == (3, 0, "failed")
+    assert progress(attempt.run_directory)[0] == 3
 
 
 def test_what_is_not_finite_is_written_as_nothing(tmp_path: Path) -> None:

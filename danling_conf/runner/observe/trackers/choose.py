@@ -80,7 +80,8 @@ class Trackers:
         for tracker in self._all:
             tracker.log(record)
 
-    def finish(self, status: str, score: float | None) -> None:
-        """Close them."""
+    def finish(self, status: str, score: float | None, *, step: int, epoch: int) -> None:
+        """Close them. The run has come to a step and an epoch."""
+        self._lines.reached(step, epoch)
         for tracker in self._all:
             tracker.finish(status, score)

@@ -48,6 +48,10 @@ class JsonLines:
                 for name, text in record.texts.items():
                     file.write(json.dumps({**place, "name": name, "text": text}) + "\n")
 
+    def reached(self, step: int, epoch: int) -> None:
+        """The run has come so far, which the last record says: the last step is rarely one that logs."""
+        self._place = {"step": step, "epoch": epoch}
+
     def finish(self, status: str, score: float | None) -> None:
         if self._file is not None:
             self._write({"time": time.time(), "attempt": self._attempt, **self._place, STATUS: status})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from danling_conf.runner.observe.trackers.tracker import Record, RunFacts
@@ -22,6 +23,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        _hide_traces_of_writers()
         folder = facts.attempt.run_directory / FOLDER
         # What an earlier attempt wrote beyond this step is done again, and TensorBoard leaves it out.
         self._writer = SummaryWriter(str(folder), purge_step=facts.step + 1 if facts.step else None)
@@ -44,6 +46,20 @@ class TensorBoard:
         if score is not None:
             self._writer.add_scalar(_HPARAMS_SCORE, score, self._step)
         self._writer.close()
+
+
+def _hide_traces_of_writers() -> None:
+    """An error of TensorBoard's own thread, such as a full disk, is raised again for who writes, and shown there."""
+    shown = threading.excepthook
+    if getattr(shown, "hides_writers", False):
+        return
+
+    def show(what: threading.ExceptHookArgs) -> None:
+        if not type(what.thread).__module__.startswith("tensorboard."):
+            shown(what)
+
+    show.hides_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = show
 
 
 def _plain(settings: Any) -> dict[str, Any]:
