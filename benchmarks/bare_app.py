@@ -1,4 +1,4 @@
-"""Writes a plain Hydra app that is as large as ours: the same settings, groups and choices, and nothing else."""
+"""Writes plain Hydra apps: one as large as ours, with the same settings, groups and choices, and the smallest."""
 
 from __future__ import annotations
 
@@ -36,6 +36,29 @@ def train(config):
 
 train()
 """
+
+
+_SMALLEST = """
+import os
+import hydra
+
+version = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
+
+@hydra.main(config_path="smallest_conf", config_name="app", **version)
+def train(config):
+    assert config.steps == 100 and config.optim.lr == 0.5
+    os._exit(0)
+
+train()
+"""
+
+
+def write_smallest_app(folder: Path) -> Path:
+    """Write an app of one untyped file with two settings into a folder; returns its script."""
+    _write_yaml(folder / "smallest_conf" / "app.yaml", {"steps": 1, "optim": {"lr": 0.1}})
+    script = folder / "smallest.py"
+    script.write_text(_SMALLEST)
+    return script
 
 
 def write_bare_app(folder: Path) -> Path:

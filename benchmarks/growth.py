@@ -82,6 +82,45 @@ def shard(count: int, folder: Path) -> Times:
         return cpu(lambda: fsdp.shard(mine, FsdpConfig(enabled=True), mesh)), other
 
 
+@row("assemble", (100, 300, 1000), "blocks", other="construction and fully_shard by hand", wanted="within 1.2x")
+def assembly(count: int, folder: Path) -> Times:
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    from danling_conf.parallel import mesh
+    from danling_conf.parallel.model import assemble
+    from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
+    from danling_conf.schema.compile import CompileConfig
+    from danling_conf.schema.fsdp import FsdpConfig
+    from danling_conf.schema.layout import Layout
+
+    with one_rank():
+        layout = Layout(fsdp=True)
+        made = mesh.make(layout, "cpu")
+        assert made is not None
+
+        def by_hand() -> None:
+            model = blocks(count)
+            for block in reversed(model[1]):
+                fully_shard(block, mesh=made["shard"])
+            fully_shard(model, mesh=made["shard"])
+
+        def ours() -> None:
+            assemble(
+                lambda: blocks(count),
+                layout=layout,
+                mesh=made,
+                device=torch.device("cpu"),
+                seed=0,
+                fsdp=FsdpConfig(enabled=True),
+                compile=CompileConfig(),
+                activation_checkpointing=ActivationCheckpointingConfig(),
+            )
+
+        other = cpu(by_hand)
+        return cpu(ours), other
+
+
 @row("initialise", (1020, 2040, 4080), "tensors", other="torch's fake construction and initialisation", wanted="1.5x")
 def initialise(count: int, folder: Path) -> Times:
     import torch

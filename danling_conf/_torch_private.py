@@ -51,6 +51,7 @@ __all__ = [
     "default_store",
     "dump_memory_snapshot",
     "enable_ring",
+    "equal_values",
     "fake_errors",
     "fake_tensors",
     "flatten_mesh",
@@ -87,6 +88,7 @@ __all__ = [
     "split_mesh",
     "storage_identity",
     "sum_over_ranks",
+    "takes_random_numbers",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -399,7 +401,8 @@ def gather_in_methods(module: Any, enter: Callable[[], None]) -> None:
 
         return run
 
-    for name in _own_methods(type(module)):
+    kind: Any = type(module)
+    for name in _own_methods(kind):
         setattr(module, name, whole_in(getattr(module, name)))
 
 
@@ -413,13 +416,15 @@ def _in_forward(state: Any) -> bool:
     return state._is_root is False and state._state_ctx.iter_forward_root is not None
 
 
+@cache
 def _own_methods(kind: type) -> list[str]:
-    """Names of the methods that a class of modules adds to `nn.Module`."""
+    """Names of the methods that a class of modules adds to `nn.Module`, without those of a container, which compute
+    nothing."""
     known = {*dir(nn.Module), *dir(FSDPModule)}
     found = {
         name: value
         for base in reversed(kind.__mro__)
-        if base is not FSDPModule and base is not nn.Module
+        if base is not FSDPModule and base is not nn.Module and base.__module__ != nn.Sequential.__module__
         for name, value in vars(base).items()
     }
     return [
@@ -597,6 +602,12 @@ def written_arguments(operator: Any) -> tuple[tuple[int, str], ...]:
 
 
 @cache
+def takes_random_numbers(operator: Any) -> bool:
+    """Whether an operator draws from a generator, by its tags."""
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+@cache
 def argument_names(operator: Any) -> list[str]:
     """The names of an operator's arguments, by its schema."""
     return [argument.name for argument in operator._schema.arguments]
@@ -686,6 +697,13 @@ def real_tensors() -> AbstractContextManager[object]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def equal_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """`torch.equal` of two plain tensors, as inside of `real_tensors`, and in a third of the time: it is asked at every
+    number that a model's construction draws. Without the guard, `real_tensors` does the same."""
+    with torch._C._DisableTorchDispatch():
+        return torch.equal(one, other)
 
 
 @contextmanager

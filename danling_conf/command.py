@@ -14,7 +14,6 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from danling_conf.config.check import check, compose_or_refuse
 from danling_conf.config.hydra_adapter import (
     VERSION_BASE,
     Composer,
@@ -24,10 +23,8 @@ from danling_conf.config.hydra_adapter import (
     parse_arguments,
 )
 from danling_conf.launch.app import App, refuse
-from danling_conf.launch.workers import FROZEN_VARIABLE
-from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE
 from danling_conf.schema.imports import uncollected
-from danling_conf.topology.rank_environment import started_rank
+from danling_conf.topology.rank_environment import CLUSTER_VARIABLE, FROZEN_VARIABLE, JOB_VARIABLE, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 Inspector = Callable[["App", ConfigSearch, list[str]], Any]
@@ -86,6 +83,9 @@ def _accepted(app: App, composing: Composer, parsed: Namespace) -> Callable[[], 
     overrides = parsed.overrides
     if parsed.multirun or composing.asks_for_sweep(overrides):
         return partial(_sweep, composing, app, overrides)
+    # Imported here, like all that only some command lines need: `--help` shows at once.
+    from danling_conf.config.check import check, compose_or_refuse
+
     composed = compose_or_refuse(composing, overrides)
     if composed.hydra.mode == RunMode.MULTIRUN:
         return partial(_sweep, composing, app, overrides)

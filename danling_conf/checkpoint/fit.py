@@ -158,7 +158,7 @@ def check_optimizer(
         raise Broken(f"{path}: it lacks {listed(missing)}, which the optimizer's state had when it was saved")
     other = sorted(name for name, item in (saved or {}).items() if held[name] != item)
     if other:
-        raise Broken(f"{path}: {listed(other)} are of another shape or dtype than when they were saved")
+        raise Broken(f"{path}: of another shape or dtype than when it was saved: {listed(other)}")
     steppable = {id(item) for group in optimizer.param_groups for item in group["params"]}
     keys, wrong = state.keys_by_parameter(held), []
     for name, parameter in state.named_parameters(parts):

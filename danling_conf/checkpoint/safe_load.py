@@ -253,7 +253,8 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
 def _check_nesting(content: Any) -> None:
     """Raises ValueError where values are nested more deeply, or repeated more often, than code that walks them can
     take: in a few bytes, a pickle can hold a list of itself, or lists that double at every level."""
-    waiting, walked = [(content, 1)], 0
+    containers = (dict, list, tuple, set)
+    waiting, walked = [(content, 1)] if isinstance(content, containers) else [], 0
     while waiting:
         value, depth = waiting.pop()
         walked += 1
@@ -262,7 +263,7 @@ def _check_nesting(content: Any) -> None:
         if walked > _MOST_CONTAINERS:
             raise ValueError(f"it holds more than {_MOST_CONTAINERS} lists and tables")
         inner = [*value, *value.values()] if isinstance(value, dict) else value
-        waiting += [(item, depth + 1) for item in inner if isinstance(item, (dict, list, tuple, set))]
+        waiting += [(item, depth + 1) for item in inner if isinstance(item, containers)]
 
 
 @contextmanager

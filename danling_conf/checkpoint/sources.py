@@ -158,12 +158,15 @@ def safetensors(path: Path, facts: Manifest | None = None) -> Source | None:
             raise Broken(f"{file}: it cannot be read as safetensors: {error}") from error
         absent = sorted(expected - set(names))
         if absent:
-            raise Broken(f"{file}: it has no {absent[0]}, and {INDEX} says so")
+            raise Broken(f"{file}: it has no {absent[0]}, which {INDEX} says it has")
         for name in names:
             if name in holders:
                 raise Broken(f"{file}: it holds {name}, and so does {holders[name].name}: which is meant is not known")
             holders[name] = file
-            content[f"{MODEL}{name}"] = opened.get_slice(name)
+            item = opened.get_slice(name)
+            if item.get_dtype() not in _DTYPES:
+                raise Broken(f"{file}: {name} is {item.get_dtype()}, which is not read from safetensors")
+            content[f"{MODEL}{name}"] = item
     return of_content(content)
 
 
@@ -187,6 +190,8 @@ def safetensors_files(path: Path) -> dict[Path, set[str]]:
         if not isinstance(file, str) or "/" in file or file in ("", ".", ".."):
             raise Broken(f"{index}: it cannot be read: it names a file outside of its folder, {file}")
         places.setdefault(path / file, set()).add(name)
+    if os.path.lexists(path / SINGLE) and path / SINGLE not in places:
+        raise Broken(f"{path / SINGLE}: {INDEX} beside it names other files: which are meant is not known")
     return places
 
 
@@ -238,10 +243,7 @@ def _describe(item: Any) -> TensorStorageMetadata:
 
 
 def shape_and_dtype(item: Any) -> tuple[torch.Size, torch.dtype]:
-    """Of a tensor, or of what reads slices of one: that of safetensors has methods of its own. Raises Broken."""
+    """Of a tensor, or of what reads slices of one: that of safetensors has methods of its own."""
     if not hasattr(item, "get_dtype"):
         return item.shape, item.dtype
-    found = _DTYPES.get(item.get_dtype())
-    if found is None:
-        raise Broken(f"a tensor of dtype {item.get_dtype()} is not read from safetensors")
-    return torch.Size(item.get_shape()), found
+    return torch.Size(item.get_shape()), _DTYPES[item.get_dtype()]

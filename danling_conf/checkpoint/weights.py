@@ -130,15 +130,16 @@ def _check(
     none: tuple[int, ...] = ()
     mine = {**dict.fromkeys(missing, none), **{name: tuple(item.shape) for name, item in shared.items()}}
     theirs = {**dict.fromkeys(unexpected, none), **{name: known[name].shape for name in shared}}
+    other = {name: (known[name].dtype, item.dtype) for name, item in shared.items() if known[name].dtype != item.dtype}
     differing = [
-        f"{name.removeprefix(MODEL)} {_short(known[name].dtype)} for {_short(item.dtype)}"
-        for name, item in shared.items()
-        if known[name].dtype != item.dtype and not (cast and _castable(known[name].dtype, item.dtype))
+        f"{name.removeprefix(MODEL)} {_short(dtypes[0])} for {_short(dtypes[1])}"
+        for name, dtypes in other.items()
+        if not (cast and _castable(*dtypes))
     ]
     faults = [misfit(mine, theirs, set(mine))]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        hint = "" if cast else " (cast=True converts)"
+        hint = " (cast=True converts)" if not cast and all(_castable(*dtypes) for dtypes in other.values()) else ""
         faults.append(f"of another dtype {', '.join(differing[:3])}{more}{hint}")
     if any(faults):
         raise ModelDiffers(found.path, "; ".join(fault for fault in faults if fault))

@@ -110,7 +110,12 @@ def _still_live(run: Path | None, owner: tuple[SweepDirectory, Record] | None) -
 def _print(log: Path, is_live: Callable[[], bool]) -> None:
     # A file or a pipe takes the log as it is.
     shown = printable_output if sys.stdout.isatty() else str
-    with open(log, errors="replace", newline="") as file:
+    try:
+        opened = open(log, errors="replace", newline="")  # noqa: SIM115  closed below
+    except OSError as error:
+        rule = f"it cannot be read: {error.strerror}"
+        raise ConfigRefused([Violation(str(log), ABSENT, rule, "give yourself the permission to read it")]) from error
+    with opened as file:
         try:
             while True:
                 # Before the read: lines that are written between a read and the end would be lost.

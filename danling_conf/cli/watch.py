@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -116,14 +116,22 @@ def _heading(seen: RunSeen) -> Text:
 
 
 def _table(seen: RunSeen) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    # The space between columns is in the cells: rich takes half as long again to pad each. Nor are they strings, which
+    # it would look through for markup.
+    table = Table(box=None, pad_edge=False, padding=0, header_style="dim")
     for name in ("rank", "host", "pid", "state", "for", "step", "last step", "waits", "memory", "heartbeat", ""):
-        table.add_column(name, justify="left" if name in ("host", "state", "") else "right", no_wrap=True)
+        first, left = name == "rank", name in ("host", "state", "")
+        table.add_column(name if first else f"  {name}", justify="left" if left else "right", no_wrap=True)
     for each in seen.ranks:
-        table.add_row(*_row(each, seen), style="red" if each.stuck else "yellow" if each.rank == seen.slowest else "")
+        style = "red" if each.stuck else "yellow" if each.rank == seen.slowest else ""
+        table.add_row(*_cells(_row(each, seen)), style=style)
     for rank in seen.missing:
-        table.add_row(str(rank), "?", "?", "no heartbeat yet", "", "", "", "", "", "", style="red")
+        table.add_row(*_cells([str(rank), "?", "?", "no heartbeat yet"]), style="red")
     return table
+
+
+def _cells(texts: Sequence[str]) -> Iterator[Text]:
+    return (Text(f"  {text}" if number else text) for number, text in enumerate(texts))
 
 
 def _groups(members: Sequence[Member]) -> Text:

@@ -15,7 +15,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, BrokenValue, Composer
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer
+from danling_conf.config.hydra_changes import BrokenValue
 from danling_conf.config.job import PREFIX, launcher_in
 from danling_conf.config.resolve import declared_kind, given_in, inspect, merge_leaves
 from danling_conf.config.typed import NO_SUCH_SETTING, setting_paths, unknown_key, wrong_type

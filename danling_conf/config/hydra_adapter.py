@@ -1,4 +1,5 @@
-"""Adapter of Hydra's private interface, for 1.3.8 and 1.4. No other module imports `hydra._internal`.
+"""Adapter of Hydra's private interface, for 1.3.8 and 1.4. Beside hydra_changes.py, no other module imports
+`hydra._internal`.
 
 These are private, but the same in both versions: the `Hydra` object with its configuration loader and repository, the
 parser of the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
@@ -11,20 +12,17 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
 from hydra import version
-from hydra._internal import config_loader_impl, defaults_list
+from hydra._internal import config_loader_impl
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -36,13 +34,12 @@ from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job, setup_globals
 from hydra.errors import ConfigCompositionException, HydraException
-from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.defects import circle_from, defect_of
-from danling_conf.config.quick_copies import quick_copies
+from danling_conf.config.hydra_changes import BrokenValue, Look, batches_unvalidated, first_broken_value, without_waste
 from danling_conf.config.typed_text import restore_typed, restore_written, written_in
 from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, SUBMITIT, NameSource
 from danling_conf.schema.files import LONGEST_NAME
@@ -53,6 +50,10 @@ from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 
 # Hydra 1.3 warns without a version_base; 1.4 warns at every run that passes one.
 VERSION_BASE: dict[str, Any] = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
+
+# By name: Hydra executes the modules of its plugins itself, and to import them here would do so again.
+_CORE = "hydra._internal.core_plugins"
+_LAUNCHER, _SWEEPER = f"{_CORE}.basic_launcher.BasicLauncher", f"{_CORE}.basic_sweeper.BasicSweeper"
 
 MOST_JOBS = 100_000
 """Most jobs of a sweep. All are checked, and get a folder each, before the first one starts."""
@@ -80,22 +81,6 @@ class ConfigSearch:
         return self.config_name if self.config_path is None and self.config_dir is None else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class BrokenValue:
-    """The first value on a command line that Hydra could not apply."""
-
-    error: Exception
-    values: tuple[str, ...]
-    """All values of the command line, as they were given."""
-    number: int
-    """Its place among them."""
-    seen: Any
-    """What was seen before it was applied, which may change a part of the configuration before it fails."""
-
-
-Look = Callable[[Override, DictConfig], Any]
-
-
 class Composer:
     """Composes the configurations of one app."""
 
@@ -119,7 +104,7 @@ class Composer:
         Args:
             look: looks at the configuration before each value.
         """
-        with _first_broken_value(look) as found:
+        with first_broken_value(look) as found:
             config = self._compose(overrides, RunMode.RUN, found)
         return config, found[0] if found else None
 
@@ -204,12 +189,14 @@ class Composer:
         return loader
 
     def group_exists(self, name: str) -> bool:
-        with _named_defects():
+        with _named_defects(), suppress(OSError):  # a name too long for a folder
             return self.loader.repository.group_exists(name)
+        return False
 
     def config_exists(self, path: str) -> bool:
-        with _named_defects():
+        with _named_defects(), suppress(OSError):  # a name too long for a file
             return self.loader.repository.config_exists(path)
+        return False
 
     def fault_of_file(self, path: str) -> str | None:
         """Why a config cannot be loaded by itself; None where it can."""
@@ -237,7 +224,7 @@ class Composer:
 
     def multirun(self, overrides: Sequence[str], task: Any) -> Any:
         """Run Hydra's own sweep with the configured sweeper and launcher. Raises what a job raised."""
-        with _batches_unvalidated():
+        with batches_unvalidated():
             return self._hydra.multirun(self.search.config_name, task, list(overrides))
 
     def asks_for_sweep(self, overrides: Sequence[str]) -> bool:
@@ -264,6 +251,8 @@ class Composer:
 
     def split_jobs(self, overrides: Sequence[str]) -> list[list[str]]:
         """Every combination of the values in a sweep's overrides. Raises like `sweep_jobs`."""
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
         parsed = self._parsed(overrides)
         _check_size(parsed)
         return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
@@ -344,13 +333,13 @@ def _check_hydra(composed: DictConfig) -> None:
     if "/" in name or unprintable(name) or len(os.fsencode(name)) > LONGEST_NAME - len(".log"):
         rule = "it is the name of log files and of jobs in a queue"
         raise ConfigRefused([Violation("hydra.job.name", name, rule, "write one name without slashes")])
-    for kind, own in (("launcher", BasicLauncher), ("sweeper", BasicSweeper)):
+    for kind, own in (("launcher", _LAUNCHER), ("sweeper", _SWEEPER)):
         node = composed.hydra[kind]
         chosen = composed.hydra.runtime.choices.get(f"hydra/{kind}")
         fix = f"leave it out, or choose another by its name: hydra/{kind}=NAME"
         if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
             raise ConfigRefused([Violation(f"hydra.{kind}", node, f"a {kind} is a section with a _target_", fix)])
-        targets = {"basic": f"{own.__module__}.{own.__qualname__}"}
+        targets = {"basic": own}
         if kind == "launcher":
             targets |= {name: str(getattr(declared, "_target_", "")) for name, declared in LAUNCHERS.items()}
         if node._target_ != targets.get(str(chosen), node._target_):
@@ -415,64 +404,7 @@ def _values_in(override: Override) -> float:
 
 def knows_all_jobs(master: DictConfig) -> bool:
     """Whether a sweep's sweeper is Hydra's own, which knows all jobs before the first one starts."""
-    # Compare names: Hydra's scan for plugins executes their modules again, so two classes of this name may exist.
-    return bool(master.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}")
-
-
-@contextmanager
-def _batches_unvalidated() -> Iterator[None]:
-    """Keep Hydra's sweepers from composing their jobs before they pass them to the launcher.
-
-    A sweeper composes every job once to validate it, and stops at the first fault. Our launchers compose and check all
-    jobs before any starts, and report all faults. The sweeper's validation would hide all but one of them, and cost
-    more than our whole check. No setting turns it off, and the sweeper is created inside `Hydra.multirun`, whose body
-    differs between versions, so the method is replaced on the base class of all sweepers. This is safe: other launchers
-    have been refused before a sweep starts, and a process runs one sweep at a time.
-    """
-    validate = Sweeper.validate_batch_is_legal
-
-    def accept(self: Sweeper, batch: Sequence[Sequence[str]]) -> None:
-        """Does nothing: the launcher checks the jobs."""
-
-    Sweeper.validate_batch_is_legal = accept  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Sweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
-
-
-@contextmanager
-def _first_broken_value(look: Look) -> Iterator[list[BrokenValue]]:
-    """Let Hydra finish a configuration without the first value that it cannot apply, and without those after it.
-
-    A command line with a fault would otherwise be composed twice: to the fault, and without values, to look for more.
-    Yields the value, once it is found. Where Hydra then fails for want of these values, its first error is raised.
-    """
-    found: list[BrokenValue] = []
-    apply = ConfigLoaderImpl._apply_overrides_to_config
-
-    def apply_until_broken(values: Sequence[Override], config: DictConfig) -> None:
-        for number, item in enumerate(values):
-            seen = look(item, config)
-            try:
-                apply([item], config)
-            except ConfigCompositionException as error:
-                if item.is_hydra_override():
-                    raise
-                given = tuple(str(each.input_line) for each in values)
-                found.append(BrokenValue(error=error, values=given, number=number, seen=seen))
-                return
-
-    loader: Any = ConfigLoaderImpl
-    loader._apply_overrides_to_config = staticmethod(apply_until_broken)
-    try:
-        yield found
-    except Exception:
-        if found:
-            raise found[0].error from found[0].error.__cause__
-        raise
-    finally:
-        loader._apply_overrides_to_config = staticmethod(apply)
+    return bool(master.hydra.sweeper._target_ == _SWEEPER)
 
 
 @contextmanager
@@ -544,35 +476,11 @@ def as_in_main(search: ConfigSearch) -> Iterator[None]:
     before = NameSource.free, NameSource.launchers
     NameSource.free, NameSource.launchers = search.without_files, LAUNCHERS | SUBMITIT
     try:
-        with _without_waste(), quick_copies():
+        with without_waste():
             yield
     finally:
         NameSource.free, NameSource.launchers = before
         stored.update(theirs)
-
-
-@contextmanager
-def _without_waste() -> Iterator[None]:
-    """Spare Hydra 1.3 two kinds of work that it repeats for each entry of a defaults list, a tenth of a start.
-
-    It parses two versions for each question whether it behaves as 1.2, and makes a configuration of all choices, for
-    entries that refer to others (`${optim}`), where there are none. Hydra 1.4 does neither.
-    """
-    lists: Any = defaults_list
-    parse, choices = version._get_version, getattr(lists, "_create_interpolation_map", None)
-    if not VERSION_BASE or choices is None:
-        yield
-        return
-
-    def choices_where_needed(overrides: Overrides, entries: Sequence[Any], self_added: bool) -> DictConfig:
-        needed = any(entry.is_interpolation() for entry in entries)
-        return choices(overrides, entries, self_added) if needed else OmegaConf.create()
-
-    version._get_version, lists._create_interpolation_map = cache(parse), choices_where_needed
-    try:
-        yield
-    finally:
-        version._get_version, lists._create_interpolation_map = parse, choices
 
 
 def _set_version_base() -> None:

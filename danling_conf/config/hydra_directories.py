@@ -85,6 +85,6 @@ def _given(composed: DictConfig, section: str) -> str:
 
 def _as_shipped(composed: DictConfig, path: str) -> bool:
     """Whether a setting of Hydra has the value that Hydra ships."""
-    written: Any = OmegaConf.to_container(composed.hydra)
     section, _, key = path.partition(".")
-    return bool(written[section][key] == _SHIPPED[path])
+    written: Any = OmegaConf.to_container(composed.hydra[section])
+    return bool(written[key] == _SHIPPED[path])

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from danling_conf.groups.presets import GROUPS
 from danling_conf.schema.torch_options import Entry, find_optimizer, find_scheduler
+from danling_conf.schema.typed_node import typed_node_of
 from danling_conf.topology.rules import Context
 from danling_conf.topology.violation import show
 
@@ -72,9 +73,7 @@ def _options_of_presets(node: DictConfig, context: Context) -> Iterator[str]:
 
 @cache  # a sweep asks for the same few of every job
 def _defaults(kind: Any) -> DictConfig:
-    made = OmegaConf.structured(kind)
-    assert isinstance(made, DictConfig)
-    return made
+    return typed_node_of(kind)
 
 
 def _plain(value: Any) -> Any:

@@ -105,6 +105,8 @@ def _readonly_class(kind: type, extra: tuple[str, ...]) -> type:
         "__qualname__": kind.__qualname__,
         READONLY: False,
     }
+    if not extra:  # most sections: a class with the same fields, in a tenth of the time of a new dataclass
+        return type(kind)(kind.__name__, (kind,), namespace)
     return make_dataclass(
         kind.__name__,
         [(name, Any, None) for name in extra],

@@ -9,18 +9,20 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, open_dict
+from omegaconf import DictConfig, flag_override, open_dict
 
 from danling_conf.groups.presets import DEFAULT_CHOICES
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.open_sections import open_sections
-from danling_conf.schema.typed_node import typed_node_of
+from danling_conf.schema.typed_node import plain_node_of, typed_node_of
 
 BASE_NAME = "danling"
 SECTIONS = "danling/section"
 """Group of the typed sections that presets bring along in an app without a base config."""
 
 _registered: dict[str, type[RunnerConfig]] = {BASE_NAME: RunnerConfig}
+_asked_for: set[tuple[Any, bool]] = set()
+"""Base configs that have been made once."""
 
 
 def register(config: type[RunnerConfig], name: str | None = None) -> type[RunnerConfig]:
@@ -65,7 +67,10 @@ def base_config(name: str, *, free: bool = False) -> DictConfig:
         free: of `open_sections`.
     """
     kind: Any = _registered[name]  # for mypy, a class is as unhashable as its objects
-    node, content = _base_config(kind, free)
+    if (kind, free) not in _asked_for:
+        _asked_for.add((kind, free))
+        return _new_base_config(kind, free)
+    node, content = _kept_base_config(kind, free)
     return copy.deepcopy(node) if content is None else pickle.loads(content)
 
 
@@ -75,16 +80,21 @@ def section_kinds() -> dict[str, type]:
     return {name: kind for name, kind in factories.items() if isinstance(kind, type) and is_dataclass(kind)}
 
 
-# Cached, since Hydra loads it several times, and its bytes are read in a tenth of the time of a new node.
+# Kept from the second time on: a start asks once, a sweep for each job, and bytes are read in a tenth of the time.
 @cache
-def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
+def _kept_base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
     """A base config, and its bytes; None for a class that no module has by its name."""
+    node = _new_base_config(kind, free)
+    return node, pickled(node)
+
+
+def _new_base_config(kind: Any, free: bool) -> DictConfig:
     node = typed_node_of(kind)
     open_sections(node, free=free)
-    with open_dict(node):
+    with open_dict(node), flag_override(node, "no_deepcopy_set_nodes", True):
         # Presets bring no sections here. Hydra refuses to override what is not chosen, so nothing is chosen first.
         nothing = [f"{SECTIONS}@{name}" for name in DEFAULT_CHOICES if name in section_kinds()]
-        node["defaults"] = ListConfig(
+        node["defaults"] = plain_node_of(
             [
                 "_self_",
                 *({group: choice} for group, choice in DEFAULT_CHOICES.items()),
@@ -92,7 +102,7 @@ def _base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
                 *({f"override {section}": None} for section in nothing),
             ]
         )
-    return node, pickled(node)
+    return node
 
 
 def pickled(node: DictConfig) -> bytes | None:

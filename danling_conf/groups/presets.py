@@ -207,8 +207,9 @@ GROUPS: dict[str, dict[str, Preset]] = {
     "ft": {
         "none": Preset("No fault tolerance beyond checkpoints.", {"enabled": False}),
         "torchft": Preset(
-            "Replica groups managed by TorchFT: a lost group does not stop the others, and is started again.",
-            {"enabled": True},
+            "Two replica groups managed by TorchFT, or `ft.group_size` of them: a lost group does not stop the others, "
+            "and is started again.",
+            {"enabled": True, "group_size": 2},
         ),
     },
     "tracking": {

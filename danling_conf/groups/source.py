@@ -30,7 +30,7 @@ from danling_conf.schema.launcher import (
     SubmititSlurmConfig,
 )
 from danling_conf.schema.open_sections import open_sections
-from danling_conf.schema.typed_node import typed_node_of
+from danling_conf.schema.typed_node import plain_node_of, typed_node_of
 
 LAYOUTS = "parallel"
 LAYOUTS_SWITCH = "fsdp"
@@ -148,7 +148,7 @@ class NameSource(ConfigSource):
         return sorted(names)
 
     def _result(self, settings: Mapping[str, Any], package: str | None) -> ConfigResult:
-        config = settings if isinstance(settings, DictConfig) else OmegaConf.create(dict(settings))
+        config = settings if isinstance(settings, DictConfig) else plain_node_of(settings)
         return ConfigResult(
             provider=self.provider, path=f"{SCHEME}://{self.path}", config=config, header={"package": package}
         )

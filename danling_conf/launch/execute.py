@@ -25,7 +25,6 @@ from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted, run_w
 from danling_conf.records.code import code_identity
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import freeze_attempt, thaw_job
-from danling_conf.records.job_file import JobFile
 from danling_conf.records.reading import read_result
 from danling_conf.records.run_directory import (
     Attempt,
@@ -50,6 +49,7 @@ from danling_conf.topology.violation import ConfigRefused, PlainError, Violation
 
 if TYPE_CHECKING:
     from danling_conf.launch.groups import Place
+    from danling_conf.records.job_file import JobFile
 
 
 def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig) -> Any:

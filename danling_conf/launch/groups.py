@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from danling_conf.launch.workers import (
-    FROZEN_VARIABLE,
     POLL_SECONDS,
     Workers,
     WorkersFailed,
@@ -30,7 +29,7 @@ from danling_conf.schema import RunnerConfig
 from danling_conf.schema.fault_tolerance import LIGHTHOUSE_VARIABLE, FtConfig
 from danling_conf.schema.files import FROZEN, error_file
 from danling_conf.topology.machine import count_devices
-from danling_conf.topology.rank_environment import GROUP_VARIABLE
+from danling_conf.topology.rank_environment import FROZEN_VARIABLE, GROUP_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
 
 _PAUSE_SECONDS = 10.0

@@ -43,11 +43,10 @@ from danling_conf.records.status import (
 )
 from danling_conf.records.stopped import STOPPING, is_stop, note_stop
 from danling_conf.schema.files import error_file
+from danling_conf.topology.rank_environment import FROZEN_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
 from danling_conf.topology.violation import PlainError
 
-FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
-"""Environment variable that names the frozen configuration of a worker."""
 ERROR_VARIABLE = "DANLING_CONF_ERROR"
 """Environment variable that names the file of a worker's error."""
 _PASSED_ON = (*STOPPING, "SIGHUP", "SIGQUIT")

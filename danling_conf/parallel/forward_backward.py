@@ -95,6 +95,8 @@ class Passes:
         self._prove_layout = model.prove_layout
         self._in_parts = model.context is not None or model.sharded_logits
         """Whether the model looks at whether it is inside of a step."""
+        self._direct = model.direct and model.context is None
+        """Whether there is no wrapper to go through, and nothing to cut out of a batch."""
         self._pass = self._train_whole if model.pipeline is None else self._train_pipeline
         self._whole_step: WholeStep | None = None
         if graph is not None:
@@ -283,29 +285,15 @@ class Passes:
             raise
 
     def _train_whole(self, batch: Any, micro_batches: int, last: bool) -> Measured:
-        model, part = self.model, batch
-        found: list[Measured] = []
-
-        def objective(module: nn.Module) -> Tensor:
-            if self.autocast is nullcontext:
-                found.append(self._measured(self._output(module, part), part))
-            else:
-                with self.autocast():
-                    found.append(self._measured(self._output(module, part), part))
-            return found[0].total
-
-        # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
-        if self._proven:
-            if model.context is not None:
-                part = model.context.part(batch)
-            total = model.run(objective, training=True)
-        else:
+        model = self.model
+        if not self._proven:
             with self._refused_at_first(), self._watched():
-                part = self.part(batch)
-                total = model.run(objective, training=True)
-        assert total is not None
-        measured = found[0]
-        measured.total = total
+                measured = self._run(batch)
+        elif self._direct:
+            measured = self._loss_of(model.parts[0], batch)
+        else:
+            measured = self._run(batch)
+        total = measured.total
         if model.gradients is not None:
             model.gradients.before_backward(total, last=last)
         scaled = self._scaled(measured, micro_batches)
@@ -315,6 +303,27 @@ class Passes:
             model.engine.backward(scaled, last=last)
         measured.total = total.detach()
         return measured
+
+    def _run(self, batch: Any) -> Measured:
+        """The loss of this rank's part of a batch, by way of the model's wrapper."""
+        part = self.part(batch)
+        found: list[Measured] = []
+
+        def objective(module: nn.Module) -> Tensor:
+            found.append(self._loss_of(module, part))
+            return found[0].total
+
+        # The loss is what comes out of the wrapped model: its wrapper sees a tensor, whatever the model returns.
+        total = self.model.run(objective, training=True)
+        assert total is not None
+        found[0].total = total
+        return found[0]
+
+    def _loss_of(self, module: nn.Module, part: Any) -> Measured:
+        if self.autocast is nullcontext:
+            return self._measured(self._output(module, part), part)
+        with self.autocast():
+            return self._measured(self._output(module, part), part)
 
     def _train_graph(self, batch: Any, micro_batches: int, last: bool) -> Measured:
         assert self._whole_step is not None

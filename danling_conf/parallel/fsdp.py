@@ -24,11 +24,13 @@ from danling_conf.parallel.batch_norm import BATCH_NORMS
 from danling_conf.parallel.blocks import repeated_blocks, sharing_parameters
 from danling_conf.parallel.mesh import WEIGHTS, axes_of, axis, weights_mesh
 from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.schema.imports import uncollected
 from danling_conf.topology.violation import SettingError
 
 _log = logging.getLogger(__name__)
 
 
+@uncollected()  # what is made for each block stays: to look through it took a third of the time
 def shard(
     model: nn.Module,
     section: FsdpConfig,

@@ -55,14 +55,12 @@ def materialize(
 
 def _allocate(model: nn.Module, device: torch.device, parameter_device: torch.device) -> set[int]:
     """Returns the identities of the tensors that have no value yet."""
-    before = {name for name, tensor in named_tensors(model) if tensor.device.type == "meta"}
 
     def allocate(tensor: torch.Tensor) -> torch.Tensor:
         where = parameter_device if isinstance(tensor, nn.Parameter) else device
         return torch.empty_like(tensor, device=where) if tensor.device.type == "meta" else tensor
 
-    replace_tensors(model, allocate)
-    return {id(tensor) for name, tensor in named_tensors(model) if name in before}
+    return {id(tensor) for tensor in replace_tensors(model, allocate)}
 
 
 def _store(value: torch.Tensor, target: torch.Tensor) -> None:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +25,12 @@ from danling_conf.parallel import compile as compilation
 from danling_conf.parallel import context as context_axis
 from danling_conf.parallel import expert as expert_axis
 from danling_conf.parallel import fsdp as sharding
-from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import tensor as tensor_axis
 from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.buffers import SharedBuffers
 from danling_conf.parallel.context import ContextParallel
+from danling_conf.parallel.cut import cut
 from danling_conf.parallel.data_gradients import DataGradients
 from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.gathered_blocks import GatheredBlocks
@@ -47,15 +46,15 @@ from danling_conf.parallel.init_plan import (
 )
 from danling_conf.parallel.initialize import materialize
 from danling_conf.parallel.mesh import axes_of, axis, batch_mesh
-from danling_conf.parallel.pipeline import Forward, Pipeline, rehearse
+from danling_conf.parallel.pipeline import Pipeline
 from danling_conf.parallel.process_group import is_distributed
-from danling_conf.parallel.trial import Trial
+from danling_conf.parallel.stage_forward import Forward
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.fsdp import FsdpConfig
+from danling_conf.schema.imports import uncollected
 from danling_conf.schema.layout import WORLD_AXES, Layout
 from danling_conf.schema.parallel import ParallelConfig
-from danling_conf.topology.layout import coordinates
 from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
 
 _log = logging.getLogger(__name__)
@@ -109,6 +108,12 @@ class Assembled:
                 return _torch_private.run_inside_fsdp(module, lambda: function(module))
         return function(module)
 
+    @property
+    def direct(self) -> bool:
+        """Whether `run` does no more than call its function with the model."""
+        wrapped = self.engine is not None or self.pipeline is not None
+        return not wrapped and not isinstance(self.parts[0], (_torch_private.Replicated, FSDPModule))
+
     def inputs(self, batch: object) -> object:
         """A batch as the model takes it."""
         return sharding.cast_inputs(batch, self.policy)
@@ -137,6 +142,7 @@ class Assembled:
             part.train(mode)
 
 
+@uncollected()  # what is made for each tensor stays
 def assemble(
     model: nn.Module | Callable[[], nn.Module],
     *,
@@ -216,7 +222,7 @@ def assemble(
     recomputed = recomputation.chosen(whole, activation_checkpointing)
     _check_classes(whole, fsdp)
 
-    stages = _cut(whole, layout, parallel, example, forward)
+    stages = cut(whole, layout, parallel, example, forward)
     parts = {0: whole} if stages is None else dict(stages.parts)
     pipelined = stages is not None
 
@@ -253,7 +259,7 @@ def assemble(
         whole=whole if source is None else source.model,
         pipeline=None
         if stages is None
-        else _pipeline(stages, parts, layout, mesh, device, parallel, context, _policy(fsdp, precision)),
+        else stages.pipeline(parts, layout, mesh, device, parallel, context, _policy(fsdp, precision)),
         context=context,
         sharded_logits=sharded_logits,
         batch=batch_mesh(mesh),
@@ -272,23 +278,6 @@ def with_engine(assembled: Assembled, engine: ZeroEngine, mesh: DeviceMesh | Non
         assembled.module, unused=data_gradients.REFUSE, mesh=batch_mesh(mesh), reached=engine.has_gradient
     )
     return replace(assembled, engine=engine, gradients=gradients)
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """A model cut into the stages of a pipeline."""
-
-    parts: dict[int, nn.Module]
-    """The stages of this rank, by index."""
-    placement: list[int]
-    """The pipeline rank of every stage."""
-    names: stages_of.Names
-    """The names of the modules of every stage."""
-    blocks: list[str]
-    """The names of the blocks that it is cut between; none where stages are of other modules."""
-    trial: Trial | None
-    prove: Callable[[Forward, Any], None]
-    """Raises SettingError on every rank where the stages are not the whole model, by a batch."""
 
 
 def _check_layout(layout: Layout, mesh: DeviceMesh | None, fsdp: FsdpConfig) -> None:
@@ -343,8 +332,8 @@ def _proof(
     """Shows, by a batch, that a model can be laid out over the tensor and context axes; without `rehearse`, by what it
     calls alone."""
 
-    def apply(cut: nn.Module) -> None:
-        _lay_out(cut, layout, mesh, None, parallel, plan, context, pipelined=False)
+    def apply(small: nn.Module) -> None:
+        _lay_out(small, layout, mesh, None, parallel, plan, context, pipelined=False)
 
     by_plan = _planned(model, layout, "context")
     axis, by_user = "tensor" if layout.tensor > 1 else "context", plan is not None and parallel.tensor_plan is not None
@@ -397,98 +386,6 @@ def _own_method(model: nn.Module) -> Callable[[DeviceMesh], object] | None:
     method = getattr(model, "parallelize", None)
     # Older models of transformers have a method of this name that takes a map of devices.
     return method if callable(method) and "mesh" in inspect.signature(method).parameters else None
-
-
-def _warn_of_buffers(trial: Trial, normalised: Sequence[str]) -> None:
-    """A warning for buffers that forward changes: it is called once a microbatch. Batch normalisation has its own."""
-    if changed := sorted(name for name in trial.changed if name.rpartition(".")[0] not in normalised):
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        _log.warning(
-            "pipeline: forward runs once a microbatch, as in one process with accum_steps, and each time changes the "
-            "buffer %s%s",
-            changed[0],
-            more,
-        )
-
-
-def _refuse_own_hooks(model: nn.Module) -> None:
-    """Refuse hooks on the model itself: each stage would call them, with what it was sent. Raises SettingError."""
-    if _torch_private.hooks_of(model):
-        raise SettingError(
-            "parallel.axes.pipeline",
-            ABSENT,
-            f"{type(model).__name__} itself has a hook, which each stage would call with what it is sent",
-            "register it on a module inside, or set the degree to 1",
-        )
-
-
-def _cut(
-    model: nn.Module,
-    layout: Layout,
-    parallel: ParallelConfig,
-    example: Callable[[], Any] | None,
-    forward: Forward | None,
-) -> _Stages | None:
-    """The stages of a model; None for no pipeline. Collective with an example: the whole model is tried before it is
-    cut, so that its modules go where they are used."""
-    degree = layout.pipeline
-    if degree == 1:
-        return None
-    _refuse_own_hooks(model)
-    names = parallel.module_fqns_per_model_part
-    if names is None:
-        blocks = stages_of.blocks_of(model)
-    else:
-        stages_of.check(model, names)
-        found = [name for name, _ in repeated_blocks(model)]
-        blocks = found if len({name.rpartition(".")[0] for name in found}) == 1 else []
-
-    def tried(forward: Forward, batch: Any) -> Trial:
-        chain = blocks or stages_of.called(model, names or [])
-        around = [name for side in stages_of.around(model, blocks) for name in side] if blocks else []
-        return trials.run(model, chain, around, forward, batch, alone=not blocks)
-
-    def proven(names: stages_of.Names, trial: Trial, forward: Forward, batch: Any) -> None:
-        stages_of.check(model, names)
-        stages_of.check_used(model, names, trial)
-        rehearse(trial, names, blocks, forward, batch)
-        trial.twin.discard(trials.PATH)
-
-    normalised = [name for name, module in model.named_modules() if isinstance(module, batch_norm.BATCH_NORMS)]
-    if normalised:
-        _log.warning(
-            "pipeline: %s normalises over the samples of a microbatch, as in one process with accum_steps, not of a "
-            "batch",
-            normalised[0],
-        )
-    trial = None
-    if example is not None and forward is not None:
-        batch = example()
-        trial = trials.together(partial(tried, forward, batch))
-        _warn_of_buffers(trial, normalised)
-    if names is None:
-        names = stages_of.deal_out(model, degree * stages_of.stages_per_rank(parallel.pipeline_schedule), trial)
-    stages_of.check(model, names)
-    if trial is not None and forward is not None:
-        trials.together(partial(proven, names, trial, forward, batch))
-
-    def prove(forward: Forward, batch: Any) -> None:
-        def check() -> None:
-            found = tried(forward, batch)
-            for block, length in zip(found.blocks, found.returns, strict=True):
-                if length:
-                    raise SettingError(
-                        trials.PATH, ABSENT, f"{block} returns a tuple of {length}", "pass example= to assemble"
-                    )
-            proven(names, found, forward, batch)
-
-        trials.together(check)
-
-    placement = stages_of.placement(parallel.pipeline_schedule, degree, len(names))
-    own = coordinates(layout, dist.get_rank())["pipeline"]
-    mine = [index for index, rank in enumerate(placement) if rank == own]
-    parts = {index: stages_of.stage_model(model, names, index, trial) for index in mine}
-    return _Stages(parts, placement, names, blocks, trial, prove)
 
 
 def _lay_out(
@@ -584,43 +481,8 @@ def _buffers(parts: Sequence[nn.Module], batch: DeviceMesh | None, *, by_ddp: bo
     return None if by_ddp or batch is None or batch.size() == 1 else SharedBuffers(parts, batch)
 
 
-def _pipeline(
-    stages: _Stages,
-    parts: dict[int, nn.Module],
-    layout: Layout,
-    mesh: DeviceMesh | None,
-    device: torch.device,
-    parallel: ParallelConfig,
-    context: ContextParallel | None,
-    policy: MixedPrecisionPolicy | None,
-) -> Pipeline:
-    """The schedule over the stages, once these are wrapped and have values."""
-    # Only what is sent between stages may be a part of a sequence: else the model numbers the tokens itself.
-    positions = _positions if parallel.sequence_parallel else None
-    if context is not None:
-        positions = context.positions
-    return Pipeline(
-        parts,
-        stages.placement,
-        parallel,
-        mesh["pipeline"],  # type: ignore[index]
-        device,
-        names=stages.names,
-        blocks=stages.blocks,
-        trial=stages.trial,
-        prove=None if stages.trial is not None else stages.prove,
-        several_data_ranks=layout.data_degree > 1,
-        positions=positions,
-        policy=policy,
-    )
-
-
 def _policy(fsdp: FsdpConfig, precision: str | None) -> MixedPrecisionPolicy | None:
     return sharding.mixed_precision_policy(fsdp, precision) if fsdp.enabled else None
-
-
-def _positions(length: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(length, device=device)
 
 
 def _share_weights(model: nn.Module, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from danling_conf._torch_private import (
     is_operator,
     is_view,
     storage_identity,
+    takes_random_numbers,
     tree_leaves,
     tree_map,
     written_arguments,
@@ -35,7 +36,8 @@ _OVERWRITES = (
 )
 """Operators that set every element of their first argument, whatever its value was."""
 
-
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+"""What most arguments of operators are that hold no tensor."""
 _NO_STORAGES: frozenset[int] = frozenset()
 
 
@@ -43,7 +45,8 @@ class NotReplayable(RuntimeError):
     """A replay would not do what the function did; `str()` says why."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, as the next: an instance is made for each tensor of each operator, and takes twice as long if it is.
+@dataclass(slots=True)
 class Ref:
     """A tensor, by its storage and its place there: views and `.data` of one storage need no operator."""
 
@@ -75,7 +78,7 @@ class Ref:
         return self.offset == 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
     """One operator. Tensors among its arguments and results are `Ref`s."""
 
@@ -175,7 +178,7 @@ class Recording(TorchDispatchMode):
             return given[-1]
 
         arguments, keywords = _mapped(Tensor, ref, args), _mapped(Tensor, ref, kwargs)
-        draws = torch.Tag.nondeterministic_seeded in func.tags
+        draws = takes_random_numbers(func)
         if draws:
             self._check_draw(kwargs.get("generator"))
         try:
@@ -191,7 +194,7 @@ class Recording(TorchDispatchMode):
             if made and is_view(func):
                 self._aliased |= made | read
             keywords = keywords if given else _with_dtype(func, arguments, keywords, results)
-            overwrites = self._overwritten(func, arguments, keywords)
+            overwrites = self._overwritten(func, given)
             uses = read | written | made
             self._steps.append(Step(func, arguments, keywords, results, uses, written | made, overwrites, draws))
         return result
@@ -221,15 +224,14 @@ class Recording(TorchDispatchMode):
 
     def _check_generator(self) -> None:
         """Whether torch's generator is as it was: what is recorded does not draw."""
-        with _torch_private.real_tensors():
-            if not self._draws and not torch.equal(torch.get_rng_state(), self._state):
-                raise NotReplayable("it seeds torch's generator, or draws from it out of sight")
+        if not self._draws and not _torch_private.equal_values(torch.get_rng_state(), self._state):
+            raise NotReplayable("it seeds torch's generator, or draws from it out of sight")
 
-    def _overwritten(self, func: Any, arguments: Any, keywords: Any) -> Ref | None:
+    def _overwritten(self, func: Any, given: list[Ref]) -> Ref | None:
         if func.overloadpacket.__name__ not in _OVERWRITES:
             return None
-        target, *others = arguments
-        if target.storage in self._aliased or any(item.storage == target.storage for item in _refs(others, keywords)):
+        target, *others = given
+        if target.storage in self._aliased or any(item.storage == target.storage for item in others):
             return None
         return target if self._is_whole(target) else None
 
@@ -269,13 +271,21 @@ class Program:
         last = {number: index for index, step in enumerate(self.steps) for number in step.uses}
         for number in sorted(wanted - last.keys()):
             yield number, values.storage(number)
-        for index, step in enumerate(self.steps):
+        steps = enumerate(self.steps)
+        complete: list[tuple[int, torch.UntypedStorage]] | None = None
+        while complete is None or complete:
+            complete = []
+            # As far as there is something to yield: to enter the contexts takes as long as an operator.
             with _torch_private.real_tensors(), torch.no_grad():
-                values.run(step, draw=True)
-            for number in self._dead_after[index]:
-                if number in wanted and last[number] == index:
-                    yield number, values.storage(number)
-                values.drop(number)
+                for index, step in steps:
+                    values.run(step, draw=True)
+                    for number in self._dead_after[index]:
+                        if number in wanted and last[number] == index:
+                            complete.append((number, values.storage(number)))
+                        values.drop(number)
+                    if complete:
+                        break
+            yield from complete
 
     def digest(self) -> int:
         """63 bits, which differ where programs do."""
@@ -361,7 +371,7 @@ def _mapped(kind: type[Any], function: Callable[[Any], Any], value: Any) -> Any:
         return function(value)
     found = type(value)
     if found is tuple or found is list:
-        return found([_mapped(kind, function, item) for item in value])
+        return found([item if type(item) in _PLAIN else _mapped(kind, function, item) for item in value])
     if found is dict:
         return {name: _mapped(kind, function, item) for name, item in value.items()}
     if isinstance(value, (tuple, list, dict)):

@@ -26,7 +26,7 @@ from danling_conf.parallel import trial as trials
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.fsdp import offloads
 from danling_conf.parallel.init_plan import made_by, meta_copy, to_meta
-from danling_conf.parallel.pipeline import rehearse
+from danling_conf.parallel.stage_forward import rehearse
 from danling_conf.plan.depth import FEW, Run, names_in, runs_of, shortened, signature
 from danling_conf.plan.extend import Place, Trace, added, calls_added, extended, trace_of
 from danling_conf.plan.figures import GRADIENTS, OPTIMIZER, PARAMETERS, Collective, LayoutFigures, Moment, RankFigures

@@ -28,10 +28,6 @@ _GONE = re.compile(
     r"communicator was aborted|socket.{0,20}(reset|closed)",
     re.IGNORECASE,
 )
-JOB_VARIABLE = "DANLING_CONF_JOB"
-"""Environment variable with the path of the job file that a process runs."""
-CLUSTER_VARIABLE = "DANLING_CONF_CLUSTER"
-"""Environment variable: `slurm` in a process that is one rank of a job; unset where it runs the whole job here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from danling_conf.records.reading import is_moment
+from danling_conf.records.reading import is_moment, warn_of_damage
 from danling_conf.schema.files import MEMBERSHIP, Damaged, no_links, parse_object, read_regular
 
 
@@ -43,6 +42,7 @@ class Event(str, Enum):
 
 TAKES_PART = "takes part"
 """State of a group that trains with the others."""
+_EVENTS = {str(event): event for event in Event}
 _TAKE_PART = (Event.JOINED, Event.REFUSED, Event.TRAINED, Event.COMPLETE)
 GONE = (Event.DIED, Event.GIVEN_UP, Event.SHORT, Event.LEFT)
 """After these a group does not take part."""
@@ -88,36 +88,50 @@ def note(attempt: Path, group: int, event: Event, *, step: int | None = None, wh
 
 
 def changes_of(attempt: Path) -> list[Change]:
-    """The events of an attempt, in their order; none for one without replica groups."""
+    """The events of an attempt, in their order; none for one without replica groups. Lines that cannot be read are left
+    out, with a warning."""
+    changes, damage = _read(attempt)
+    if damage is not None:
+        warn_of_damage(attempt / MEMBERSHIP, damage)
+    return changes
+
+
+def _read(attempt: Path) -> tuple[list[Change], str | None]:
+    """The events, and what is wrong with the file."""
     try:
-        content = read_regular(attempt / MEMBERSHIP, limit=None)
-    except (OSError, Damaged):
-        return []
-    return list(_parsed(content.splitlines()))
+        lines = read_regular(attempt / MEMBERSHIP, limit=None).splitlines(keepends=True)
+    except Damaged as damage:
+        return [], damage.reason
+    except OSError:
+        return [], None
+    found = [_parsed(line) for line in lines]
+    # The last one may be about to be written.
+    damaged = sum(item is None and line.endswith(b"\n") for item, line in zip(found, lines, strict=True))
+    reason = f"{damaged} of {len(lines)} lines cannot be read, and are left out" if damaged else None
+    return [item for item in found if item is not None], reason
 
 
-def _parsed(lines: list[bytes]) -> Iterator[Change]:
-    words = {str(event): event for event in Event}
-    for line in lines:
-        try:
-            found = parse_object(line)
-        except ValueError:
-            continue  # the line that is being written
-        group, step, event = found.get("group"), found.get("step"), words.get(str(found.get("event")))
-        if event is None or not isinstance(group, int) or not 0 <= group < 1 << 20 or not is_moment(found.get("time")):
-            continue
-        yield Change(
-            time=found["time"],
-            group=group,
-            event=event,
-            step=step if isinstance(step, int) else None,
-            why=str(found.get("why", "")),
-        )
+def _parsed(line: bytes) -> Change | None:
+    try:
+        found = parse_object(line)
+    except ValueError:
+        return None
+    group, step, event = found.get("group"), found.get("step"), _EVENTS.get(str(found.get("event")))
+    if event is None or not isinstance(group, int) or not 0 <= group < 1 << 20 or not is_moment(found.get("time")):
+        return None
+    return Change(
+        time=found["time"],
+        group=group,
+        event=event,
+        step=step if isinstance(step, int) else None,
+        why=str(found.get("why", "")),
+    )
 
 
 def has_happened(attempt: Path, *events: Event) -> bool:
     """Whether any group has noted one of these events."""
-    return os.path.exists(attempt / MEMBERSHIP) and any(item.event in events for item in changes_of(attempt))
+    # The command asks several times a second: what is wrong with the file is not said here.
+    return os.path.exists(attempt / MEMBERSHIP) and any(item.event in events for item in _read(attempt)[0])
 
 
 def members_of(changes: list[Change]) -> list[Member]:

@@ -101,7 +101,7 @@ def file_blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[
 def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any] | bool]:
     """For each line its record; for one that has none, whether there is anything in it."""
     for found, line in zip(_at_once(lines), lines, strict=True):
-        if isinstance(found, dict) and _is_simple(found):
+        if isinstance(found, dict) and is_simple(found):
             yield found
         else:
             record = parse_line(line)
@@ -119,7 +119,7 @@ def _at_once(lines: list[bytes]) -> list[Any]:
     return list(found)
 
 
-def _is_simple(found: dict[str, Any]) -> bool:
+def is_simple(found: dict[str, Any]) -> bool:
     """Whether an object is a record as it stands: `parse_line` would change nothing."""
     for name, value in found.items():
         kind = type(value)

@@ -23,6 +23,7 @@ from danling_conf.records.metrics import (
     Reading,
     file_blocks,
     is_measurement,
+    is_simple,
     metrics_file,
     parse_line,
     resumptions,
@@ -205,9 +206,13 @@ class IndexWriter:
         self._stretch: Stretch | None = None
         self._failed = False
 
-    def add(self, line: bytes, end: int) -> None:
-        """Take a line that was written, with its newline, and where the file ends now."""
-        record = parse_line(line)
+    def add(self, line: bytes, end: int, written: dict[str, Any] | None = None) -> None:
+        """Take a line that was written, with its newline, and where the file ends now.
+
+        Args:
+            written: what the line was made of, where that is at hand: it need not be parsed then.
+        """
+        record = written if written is not None and is_simple(written) else parse_line(line)
         if record is None or self._failed:
             self._stretch = None
             return

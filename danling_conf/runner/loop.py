@@ -88,6 +88,7 @@ class Loop:
         self.stop_request, self.callbacks, self.report = stop_request, callbacks, report
         self.lead, self.replicas = lead, replicas
         self._accum_steps, self._clips = config.accum_steps, config.max_grad_norm is not None
+        self._zero, self._by_step = setup.zero, setup.schedule.by_step
         self._refused = False
         """Whether the groups have refused the last step, which is then repeated."""
         # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
@@ -185,9 +186,10 @@ class Loop:
             if self._done() or self._behind:
                 return
             if not ahead:
-                self._mark_place(loader)
-                if self._caught_up():
-                    return
+                if self.replicas is not None:
+                    self._mark_place(loader)
+                    if self._caught_up():
+                        return
                 following = next(iterator, _END)
         if empty:
             raise ConfigRefused([no_batch("train").violation])
@@ -310,6 +312,16 @@ class Loop:
                     self.observers.stopwatch.lost(time.perf_counter() - self._step_began)
                     self._drop_step()
                     return loss.mean
+                # Not in a function of its own: after a pass through a model none of this code is in the processor's
+                # cache, and each function that a step calls costs about a microsecond.
+                if self._by_step is not None:
+                    self._by_step.step()
+                state.loader_before = None
+                state.step += 1
+                state.epoch_step += 1
+                self.observers.last_step_time = time.time()
+                if self.observers.profiler is not None:
+                    self.observers.profiler.step()
                 if self.replicas is not None:
                     self.replicas.after_step()
                 # Before what is due after the step, so that it is evaluated and saved with what callbacks did.
@@ -362,8 +374,8 @@ class Loop:
             Whether the step counts; False where the replica groups have refused it.
         """
         setup, nonfinite = self.setup, self.observers.nonfinite
-        if setup.zero is not None:
-            self._update_by(setup.zero, rescale)
+        if self._zero is not None:
+            self._update_by(self._zero, rescale)
             return True
         with _GRADIENTS:
             counted = setup.passes.finish(setup.parameters, rescale=rescale)
@@ -374,7 +386,7 @@ class Loop:
             measures = self._clips or nonfinite.measures_gradients
             hook = self.callbacks.before_optimizer_step
             if setup.scaler is not None and (measures or hook is not None):
-                setup.scaler.unscale_(self.setup.optimizer)
+                setup.scaler.unscale_(setup.optimizer)
             if hook is not None:
                 hook()
             if measures:
@@ -387,10 +399,9 @@ class Loop:
         elif setup.scaler is None:
             (setup.compiled_update or setup.optimizer.step)()
         else:
-            setup.scaler.step(self.setup.optimizer)
+            setup.scaler.step(setup.optimizer)
             setup.scaler.update()
-        self.setup.optimizer.zero_grad()
-        self._count_step()
+        setup.optimizer.zero_grad()
         return True
 
     def _update_by(self, zero: ZeroEngine, rescale: float) -> None:
@@ -406,18 +417,6 @@ class Loop:
                 if not applied or self.config.max_grad_norm is not None or nonfinite.measures_gradients:
                     self.observers.norm(zero.norm, expected=False)
                 nonfinite.drop()  # the norm is that of this step, which is decided
-        self._count_step()
-
-    def _count_step(self) -> None:
-        state, observers, schedule = self.state, self.observers, self.setup.schedule.by_step
-        if schedule is not None:
-            schedule.step()
-        state.loader_before = None
-        state.step += 1
-        state.epoch_step += 1
-        observers.last_step_time = time.time()
-        if observers.profiler is not None:
-            observers.profiler.step()
 
     def _agreed(self, replicas: Replicas, counted: Tensor | None) -> bool:
         """Whether the step under way counts, also with the other replica groups."""

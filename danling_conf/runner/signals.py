@@ -105,7 +105,7 @@ class StopRequest:
         The answer is that of the reduction which the call before began, so that no rank waits for it.
         """
         if self._group is None:
-            return self._own
+            return self.number or (0 if self.reason is None else END_REQUESTED)
         self._steps += 1
         answer = 0
         if self._reduction is not None:

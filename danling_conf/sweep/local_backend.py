@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from danling_conf.launch.parent import as_parent
-from danling_conf.records.job_file import JOB_VARIABLE, JobFile
+from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.status import Status
 from danling_conf.schema.files import no_links
 from danling_conf.sweep.backend import Ending
 from danling_conf.topology.machine import count_devices
+from danling_conf.topology.rank_environment import JOB_VARIABLE
 
 OUTPUT = "output.log"
 """Name of the file, in a job's folder, that holds what its processes print."""

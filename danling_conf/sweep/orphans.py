@@ -11,13 +11,14 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from danling_conf.records.job_file import JOB_VARIABLE, JobFile
+from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Record
 from danling_conf.records.state import GONE
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_lock import SweepLock
 from danling_conf.schema.files import JOB_FILE, LEDGER
 from danling_conf.sweep.backend import Ending
+from danling_conf.topology.rank_environment import JOB_VARIABLE
 
 NOT_STARTED = "not started: the command that monitored the sweep is gone"
 _PROC = Path("/proc")

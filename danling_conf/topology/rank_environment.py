@@ -51,6 +51,12 @@ SINGLE = RankEnvironment(launcher="none", rank=0, world_size=1, local_rank=0, lo
 """A process that no launcher started."""
 
 
+FROZEN_VARIABLE = "DANLING_CONF_FROZEN"
+"""Environment variable that names the frozen configuration of a worker."""
+JOB_VARIABLE = "DANLING_CONF_JOB"
+"""Environment variable with the path of the job file that a process runs."""
+CLUSTER_VARIABLE = "DANLING_CONF_CLUSTER"
+"""Environment variable: `slurm` in a process that is one rank of a job; unset where it runs the whole job here."""
 GROUP_VARIABLE = "DANLING_CONF_GROUP"
 """Environment variable of a rank whose command has started several replica groups: `INDEX GROUPS STARTS`."""
 

@@ -160,9 +160,9 @@ def swap_keys(state: dict[str, Tensor]) -> None:
         (lambda state: state.pop("optimizer.first.weight.exp_avg_sq"), "it lacks optimizer.first.weight.exp_avg_sq"),
         (lambda state: [state.pop(name) for name in list(state) if ".second.bias." in name and "opt" in name],
          "it lacks optimizer.second.bias.exp_avg, "),
-        (swap_keys, "optimizer.first.weight.exp_avg are of another shape or dtype than when they were saved"),
+        (swap_keys, "of another shape or dtype than when it was saved: optimizer.first.weight.exp_avg"),
         (lambda state: state.update({"optimizer.first.bias.exp_avg": torch.ones(8, dtype=torch.int64)}),
-         "optimizer.first.bias.exp_avg are of another shape or dtype"),
+         "of another shape or dtype than when it was saved: optimizer.first.bias.exp_avg"),
     ],
 )  # fmt: skip
 def test_tensors_of_the_optimizer(tmp_path: Path, change: Any, message: str) -> None:
@@ -356,7 +356,7 @@ def test_two_files_with_a_tensor_of_one_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"first.bias": "b.safetensors"}}, "b.safetensors: it has no first.bias, and"),
+        ({"weight_map": {"first.bias": "b.safetensors"}}, "b.safetensors: it has no first.bias, which"),
         ({"weight_map": {"first.bias": "c.safetensors"}}, "c.safetensors: there is no such file, and"),
         ({"weight_map": {"first.bias": "../b.safetensors"}}, "it names a file outside of its folder"),
         ({"weight_map": {"first.bias": 3}}, "it names a file outside of its folder, 3"),
@@ -365,10 +365,20 @@ def test_two_files_with_a_tensor_of_one_name(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_that_says_something_else(tmp_path: Path, index: Any, message: str) -> None:
-    save_file(Net().state_dict(), tmp_path / "model.safetensors")
+    save_file(Net().state_dict(), tmp_path / "a.safetensors")
     save_file({"other": torch.ones(1)}, tmp_path / "b.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(Broken, match=message):
+        started(tmp_path)
+
+
+def test_an_index_beside_a_whole_file_is_refused(tmp_path: Path) -> None:
+    """transformers would read the file, and we what the index names."""
+    save_file(Net().state_dict(), tmp_path / "model.safetensors")
+    save_file(Net().state_dict(), tmp_path / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(Net().state_dict(), "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Broken, match=r"model\.safetensors: .* names other files: which are meant is not known"):
         started(tmp_path)
 
 

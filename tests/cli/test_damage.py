@@ -5,6 +5,8 @@ No command shows a stack trace or hangs. A command that reads the file names it,
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import os
 import signal
@@ -69,6 +71,32 @@ def torn(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2] + b"\n{}\n")
 
 
+def truncated(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def unreadable(path: Path) -> None:
+    """Whoever opens it is refused, root as well."""
+    path.chmod(0)
+
+
+def refuse_to_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file without permissions be one for root as well."""
+
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(name: Any, *arguments: Any, **options: Any) -> Any:
+            if not isinstance(name, int) and os.path.lexists(name) and not os.lstat(name).st_mode & 0o777:
+                raise PermissionError(13, "Permission denied", str(name))
+            return real(name, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "open", refusing(os.open))
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", refusing(io.open))
+
+
 def flipped(path: Path) -> None:
     """One bit of each sixteenth byte is another: text that is still JSON, or is not."""
     content = bytearray(path.read_bytes())
@@ -86,11 +114,13 @@ SPECIAL = {
     "a directory": replaced(Path.mkdir),
     "a device": replaced(lambda path: path.symlink_to("/dev/zero")),
     "a link to nothing": replaced(lambda path: path.symlink_to("nowhere/at/all")),
+    "unreadable": unreadable,
 }
 OF_TEXT = {**SPECIAL, "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe\x00\xd8\n")}
 OF_JSON = {
     **OF_TEXT,
     "flipped": flipped,
+    "truncated": truncated,
     "empty": lambda path: path.write_text("\n"),
     "torn": torn,
     "no object": lambda path: path.write_text("[1, 2]\n"),
@@ -107,6 +137,20 @@ SHOW = ("runs", "runs --json", "runs --csv", "runs --html", "watch --once", "wat
 """No process starts: what would be resumed has completed, or its script is gone."""
 OF_LINES = {kind: damage for kind, damage in OF_JSON.items() if kind != "empty"}
 """A run that has just started has no line yet."""
+EVENTS = [{"time": 1767225600.0 + number, "group": number % 2, "event": event, "step": number, "why": ""}
+          for number, event in enumerate(["started", "started", "joined", "joined", "died"])]  # fmt: skip
+BESIDE = {
+    "ranks.lock": "",
+    "metrics.index": "{}\n",
+    "texts.jsonl": '{"time": 1767225600.0, "step": 1, "text": "a"}\n',
+    f"attempts/{ATTEMPT}/groups.jsonl": "".join(json.dumps(event) + "\n" for event in EVENTS),
+    f"attempts/{ATTEMPT}/error-0.json": '{"message": "broken", "trace": "", "time": 1767225600.0}\n',
+    f"attempts/{ATTEMPT}/plan.json": '{"figures": {}}\n',
+    f"attempts/{ATTEMPT}/config.yaml": "steps: 10\n",
+    f"attempts/{ATTEMPT}/canonical.json": "{}\n",
+    f"attempts/{ATTEMPT}/.hydra/config.yaml": "steps: 10\n",
+}
+"""Files that only some runs have, or that no command needs."""
 OF_RUN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "run.json": (OF_JSON, ("runs", "runs --json", "report")),
     "run.lock": (OF_TEXT, ()),
@@ -117,6 +161,11 @@ OF_RUN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     f"attempts/{ATTEMPT}/difference.yaml": (SPECIAL, ("report",)),
     f"attempts/{ATTEMPT}/git.diff": (SPECIAL, ("report",)),
     f"attempts/{ATTEMPT}/rank-0.log": (SPECIAL, ()),
+    f"attempts/{ATTEMPT}/groups.jsonl": (OF_LINES, ("watch --once", "report")),
+    f"attempts/{ATTEMPT}/error-0.json": (OF_JSON, ()),
+    **dict.fromkeys(
+        [name for name in BESIDE if name.rpartition("/")[2] not in ("groups.jsonl", "error-0.json")], (SPECIAL, ())
+    ),
     "heartbeats/rank-0.json": (OF_JSON, ("runs", "watch --once", "report")),
     "checkpoints/ckpt-s00000005/checkpoint.json": (OF_JSON, ("checkpoints",)),
 }
@@ -125,6 +174,8 @@ OF_SWEEP: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "sweep.json": (OF_JSON, ("runs --json", "runs --html", "resume", "cancel")),
     "jobs.jsonl": (OF_JSON, ("runs", "runs --json", "watch --once", "resume", "cancel", "logs", "checkpoints")),
     "following.lock": (OF_TEXT, ()),
+    "git.diff": (SPECIAL, ()),
+    "multirun.yaml": (SPECIAL, ()),
     "jobs/000000000000/job.json": (OF_JSON, ("runs", "runs --json", "runs --html")),
     "jobs/000000000000/error-0.json": (OF_JSON, ()),
     "jobs/000000000000/output.log": (SPECIAL, ()),
@@ -158,12 +209,14 @@ def check(directory: Path, file: Path, damages: dict[str, Any], names: tuple[str
             if words.endswith("--json") and code != 2:
                 json.loads(out)
             # Text that is not UTF-8 is shown with replacement characters, which is no damage of a text file.
-            if words in names and kind not in SILENT and not (kind == "no keys" and file.name == "environment.json"):
+            silent = (*SILENT, "truncated") if file.suffix == ".jsonl" else SILENT  # the last line is being written
+            if words in names and kind not in silent and not (kind == "no keys" and file.name == "environment.json"):
                 assert file.name in out + err, what
 
 
 @pytest.mark.parametrize("name", OF_RUN)
-def test_a_file_of_a_run(tmp_path: Path, capsys: Any, name: str) -> None:
+def test_a_file_of_a_run(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    refuse_to_root(monkeypatch)
     made = 0
     run = tmp_path / "run"
 
@@ -173,13 +226,17 @@ def test_a_file_of_a_run(tmp_path: Path, capsys: Any, name: str) -> None:
             run.rename(tmp_path.parent / f"{tmp_path.name}-{made}")
         made += 1
         write_run(run, result=COMPLETED)
+        for beside, content in BESIDE.items():
+            (run / beside).parent.mkdir(exist_ok=True)
+            (run / beside).write_text(content)
 
     damages, names = OF_RUN[name]
     check(run, run / name, damages, names, remake, capsys)
 
 
 @pytest.mark.parametrize("name", OF_SWEEP)
-def test_a_file_of_a_sweep(tmp_path: Path, capsys: Any, name: str) -> None:
+def test_a_file_of_a_sweep(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    refuse_to_root(monkeypatch)
     made = 0
     root = tmp_path / "root"
 
@@ -189,14 +246,16 @@ def test_a_file_of_a_sweep(tmp_path: Path, capsys: Any, name: str) -> None:
             root.rename(tmp_path.parent / f"{tmp_path.name}-{made}")
         made += 1
         sweep = write_sweep_of(root, COMPLETED, COMPLETED)
-        (sweep.path / "following.lock").touch()
+        for beside in ("following.lock", "git.diff", "multirun.yaml"):
+            (sweep.path / beside).touch()
 
     damages, names = OF_SWEEP[name]
     check(root / "exp" / "sweeps" / "one", root / "exp" / "sweeps" / "one" / name, damages, names, remake, capsys)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OF_JSON if kind != "flipped"])
-def test_a_damaged_job_is_not_started(tmp_path: Path, capsys: Any, kind: str) -> None:
+def test_a_damaged_job_is_not_started(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    refuse_to_root(monkeypatch)
     sweep = write_sweep_of(tmp_path, COMPLETED, FAILED)
     file = sweep.path / "jobs" / ("1" * 12) / "job.json"
     OF_JSON[kind](file)

@@ -31,7 +31,7 @@ from tests.support.settings import settings as declared
 
 pytestmark = pytest.mark.slow
 
-LINES, JOBS, COMMANDS = 120, 120, 20
+LINES, JOBS, COMMANDS = 120, 370, 20
 SETTINGS = dict(declared())
 DERIVED = ("stack", "parallel.axes.")
 """Settings whose value may be filled in by the check."""
@@ -158,6 +158,7 @@ def test_accepted_as_written_or_refused_by_name(composing: Composer, words: list
 
 @settings(FUZZ, max_examples=JOBS)
 @given(words=WORDS)
+@example(words=[Word("~comm@x=" + "a" * 5000)])
 def test_so_is_a_job_of_a_sweep(composing: Composer, jobs: Preflight, words: list[Word]) -> None:
     line = ["steps=5", *(word.text for word in words)]
     _examine(words, line, _outcome(lambda: jobs.check(line, 0).config))

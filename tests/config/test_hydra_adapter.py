@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,6 @@ class Sweep(LaunchesJobs):
 
 def arguments(folder: Path) -> list[str]:
     return ["hydra/launcher=danling_local", f"hydra.sweep.dir={folder}", "steps=3", "optim.lr=0.1,fast,slow"]
-
-
-def test_only_the_adapter_imports_private_names() -> None:
-    importing = {
-        path.name
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if "hydra._internal" in (ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else "")
-    }
-    assert importing == {"hydra_adapter.py"}
 
 
 def test_jobs_that_do_not_compose_reach_the_launcher(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danling_conf import _torch_private
-from danling_conf.parallel import hugging_face, stages, trial
-from danling_conf.parallel import pipeline as pipelines
+from danling_conf.parallel import hugging_face, stage_forward, stages, trial
 from danling_conf.topology.violation import SettingError
 from tests.support.families import FAMILIES
 
@@ -44,14 +43,14 @@ def trained_in_stages(model: nn.Module, batch: dict[str, Tensor], count: int = 2
     names = stages.deal_out(model, count, found)
     stages.check(model, names)
     stages.check_used(model, names, found)
-    pipelines.rehearse(found, names, blocks, call, batch)
-    work = pipelines._Work(microbatches=[batch], forward=call, objective=loss_of)
+    stage_forward.rehearse(found, names, blocks, call, batch)
+    work = stage_forward.Work(microbatches=[batch], forward=call, objective=loss_of)
     sent: Any = None
     gradients: dict[str, Tensor] = {}
     parts = []
     for index in range(count):
         part = stages.stage_model(model, names, index, found)
-        pipelines._make_stage(part, index, names, blocks, work, None, None, tuples=True)
+        stage_forward.make_stage(part, index, names, blocks, work, None, None, tuples=True)
         sent = part(sent)
         parts.append(part)
     sent.backward()

@@ -12,9 +12,10 @@ import pytest
 from omegaconf import MISSING, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from danling_conf.groups.source import LAUNCHERS, SUBMITIT
+from danling_conf.groups.presets import GROUPS
+from danling_conf.groups.source import LAUNCHERS, SUBMITIT, _with_sections, layout_settings
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.typed_node import typed_node_of
+from danling_conf.schema.typed_node import plain_node_of, typed_node_of
 
 pytestmark = pytest.mark.composition
 
@@ -90,6 +91,16 @@ def test_it_is_the_node_of_omegaconf(kind):
         warnings.simplefilter("ignore")  # of 2.4, where a default of `float` is an int
         mine, theirs = typed_node_of(kind), OmegaConf.structured(kind)
     assert everything(mine) == everything(theirs)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [preset.settings for presets in GROUPS.values() for preset in presets.values()]
+    + [_with_sections(layout_settings("fsdp8")), {}, [], [{"override a/b@c": None}, "_self_"], {"a": {"b": [1, {}]}}],
+    ids=str,
+)
+def test_a_plain_node_is_that_of_omegaconf(value):
+    assert everything(plain_node_of(value)) == everything(OmegaConf.create(value))
 
 
 def test_a_class_that_cannot_be_expressed_raises_what_omegaconf_raises():

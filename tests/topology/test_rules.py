@@ -99,6 +99,7 @@ REFUSED = [
     (fault_tolerance.installed, FT, Context(machine=Machine(torchft=False)), "ft.enabled", "danling-conf[ft]"),
     (fault_tolerance.numbers_of_groups, {**FT, "ft.min_replica_size": 4}, CPU, "ft.min_replica_size", "3 or less"),
     (fault_tolerance.numbers_of_groups, {**FT, "ft.replica_id": 3}, CPU, "ft.replica_id", "ft.group_size"),
+    (fault_tolerance.numbers_of_groups, {"ft.enabled": True}, CPU, "ft.group_size", "ft=none"),
     (fault_tolerance.order_of_limits, {**FT, "ft.heartbeat_timeout_ms": 20000}, CPU, "ft.process_group_timeout_ms",
      "ft.process_group_timeout_ms=20000"),
     (fault_tolerance.order_of_limits, {**FT, "ft.timeout_seconds": 5}, CPU, "ft.timeout_seconds", "=10"),

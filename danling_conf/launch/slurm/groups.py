@@ -25,7 +25,7 @@ from danling_conf.launch.slurm import requeue
 from danling_conf.launch.slurm.queries import SlurmUnavailable, node_state
 from danling_conf.launch.slurm.rank import open_here
 from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted
-from danling_conf.records.job_file import CLUSTER_VARIABLE, JobFile, write_error
+from danling_conf.records.job_file import JobFile, write_error
 from danling_conf.records.logs import rank_log
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_directory import score_of
@@ -33,7 +33,7 @@ from danling_conf.records.run_lock import LostRun
 from danling_conf.records.status import EXIT_FAILED, Status, outcome_of, written_status
 from danling_conf.records.stopped import Stopped
 from danling_conf.schema.files import group_file
-from danling_conf.topology.rank_environment import SINGLE
+from danling_conf.topology.rank_environment import CLUSTER_VARIABLE, SINGLE
 from danling_conf.topology.rendezvous import LOOPBACK, address_of_node, hosts_of
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from danling_conf.launch.slurm.queries import own_job
 from danling_conf.launch.store import announce, await_configuration, await_others, meet, say_done
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
-from danling_conf.records.job_file import CLUSTER_VARIABLE, JOB_VARIABLE, JobFile, is_consequence, write_error
+from danling_conf.records.job_file import JobFile, is_consequence, write_error
 from danling_conf.records.logs import rank_log, redirect_output
 from danling_conf.records.run_directory import Attempt, score_of
 from danling_conf.records.run_lock import LostRun, RunLock
@@ -30,7 +30,7 @@ from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED, Status, outco
 from danling_conf.records.stopped import Stopped, note_early_signals
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN
-from danling_conf.topology.rank_environment import RankEnvironment, started_rank
+from danling_conf.topology.rank_environment import CLUSTER_VARIABLE, JOB_VARIABLE, RankEnvironment, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 _NOTICED_SECONDS = 400.0

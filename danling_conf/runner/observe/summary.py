@@ -44,23 +44,22 @@ def summarise(
     """
     several = is_distributed()
     world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
-    own = torch.zeros(3, world, dtype=torch.float64)
-    own[:, rank] = torch.tensor(
-        [peak_bytes(), 0.0 if lap is None else lap.data, 0.0 if lap is None else lap.stepping / lap.steps],
-        dtype=torch.float64,
-    )
-    count = torch.tensor([names], dtype=torch.float64, device=device)
-    values = torch.cat([meter.sums(device), own.flatten().to(device), count, nonfinite.flags(step)])
+    data, step_seconds = (0.0, 0.0) if lap is None else (lap.data, lap.stepping / lap.steps)
+    numbers: list[float] = []
+    for own in (peak_bytes(), data, step_seconds):  # each rank fills in its place
+        numbers += [0.0] * rank + [own] + [0.0] * (world - 1 - rank)
+    known = torch.tensor([*numbers, names], dtype=torch.float64, device=device)
+    values = torch.cat([meter.sums(device), known, nonfinite.flags(step)])
     if several:
         with waiting("the log line"):
             distributed.all_reduce(values)
     read = values.tolist()
     meter.reset()
-    memory, data, seconds = (read[2 + number * world : 2 + (number + 1) * world] for number in range(3))
+    memory, waits, seconds = (read[2 + number * world : 2 + (number + 1) * world] for number in range(3))
     return Summary(
         loss=read[0] / read[1] if read[1] else None,
         peak_bytes=memory,
-        data_seconds=data,
+        data_seconds=waits,
         step_seconds=None if lap is None else max(seconds),
         bad_steps=nonfinite.read(step, read[3 + 3 * world :]),
         logged=read[2 + 3 * world] > 0,

@@ -21,11 +21,14 @@ def installed(config: RunnerConfig, context: Context) -> Iterator[Violation]:
 
 
 def numbers_of_groups(config: RunnerConfig, context: Context) -> Iterator[Violation]:
-    """There are no more groups that a step needs, or that are named, than there are groups."""
+    """There are no more groups that a step needs, or that are named, than there are groups; and more than one."""
     section = config.ft
     if not section.enabled:
         return
     size = section.group_size
+    if size == 1 and starts_groups(config, context.machine):
+        rule = "one replica group has no other that would go on without it"
+        yield Violation("ft.group_size", size, rule, "ft.group_size=2 or more, or ft=none")
     if section.min_replica_size > size:
         rule = f"a step would need more groups than the {size} of ft.group_size"
         yield Violation("ft.min_replica_size", section.min_replica_size, rule, f"choose {size} or less")

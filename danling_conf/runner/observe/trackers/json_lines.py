@@ -59,7 +59,7 @@ class JsonLines:
         self._place = {"step": line["step"], "epoch": line["epoch"]}
         text = json.dumps(line, allow_nan=False).encode() + b"\n"
         self._file.write(text)
-        self._index.add(text, os.fstat(self._file.fileno()).st_size)
+        self._index.add(text, os.fstat(self._file.fileno()).st_size, line)
 
 
 def _ends_within_a_line(path: str | os.PathLike[str]) -> bool:
