@@ -95,6 +95,7 @@ __all__ = [
     "tree_unflatten",
     "truncated_normal",
     "untraceable",
+    "watch_gradients",
     "whole_parameters",
     "written_arguments",
 ]
@@ -169,7 +170,7 @@ def all_gather(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Ten
     The public one, of `torch.distributed.nn`, returns wrong gradients on gloo where they are not contiguous; the parity
     tests of context parallelism show it. Without this one, context parallelism by gather fails.
     """
-    return functional.all_gather_tensor_autograd(tensor.contiguous(), dim, group)
+    return functional.all_gather_single_autograd(tensor.contiguous(), dim, group)
 
 
 def all_to_all(tensor: torch.Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> torch.Tensor:
@@ -346,6 +347,32 @@ def whole_parameters(model: nn.Module) -> dict[int, torch.Tensor]:
         for item in group.fsdp_params
         if hasattr(item, "_unsharded_param")  # a module that no forward has passed yet has none
     }
+
+
+def watch_gradients(model: nn.Module, look: Callable[[list[torch.Tensor], list[torch.Tensor]], None]) -> None:
+    """Call `look` before FSDP2 reduces the gradients of a group of parameters, with the group's sharded parameters and
+    those of them without a gradient. Where ranks differ in these they reduce buffers of different sizes, at which gloo
+    aborts the process and NCCL waits.
+
+    Without `post_backward` of FSDP2's groups or their `fsdp_params`, this rank says nothing of it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            groups: Any = module._get_fsdp_state()._fsdp_param_groups
+            for group in groups:
+                group.post_backward = functools.partial(_watched_post_backward, group, group.post_backward, look)
+
+
+def _watched_post_backward(group: Any, original: Callable[..., None], look: Callable[..., None], *unused: Any) -> None:
+    if group.reduce_grads:
+        without: list[torch.Tensor] = []
+        for item in group.fsdp_params:
+            whole = getattr(item, "_unsharded_param", None)
+            if item.unsharded_accumulated_grad is None and (whole is None or whole.grad is None):
+                without.append(item.sharded_param)
+        if len(without) < len(group.fsdp_params):  # else there is nothing to reduce, or it is done
+            look([item.sharded_param for item in group.fsdp_params], without)
+    original(*unused)
 
 
 def gather_in_methods(module: Any, enter: Callable[[], None]) -> None:

@@ -52,7 +52,7 @@ class Background:
         """
         began = time.perf_counter()
         if self._thread is not None:
-            self._thread.join(timeout)
+            self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             if self._thread.is_alive():
                 raise SaveFailed(
                     f"{self.what} was not written within checkpoint.wait_timeout={timeout:g} seconds and is not "

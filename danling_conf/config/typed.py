@@ -294,11 +294,11 @@ def _kind_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
 def _range_fault(facts: Facts, value: Any) -> tuple[str, str] | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    if facts.at_least is not None and value < facts.at_least:
+    # Not `<` and so on: NaN is neither less nor greater than anything, and has to be refused.
+    if facts.at_least is not None and not value >= facts.at_least:
         return f"it must be at least {show(facts.at_least)}", f"choose {show(facts.at_least)} or more"
-    if facts.at_most is not None and value > facts.at_most:
+    if facts.at_most is not None and not value <= facts.at_most:
         return f"it must be at most {show(facts.at_most)}", f"choose {show(facts.at_most)} or less"
-    # Not `<=`: NaN is not greater than anything, and has to be refused.
     if facts.above is not None and not value > facts.above:
         return f"it must be greater than {show(facts.above)}", "choose a larger value"
     if isinstance(value, int) and abs(value) >= _LARGEST:

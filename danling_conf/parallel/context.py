@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -87,6 +88,27 @@ class ContextParallel:
         """Where the tokens of this rank's part of `length` stand in the whole sequence: (length,)."""
         size = length // len(self.held())
         return torch.cat([torch.arange(piece * size, (piece + 1) * size, device=device) for piece in self.held()])
+
+    def anywhere(self, flag: Tensor) -> Tensor:
+        """Whether a flag is set on any rank of the axis. Collective."""
+        flags = flag.int()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.mesh.get_group())
+        return flags.bool()
+
+    def check_positions(self, given: Tensor) -> None:
+        """Refuse positions (..., length) of this rank's tokens that do not go on from one token of a row to the next.
+        Collective."""
+        offsets = given - self.positions(given.shape[-1], given.device)
+        bounds = torch.stack([offsets.amax(-1), -offsets.amin(-1)])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.mesh.get_group())
+        if bool(bounds.sum(0).any()):
+            raise SettingError(
+                "parallel.axes.context",
+                self.degree,
+                "the batch has several sequences in a row (positions that begin anew), and context parallelism attends "
+                "to all that came before",
+                "put one sequence into each row, or set the degree to 1",
+            )
 
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
         """Causal attention from this rank's part to the whole: (batch, heads, part of the sequence, features); keys and
@@ -248,7 +270,7 @@ def parallelize(model: nn.Module, context: ContextParallel) -> None:
                 module._context_attention = context.attention  # type: ignore[assignment]
                 module.forward = MethodType(_attend, module)
     else:
-        hugging_face.attend_to_parts(model, context.attention, inside_step.sequence_parts)
+        hugging_face.attend_to_parts(model, context.attention, inside_step.sequence_parts, anywhere=context.anywhere)
 
 
 def give_positions(model: nn.Module, context: ContextParallel) -> None:
@@ -256,7 +278,10 @@ def give_positions(model: nn.Module, context: ContextParallel) -> None:
     `position_ids`."""
     name = positions_argument(model)
     if name is not None:
-        model.register_forward_pre_hook(partial(_give_positions, name=name, of=context.positions), with_kwargs=True)
+        # Models of transformers take positions that begin anew for another sequence, which their masks keep apart.
+        check = context.check_positions if hugging_face.is_model(model) else None
+        hook = partial(_give_positions, name=name, of=context.positions, check=check)
+        model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def positions_argument(model: nn.Module) -> str | None:
@@ -277,12 +302,21 @@ def _attend(self: nn.Module, queries: Tensor, keys: Tensor, values: Tensor) -> T
 
 
 def _give_positions(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, of: Callable[..., Tensor]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    name: str,
+    of: Callable[..., Tensor],
+    check: Callable[[Tensor], None] | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if not inside_step.sequence_parts() or kwargs.get(name) is not None:
+    if not inside_step.sequence_parts():
         return None
     bound = inspect.signature(type(model).forward).bind_partial(model, *args)
-    if bound.arguments.get(name) is not None:
+    own = bound.arguments.get(name) if kwargs.get(name) is None else kwargs[name]
+    if own is not None:
+        if check is not None:
+            check(own)
         return None
     tokens = next(item for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
     given = positions_for(name, of(tokens.shape[1], tokens.device))

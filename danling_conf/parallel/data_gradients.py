@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf._torch_private import real_tensors, saved_buffers, whole_parameters
+from danling_conf._torch_private import real_tensors, saved_buffers, watch_gradients, whole_parameters
 from danling_conf.components.optimizer import cleaned
 from danling_conf.parallel.batch_norm import BATCH_NORMS
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 ALLOW, REFUSE = "allow", "refuse"
 _SETTING = "parallel.unused_parameters"
 _SHOWN = 20
+_SOMETIMES = "get a gradient in some steps and none in others"
 _PIECE = 2**24
 _HIDING = "CheckpointFunction"
 """Nodes that run a graph of their own in the backward pass (reentrant checkpointing): what it uses cannot be seen."""
@@ -64,12 +65,18 @@ class DataGradients:
         self.device = self.named[0][1].device if self.named else torch.device("cpu")
         if isinstance(model, FSDPModule) and self.allowed:
             model.set_reduce_scatter_unused_params(True)
+        elif isinstance(model, FSDPModule):
+            watch_gradients(model, self._look)
         self._used = torch.zeros(len(self.named), dtype=torch.int32)
         """Which parameters the micro-batches of this step have used so far, where that is looked for."""
         self._parameters = [item for _, item in self.named]
         self._all_had_one = False
         self._without: set[str] | None = None
         """Parameters that had no gradient in the first step; None before it."""
+        self._reduced: dict[int, list[set[int]]] = {}
+        """Which parameters had none whenever FSDP reduced the gradients of a group in this step, by group."""
+        self._reduced_first: dict[int, list[set[int]]] = {}
+        """Likewise of the first step."""
 
     def before_backward(self, loss: Tensor, *, last: bool) -> None:
         """Look for parameters that the loss does not depend on, before a wrapper would wait for their gradients.
@@ -99,6 +106,7 @@ class DataGradients:
             ConfigRefused: a parameter has no gradient that had one in the first step, and that is not allowed. On the
                 ranks where it is so.
         """
+        self._reduced.clear()
         if self.replicated:
             self._average_replicated()
         if self.allowed:
@@ -110,12 +118,15 @@ class DataGradients:
             return
         without = {name for name, item in self.named if not self._reached(item)}
         if self._without is not None and without != self._without:
-            raise self._refusal(sorted(without ^ self._without), "get a gradient in some steps and none in others")
+            raise self._refusal(sorted(without ^ self._without), _SOMETIMES)
         self._without, self._all_had_one = without, not without
 
     def forget(self) -> None:
         """Start the step under way again: its micro-batches do not count."""
         self._used = torch.zeros_like(self._used)
+        self._reduced.clear()
+        if self._without is None:
+            self._reduced_first.clear()
 
     def _mask(self, loss: Tensor) -> Tensor:
         reached = _leaves(loss)
@@ -173,6 +184,16 @@ class DataGradients:
             where = "get no gradient" if bool((most == 0)[wrong].all()) else "get a gradient on some ranks only"
             raise self._refusal(names, where)
 
+    def _look(self, group: Sequence[Tensor], without: Sequence[Tensor]) -> None:
+        """Refuse other gradients than those of the first step before FSDP communicates, on the ranks where it is so."""
+        missing = {id(item) for item in without}
+        reduced, first = (found.setdefault(id(group[0]), []) for found in (self._reduced, self._reduced_first))
+        reduced.append(missing)  # a group of several forwards is reduced in several parts
+        if self._without is None:
+            first.append(missing)
+        elif len(reduced) <= len(first) and (changed := missing ^ first[len(reduced) - 1]):
+            raise self._refusal([name for name, item in self.named if id(item) in changed], _SOMETIMES)
+
     def _average_replicated(self) -> None:
         with real_tensors():
             mask = torch.tensor([int(item.grad is not None) for item in self.replicated], dtype=torch.int32)
@@ -203,7 +224,7 @@ class DataGradients:
         return ConfigRefused([Violation(_SETTING, REFUSE, rule, fix)])
 
     def _over_ranks(self, mask: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        reduced = mask.to(self.device)
+        reduced = mask.to(self.device, copy=True)  # on the CPU it would be the mask itself
         dist.all_reduce(reduced, op=operation, group=self.group)
         return reduced.cpu()
 

@@ -120,7 +120,7 @@ class Passes:
             SettingError: the same at a later batch, on the ranks where it is so.
         """
         if self._prove_layout is not None:
-            self._prove_layout(self.forward, batch)
+            self._prove_layout(self.forward, batch, self.loss)
             self._prove_layout = None
         if self.model.buffers is not None:
             self.model.buffers.begin()
@@ -459,7 +459,8 @@ def _measured(value: Any) -> Measured:
         if weight.numel() != 1:
             raise _refused(f"a pair whose count is {_shown(weight)}", "return the sum of the counts")
         weight = weight.reshape(())
-    return Measured(total.reshape(()), weight)
+    # A reshaped scalar would be a view, of which FSDP warns.
+    return Measured(total.reshape(()) if total.ndim else total, weight)
 
 
 def _refused(what: str, fix: str) -> SettingError:

@@ -86,10 +86,12 @@ def attend_to_parts(
     attention: Callable[..., Tensor],
     active: Callable[[], bool],
     on_call: Callable[[nn.Module], None] = lambda _: None,
+    anywhere: Callable[[Tensor], Tensor] = lambda flag: flag,
 ) -> None:
     """Let every attention layer of the model call `attention(queries, keys, values, scale=)`, all of shape (batch,
     heads, sequence, features), while `active()`; else it computes as before. A layer that computes attention in its own
-    code does not notice: `on_call` is called with each layer that does.
+    code does not notice: `on_call` is called with each layer that does. `anywhere(flag)` is whether a flag is set on
+    any rank that has a part of the batch.
 
     Raises SettingError for a model whose attention is more than causal (a sliding window).
     """
@@ -121,6 +123,13 @@ def attend_to_parts(
                 f"parallelism to what came before",
                 "set the degree to 1",
             )
+        if mask is not None:
+            raise SettingError(
+                "parallel.axes.context",
+                ABSENT,
+                f"{type(module).__name__} is given a mask, and context parallelism masks only what comes later",
+                "leave the mask out of the batch, or set the degree to 1",
+            )
         given = [name for name in _UNSUPPORTED if options.get(name) is not None]
         if options.get("dropout") or given:
             asked = [*given, "dropout"] if options.get("dropout") else given
@@ -137,7 +146,8 @@ def attend_to_parts(
         padding = options.get("attention_mask")
         if not active():
             return whole_mask(*args, **options)
-        if padding is not None and not bool(padding.all()):
+        # Padding may be in another rank's part alone, and every rank has to refuse it.
+        if padding is not None and bool(anywhere(~padding.all())):
             raise SettingError(
                 "parallel.axes.context",
                 ABSENT,

@@ -78,9 +78,9 @@ class Assembled:
     """Whether logits stay sharded over the tensor axis for a loss that takes them so."""
     batch: DeviceMesh | None = None
     """The ranks that see different tokens; None where all see the same."""
-    prove_layout: Callable[[Forward, Any], None] | None = None
+    prove_layout: Callable[[Forward, Any, rehearsal.Loss | None], None] | None = None
     """To be called once with the first batch, whole, where no example was given: raises SettingError on every rank
-    where the model laid out over the tensor and context axes is not the whole one."""
+    where the model laid out over the tensor and context axes, or its loss, is not the whole one."""
     policy: MixedPrecisionPolicy | None = None
     """Of FSDP; None without it."""
     gradients: DataGradients | None = None
@@ -158,6 +158,7 @@ def assemble(
     precision: str | None = None,
     example: Callable[[], Any] | None = None,
     forward: Forward | None = None,
+    loss: rehearsal.Loss | None = None,
     for_engine: bool = False,
     fake: AbstractContextManager[object] | None = None,
 ) -> Assembled:
@@ -179,6 +180,7 @@ def assemble(
             are used, and attention is checked for the context axis. Without it, modules are put where they are defined,
             and the first step checks both.
         forward: runs the model on the example.
+        loss: of the output and the example, which the context axis takes of parts of sequences.
         for_engine: leave the gradients of a layout that only replicates to an engine, see `with_engine`.
         fake: of a plan: the context in which the tensors of this rank are made. `model` is then a module on the meta
             device, and gets no values.
@@ -213,7 +215,8 @@ def assemble(
     prove_layout = None
     if max(layout.tensor, layout.context) > 1:
         if example is not None and forward is not None:
-            _proof(whole, layout, mesh, parallel, plan, context, device, rehearse=fake is None)(forward, example())
+            prove = _proof(whole, layout, mesh, parallel, plan, context, device, rehearse=fake is None)
+            prove(forward, example(), loss)
         elif fake is None:
             prove_layout = _proof(meta_copy(whole), layout, mesh, parallel, plan, context, device)
     recomputed = recomputation.chosen(whole, activation_checkpointing)
@@ -325,7 +328,7 @@ def _proof(
     device: torch.device,
     *,
     rehearse: bool = True,
-) -> Callable[[Forward, Any], None]:
+) -> Callable[[Forward, Any, rehearsal.Loss | None], None]:
     """Shows, by a batch, that a model can be laid out over the tensor and context axes; without `rehearse`, by what it
     calls alone."""
 
@@ -344,11 +347,11 @@ def _proof(
         device=device,
     )
 
-    def prove(forward: Forward, batch: Any) -> None:
+    def prove(forward: Forward, batch: Any, loss: rehearsal.Loss | None) -> None:
         if by_plan:
             trials.together(lambda: context_axis.check_attention(model, layout.context, forward, batch))
         if rehearse and (by_plan or layout.context == 1):  # else it lays itself out over parts of sequences
-            rehearsal.rehearse(model, rehearsed, forward, batch)
+            rehearsal.rehearse(model, rehearsed, forward, batch, loss)
 
     return prove
 

@@ -25,13 +25,14 @@ from danling_conf.parallel import inside_step, trial
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.context import ContextParallel, sequence_length
 from danling_conf.parallel.init_plan import deep_copy, named_tensors, seeded
-from danling_conf.parallel.plan import matches
+from danling_conf.parallel.plan import matches, plan_of
 from danling_conf.parallel.process_group import gathered
 from danling_conf.topology.violation import SettingError
 
 _log = logging.getLogger(__name__)
 
 Forward = Callable[[Any, Any], Any]
+Loss = Callable[[Any, Any], Any]
 
 TOLERANCE = 1e-3
 """Largest relative difference, in float32: orders of sums differ by a thousandth of it, wrong plans by much more."""
@@ -71,8 +72,8 @@ class Layout:
     device: torch.device
 
 
-def rehearse(model: nn.Module, layout: Layout, forward: Forward, batch: Any) -> None:
-    """Refuse a layout in which a cut of the model gives other outputs or gradients than in one piece. Collective.
+def rehearse(model: nn.Module, layout: Layout, forward: Forward, batch: Any, loss: Loss | None = None) -> None:
+    """Refuse a layout in which a cut of the model, or its loss, gives something else than in one piece. Collective.
 
     The cut has values of its own, since a model's first ones hide faults where they are 0, and does not drop out. Where
     it cannot be tried (it is too large, or does not run in fp32 on a batch of few tokens), a warning says so.
@@ -80,6 +81,7 @@ def rehearse(model: nn.Module, layout: Layout, forward: Forward, batch: Any) -> 
     Args:
         model: the whole model before anything is done to it; on the meta device or with values, which stay.
         forward: runs it on the batch.
+        loss: of its output and the batch; looked at over the context axis, where it is that of parts of sequences.
 
     Raises:
         SettingError: on all ranks alike; on one alone where the model fails there inside of a forward or backward pass,
@@ -90,7 +92,7 @@ def rehearse(model: nn.Module, layout: Layout, forward: Forward, batch: Any) -> 
     if isinstance(found, str) or reason is not None:
         _log.warning("%s was not tried against one process before training: %s", layout.path, reason)
         return
-    _compare(found, layout, forward)
+    _compare(found, layout, forward, loss)
 
 
 class _Skipped(nn.Module):
@@ -121,10 +123,12 @@ class _Passed:
 
     Attributes:
         outputs: the tensors of floats that it returned.
+        output: what it returned.
         of_modules: by name, the output of each module that returned a tensor, in the order of their ends.
     """
 
     outputs: list[Tensor]
+    output: Any = None
     of_modules: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -170,7 +174,7 @@ def _reference(model: nn.Module, layout: Layout, forward: Forward, batch: Any) -
     return " ".join(reason.split())
 
 
-def _compare(cut: _Cut, layout: Layout, forward: Forward) -> None:
+def _compare(cut: _Cut, layout: Layout, forward: Forward, loss: Loss | None) -> None:
     context, length = layout.context, sequence_length(cut.batch)
     trial.together(lambda: layout.apply(cut.laid_out))
     batch = cut.batch if context is None else context.part(cut.batch)
@@ -208,6 +212,10 @@ def _compare(cut: _Cut, layout: Layout, forward: Forward) -> None:
     if (differing := _first_of_ranks(differing)) is not None:
         _refuse_unless_it_draws(cut, layout, forward, differing)
         return
+    if context is not None:
+        _refuse_attention_in_training(cut, context, forward)
+        if loss is not None:
+            _refuse_loss(cut.passed, cut.batch, found, batch, loss, context)
     generator = torch.Generator(layout.device).manual_seed(_SEED)
     weights = [torch.randn(item.shape, generator=generator, device=item.device) for item in wanted]
     _backward(wanted[index] * weights[index] for index in same)
@@ -248,6 +256,77 @@ def _differing_gradient(cut: _Cut, context: ContextParallel | None) -> str | Non
         if differing is None and mine.shape == theirs.shape and _differ(mine, theirs, floor):
             differing = name
     return differing
+
+
+def _refuse_attention_in_training(cut: _Cut, context: ContextParallel, forward: Forward) -> None:
+    """Refuse attention that is replaced over the context axis, and that drops something out. Collective."""
+    names = [name for name, _, _ in matches(cut.model, plan_of(cut.model, "cp_plan") or {})]
+    if not names:
+        return
+    found = _pass(cut.again(), forward, cut.batch, training=names).outputs
+    differs = any(
+        _differ(mine.detach(), theirs.detach(), theirs.detach().norm())
+        for mine, theirs in zip(found, cut.passed.outputs, strict=True)
+    )
+    if any(gathered(differs)):
+        raise SettingError(
+            "parallel.axes.context",
+            context.degree,
+            f"{names[0]} of {type(cut.model).__name__} computes something else in training than in evaluation, as "
+            f"dropout does, and context parallelism does not",
+            "switch it off, or set the degree to 1",
+        )
+
+
+def _refuse_loss(
+    whole: _Passed, batch: Any, found: _Passed, part_of_batch: Any, loss: Loss, context: ContextParallel
+) -> None:
+    """Refuse a loss whose gradients by the outputs, of the parts of sequences together, are not those of whole ones: it
+    shifts labels, weighs tokens by their place, or is a mean of unequally many. Collective."""
+    length = sequence_length(batch)
+    first, again = (_gradients_of_loss(loss, whole, batch, seed) for seed in (_SEED, _SEED + 1))
+    mine = _gradients_of_loss(loss, found, part_of_batch, _SEED)
+    finite = first is not None and all(bool(item.isfinite().all()) for item in first[0])
+    if not all(gathered(finite and again is not None and mine is not None)) or not (first and again and mine):
+        return
+    (gradients, count), (parts, own_count) = first, mine
+    counted = None if count is None or own_count is None else _sum(own_count, context).clamp(min=1)
+    differs = draws = False
+    for own, theirs, other in zip(parts, gradients, again[0], strict=True):
+        own = own / (context.degree if counted is None else counted)
+        theirs, other = (item if count is None else item / count.clamp(min=1) for item in (theirs, other))
+        draws = draws or _differ(other, theirs, theirs.norm())
+        if _has_sequence(theirs, length):
+            theirs = context.part(theirs)
+        else:
+            own = _sum(own, context)
+        differs = differs or own.shape != theirs.shape or _differ(own, theirs, theirs.norm())
+    if any(gathered(differs and not draws)):
+        raise SettingError(
+            "parallel.axes.context",
+            context.degree,
+            "the loss over the parts of a sequence, one on each rank, is not that over the whole",
+            "shift labels in the data, and where tokens are left out, return the pair of a sum and its count; or set "
+            "the degree to 1",
+        )
+
+
+def _gradients_of_loss(loss: Loss, passed: _Passed, batch: Any, seed: int) -> tuple[list[Tensor], Tensor | None] | None:
+    """Gradients of a loss by the outputs, and its count where it returns one; None where there are none to compare:
+    what a loss may not be is refused at the first step."""
+    outputs = [item for item in tensors(passed.output) if item.is_floating_point() and item.requires_grad]
+    devices = [item.device for item in outputs if item.device.type == "cuda"][:1]
+    try:
+        with seeded(seed), fork_rng(devices), torch.enable_grad():
+            torch.manual_seed(seed)
+            value = loss(passed.output, batch)
+        total, count = value if isinstance(value, tuple) else (value, None)
+        found = torch.autograd.grad(total.sum(), outputs, retain_graph=True, allow_unused=True)
+        counted = None if count is None else torch.as_tensor(count, device=total.device).sum()
+    except Exception:  # of the user's loss, which may ask for the whole model's outputs
+        return None
+    gradients = [torch.zeros_like(item) if grad is None else grad for item, grad in zip(outputs, found, strict=True)]
+    return None if any(isinstance(item, DTensor) for item in gradients) else (gradients, counted)
 
 
 def _refuse_unless_it_draws(cut: _Cut, layout: Layout, forward: Forward, what: tuple[str | None, str]) -> None:
@@ -297,8 +376,8 @@ def _first_difference(found: _Passed, expected: _Passed, part: Callable[[Tensor]
     return None, "returns something else"
 
 
-def _pass(model: nn.Module, forward: Forward, batch: Any, seed: int = _SEED) -> _Passed:
-    """Forward in evaluation, which drops nothing out."""
+def _pass(model: nn.Module, forward: Forward, batch: Any, seed: int = _SEED, training: Iterable[str] = ()) -> _Passed:
+    """Forward in evaluation, which drops nothing out; but in training of the modules named."""
     found = _Passed([])
     handles = [
         module.register_forward_hook(partial(_keep, name, found.of_modules)) for name, module in model.named_modules()
@@ -306,6 +385,8 @@ def _pass(model: nn.Module, forward: Forward, batch: Any, seed: int = _SEED) -> 
     device = next((item.device for item in model.parameters()), torch.device("cpu"))
     precise = torch.get_float32_matmul_precision()
     model.eval()
+    for name in training:
+        model.get_submodule(name).train()
     try:
         torch.set_float32_matmul_precision("highest")
         with seeded(seed), fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
@@ -315,6 +396,7 @@ def _pass(model: nn.Module, forward: Forward, batch: Any, seed: int = _SEED) -> 
         torch.set_float32_matmul_precision(precise)
         for handle in handles:
             handle.remove()
+    found.output = output
     found.outputs = [_full(item) for item in tensors(output) if item.is_floating_point()]
     return found
 

@@ -133,7 +133,7 @@ def set_up(
     count = count_samples or count_by_rule
     utilisation = _utilisation(config, world, model, run_model, objective, count)
     example = example_of(split_loaders["train"], world.attempt.seed)
-    assembled = _assembled(config, world, model, example, run_model)
+    assembled = _assembled(config, world, model, example, run_model, loss)
     samples = loaders.settings_for(config.dataloader, "train").batch_size or 1
     artifact = artifacts.begin(
         config.compile,
@@ -244,6 +244,7 @@ def _assembled(
     model: nn.Module | Callable[[], nn.Module],
     example: Callable[[], Any] | None,
     forward: Forward,
+    loss: Loss | None,
 ) -> Assembled:
     return assemble(
         model,
@@ -259,6 +260,7 @@ def _assembled(
         precision=config.precision,
         example=example,
         forward=forward,
+        loss=loss,
         for_engine=config.stack == "deepspeed",
     )
 

@@ -161,7 +161,7 @@ def test_one_job_at_a_time_and_failures_are_told_once() -> None:
     with pytest.raises(RuntimeError, match="the first is still being written"):
         background.start("the second", lambda: None)
     gate.set()
-    background.wait()
+    background.wait(float("inf"))
 
     def fail() -> None:
         raise SaveFailed("no")

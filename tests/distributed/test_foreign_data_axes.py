@@ -241,6 +241,28 @@ class BranchesBySample(Model):
         return torch.cat(outputs)
 
 
+class ExpertsBlock(Block):
+    """Experts inside of a block, of which the first sample of a rank chooses one; before a step, all are used."""
+
+    def __init__(self, since: int = 0) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.since, self.step = since, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = list(self.experts) if self.step < self.since else [self.experts[int(x[0, 0] > 0)]]
+        self.step += 1
+        return super().forward(x) + sum(expert(x) for expert in chosen)
+
+
+class Experts(Model):
+    block = ExpertsBlock
+
+
+class ExpertsLater(Model):
+    block = functools.partial(ExpertsBlock, 1)
+
+
 class Alternating(Model):
     """Ranks pass their two blocks in different orders, in the first step or later; all parameters are used."""
 
@@ -412,6 +434,8 @@ KINDS = {
         Alternating, refused=dict.fromkeys(("fsdp2", "hsdp2x1"), "blocks.1 on some ranks where it passes blocks.0")),
     "blocks in another order, allowed": Kind(Alternating, unused="allow"),
     "branches by sample, allowed": Kind(BranchesBySample, unused="allow"),
+    "experts by sample": Kind(Experts, refused=dict.fromkeys(LAYOUTS, "gradient on some ranks only: blocks.0.experts")),
+    "experts by sample, later": Kind(ExpertsLater, refused=dict.fromkeys(LAYOUTS, "in some steps and none in others")),
     "a method": Kind(WithLoss, by_method, as_is),
     "a method, accumulated": Kind(WithLoss, by_method, as_is, accumulate=2),
     "a method, compiled blocks": Kind(WithLoss, by_method, as_is, compile="block"),

@@ -1,4 +1,4 @@
-"""A plan or a forward that computes something else over the axes is refused before the first step."""
+"""A plan, a forward or a loss that computes something else over the axes is refused before the first step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from danling_conf.groups.layout_names import parse_layout
-from danling_conf.parallel import mesh, rehearsal
+from danling_conf.parallel import inside_step, mesh, rehearsal
 from danling_conf.parallel.model import assemble
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig
 from danling_conf.schema.compile import CompileConfig
@@ -162,3 +162,130 @@ def test_the_layers_inside_of_an_adapter_are_sharded_and_the_adapter_is_refused(
     assert right is None
     assert around is not None
     assert "blocks.0.up is a Linear with an adapter around it" in around
+
+
+class Attention(nn.Module):
+    dropout = 0.0
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, dropout_p=dropout)
+
+
+class Dropping(Attention):
+    dropout = 0.5
+
+
+class Causal(nn.Module):
+    cp_plan = {"attention": "causal_attention"}
+
+    def __init__(self, attention: type[nn.Module] = Attention) -> None:
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Embedding(9, 16), attention(), nn.Linear(16, 9)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        x = self.embed(tokens)
+        heads = x.unflatten(-1, (4, 4)).transpose(1, 2)
+        return self.head(x + self.attention(heads, heads, heads).transpose(1, 2).flatten(2))
+
+
+def _mean(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def _shifting(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["tokens"][:, 1:].flatten())
+
+
+def _total(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    total = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    return total, (batch["labels"] != -100).sum()
+
+
+def context_refusal(kind: type[nn.Module], loss: Callable[..., object], masked: int) -> str | None:
+    tokens = torch.randint(9, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = tokens[:, 1:].clone()
+    labels[:, :masked] = -100
+    try:
+        assemble(
+            lambda: Causal(kind),
+            layout=parse_layout("cp2"),
+            mesh=mesh.make(parse_layout("cp2"), "cpu"),
+            device=torch.device("cpu"),
+            seed=0,
+            fsdp=FsdpConfig(),
+            compile=CompileConfig(),
+            activation_checkpointing=ActivationCheckpointingConfig(),
+            example=lambda: {"tokens": tokens[:, :-1], "labels": labels},
+            forward=lambda model, batch: model(batch["tokens"]),
+            loss=loss,
+        )
+    except SettingError as error:
+        return error.violation.rule
+    return None
+
+
+PARTS = "the loss over the parts of a sequence, one on each rank, is not that over the whole"
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "masked", "refused"),
+    [
+        (Attention, _mean, 0, None),
+        (Attention, _total, 3, None),
+        (Attention, _mean, 3, PARTS),
+        (Attention, _mean, 6, PARTS),
+        (Attention, _shifting, 0, PARTS),
+        (Dropping, _mean, 0, "computes something else in training"),
+    ],
+)
+def test_a_loss_and_attention_over_parts_of_sequences_are_those_over_whole_ones(
+    kind: type[nn.Module], loss: Callable[..., object], masked: int, refused: str | None
+) -> None:
+    for found in shared(context_refusal, 2, kind, loss, masked):
+        assert found is None if refused is None else refused in (found or "")
+
+
+def sequences_in_a_row() -> list[str | None]:
+    """What each rank says of a batch of Llama's that the last rank alone could tell from others."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model() -> nn.Module:
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        )
+
+    layout = parse_layout("cp2")
+    assembled = assemble(
+        model,
+        layout=layout,
+        mesh=mesh.make(layout, "cpu"),
+        device=torch.device("cpu"),
+        seed=0,
+        fsdp=FsdpConfig(),
+        compile=CompileConfig(),
+        activation_checkpointing=ActivationCheckpointingConfig(),
+    )
+    assert assembled.context is not None
+    ordered = torch.arange(8).expand(2, 8)
+    padded, begun_anew = torch.ones(2, 8, dtype=torch.int64), ordered.clone()
+    padded[0, -1], begun_anew[0, -1] = 0, 0
+    found: list[str | None] = []
+    for options in ({"position_ids": ordered + 1}, {"attention_mask": padded}, {"position_ids": begun_anew}):
+        part = assembled.context.part({"input_ids": torch.ones(2, 8, dtype=torch.int64), **options})
+        try:
+            with inside_step.step(sharded_logits=False):
+                assembled.module(**part)
+            found.append(None)
+        except SettingError as error:
+            found.append(error.violation.rule)
+    return found
+
+
+def test_padding_and_several_sequences_in_a_row_are_refused_by_all_ranks() -> None:
+    for plain, padding, several in shared(sequences_in_a_row, 2):
+        assert plain is None
+        assert padding is not None
+        assert "attention_mask with padding" in padding
+        assert several is not None
+        assert "several sequences in a row" in several

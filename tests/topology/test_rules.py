@@ -278,7 +278,7 @@ REFUSED = [
     (paths.writable_root, {"workspace_root": __file__ + "/deeper"}, CPU, "workspace_root", "a directory to write to"),
     *((paths.plain_names, {name: bad}, CPU, name, "without slashes")
       for name in ("lineage", "experiment", "checkpoint.dir_name", "heartbeat.dir_name")
-      for bad in ("a/b", "..", "", ".")),
+      for bad in ("a/b", "..", "", " ", ".")),
     (paths.plain_names, {"experiment": "sweeps"}, CPU, "experiment", "another name"),
     (paths.existing_sources, {"resume": "/nowhere/at/all"}, CPU, "resume", "checkpoint"),
     (paths.existing_sources, {"pretrained": "/nowhere/at/all"}, CPU, "pretrained", "checkpoint"),

@@ -70,7 +70,7 @@ def plain_names(config: RunnerConfig, context: Context) -> Iterator[Violation]:
         "heartbeat.dir_name": config.heartbeat.dir_name,
     }
     for path, name in names.items():
-        if name in ("", ".", "..") or "/" in name:
+        if name.strip() in ("", ".", "..") or "/" in name:
             yield Violation(path, name, "it must be the name of one folder", "use a name without slashes")
         elif len(os.fsencode(name)) > LONGEST_NAME:
             yield Violation(path, name, f"the name of a folder has at most {LONGEST_NAME} bytes", "shorten it")

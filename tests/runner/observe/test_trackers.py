@@ -246,8 +246,8 @@ def test_settings_of_weights_and_biases_reach_it(tmp_path: Path, monkeypatch: py
     ours = fit(tmp_path, {"wandb": {"enabled": True, "tags": "one", **chosen}})
     assert calls[0].items() >= {**chosen, "tags": ["one"], "exit_code": 0, "resume": "allow"}.items()
     assert Run.summary["score"] == ours.score.best
-    fit(tmp_path, {"wandb": {"enabled": True, "tags": ["a", "b"]}})
-    assert calls[1]["tags"] == ["a", "b"]
+    fit(tmp_path, {"wandb": {"enabled": True, "tags": ["a", 2024]}})
+    assert calls[1]["tags"] == ["a", "2024"]
     assert (calls[1]["mode"], calls[1]["entity"], calls[1]["job_type"]) == (None, None, None)
     assert calls[1]["id"] != calls[0]["id"]  # another run
     fit(tmp_path, {"wandb": {"enabled": False, **chosen}})

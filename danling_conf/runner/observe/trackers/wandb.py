@@ -40,7 +40,7 @@ class Wandb:
             group=section.group or facts.experiment,
             name=section.name or attempt.run_id,
             job_type=section.job_type,
-            tags=None if tags is None else list(tags),
+            tags=None if tags is None else [str(tag) for tag in tags],
             dir=folder,
             mode=section.mode,  # type: ignore[arg-type]
             id=f"{attempt.run_id}-{identity}".replace(".", "-"),
