@@ -125,7 +125,7 @@ def assembly(count: int, folder: Path) -> Times:
 def initialise(count: int, folder: Path) -> Times:
     import torch
 
-    from danling_conf import _torch_private
+    from danling_conf._torch_private import fakes
     from danling_conf.parallel import init_plan
     from danling_conf.parallel.initialize import materialize
 
@@ -135,7 +135,7 @@ def initialise(count: int, folder: Path) -> Times:
         materialize([source.model], device=torch.device("cpu"), source=replace(source))
 
     def theirs() -> None:
-        with _torch_private.fake_tensors():
+        with fakes.fake_tensors():
             blocks(count // 6)
         with torch.device("meta"):
             model = blocks(count // 6)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf._torch_private import without_compile
+from danling_conf._torch_private.compiling import without_compile
 from danling_conf.checkpoint import durable, manifest
 from danling_conf.checkpoint.manifest import EXPORTED, Manifest
 from danling_conf.checkpoint.sources import INDEX, SINGLE

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danling_conf._torch_private import tree_flatten, tree_unflatten
+from danling_conf._torch_private.dispatch import tree_flatten, tree_unflatten
 from danling_conf.topology.violation import ABSENT, SettingError
 
 CountSamples = Callable[[Any], int]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from danling_conf._torch_private import shut_down_workers
+from danling_conf._torch_private.attributes import shut_down_workers
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.samplers import DROP, REPEAT, UNEVEN, ShardedSampler, seed_of
 from danling_conf.schema.dataloader import OF_WORKERS, DataloaderConfig, SplitDataloaderConfig, without_workers

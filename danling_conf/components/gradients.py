@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import data_parallel
 
 
 def accumulate(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
@@ -38,9 +38,9 @@ def forget(model: nn.Module) -> None:
     middle of a pass takes the next forward for a part of that one.
     """
     if isinstance(model, FSDPModule):
-        _torch_private.reset_fully_sharded(model)
+        data_parallel.reset_fully_sharded(model)
     elif isinstance(model, DistributedDataParallel):
-        _torch_private.reset_data_parallel(model)
+        data_parallel.reset_data_parallel(model)
     for parameter in model.parameters():
         parameter.grad = None
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from danling_conf._torch_private import dump_memory_snapshot, record_memory_history
+from danling_conf._torch_private.attributes import dump_memory_snapshot, record_memory_history
 from danling_conf.schema.observability import ProfilingConfig
 
 _log = logging.getLogger(__name__)

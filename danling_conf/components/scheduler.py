@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from danling_conf._torch_private import scheduled_rates
+from danling_conf._torch_private.attributes import scheduled_rates
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.optimizer import construct, import_class
 from danling_conf.schema.scheduler import SchedulerConfig

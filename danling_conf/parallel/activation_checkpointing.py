@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from danling_conf._torch_private import operators
+from danling_conf._torch_private.dispatch import operators
 from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.schema.activation_checkpointing import ActivationCheckpointingConfig

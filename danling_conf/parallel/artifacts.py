@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from danling_conf._torch_private import forget_compiled_code, movable_kernels
+from danling_conf._torch_private.compiling import forget_compiled_code, movable_kernels
 from danling_conf.parallel.compile import CACHE_DIRECTORY, TRITON_DIRECTORY
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.schema.files import ARTIFACT_FACTS, ARTIFACT_NAME

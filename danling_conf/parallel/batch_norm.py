@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from danling_conf._torch_private import sum_over_ranks
+from danling_conf._torch_private.distributed import sum_over_ranks
 from danling_conf.parallel.mesh import batch_mesh
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.topology.violation import SettingError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from danling_conf._torch_private import compile_settings_restored, keep_for_backward, optimize_ddp
+from danling_conf._torch_private.compiling import compile_settings_restored, keep_for_backward, optimize_ddp
 from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.activation_checkpointing import COMPILED, is_recomputed
 from danling_conf.parallel.blocks import repeated_blocks

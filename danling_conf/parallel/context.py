@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention.bias import causal_lower_right
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import distributed
 from danling_conf.components.batch import check_walkable, map_tensors, tensors
 from danling_conf.parallel import hugging_face, inside_step, trial
 from danling_conf.parallel.blocks import repeated_blocks
@@ -57,7 +57,7 @@ class ContextParallel:
                     f"torch's ring attention needs CUDA, and the mesh is of {mesh.device_type}",
                     "choose gather or ulysses",
                 )
-            _torch_private.enable_ring(balance)
+            distributed.enable_ring(balance)
 
     def held(self, rank: int | None = None) -> tuple[int, ...]:
         """The pieces that a rank has, this one unless given, in their order."""
@@ -121,7 +121,7 @@ class ContextParallel:
 
     def _gathered(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         group = self.mesh.get_group()
-        keys, values = (self._ordered(_torch_private.all_gather(item, 2, group)) for item in (keys, values))
+        keys, values = (self._ordered(distributed.all_gather(item, 2, group)) for item in (keys, values))
         keys, values = _repeated(queries, keys, values)
         size = queries.shape[2] // len(self.held())
         outputs = []

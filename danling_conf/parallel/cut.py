@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import attributes
 from danling_conf.parallel import batch_norm
 from danling_conf.parallel import stages as stages_of
 from danling_conf.parallel import trial as trials
@@ -165,7 +165,7 @@ def _warn_of_buffers(trial: Trial, normalised: Sequence[str]) -> None:
 
 def _refuse_own_hooks(model: nn.Module) -> None:
     """Refuse hooks on the model itself: each stage would call them, with what it was sent. Raises SettingError."""
-    if _torch_private.hooks_of(model):
+    if attributes.hooks_of(model):
         raise SettingError(
             "parallel.axes.pipeline",
             ABSENT,

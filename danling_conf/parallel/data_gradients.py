@@ -16,7 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from danling_conf._torch_private import real_tensors, saved_buffers, watch_gradients, whole_parameters
+from danling_conf._torch_private.attributes import saved_buffers
+from danling_conf._torch_private.data_parallel import watch_gradients, whole_parameters
+from danling_conf._torch_private.dispatch import real_tensors
 from danling_conf.components.optimizer import cleaned
 from danling_conf.parallel.batch_norm import BATCH_NORMS
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import data_parallel
 from danling_conf.parallel.blocks import repeated_blocks, sharing_parameters
 from danling_conf.parallel.mesh import axes_of, batch_mesh
 from danling_conf.parallel.process_group import is_distributed
@@ -36,7 +36,7 @@ def replicate(model: nn.Module, mesh: DeviceMesh | None, *, find_unused: bool = 
     if trainable is None:  # torch refuses it; the optimizer's builder says what to do
         return model
     device = trainable.device
-    return _torch_private.Replicated(
+    return data_parallel.Replicated(
         model,
         device_ids=None if device.type == "cpu" else [device.index],
         process_group=dist.group.WORLD if mesh is None else mesh["replicate"].get_group(),
@@ -60,10 +60,10 @@ def replicate_blocks(
     if batch is None:
         return model
     for name in experts if expert_mesh is not None else ():
-        _torch_private.replicate(model.get_submodule(name), mesh=expert_mesh["replicate"])  # type: ignore[index]
+        data_parallel.replicate(model.get_submodule(name), mesh=expert_mesh["replicate"])  # type: ignore[index]
     blocks = [block for _, block in reversed(repeated_blocks(model))]
     shared = sharing_parameters(model, blocks)
     for block in blocks:
         if block not in shared:
-            _torch_private.replicate(block, mesh=batch)
-    return _torch_private.replicate(model, mesh=batch)
+            data_parallel.replicate(block, mesh=batch)
+    return data_parallel.replicate(model, mesh=batch)

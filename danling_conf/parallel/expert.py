@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from danling_conf._torch_private import all_to_all, is_fake
+from danling_conf._torch_private.distributed import all_to_all
+from danling_conf._torch_private.fakes import is_fake
 from danling_conf.parallel.plan import matches, owner, plan_of
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.schema.layout import Layout

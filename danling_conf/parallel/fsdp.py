@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from danling_conf._torch_private import tree_map
+from danling_conf._torch_private.dispatch import tree_map
 from danling_conf.components.batch import map_tensors, tensors
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.precision import dtype
@@ -145,7 +145,7 @@ def _to(item: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
 
 def _cast_calls(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
     """Cast what goes in and out of the model also where a call passes FSDP2's own hooks by; see
-    `_torch_private.run_inside_fsdp`."""
+    `data_parallel.run_inside_fsdp`."""
     if policy.param_dtype is not None and policy.cast_forward_inputs:
         model.register_forward_pre_hook(lambda _, args, kwargs: cast_inputs((args, kwargs), policy), with_kwargs=True)
     if policy.output_dtype is not None:

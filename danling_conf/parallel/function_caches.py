@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from danling_conf._torch_private import is_fake, tree_leaves
+from danling_conf._torch_private.dispatch import tree_leaves
+from danling_conf._torch_private.fakes import is_fake
 
 _KIND = type(functools.lru_cache(lambda: None))
 _OTHERS = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy"}

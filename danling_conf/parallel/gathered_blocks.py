@@ -18,13 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
-from danling_conf._torch_private import (
-    gather_in_methods,
-    is_gathering_input,
-    real_tensors,
-    storage_identity,
-    tree_leaves,
-)
+from danling_conf._torch_private.data_parallel import gather_in_methods, is_gathering_input
+from danling_conf._torch_private.dispatch import real_tensors, storage_identity, tree_leaves
 from danling_conf.components.optimizer import cleaned
 from danling_conf.parallel.fsdp import is_sharded
 from danling_conf.topology.violation import ConfigRefused, SettingError, Violation

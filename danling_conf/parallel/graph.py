@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from danling_conf._torch_private import one_graph, place_of_break, untraceable
+from danling_conf._torch_private.compiling import one_graph, place_of_break, untraceable
 from danling_conf.parallel.compile import options_of
 from danling_conf.schema.compile import CompileConfig
 from danling_conf.topology.violation import SettingError

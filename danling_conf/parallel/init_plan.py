@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import attributes, dispatch, fakes
 from danling_conf.parallel.function_caches import fake_values_forgotten
 from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
 from danling_conf.schema.imports import uncollected
@@ -132,10 +132,10 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
 
     Raises NotReplayable, and what the factory raises on fake tensors.
     """
-    mode = _torch_private.fake_tensors()
-    with fake_values_forgotten(), seeded(seed), _torch_private.quiet_fake_tensors():
+    mode = fakes.fake_tensors()
+    with fake_values_forgotten(), seeded(seed), fakes.quiet_fake_tensors():
         recording = Recording()
-        with mode, recording, _torch_private.truncated_normal(recording.call):
+        with mode, recording, attributes.truncated_normal(recording.call):
             model = made_by(factory)
             refuse_for_ranks(model)
             refs = {name: recording.ref(tensor) for name, tensor in named_tensors(model)}
@@ -179,7 +179,7 @@ def refuse_for_ranks(model: nn.Module) -> None:
     its own samples. Raises SettingError."""
     kind = type(model).__name__
     for name, parameter in model.named_parameters():
-        if _torch_private.has_hooks(parameter):
+        if attributes.has_hooks(parameter):
             raise SettingError(
                 "model",
                 ABSENT,
@@ -339,7 +339,7 @@ def _in_turn(factory: Callable[[], nn.Module], seed: int, device: torch.device) 
 
 def _refuse_fake(model: nn.Module) -> None:
     for name, tensor in named_tensors(model):
-        if _torch_private.is_fake(tensor):
+        if fakes.is_fake(tensor):
             raise SettingError(
                 "model",
                 ABSENT,
@@ -363,7 +363,7 @@ def _sharing(model: nn.Module) -> tuple[str, str] | None:
     for name, tensor in named_tensors(model):
         if not tensor.numel():
             continue
-        first, identity = seen.setdefault(_torch_private.storage_identity(tensor), (name, id(tensor)))
+        first, identity = seen.setdefault(dispatch.storage_identity(tensor), (name, id(tensor)))
         if identity != id(tensor):
             return first, name
     return None
@@ -373,7 +373,7 @@ def _kept(model: nn.Module) -> str:
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             items = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(item, Tensor) and _torch_private.is_fake(item) for item in items):
+            if any(isinstance(item, Tensor) and fakes.is_fake(item) for item in items):
                 where = f"{name}.{attribute}" if name else attribute
                 return f"{where} holds a tensor that is neither a parameter nor a buffer"
     return "something keeps a tensor that is neither a parameter nor a buffer"
@@ -384,5 +384,5 @@ def _like(old: Tensor, new: Tensor, is_parameter: bool) -> Tensor:
         return new
     parameter = nn.Parameter(new, requires_grad=old.requires_grad)
     # Marks that the model's author set on the parameter.
-    parameter.__dict__.update(_torch_private.own_attributes(old))
+    parameter.__dict__.update(fakes.own_attributes(old))
     return parameter

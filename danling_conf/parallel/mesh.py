@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from danling_conf._torch_private import flatten_mesh, keep_quiet_about_order, split_mesh
+from danling_conf._torch_private.distributed import flatten_mesh, keep_quiet_about_order, split_mesh
 from danling_conf.components.instantiate import section_from
 from danling_conf.parallel.device import device_type as usable_device_type
 from danling_conf.schema.layout import DATA_AXES, WORLD_AXES, Layout

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import data_parallel
 from danling_conf.parallel import activation_checkpointing as recomputation
 from danling_conf.parallel import batch_norm, data_gradients, ddp, hugging_face, rehearsal
 from danling_conf.parallel import compile as compilation
@@ -100,19 +100,19 @@ class Assembled:
         if self.engine is not None:
             found: torch.Tensor | None = self.engine.run(function, training=training)
             return found
-        if isinstance(module, _torch_private.Replicated):
+        if isinstance(module, data_parallel.Replicated):
             # In evaluation DDP's forward would synchronise buffers, which it does not change.
             return module.run_inside(function) if training else function(module.module)
         if isinstance(module, FSDPModule):
             with nullcontext() if self.blocks is None or not training else self.blocks.forward():
-                return _torch_private.run_inside_fsdp(module, lambda: function(module))
+                return data_parallel.run_inside_fsdp(module, lambda: function(module))
         return function(module)
 
     @property
     def direct(self) -> bool:
         """Whether `run` does no more than call its function with the model."""
         wrapped = self.engine is not None or self.pipeline is not None
-        return not wrapped and not isinstance(self.parts[0], (_torch_private.Replicated, FSDPModule))
+        return not wrapped and not isinstance(self.parts[0], (data_parallel.Replicated, FSDPModule))
 
     def inputs(self, batch: object) -> object:
         """A batch as the model takes it."""
@@ -467,7 +467,7 @@ def _gradients(
     model: nn.Module, parallel: ParallelConfig, fsdp: FsdpConfig, mesh: DeviceMesh | None
 ) -> DataGradients | None:
     """What completes the gradients of a model under DDP or FSDP2."""
-    if not fsdp.enabled and not isinstance(model, _torch_private.Replicated):
+    if not fsdp.enabled and not isinstance(model, data_parallel.Replicated):
         return None
     whole = sharding.whole_parameters(model) if fsdp.enabled else []
     return DataGradients(model, unused=parallel.unused_parameters, replicated=whole, mesh=batch_mesh(mesh))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from danling_conf._torch_private import forget_meshes, process_groups, real_tensors, set_timeout
+from danling_conf._torch_private.dispatch import real_tensors
+from danling_conf._torch_private.distributed import forget_meshes, process_groups, set_timeout
 from danling_conf.schema.process import CommConfig
 from danling_conf.topology.rendezvous import LOOPBACK, listen_as_master
 from danling_conf.topology.violation import ConfigRefused, Violation, unique

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danling_conf import _torch_private
-from danling_conf._torch_private import (
+from danling_conf._torch_private import dispatch, fakes
+from danling_conf._torch_private.dispatch import (
     TorchDispatchMode,
     is_operator,
     is_view,
@@ -97,7 +97,7 @@ class Step:
 
 
 class Recording(TorchDispatchMode):
-    """Records, while active inside of `_torch_private.fake_tensors`, what operators do to storages.
+    """Records, while active inside of `fakes.fake_tensors`, what operators do to storages.
 
     Where a value decides what is run next (`.item()`), it is computed, from what was recorded.
 
@@ -134,9 +134,9 @@ class Recording(TorchDispatchMode):
 
     def call(self, function: Callable[..., Tensor], tensor: Tensor, *args: Any, generator: Any = None) -> Tensor:
         """Record a Python function that draws values for a tensor as if it were one operator."""
-        if not _torch_private.is_fake(tensor):
+        if not fakes.is_fake(tensor):
             return function(tensor, *args, generator=generator)
-        with _torch_private.real_tensors():
+        with dispatch.real_tensors():
             ref = self.ref(tensor)
             self._check_draw(generator)
         whole = ref if ref.storage not in self._aliased and self._is_whole(ref) else None
@@ -152,8 +152,8 @@ class Recording(TorchDispatchMode):
         if identity not in self._numbers:
             if tensor.device.type != "cpu":
                 raise NotReplayable(f"it uses a tensor on {tensor.device}")
-            if not _torch_private.is_fake(tensor):
-                with _torch_private.real_tensors():
+            if not fakes.is_fake(tensor):
+                with dispatch.real_tensors():
                     self._constants[len(self._alive)] = tensor.detach().untyped_storage().clone()
                 given = sum(storage.nbytes() for storage in self._constants.values())
                 if given > LARGEST_CONSTANTS and not self._draws:
@@ -183,7 +183,7 @@ class Recording(TorchDispatchMode):
             self._check_draw(kwargs.get("generator"))
         try:
             result = func(*args, **kwargs)
-        except _torch_private.fake_errors() as error:
+        except fakes.fake_errors() as error:
             return self._computed(error, func, arguments, keywords)
         read = frozenset([item.storage for item in given])
         written = _written(func, arguments, keywords)
@@ -224,7 +224,7 @@ class Recording(TorchDispatchMode):
 
     def _check_generator(self) -> None:
         """Whether torch's generator is as it was: what is recorded does not draw."""
-        if not self._draws and not _torch_private.equal_values(torch.get_rng_state(), self._state):
+        if not self._draws and not dispatch.equal_values(torch.get_rng_state(), self._state):
             raise NotReplayable("it seeds torch's generator, or draws from it out of sight")
 
     def _overwritten(self, func: Any, given: list[Ref]) -> Ref | None:
@@ -250,7 +250,7 @@ class Recording(TorchDispatchMode):
         made = {number for step in chosen for number in step.writes}
         if needed - made - self._constants.keys():
             raise error  # a value that was never here, such as a weight of the model
-        with _torch_private.real_tensors(), torch.no_grad():
+        with dispatch.real_tensors(), torch.no_grad():
             values = _Values(self._constants)
             for step in reversed(chosen):
                 values.run(step, draw=False)
@@ -276,7 +276,7 @@ class Program:
         while complete is None or complete:
             complete = []
             # As far as there is something to yield: to enter the contexts takes as long as an operator.
-            with _torch_private.real_tensors(), torch.no_grad():
+            with dispatch.real_tensors(), torch.no_grad():
                 for index, step in steps:
                     values.run(step, draw=True)
                     for number in self._dead_after[index]:
@@ -381,7 +381,7 @@ def _mapped(kind: type[Any], function: Callable[[Any], Any], value: Any) -> Any:
 
 def _with_dtype(func: Any, arguments: Any, keywords: Mapping[str, Any], results: tuple[Ref | None, ...]) -> Any:
     """The keywords of an operator that makes a tensor of no other, with the dtype that was the default then."""
-    names = _torch_private.argument_names(func)[len(arguments) :]
+    names = dispatch.argument_names(func)[len(arguments) :]
     made = results[0] if results else None
     if "dtype" not in names or keywords.get("dtype") is not None or made is None:
         return keywords

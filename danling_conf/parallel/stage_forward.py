@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from danling_conf._torch_private import as_no_view, quiet_fake_tensors, storage_identity, tree_map
+from danling_conf._torch_private.dispatch import storage_identity, tree_map
+from danling_conf._torch_private.distributed import as_no_view
+from danling_conf._torch_private.fakes import quiet_fake_tensors
 from danling_conf.parallel.context import positions_argument, positions_for
 from danling_conf.parallel.fsdp import explaining_uncast
 from danling_conf.parallel.function_caches import fake_values_forgotten

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from danling_conf._torch_private import as_no_view
+from danling_conf._torch_private.distributed import as_no_view
 from danling_conf.parallel import hugging_face
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.inside_step import sharded_logits

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from danling_conf import _torch_private
-from danling_conf._torch_private import tree_leaves, tree_map
+from danling_conf._torch_private import attributes, fakes
+from danling_conf._torch_private.dispatch import tree_leaves, tree_map
 from danling_conf.parallel.blocks import repeated_blocks
 from danling_conf.parallel.function_caches import cached_tensors, fake_values_forgotten
 from danling_conf.parallel.init_plan import deep_copy, named_tensors
@@ -50,7 +50,7 @@ class Twin:
     fake: AbstractContextManager[object]
 
     def __init__(self, model: nn.Module) -> None:
-        self.fake = _torch_private.fake_tensors()
+        self.fake = fakes.fake_tensors()
         self.model = _fake_copy(model, self.fake)
         for _, block in repeated_blocks(self.model):
             block.forward = MethodType(_or_alike, block)
@@ -72,7 +72,7 @@ class Twin:
                 fake_values_forgotten(),
                 torch.no_grad(),
                 self.fake,
-                _torch_private.quiet_fake_tensors(),
+                fakes.quiet_fake_tensors(),
                 recording,
             ):
                 start()
@@ -81,7 +81,7 @@ class Twin:
             raise
         except Exception as error:  # of the user's model, which may fail on fake tensors in any way
             reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, _torch_private.fake_errors()):
+            if isinstance(error, fakes.fake_errors()):
                 reason = f"a value decides what it computes next: {error}"
             raise SettingError(
                 path,
@@ -153,7 +153,7 @@ def run(
     """
     twin = Twin(model)
     watch = _Watch(twin.model, blocks, around, alone=alone)
-    with _torch_private.reentrant_checkpoints(watch.refuse_reentrant):
+    with attributes.reentrant_checkpoints(watch.refuse_reentrant):
         _pass(twin, watch, forward, batch)
         if watch.keeps_values():
             # What was kept of one pass may be used in the next, in another place.
@@ -307,7 +307,7 @@ class _Watch:
             return True
         kept = (item for module in self._model.modules() for item in tree_leaves(list(vars(module).values())))
         return any(
-            isinstance(item, Tensor) and _torch_private.is_fake(item) and self.recording.ref(item).storage in self._made
+            isinstance(item, Tensor) and fakes.is_fake(item) and self.recording.ref(item).storage in self._made
             for item in kept
         )
 
@@ -426,7 +426,7 @@ class _Watch:
 
     def _cached(self) -> frozenset[int]:
         """Storages that caches of functions keep."""
-        return frozenset(self.recording.ref(item).storage for item in cached_tensors() if _torch_private.is_fake(item))
+        return frozenset(self.recording.ref(item).storage for item in cached_tensors() if fakes.is_fake(item))
 
     def _place(self, region: int) -> str:
         if region == 0:

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import torch
 from torchft.checkpointing.transport import CheckpointTransport
 
-from danling_conf._torch_private import tree_map
+from danling_conf._torch_private.dispatch import tree_map
 
 _IN_MEMORY = 1 << 26
 """Bytes of a state that are received into memory; larger ones go through a temporary file."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import compiling, dispatch
 from danling_conf.plan.ledger import Ledger
 from danling_conf.schema.compile import CompileConfig
 
@@ -28,7 +28,7 @@ def planned_section(section: CompileConfig) -> CompileConfig:
     """The section `compile` for a plan: the same settings with a backend that generates no code."""
     if section.backend in _WITHOUT_PARTITIONS:
         return replace(section, enable=False)
-    _torch_private.register_tracing_backend(BACKEND, _Graph, fused=section.backend != "aot_eager")
+    compiling.register_tracing_backend(BACKEND, _Graph, fused=section.backend != "aot_eager")
     # The ledger's hooks around blocks break graphs where FSDP's do anyway. How DDP cuts graphs, to reduce gradients
     # early, moves no memory to speak of.
     return replace(
@@ -55,7 +55,7 @@ class _Graph(fx.Interpreter):
         self._ledger: Ledger | None = None
 
     def __call__(self, inputs: list[Any]) -> Any:
-        self._ledger = _torch_private.active_mode(Ledger)
+        self._ledger = dispatch.active_mode(Ledger)
         try:
             return self.boxed_run(inputs)
         finally:
@@ -76,7 +76,7 @@ class _Graph(fx.Interpreter):
         ledger = self._ledger
         if ledger is None or n.op != "call_function":
             return super().run_node(n)
-        with ledger.recomputing(_torch_private.is_recomputed_node(n)):
+        with ledger.recomputing(compiling.is_recomputed_node(n)):
             if self._kernels is None or n not in self._kernels.level:
                 return super().run_node(n)
             with nullcontext() if n in self._kernels.stored else ledger.unseen():
@@ -136,11 +136,11 @@ def _is_passed_on(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     target = node.target
-    return not _torch_private.is_operator(target) or _torch_private.is_view(target)
+    return not dispatch.is_operator(target) or dispatch.is_view(target)
 
 
 def _is_fusible(target: Any) -> bool:
-    if not _torch_private.is_operator(target) or _torch_private.is_view(target):
+    if not dispatch.is_operator(target) or dispatch.is_view(target):
         return False
     return torch.Tag.pointwise in target.tags or target.overloadpacket.__name__ in _FUSED
 
@@ -167,5 +167,5 @@ _FUSED = frozenset(
 
 def _size(node: fx.Node) -> int:
     """Bytes of a node's result."""
-    values: Sequence[Any] = _torch_private.tree_leaves(node.meta.get("val"))
+    values: Sequence[Any] = dispatch.tree_leaves(node.meta.get("val"))
     return sum(int(item.numel()) * item.element_size() for item in values if isinstance(item, Tensor))

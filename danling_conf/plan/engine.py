@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import attributes, fakes
 from danling_conf.components import dataloader as loaders
 from danling_conf.components.batch import count_samples as count_by_rule
 from danling_conf.components.batch import tensors
@@ -491,9 +491,9 @@ def _on_meta(given: Any) -> nn.Module:
         return meta_copy(given)
     try:
         with (
-            _torch_private.fake_tensors(),
-            _torch_private.quiet_fake_tensors(),
-            _torch_private.truncated_normal(lambda original, tensor, *rest: tensor),
+            fakes.fake_tensors(),
+            fakes.quiet_fake_tensors(),
+            attributes.truncated_normal(lambda original, tensor, *rest: tensor),
         ):
             model = made_by(given)
     except SettingError:

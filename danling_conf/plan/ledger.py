@@ -19,19 +19,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from danling_conf._torch_private import (
+from danling_conf._torch_private.data_parallel import watched_resizes
+from danling_conf._torch_private.dispatch import (
     TorchDispatchMode,
     argument_names,
-    around_shapes,
-    collective_of,
     identity_of,
-    is_fake,
     is_view,
     is_wrapper,
     storage_identity,
     tree_leaves,
-    watched_resizes,
 )
+from danling_conf._torch_private.distributed import collective_of
+from danling_conf._torch_private.fakes import around_shapes, is_fake
 from danling_conf.plan.allocator import unused
 from danling_conf.plan.figures import ACTIVATIONS, ATTENTION, GATHERED, GRADIENTS, MASKED, TEMPORARIES
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import compiling, dispatch, distributed, fakes
 from danling_conf.components import gradients, precision
 from danling_conf.components import optimizer as optimizers
 from danling_conf.components.batch import count_samples as count_by_rule
@@ -86,7 +86,7 @@ class OneRank:
     def __init__(self, subject: Subject, model: nn.Module, blocks: Sequence[str], rank: int) -> None:
         self.subject, self.config, self.rank = subject, subject.config, rank
         self.layout: Layout = layout_of(self.config)
-        self.fake: Any = _torch_private.fake_tensors()
+        self.fake: Any = fakes.fake_tensors()
         self.ledger = Ledger()
         section = self.config.compile
         self._compile = compiled.planned_section(section) if section.enable else section
@@ -100,14 +100,14 @@ class OneRank:
 
     def __enter__(self) -> OneRank:
         if self._compile.enable:
-            _torch_private.forget_graphs()
+            compiling.forget_graphs()
         with ExitStack() as stack:
             if self.layout.world_size > 1 or self.layout.fsdp:
-                stack.enter_context(_torch_private.fake_world(self.rank, self.layout.world_size))
-            stack.enter_context(_torch_private.quiet_fake_tensors())
+                stack.enter_context(distributed.fake_world(self.rank, self.layout.world_size))
+            stack.enter_context(fakes.quiet_fake_tensors())
             stack.enter_context(compilation.restored())
             if self._compile.enable:
-                stack.enter_context(_torch_private.quiet_compilation())
+                stack.enter_context(compiling.quiet_compilation())
             stack.enter_context(hugging_face.one_sequence_a_row())
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
@@ -174,7 +174,7 @@ class OneRank:
         where = line_of(error)
         place = f" at {where}" if where else ""
         kind = type(self.subject.model).__name__
-        if isinstance(error, _torch_private.fake_errors()):
+        if isinstance(error, fakes.fake_errors()):
             what = f"{kind} asks for the value of a tensor{place}, and a plan has none"
             fix = "leave .item(), .tolist(), nonzero() and branches on tensors out of it"
         else:
@@ -365,7 +365,7 @@ class OneRank:
         for part in self.assembled.parts:
             hold((local(item) for item in part.parameters()), PARAMETERS)
             hold((local(item) for item in part.buffers()), BUFFERS)
-        states = _torch_private.tree_leaves([list(state.values()) for state in optimizer.state.values()])
+        states = dispatch.tree_leaves([list(state.values()) for state in optimizer.state.values()])
         hold((local(item) for item in states if isinstance(item, Tensor)), OPTIMIZER)
         hold(tensors(batch), BATCH)
 
@@ -390,7 +390,7 @@ class _Regions:
         held = [(name, modules[found]) for name in blocks if (found := _found(modules, name)) is not None]
         for index, (name, block) in enumerate(held):
             last = index == len(held) - 1
-            hidden = _torch_private.uncompiled
+            hidden = compiling.uncompiled
             enter = hidden(partial(self._enter, name, index == 0))
             block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
             block.register_forward_hook(hidden(partial(self._backward_of, name)), prepend=True)

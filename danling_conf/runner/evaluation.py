@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from danling_conf._torch_private import saved_buffers
+from danling_conf._torch_private.attributes import saved_buffers
 from danling_conf.components.batch import CountSamples, to_device
 from danling_conf.parallel.forward_backward import Passes
 from danling_conf.parallel.process_group import is_distributed

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danling_conf._torch_private import dynamo_is_loaded
+from danling_conf._torch_private.compiling import dynamo_is_loaded
 from danling_conf.components import dataloader
 from danling_conf.components.batch import described, to_device
 from danling_conf.components.samplers import ShardedSampler

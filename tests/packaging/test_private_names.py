@@ -12,7 +12,7 @@ import danling_conf
 
 PACKAGE = Path(danling_conf.__file__).parent
 ADAPTERS = {
-    "torch": [PACKAGE / "_torch_private.py"],
+    "torch": sorted((PACKAGE / "_torch_private").glob("*.py")),
     "hydra": [PACKAGE / "config" / "hydra_adapter.py", PACKAGE / "config" / "hydra_changes.py"],
 }
 LIBRARIES = ("torch", "torchdata", "hydra")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import fakes
 from danling_conf.parallel import hugging_face, stage_forward, stages, trial
 from danling_conf.topology.violation import SettingError
 from tests.support.families import FAMILIES
@@ -73,7 +73,7 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor]) -> None:
 
 def test_a_copy_of_a_fake_tensor_has_the_mode_of_the_first() -> None:
     """A copied mode frees weak references of storages twice; torch 2.13 crashes when garbage is collected then."""
-    with _torch_private.fake_tensors() as mode, _torch_private.quiet_fake_tensors():
+    with fakes.fake_tensors() as mode, fakes.quiet_fake_tensors():
         tensor: Any = copy.deepcopy(torch.empty(2))
         assert tensor.fake_mode is mode
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from danling_conf import _torch_private
+from danling_conf._torch_private import distributed
 from danling_conf.parallel import mesh, process_group
 from danling_conf.parallel.device import device_type
 from danling_conf.schema import Layout
@@ -45,10 +45,10 @@ def describe_all() -> dict[str, Any]:
         found["wrong"] = str(error)
     filled = mesh.from_keywords(axes={"shard": -1, "replicate": 2}, mesh_device_type="cpu")()
     found["filled"] = dict(zip(filled.mesh_dim_names, filled.shape, strict=True))
-    before = _torch_private.process_groups()
+    before = distributed.process_groups()
     for _ in range(2):
         process_group.tighten(CommConfig(init_timeout_seconds=60, train_timeout_seconds=7))
-    groups = _torch_private.process_groups()
+    groups = distributed.process_groups()
     found["timeouts"] = {limit_of(group) for group in before}
     found["for slow work"] = [limit_of(group) for group in groups if group not in before]
     found["groups"] = len(groups)

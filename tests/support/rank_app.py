@@ -59,7 +59,7 @@ def train_small(config: Any) -> float:
     """A real run of a tiny model, which writes down the time limits of its process groups."""
     import torch
 
-    from danling_conf._torch_private import process_groups
+    from danling_conf._torch_private.distributed import process_groups
     from tests.support.small import Net, Pairs, loss
 
     torch.set_num_threads(1)

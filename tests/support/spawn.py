@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from danling_conf._torch_private import forget_meshes
+from danling_conf._torch_private.distributed import forget_meshes
 from danling_conf.parallel import process_group
 from danling_conf.schema.process import CommConfig
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from danling_conf._torch_private import outstanding_collective
+from danling_conf._torch_private.distributed import outstanding_collective
 from danling_conf.parallel.waiting import waits_for
 from danling_conf.records.heartbeats import heartbeat_file
 from danling_conf.records.logs import is_full, show_unwritable

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from danling_conf._torch_private import record_collectives
+from danling_conf._torch_private.distributed import record_collectives
 from danling_conf.components import profiler
 from danling_conf.components.samplers import ShardedSampler
 from danling_conf.config.identity import flatten, plain

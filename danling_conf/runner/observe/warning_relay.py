@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import Any
 
-from danling_conf._torch_private import default_store
+from danling_conf._torch_private.distributed import default_store
 from danling_conf.records.logs import ENDS_RANK
 from danling_conf.topology.rank_environment import RankEnvironment
 
