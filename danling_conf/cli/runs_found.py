@@ -14,6 +14,7 @@ from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Record
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema.files import LEDGER, RUN_FILE, SWEEP_FILE, Damaged
+from danling_conf.schema.printable import override, shell_line
 from danling_conf.sweep.monitor import parse_on_failure
 from danling_conf.topology.violation import ConfigRefused, Violation
 
@@ -93,10 +94,19 @@ def file_of(sweep: SweepDirectory, record: Record, *, to_start: bool = False) ->
     """The job file of a job. Raises ConfigRefused where it is damaged, or lacks something that a start needs."""
     try:
         job = sweep.job(record.key)
-        return job.require_startable() if to_start else job
+        if not to_start:
+            return job
+        job.require_startable()
     except Damaged as damage:
         fix = "restore the file, or start this configuration again"
         raise ConfigRefused([Violation("JOB", str(record.number), str(damage), fix)]) from damage
+    needed = [Path(job.directory), *([Path(job.directory, job.argv[0])] if job.argv[0] != "-m" else [])]
+    for path in needed:
+        if not path.exists():
+            rule = f"it starts {job.argv[0]} in {job.directory}, and there is no {path} any more"
+            again = shell_line("python", "TRAIN.py", *job.overrides, override("resume", job.binding.run_directory))
+            raise ConfigRefused([Violation("JOB", str(record.number), rule, f"move it back, or go on by {again}")])
+    return job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from danling_conf.config.job import Job
 from danling_conf.records.frozen import frozen_job
 from danling_conf.records.ledger import Ledger
 from danling_conf.records.reading import is_moment, read_fields
-from danling_conf.records.run_directory import Binding, write_whole
+from danling_conf.records.run_directory import Binding, run_of_sweep, write_whole
 from danling_conf.schema.files import JOB_FILE, Damaged, error_file, read_object
 
 # When one rank dies, the others fail in their next collective with one of these. NCCL, Gloo and the store word it
@@ -126,7 +126,12 @@ class JobFile:
 
     @property
     def binding(self) -> Binding:
-        return Binding.from_json(self.content["binding"])
+        written = Binding.from_json(self.content["binding"])
+        run, here = written.run_directory, run_of_sweep(self.path.parents[2], written.run_directory)
+        restore = written.restore
+        if restore is not None and restore.is_relative_to(run):
+            restore = here / restore.relative_to(run)
+        return replace(written, run_directory=here, restore=restore)
 
     @property
     def overrides(self) -> list[str]:

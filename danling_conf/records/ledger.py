@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from danling_conf.records.reading import is_moment, is_number, read_result, warn_of_damage
 from danling_conf.records.rebuilding import jobs_with_files, lost_lines
+from danling_conf.records.run_directory import run_of_sweep
 from danling_conf.records.status import ENDED, Status, written_status
 from danling_conf.schema.files import (
     ATTEMPTS,
@@ -254,6 +255,8 @@ class Ledger:
                 warn_of_damage(self.path, f"line {self._lines}: {error}")
             return None
         wrong = [name for name, value in content.items() if name in _FACTS and not _FACTS[name](value)]
+        if "run" in content and "run" not in wrong:
+            content["run"] = str(run_of_sweep(self.directory, Path(content["run"])))
         if wrong or "key" not in content:
             warn_of_damage(self.path, f"line {self._lines}: {', '.join(wrong) or 'key'} missing or of another type")
         if "key" in wrong or "key" not in content:

@@ -11,7 +11,7 @@ from typing import Any
 
 from danling_conf.config.identity import layout_name
 from danling_conf.records.reading import Fields, read_fields, read_result
-from danling_conf.records.run_directory import newest_attempt
+from danling_conf.records.run_directory import newest_attempt, run_of_sweep
 from danling_conf.records.status import ENDED, Status, written_status
 from danling_conf.schema import Layout
 from danling_conf.schema.files import JOB_FILE, RUN_FILE
@@ -30,22 +30,23 @@ def lost_lines(sweep: Path, key: str) -> list[dict[str, Any]]:
     """
     path = sweep / "jobs" / key / JOB_FILE
     job = read_fields(path)
-    number, run = job.integer("job"), job.table("binding").text("run_directory")
-    if number is None or number < 0 or run is None or "\0" in run:
+    number, written = job.integer("job"), job.table("binding").text("run_directory")
+    if number is None or number < 0 or written is None or "\0" in written:
         return []
+    run = run_of_sweep(sweep, Path(written))
     config, moment = job.table("config"), path.stat().st_mtime
     planned = {
         "job": number,
         "job_id": job.text("job_id") or key,
-        "config_id": read_fields(Path(run) / RUN_FILE).text("config_id") or "",
+        "config_id": read_fields(run / RUN_FILE).text("config_id") or "",
         "status": Status.PLANNED,
         "overrides": job.texts("overrides"),
-        "run": run,
+        "run": str(run),
         "layout": _layout_of(config),
         "steps": config.integer("steps"),
         "epochs": config.integer("epochs"),
     }
-    return [{"key": key, "time": moment, **facts} for facts in (planned, *_of_run(Path(run)))]
+    return [{"key": key, "time": moment, **facts} for facts in (planned, *_of_run(run))]
 
 
 def _of_run(run: Path) -> list[dict[str, Any]]:

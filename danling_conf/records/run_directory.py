@@ -253,6 +253,14 @@ def owner_of(path: Path) -> Path | None:
     return None
 
 
+def run_of_sweep(sweep: Path, run: Path) -> Path:
+    """Where a run of a sweep is: at the path that was written; or, once the workspace was moved, beside the folder of
+    its sweeps."""
+    here = sweep.absolute().parent.parent / run.name
+    moved = here != run and not (run / RUN_FILE).exists() and (here / RUN_FILE).exists()
+    return here if moved else run
+
+
 def is_latest(checkpoint: Path) -> bool:
     """Whether a checkpoint is the one that its run would resume from."""
     # `latest` is a link, and either path may go through further links.

@@ -285,3 +285,12 @@ def test_a_configuration_without_content_is_reported(tmp_path: Path, capsys: Any
     file.write_text(json.dumps({**json.loads(file.read_text()), "config": {}}))
     assert main(["report", str(run), "--html", str(tmp_path / "page.html")]) == 0
     assert "completed" in (tmp_path / "page.html").read_text()
+
+
+def test_a_sweep_whose_program_was_moved_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = write_sweep_of(tmp_path, {"status": "failed", "score": None, "error": "broken"})
+    (record,) = sweep.ledger.records().values()
+    assert main(["resume", str(sweep.path)]) == 2
+    shown = capsys.readouterr().err
+    assert f"there is no {tmp_path / 'gone.py'} any more" in shown
+    assert f"python TRAIN.py steps=10 resume={record.run}" in shown

@@ -16,6 +16,7 @@ from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.reading import shown_damage
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_lock import SweepLock
+from danling_conf.schema.files import JOB_FILE, LEDGER
 from danling_conf.sweep.backend import Ending
 from danling_conf.sweep.monitor import Monitor, parse_on_failure
 from tests.support.records import write_sweep_of
@@ -210,7 +211,7 @@ def test_lost_lines_are_taken_from_the_files_of_the_jobs(
     ]
     sweep = write_sweep_of(tmp_path, *ends)
     whole = sweep.ledger.records()
-    _lost(sweep.path / "jobs.jsonl", what)
+    _lost(sweep.path / LEDGER, what)
     with shown_damage():
         found = sweep.ledger.records()
     assert list(found) == list(whole)
@@ -224,3 +225,21 @@ def test_lost_lines_are_taken_from_the_files_of_the_jobs(
     assert f"jobs.jsonl: it lost what it said of {jobs}" in capsys.readouterr().err
     assert main(["runs", str(sweep.path)]) == 0  # found without its ledger, too
     assert "2 jobs: 1 completed, 1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_workspace_that_was_moved_has_its_runs(tmp_path: Path, lost: bool) -> None:
+    (tmp_path / "before").mkdir()
+    written = write_sweep_of(tmp_path / "before", {"status": "failed", "score": None, "error": "broken"})
+    (run,) = (record.run for record in written.ledger.records().values())
+    assert run is not None
+    sweep = tmp_path / "after" / written.path.relative_to(tmp_path / "before")
+    (tmp_path / "before").rename(tmp_path / "after")
+    if lost:
+        _lost(sweep / LEDGER, "all of it")
+    (record,) = Ledger(sweep).records().values()
+    assert record.run == tmp_path / "after" / run.relative_to(tmp_path / "before")
+    assert record.attempt is not None
+    assert record.attempt.is_dir()
+    job = JobFile.read(sweep / "jobs" / record.key / JOB_FILE)
+    assert job.binding.run_directory == record.run  # where a resumed one goes on
