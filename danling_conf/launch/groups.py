@@ -181,7 +181,7 @@ class Groups:
                 self.kill()
         if received:
             raise WorkersInterrupted(received[0])
-        if not self._complete and self._failures:  # a group that is alone says nothing of its end
+        if not self._complete:
             stopped = [error for error in self._failures if self._stops_all(error)]
             raise stopped[0] if stopped else self._failures[-1]  # of the group that could not go on
 

@@ -40,7 +40,7 @@ def test_jobs_that_run_and_jobs_that_wait(tmp_path: Path, capsys: Any) -> None:
             "#3 cancelled: not started: cancelled by danling-conf cancel",
         ]
         assert main(["cancel", str(tmp_path), records(tmp_path)[0].key]) == 0
-        assert capsys.readouterr().out == "#0 interrupted: ended by SIGTERM\n"
+        assert capsys.readouterr().out == "#0 interrupted: stopped by SIGTERM\n"
         out, _ = client.communicate(timeout=60)
     assert client.returncode == 1
     assert states(tmp_path) == ["interrupted", "cancelled", "completed", "cancelled"]
@@ -124,10 +124,10 @@ def test_a_run_of_its_own(tmp_path: Path, capsys: Any) -> None:
     with started(command, cwd=tmp_path) as process:
         wait_for(lambda: list(tmp_path.rglob("rank-0.log")), "the run")
         assert main(["cancel", str(tmp_path / "ws")]) == 0
-        assert "lost: its process is gone" in capsys.readouterr().out  # this one has nothing to save
+        assert "interrupted: stopped by SIGTERM" in capsys.readouterr().out  # it had nothing to save
         process.wait(60)
     assert main(["cancel", str(tmp_path / "ws")]) == 0
-    assert "nothing to do: the run is lost" in capsys.readouterr().out
+    assert "nothing to do: the run is interrupted" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -61,10 +61,10 @@ def test_a_client_that_is_killed_loses_nothing(tmp_path: Path, capsys: Any) -> N
         wait_for(lambda: not alive(job), "the job to follow its client")
         assert main(["runs", str(tmp_path)]) == 0
         out = capsys.readouterr().out
-        assert "1 completed, 1 lost, 1 not started" in out
-        assert "#1 lost: its process is gone" in out
+        assert "1 completed, 1 interrupted, 1 not started" in out
+        assert "#1 interrupted: stopped by SIGTERM" in out
         assert "the jobs that it has not started will not start" in out
-        assert states(tmp_path) == ["completed", "lost", "queued"]  # written down, too
+        assert states(tmp_path) == ["completed", "interrupted", "queued"]  # written down, too
     assert main(["resume", str(tmp_path)]) == 0
     assert states(tmp_path) == ["completed"] * 3
     assert [record.attempts for record in records(tmp_path)] == [1, 2, 1]
@@ -108,7 +108,7 @@ def test_a_watcher_says_what_becomes_of_a_sweep_without_client(tmp_path: Path) -
         client.wait()
         watched = run([*CLI, "runs", tmp_path, "--watch"], cwd=tmp_path)
     assert watched.code == 1
-    assert "#0 lost: its process is gone" in watched.out
+    assert "#0 interrupted: stopped by SIGTERM" in watched.out
     assert "#1 cancelled: not started: the command that monitored the sweep is gone" in watched.out
     assert main(["resume", str(tmp_path)]) == 0
 

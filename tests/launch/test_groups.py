@@ -72,12 +72,6 @@ def test_groups_train_as_one_process_does_also_when_they_are_stopped_and_resumed
             assert mine == pytest.approx(theirs, rel=2e-5)
 
 
-def test_a_group_that_is_alone_completes(tmp_path: Path) -> None:
-    said = tmp_path / "said.txt"
-    assert ends(start(command(tmp_path, "ft.group_size=1", "steps=2"), said)) == 0
-    assert "step=2" in said.read_text().splitlines()[-1]
-
-
 def test_groups_that_are_too_few_save_and_leave_and_say_so(tmp_path: Path) -> None:
     said = tmp_path / "said.txt"
     limits = ("ft.quorum_timeout_seconds=6", "ft.timeout_seconds=6", "ft.join_timeout_seconds=6", "ft.quorum_retries=1")
