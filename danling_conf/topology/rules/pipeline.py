@@ -88,7 +88,8 @@ def enough_microbatches(config: RunnerConfig, context: Context) -> Iterator[Viol
     count = config.parallel.pipeline_n_microbatches or batch // divisor
     parts = config.parallel.module_fqns_per_model_part
     stages = len(parts) if parts is not None else degree * (1 if schedule in SINGLE_STAGE_SCHEDULES else 2)
-    more = f"choose a smaller {path.rpartition('.')[2]}, or a larger {where}"
+    smaller = f"choose a smaller {path.rpartition('.')[2]}, or " if divisor > 1 else "choose "
+    more = f"{smaller}a larger {where}, {stages * divisor} or more"
     if path == "parallel.pipeline_n_microbatches":
         more = f"{path}={stages}"
     if schedule in ("1F1B", "DualPipeV") and count < stages:
