@@ -361,6 +361,7 @@ class Replicas:
             setup.scaler.load_state_dict(given["scaler"])
         setup.score.load_state_dict(given["score"])
         state.load_state_dict(given["runner"])
+        state.saved_at = -1  # what it continues from is in no checkpoint
         state.stopped_early = given["runner"]["stopped_early"]
         state.training_loss.set_sums(given["loss"].to(self._world.device))
         self._compared = True

@@ -139,8 +139,8 @@ class RunSaver:
         state, setup = self.state, self.setup
         between = state.between_epochs and setup.cadence.epochs is not None
         if not self.lead.held:
+            # The step is not saved by that: the group that leads may die before it has written it.
             self.checkpoints.save_place(self._own(), step=state.step, epoch=state.epoch, between_epochs=between)
-            state.saved_at = state.step
             return
         if self.callbacks.save is not None:
             self.callbacks.save()

@@ -17,6 +17,8 @@ from danling_conf.components.samplers import seed_of
 from danling_conf.launch import groups
 from danling_conf.parallel import process_group, replica_groups
 from danling_conf.parallel.replica_groups import NoQuorum, ReplicaGroup
+from danling_conf.records.reading import read_fields
+from danling_conf.runner.leading import Lead
 from danling_conf.runner.replicas import TooFewGroups
 from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.fault_tolerance import FtConfig
@@ -96,6 +98,27 @@ def test_a_step_that_was_refused_before_the_group_left_is_done_after_a_resume(tm
     assert votes == [4, 5]
     assert group.results == alone.results
     assert small.equal(small.weights(group), small.weights(alone))
+
+
+def test_a_group_that_takes_the_lead_saves_what_the_one_before_may_not_have_written(tmp_path, lighthouse):
+    settings = {"steps": 6, "checkpoint": {"load_only": False, "interval": 2}, **of_group(lighthouse)}
+    begin, gone = ReplicaGroup.begin, []
+
+    def too_few(self: ReplicaGroup) -> bool:
+        if self.step == 2:  # whose checkpoint the other group was to write
+            gone.append(self)
+            raise NoQuorum("too few groups")
+        return begin(self)
+
+    def agree(self: Lead) -> bool:
+        self.held = bool(gone)
+        return self.held
+
+    patched = mock.patch.object(ReplicaGroup, "begin", too_few), mock.patch.object(Lead, "agree", agree)
+    with patched[0], patched[1], pytest.raises(TooFewGroups, match="saved at step 2"):
+        fit(tmp_path, settings)
+    (latest,) = tmp_path.glob("*/*/*/checkpoints/latest")
+    assert read_fields(latest / "checkpoint.json").integer("step") == 2
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
