@@ -112,7 +112,8 @@ def run_with_kills(
                     if way.startswith("kill"):
                         wait_for(partial(has_died, attempt, struck), process)
             if kills and wait_for(lambda: together(root, process), process) is not None:
-                time.sleep(1.0)
+                noted = sizes_of(digests)  # to take part is to begin a step, which may take long: wait for its end
+                wait_for(lambda: all(size > noted[path] for path, size in sizes_of(digests).items()) or None, process)
                 enough.touch()
             process.wait(timeout=_LIMIT_SECONDS + (0 if kills else steps * _STEP_SECONDS))
         finally:
@@ -134,6 +135,11 @@ def wait_for(what: Any, process: subprocess.Popen[bytes], limit: float = _LIMIT_
         assert time.monotonic() < deadline, "nothing has happened for too long"
         time.sleep(0.05)
     return None
+
+
+def sizes_of(folder: Path) -> dict[Path, int]:
+    """Bytes of each rank's notes."""
+    return {path: path.stat().st_size for path in folder.iterdir()}
 
 
 def attempt_in(root: Path) -> Path | None:
