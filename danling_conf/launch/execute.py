@@ -26,15 +26,8 @@ from danling_conf.records.code import code_identity
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import freeze_attempt, thaw_job
 from danling_conf.records.reading import read_result
-from danling_conf.records.run_directory import (
-    Attempt,
-    claim,
-    refusing_unwritable,
-    reserve_result,
-    start,
-    warn,
-    write_result,
-)
+from danling_conf.records.result import reserve_result, write_result
+from danling_conf.records.run_directory import Attempt, claim, refusing_unwritable, start, warn
 from danling_conf.records.run_lock import RunLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.records.stopped import StoppedEarly, stopping_in_order

@@ -15,7 +15,7 @@ from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.workers import WorkersFailed
 from danling_conf.records.job_file import JobFile, write_error
 from danling_conf.records.logs import is_full, show_unwritable
-from danling_conf.records.run_directory import score_of
+from danling_conf.records.result import score_of
 from danling_conf.records.run_lock import LostRun
 from danling_conf.records.status import EXIT_FAILED, Status, outcome_of
 from danling_conf.records.stopped import stopping_in_order

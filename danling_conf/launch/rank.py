@@ -25,7 +25,7 @@ from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
 from danling_conf.records.logs import ENDS_RANK, close_logs, configure_job_logging, open_logs, rank_log, redirect_output
-from danling_conf.records.run_directory import hold_room, write_result
+from danling_conf.records.result import hold_room, write_result
 from danling_conf.records.run_lock import RankLock
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.records.stopped import Stopped

@@ -31,7 +31,6 @@ from danling_conf.launch.parent import as_parent
 from danling_conf.launch.store import SERVED_VARIABLE
 from danling_conf.records.logs import log_descriptor, rank_log, show_unwritable
 from danling_conf.records.reading import Fields, read_fields
-from danling_conf.records.run_directory import write_whole
 from danling_conf.records.status import (
     EXIT_FAILED,
     HasOutcome,
@@ -42,7 +41,7 @@ from danling_conf.records.status import (
     written_status,
 )
 from danling_conf.records.stopped import STOPPING, is_stop, note_stop
-from danling_conf.schema.files import error_file, no_links, parse_object
+from danling_conf.schema.files import error_file, no_links, parse_object, write_whole
 from danling_conf.topology.rank_environment import FROZEN_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
 from danling_conf.topology.violation import PlainError

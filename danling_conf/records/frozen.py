@@ -20,9 +20,9 @@ from danling_conf.config.readonly import freeze
 from danling_conf.config.resolve import as_yaml, inspect, own_sections, save, typed_node
 from danling_conf.records.code import code_identity
 from danling_conf.records.reading import read_fields
-from danling_conf.records.run_directory import Attempt, attempt_order, attempts_in, write_whole
+from danling_conf.records.run_directory import Attempt, attempt_order, attempts_in
 from danling_conf.schema import RunnerConfig, declared_class
-from danling_conf.schema.files import DIFF, DIFFERENCE, FROZEN
+from danling_conf.schema.files import DIFF, DIFFERENCE, FROZEN, write_whole
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.rules import Context
 

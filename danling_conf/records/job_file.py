@@ -18,8 +18,8 @@ from danling_conf.config.job import Job
 from danling_conf.records.frozen import frozen_job
 from danling_conf.records.ledger import Ledger
 from danling_conf.records.reading import is_moment, read_fields
-from danling_conf.records.run_directory import Binding, run_of_sweep, write_whole
-from danling_conf.schema.files import JOB_FILE, Damaged, error_file, read_object
+from danling_conf.records.run_directory import Binding, run_of_sweep
+from danling_conf.schema.files import JOB_FILE, Damaged, error_file, read_object, write_whole
 
 # When one rank dies, the others fail in their next collective with one of these. NCCL, Gloo and the store word it
 # differently, and none of them has an error class for it.

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from danling_conf.records.reading import Fields, is_number, read_fields, read_json
-from danling_conf.records.run_directory import write_whole
-from danling_conf.schema.files import RUN_FILE
+from danling_conf.schema.files import RUN_FILE, write_whole
 
 KEY = "plan"
 """In a run's file."""

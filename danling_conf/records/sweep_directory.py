@@ -21,9 +21,9 @@ from danling_conf.records.code import CodeIdentity
 from danling_conf.records.job_file import JobFile, Program
 from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.reading import Fields, read_fields
-from danling_conf.records.run_directory import bind, write_whole
+from danling_conf.records.run_directory import bind
 from danling_conf.records.status import Status
-from danling_conf.schema.files import DIFF, JOB_FILE, SWEEP_FILE
+from danling_conf.schema.files import DIFF, JOB_FILE, SWEEP_FILE, write_whole
 from danling_conf.topology.violation import ConfigRefused, Violation
 
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from danling_conf.components.samplers import seed_of
-from danling_conf.records.run_directory import write_whole
-from danling_conf.schema.files import ENVIRONMENT
+from danling_conf.schema.files import ENVIRONMENT, write_whole
 from danling_conf.schema.process import GcConfig
 
 

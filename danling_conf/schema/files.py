@@ -1,4 +1,4 @@
-"""Files of a run and of a sweep: the name of each on disk, and the one way to read those that hold JSON.
+"""Files of a run and of a sweep: the name of each on disk, and the one way to read and to replace those that hold JSON.
 
 Every room that names such a file imports it from here, so that a rename is one line. The reader trusts nothing: a user,
 another program or a full disk may have left anything in a file's place.
@@ -245,3 +245,19 @@ def _kind(mode: int) -> str:
         stat.S_IFBLK: "a device",
     }
     return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file atomically: readers see all of it or none of it, and so does the next boot after a power cut."""
+    # fsync before the rename: file systems may order the rename before the data, and leave an empty file after a crash.
+    # The process id keeps two writers of the same file from sharing a temporary one.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", opener=no_links) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

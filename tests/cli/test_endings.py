@@ -16,7 +16,8 @@ from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
 from danling_conf.records.metrics import end_in_metrics
 from danling_conf.records.reading import read_fields
-from danling_conf.records.run_directory import newest_attempt, reserve_result, write_result
+from danling_conf.records.result import reserve_result, write_result
+from danling_conf.records.run_directory import newest_attempt
 from danling_conf.records.state import state_of
 from danling_conf.records.status import Outcome, Status
 from tests.support.commands import APP, Ranks, all_gone, run, runs, started, wait_for

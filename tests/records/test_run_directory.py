@@ -15,9 +15,9 @@ import danling_conf
 from danling_conf import ConfigRefused
 from danling_conf.config.identity import config_id
 from danling_conf.records.frozen import freeze_attempt
-from danling_conf.records.run_directory import Attempt, claim, newest_run, owner_of, read_run, write_whole
+from danling_conf.records.run_directory import Attempt, claim, newest_run, owner_of, read_run
 from danling_conf.records.run_lock import LostRun, RankLock, is_live
-from danling_conf.schema.files import RUN_FILE
+from danling_conf.schema.files import RUN_FILE, write_whole
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted
 from danling_conf.records.job_file import JobFile, write_error
 from danling_conf.records.logs import rank_log
 from danling_conf.records.reading import read_fields
-from danling_conf.records.run_directory import score_of
+from danling_conf.records.result import score_of
 from danling_conf.records.run_lock import LostRun
 from danling_conf.records.status import EXIT_FAILED, Status, outcome_of, written_status
 from danling_conf.records.stopped import Stopped

@@ -24,7 +24,8 @@ from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
 from danling_conf.records.job_file import JobFile, is_consequence, write_error
 from danling_conf.records.logs import rank_log, redirect_output
-from danling_conf.records.run_directory import Attempt, score_of
+from danling_conf.records.result import score_of
+from danling_conf.records.run_directory import Attempt
 from danling_conf.records.run_lock import LostRun, RunLock
 from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED, Status, outcome_of
 from danling_conf.records.stopped import Stopped, note_early_signals

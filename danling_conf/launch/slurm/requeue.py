@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 
 from danling_conf.launch.slurm.queries import SlurmUnavailable, own_job, run, show, time_of
 from danling_conf.records.job_file import JobFile
-from danling_conf.records.run_directory import write_result
+from danling_conf.records.result import write_result
 from danling_conf.records.status import EXIT_FAILED, Outcome, Status, outcome_of
 from danling_conf.records.stopped import Stopped
 from danling_conf.topology.rank_environment import RankEnvironment

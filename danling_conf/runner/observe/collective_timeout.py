@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from danling_conf.records.heartbeats import read_heartbeats
-from danling_conf.records.run_directory import Attempt, write_whole
+from danling_conf.records.run_directory import Attempt
 from danling_conf.records.stopped import stop_is_noted
 from danling_conf.runner.state import TrainState
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
+from danling_conf.schema.files import write_whole
 from danling_conf.topology.rank_environment import RankEnvironment
 
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from danling_conf.records.metrics import metrics_file, read_lines, read_metrics, series
-from danling_conf.records.run_directory import write_result
+from danling_conf.records.result import write_result
 from danling_conf.records.status import Outcome, Status
 from danling_conf.runner.observe import meters, observers
 from danling_conf.runner.observe.trackers import choose, guarded
