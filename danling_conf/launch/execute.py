@@ -125,8 +125,8 @@ def open_job(
     with releasing(lock), refusing_unwritable(config):
         reserve_result(attempt.directory)
         freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
-    host = os.uname().nodename
-    job.ledger.add(job.key, status=Status.RUNNING, attempt=attempt.directory.name, host=host, pid=os.getpid(), **facts)
+        host, pid = os.uname().nodename, os.getpid()
+        job.ledger.add(job.key, status=Status.RUNNING, attempt=attempt.directory.name, host=host, pid=pid, **facts)
     warn(attempt, config)
     return config, attempt, lock
 

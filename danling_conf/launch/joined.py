@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from typing import Any
 
 from hydra.types import RunMode
@@ -21,7 +20,7 @@ from danling_conf.records.frozen import take_part_in, thaw
 from danling_conf.records.status import EXIT_REFUSED, outcome_of
 from danling_conf.schema.files import FROZEN
 from danling_conf.topology.rank_environment import RankEnvironment
-from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, trace_of
 
 
 def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
@@ -41,7 +40,7 @@ def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks
         sys.exit(outcome_of(interrupt).exit_code)
     except Exception as error:
         _record(error)
-        traceback.print_exc()
+        print(trace_of(error).rstrip() or error, file=sys.stderr)
         leave_at_once(outcome_of(error).exit_code)
 
 
