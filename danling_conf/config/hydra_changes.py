@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, cast
 
 import hydra
 from hydra import version
@@ -21,6 +21,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import Overrides
 from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.sweeper import Sweeper
@@ -34,7 +35,7 @@ from danling_conf.groups.source import SCHEME
 @contextmanager
 def without_waste() -> Iterator[None]:
     """Spare Hydra work that it repeats, without another result: a fifth of a start."""
-    with _asked_once(), _empty_presets_left_out(), _parents_left_alone(), quick_copies():
+    with _asked_once(), _parsed_once(), _empty_presets_left_out(), _parents_left_alone(), quick_copies():
         yield
 
 
@@ -94,6 +95,26 @@ def _asked_once() -> Iterator[None]:
         yield
     finally:
         version._get_version, lists._create_interpolation_map = parse, choices
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Parse an override once, of those that are asked for again and again: by Hydra and by our checks."""
+    parser: Any = OverridesParser
+    theirs = parser.parse_rule
+
+    @lru_cache(maxsize=1024)
+    def parsed(text: str) -> Override:
+        return cast("Override", theirs(OverridesParser.create(), text, "override"))
+
+    def parse_rule(self: OverridesParser, s: str, rule_name: str) -> Any:
+        return copy.deepcopy(parsed(s)) if rule_name == "override" else theirs(self, s, rule_name)
+
+    parser.parse_rule = parse_rule
+    try:
+        yield
+    finally:
+        parser.parse_rule = theirs
 
 
 @contextmanager
