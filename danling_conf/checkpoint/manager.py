@@ -201,7 +201,8 @@ class CheckpointManager:
             if self.rank != 0:
                 return export.drain(tensors)
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            staging.parent.mkdir(exist_ok=True)
+            staging.mkdir()
             facts = self._facts(step, epoch, False, optimizer, backend=SAFETENSORS)
             try:
                 export.write(staging, parts, tensors, facts, self.section.export_dtype)

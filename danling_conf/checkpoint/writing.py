@@ -83,7 +83,9 @@ class Writer:
         if self.rank == 0:
             self.folder.check_token()
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            # Not its parents: where the run's directory is gone, its disk may be, and what lies there now is another.
+            staging.parent.mkdir(exist_ok=True)
+            staging.mkdir()
 
     def _write_files(self, snapshot: Snapshot, staging: Path) -> dict[str, Sum]:
         durable.enter(durable.WRITING)

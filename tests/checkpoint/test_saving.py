@@ -36,6 +36,27 @@ def test_the_newest_of_the_history_are_kept(tmp_path: Path) -> None:
     assert pointed(done["run"])["latest"] == "ckpt-s00000009"
 
 
+def test_a_run_whose_directory_is_gone_saves_nowhere_else(tmp_path: Path) -> None:
+    """As after its disk was unmounted: a directory made anew would lie on another one."""
+    runner = start(tmp_path, {"steps": 50, "checkpoint": {"interval": 2}})
+    run = runner.world.attempt.run_directory
+
+    def trained() -> None:
+        try:
+            runner.prepare(DropoutNet, splits(), loss=loss)
+            for batch in runner.batches("train"):
+                runner.step(batch)
+                if runner.global_step == 3:
+                    runner.checkpoints.drain()
+                    run.rename(tmp_path / "away")
+        finally:
+            runner.close()
+
+    with pytest.raises(SaveFailed, match="could not be written: No such file or directory"):
+        trained()
+    assert not run.exists()
+
+
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_run_that_another_attempt_has_taken_is_no_fault_of_the_disk(tmp_path: Path, mode: str) -> None:
     """The attempt that lost it ends by saying so, and leaves the checkpoints as they are."""
