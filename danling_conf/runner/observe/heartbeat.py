@@ -150,7 +150,7 @@ class Heartbeat:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             self._check_token()
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)  # not its parents: a run whose directory is gone is not made anew
             with open(temporary, "w", opener=no_links) as file:
                 file.write(json.dumps(self.content()) + "\n")
             os.replace(temporary, self._path)
