@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import resource
 import shutil
 import statistics
 import tempfile
@@ -28,17 +28,19 @@ class Row:
     other: str
     """What it is compared with; "" for nothing."""
     wanted: str
+    rounds: int
 
 
 ROWS: dict[str, Row] = {}
-ROUNDS = 3
 
 
-def row(name: str, sizes: tuple[int, ...], unit: str, *, wanted: str, other: str = "") -> Callable[[Any], Any]:
+def row(
+    name: str, sizes: tuple[int, ...], unit: str, *, wanted: str, other: str = "", rounds: int = 3
+) -> Callable[[Any], Any]:
     """Adds a function of a size and an empty folder to the rows."""
 
     def add(measure: Callable[[int, Path], Times]) -> Callable[[int, Path], Times]:
-        ROWS[name] = Row(measure, sizes, unit, other, wanted)
+        ROWS[name] = Row(measure, sizes, unit, other, wanted, rounds)
         return measure
 
     return add
@@ -52,8 +54,9 @@ def cpu(do: Callable[[], object]) -> float:
 
 
 def _used() -> float:
-    found = os.times()
-    return time.process_time() + found.children_user + found.children_system
+    # Not `os.times`, which counts in ticks of 10 ms: a start takes 20 of them.
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
@@ -63,10 +66,10 @@ def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
 
 
 def show(name: str, each: Row) -> None:
-    """Measure a row and print it. Each size is measured three times, in turns, and the least counts: what disturbs a
+    """Measure a row and print it. Each size is measured a few times, in turns, and the least counts: what disturbs a
     measurement adds to it."""
     measured: dict[int, list[Times]] = {size: [] for size in each.sizes}
-    for _ in range(ROUNDS):
+    for _ in range(each.rounds):
         for size in each.sizes:
             folder = Path(tempfile.mkdtemp())
             try:
