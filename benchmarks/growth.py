@@ -211,15 +211,17 @@ def prune(count: int, folder: Path) -> Times:
 @row("bind", (100, 1000, 6000), "runs beside it", wanted="flat: names only")
 def bind(count: int, folder: Path) -> Times:
     from danling_conf import compose
-    from danling_conf.records import run_directory
+    from danling_conf.config.identity import semantic
+    from danling_conf.records import layouts_index, run_directory
 
     given = ["steps=1", f"workspace_root={folder}", "auto_resume=true"]
     config, fresh = compose([*given, "seed=1"]), compose([*given, "seed=2"])
     run = run_directory.bind(config).run_directory
-    content = (run / "run.json").read_text()
+    made, settings = json.loads((run / "run.json").read_text()), semantic(config)
     for number in range(count):
-        (run.parent / f"{number:012x}").mkdir()
-        (run.parent / f"{number:012x}" / "run.json").write_text(content)
+        name = f"{number:012x}"
+        write(run.parent / name / "run.json", made | {"run_id": name, "config_id": name})
+        layouts_index.add(run.parent, [(name, name, settings | {"seed": 10 + number})])
 
     def twice() -> None:
         assert run_directory.bind(config).run_directory == run
