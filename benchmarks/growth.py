@@ -167,7 +167,7 @@ def bad_batches(size: int, folder: Path) -> Times:
     return cpu(lambda: [sampler.samples(0, 32 * number, 32) for number in range(200)]), None
 
 
-@row("resume_epoch", (10**6, 10**7, 10**9), "samples", wanted="10^7 in 1 s and 80 MiB")
+@row("resume_epoch", (10**6, 10**7, 10**9), "samples", wanted="10^7 in 1 s and 80 MiB", memory=True)
 def resume_in_mid_epoch(size: int, folder: Path) -> Times:
     from danling_conf.components.samplers import ShardedSampler
 
@@ -246,7 +246,7 @@ def write_metrics(run: Path, count: int) -> None:
             index.add(text, end)
 
 
-@row("end_of_run", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat")
+@row("end_of_run", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat", memory=True)
 def end_of_run(count: int, folder: Path) -> Times:
     from danling_conf.records.history import goodput
 
@@ -264,7 +264,7 @@ def runs(count: int, folder: Path) -> Times:
     return cpu(lambda: show_runs(str(folder))), None
 
 
-@row("report", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat")
+@row("report", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat", memory=True)
 def report_page(count: int, folder: Path) -> Times:
     from danling_conf.cli.report import report
 
