@@ -95,7 +95,7 @@ def add(root: Path, runs: Iterable[Made]) -> None:
 
 
 def _without_layout(settings: Mapping[str, Any]) -> str:
-    """Hash of settings without those of the layout."""
+    """Hash of settings without those of the layout. Where it becomes another one, the index needs another name."""
     flat = flatten(dict(settings)).items()
     kept = {path: value for path, value in flat if value != {} and not path.startswith(LAYOUT_PATHS)}
     # 1 and 1.0 are one value, as they are where settings are compared.
