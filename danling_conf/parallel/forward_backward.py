@@ -95,8 +95,11 @@ class Passes:
         self._prove_layout = model.prove_layout
         self._in_parts = model.context is not None or model.sharded_logits
         """Whether the model looks at whether it is inside of a step."""
-        self._direct = model.direct and model.context is None
-        """Whether there is no wrapper to go through, and nothing to cut out of a batch."""
+        self._plain = (
+            model.direct and not self._in_parts and model.policy is None and autocast is nullcontext
+            and model.buffers is None and model.gradients is None and graph is None
+        )  # fmt: skip
+        """Whether nothing stands between a batch, the model and its loss: no wrapper, no cast, no part to cut out."""
         self._pass = self._train_whole if model.pipeline is None else self._train_pipeline
         self._whole_step: WholeStep | None = None
         if graph is not None:
@@ -119,6 +122,15 @@ class Passes:
             ConfigRefused: at the first batch, on all ranks: the batch or the loss is not what it must be.
             SettingError: the same at a later batch, on the ranks where it is so.
         """
+        if self._plain and self._proven:
+            # All in this function: after a pass through a model none of this code is in the processor's cache, and each
+            # function that a step calls costs about a microsecond.
+            measured = _measured(self.loss(self.forward(self.model.parts[0], batch), batch))
+            total = measured.total
+            usual = micro_batches == 1 and self.scaler is None and type(measured.weight) is float
+            (total if usual else self._scaled(measured, micro_batches)).backward()
+            measured.total = total.detach()
+            return measured
         if self._prove_layout is not None:
             self._prove_layout(self.forward, batch, self.loss)
             self._prove_layout = None
@@ -274,11 +286,7 @@ class Passes:
 
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
-            value = self.loss(output, batch)
-            # The usual loss: nothing is made of it.
-            if type(value) is Tensor and not value.ndim and value.requires_grad and value.is_floating_point():
-                return Measured(value, 1.0)
-            return _measured(value)
+            return _measured(self.loss(output, batch))
         except (RuntimeError, NotImplementedError) as error:
             if inside_step.sharded_logits() and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(_NOTE)
@@ -289,8 +297,6 @@ class Passes:
         if not self._proven:
             with self._refused_at_first(), self._watched():
                 measured = self._run(batch)
-        elif self._direct:
-            measured = self._loss_of(model.parts[0], batch)
         else:
             measured = self._run(batch)
         total = measured.total
@@ -431,6 +437,9 @@ def _measured(value: Any) -> Measured:
     Raises:
         SettingError: it is no such thing.
     """
+    # The usual loss: nothing is made of it.
+    if type(value) is Tensor and not value.ndim and value.requires_grad and value.is_floating_point():
+        return Measured(value, 1.0)
     is_pair = isinstance(value, tuple)
     if is_pair and len(value) != 2:
         raise _refused(f"a tuple of {len(value)} items", "return a mean, or a pair of a sum and its count")

@@ -30,9 +30,12 @@ class LossMeter:
         self._step_total: Number | None = None
         self._step_count: Number = 0.0
 
-    def append(self, loss: Measured, *, last: bool = False) -> Number:
+    def append(self, loss: Measured, *, last: bool = False, whole: bool = False) -> Number:
         """Take the loss of a micro-batch. A tensor is kept only if it is the `last` of its step: the output of a CUDA
         graph is overwritten by the next micro-batch.
+
+        Args:
+            whole: it is a step of its own, and takes place: it counts at once.
 
         Returns:
             The total, as `at_hand` does.
@@ -40,6 +43,9 @@ class LossMeter:
         total, weight = at_hand(loss.total), loss.weight
         if isinstance(weight, Tensor):
             weight = at_hand(weight)
+        if whole:
+            self._add(total, weight)
+            return total
         if self._step_total is None:
             self._step_total = total if last else _copied(total)
         else:
@@ -61,12 +67,15 @@ class LossMeter:
     def commit(self) -> None:
         """Take the losses of the step under way into the mean."""
         if self._step_total is not None:
-            if self._total is None:
-                self._total = _copied(self._step_total)
-            else:
-                self._total += self._step_total
-            self._count = self._count + self._step_count
+            self._add(self._step_total, self._step_count)
             self._step_total, self._step_count = None, 0.0
+
+    def _add(self, total: Number, weight: Number) -> None:
+        if self._total is None:
+            self._total = _copied(total)
+        else:
+            self._total += total
+        self._count = self._count + weight
 
     def drop(self) -> None:
         """Leave out the losses of the step under way."""
