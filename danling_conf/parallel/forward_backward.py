@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from danling_conf._torch_private.data_parallel import Replicated
 from danling_conf.components import gradients
 from danling_conf.components.batch import CountSamples, count_samples, described, tensors
 from danling_conf.parallel import inside_step, second_derivatives
@@ -95,11 +96,17 @@ class Passes:
         self._prove_layout = model.prove_layout
         self._in_parts = model.context is not None or model.sharded_logits
         """Whether the model looks at whether it is inside of a step."""
+        self._unwrapped = model.direct
+        by_ddp = isinstance(model.parts[0], Replicated) and model.pipeline is None and model.engine is None
         self._plain = (
-            model.direct and not self._in_parts and model.policy is None and autocast is nullcontext
-            and model.buffers is None and model.gradients is None and graph is None
-        )  # fmt: skip
-        """Whether nothing stands between a batch, the model and its loss: no wrapper, no cast, no part to cut out."""
+            (self._unwrapped or (by_ddp and not model.compiled))
+            and not self._in_parts
+            and model.policy is None
+            and model.buffers is None
+            and autocast is nullcontext
+            and graph is None
+        )
+        """Whether at most DDP stands between a batch, the model and its loss: no cast, no part to cut out, no graph."""
         self._pass = self._train_whole if model.pipeline is None else self._train_pipeline
         self._whole_step: WholeStep | None = None
         if graph is not None:
@@ -122,15 +129,8 @@ class Passes:
             ConfigRefused: at the first batch, on all ranks: the batch or the loss is not what it must be.
             SettingError: the same at a later batch, on the ranks where it is so.
         """
-        if self._plain and self._proven:
-            # All in this function: after a pass through a model none of this code is in the processor's cache, and each
-            # function that a step calls costs about a microsecond.
-            measured = _measured(self.loss(self.forward(self.model.parts[0], batch), batch))
-            total = measured.total
-            usual = micro_batches == 1 and self.scaler is None and type(measured.weight) is float
-            (total if usual else self._scaled(measured, micro_batches)).backward()
-            measured.total = total.detach()
-            return measured
+        if self._plain and self._proven and (micro_batches == 1 or self._unwrapped):
+            return self._train_plain(batch, micro_batches, last)
         if self._prove_layout is not None:
             self._prove_layout(self.forward, batch, self.loss)
             self._prove_layout = None
@@ -142,6 +142,24 @@ class Passes:
             with self._inside(accumulates=micro_batches > 1, last=last):
                 measured = self._pass(batch, micro_batches, last)
         self._proven = True
+        return measured
+
+    def _train_plain(self, batch: Any, micro_batches: int, last: bool) -> Measured:
+        """A pass of a model that at most DDP wraps, after one that was without fault. All in one function: after a pass
+        none of this code is in the processor's cache, and each function that a step calls costs about a microsecond."""
+        module, completion = self.model.parts[0], self.model.gradients
+        if isinstance(module, Replicated):
+            module.begin()
+            measured = _measured(self.loss(self.forward(module.module, batch), batch))
+            measured.total = module.end(measured.total)
+        else:
+            measured = _measured(self.loss(self.forward(module, batch), batch))
+        total = measured.total
+        if completion is not None:
+            completion.before_backward(total, last=last)
+        usual = micro_batches == 1 and self.scaler is None and type(measured.weight) is float
+        (total if usual else self._scaled(measured, micro_batches)).backward()
+        measured.total = total.detach()
         return measured
 
     @contextmanager

@@ -189,7 +189,9 @@ class Loop:
         self._mark_place(loader, ended=resumed is not None and resumed.exhausted)
         if self._caught_up():
             return
-        ahead, following, last = False, _END, self._last_step
+        ahead, following, last, replicas = False, _END, self._last_step, self.replicas
+        # Whether a batch is the last shows by the one behind it.
+        looks_ahead = self.config.accum_remainder == "step" and self.config.accum_steps > 1
         while True:
             if not ahead:
                 began = time.perf_counter()
@@ -201,26 +203,31 @@ class Loop:
                 self._show_remainder()
                 break
             batch, empty = following, False
-            # Whether a batch is the last shows by the one behind it. After the last micro-batch of a step a checkpoint
-            # may be made, which must not find the loader ahead; but there is nothing to know there either.
-            ahead = self.config.accum_remainder == "step" and state.micro_batches + 1 < self.config.accum_steps
-            if ahead:
-                began = time.perf_counter()
-                following = next(batches, _END)
-                clock.data += time.perf_counter() - began
-                state.epoch_ends = following is _END
-            batch = to_device(batch, self.world.device) if move else batch
-            if self.replicas is None:
+            if looks_ahead:
+                # After the last micro-batch of a step a checkpoint may be made, which must not find the loader ahead;
+                # but there is nothing to know there either.
+                ahead = state.micro_batches + 1 < self.config.accum_steps
+                if ahead:
+                    began = time.perf_counter()
+                    following = next(batches, _END)
+                    clock.data += time.perf_counter() - began
+                    state.epoch_ends = following is _END
+            if move:
+                batch = to_device(batch, self.world.device)
+            if replicas is None:
                 yield batch
             else:
                 yield from self._delivered(batch)
             state.epoch_ends = False
-            if state.step >= last or state.stopped_early or self._behind:
+            if state.step >= last or state.stopped_early:
                 return
-            if self.replicas is not None and not ahead:
-                self._mark_place(loader)
-                if self._caught_up():
+            if replicas is not None:
+                if self._behind:
                     return
+                if not ahead:
+                    self._mark_place(loader)
+                    if self._caught_up():
+                        return
         if empty:
             raise ConfigRefused([no_batch("train").violation])
         if state.micro_batches:
