@@ -412,7 +412,9 @@ class Loop:
             return True
         self._waits.append(_GRADIENTS)
         try:
-            counted = setup.passes.finish(setup.parameters, rescale=rescale)
+            counted = None
+            if setup.passes.completes or rescale != 1.0:
+                counted = setup.passes.finish(setup.parameters, rescale=rescale)
             # Before anything looks at the gradients: until the vote, they may be garbage.
             if self.replicas is not None and not self._agreed(self.replicas, counted):
                 return False

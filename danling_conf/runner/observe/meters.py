@@ -40,17 +40,19 @@ class LossMeter:
         Returns:
             The total, as `at_hand` does.
         """
-        total, weight = at_hand(loss.total), loss.weight
-        if isinstance(weight, Tensor):
-            weight = at_hand(weight)
-        if whole:
-            self._add(total, weight)
+        total: Number = loss.total.item() if loss.total.is_cpu else loss.total
+        weight = loss.weight if type(loss.weight) is float else at_hand(loss.weight)
+        if whole and self._total is not None:
+            self._total += total
+            self._count = self._count + weight
             return total
         if self._step_total is None:
             self._step_total = total if last else _copied(total)
         else:
             self._step_total += total
         self._step_count = self._step_count + weight
+        if whole:
+            self.commit()
         return total
 
     def step_sums(self, device: torch.device) -> Tensor:
@@ -67,15 +69,12 @@ class LossMeter:
     def commit(self) -> None:
         """Take the losses of the step under way into the mean."""
         if self._step_total is not None:
-            self._add(self._step_total, self._step_count)
+            if self._total is None:
+                self._total = _copied(self._step_total)
+            else:
+                self._total += self._step_total
+            self._count = self._count + self._step_count
             self._step_total, self._step_count = None, 0.0
-
-    def _add(self, total: Number, weight: Number) -> None:
-        if self._total is None:
-            self._total = _copied(total)
-        else:
-            self._total += total
-        self._count = self._count + weight
 
     def drop(self) -> None:
         """Leave out the losses of the step under way."""
