@@ -44,8 +44,8 @@ class Measured:
     total: Tensor
     weight: Tensor | float
     graph: Tensor | None = None
-    """What the backward pass began at, on the CPU: as in a loop by hand, its memory is freed after the optimizer's step,
-    which is 1 % faster for a tiny model. On an accelerator memory is scarce, and time to free it is not."""
+    """What the backward pass began at, on the CPU: as in a loop by hand, its memory is freed after the optimizer's
+    step, which is 1 % of a tiny step faster. On an accelerator memory is scarce, and the time to free it is not."""
 
     @property
     def mean(self) -> Tensor:
