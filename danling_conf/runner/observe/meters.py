@@ -40,7 +40,7 @@ class LossMeter:
         Returns:
             The total, as `at_hand` does.
         """
-        total: Number = loss.total.item() if loss.total.is_cpu else loss.total
+        total = at_hand(loss.total)
         weight = loss.weight if type(loss.weight) is float else at_hand(loss.weight)
         if whole and self._total is not None:
             self._total += total
