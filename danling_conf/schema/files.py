@@ -137,9 +137,11 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
         size = os.fstat(descriptor).st_size
         if limit is not None and size > limit:
             raise Damaged(path, f"it has {size} bytes, and no more than {limit} are read")
+        if most is not None:
+            return os.pread(descriptor, most, start)
         with open(descriptor, "rb", closefd=False) as file:
             file.seek(start)
-            return file.read(-1 if limit is None else limit) if most is None else file.read(most)
+            return file.read(-1 if limit is None else limit)
     except OSError as error:
         raise Damaged(path, f"it cannot be read: {error.strerror}") from error
     finally:
