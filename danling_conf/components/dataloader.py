@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from danling_conf._torch_private.attributes import shut_down_workers
+from danling_conf.components.collate import collate
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.samplers import DROP, REPEAT, UNEVEN, ShardedSampler, seed_of
 from danling_conf.schema.dataloader import OF_WORKERS, DataloaderConfig, SplitDataloaderConfig, without_workers
@@ -101,6 +102,7 @@ def make(
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function that torch has deprecated; no user can act on the warning.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        collate_fn = collate_fn or functools.partial(collate, split=split)
         return StatefulDataLoader(
             dataset, collate_fn=collate_fn, generator=generator, worker_init_fn=_own_process_group, **options
         )

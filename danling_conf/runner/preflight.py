@@ -100,7 +100,7 @@ def _try(
             _update(name, metric, inputs)
 
     try:
-        passes.evaluate(batch, largest=samples, counts=has, use=update if metrics else None, faults=faults)
+        passes.evaluate(batch, largest=samples, counts=has, use=update if metrics else None, faults=faults, first=split)
     except SettingError as error:
         faults.append(error.violation)
     refuse_together(faults)
