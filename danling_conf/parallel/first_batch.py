@@ -80,14 +80,15 @@ def watched_model(split: str, module: Any, batch: Any, *, alone: bool = False) -
         name = _name(unfit.culprit, {"batch": batch})
         path = "model" if name is None else f"datasets.{split}"
         where = _where(error, module)
+        # By its values, another rank may not find it, and is on its way to the collectives of the forward.
+        alone = alone or unfit.by_values
         raise _refusal(path, unfit, name or "its input", where, batch, split, alone=alone) from error
 
 
 @contextmanager
-def watched_loss(
-    split: str, loss: Callable[..., Any], output: Any, batch: Any, *, alone: bool = False
-) -> Iterator[None]:
-    """Likewise of a loss. An output of shape (B, 1) for targets of shape (B,) is refused, which torch broadcasts."""
+def watched_loss(split: str, loss: Callable[..., Any], output: Any, batch: Any) -> Iterator[None]:
+    """Likewise of a loss, by SettingError. Refuses outputs of shape (B, 1) for targets of (B,) too, which torch does
+    not."""
     given = {"output": output, "batch": batch}
     identities = {id(item) for value in given.values() for _, item in named_tensors(value, "")}
     calls = _Calls(lambda item: id(item) in identities, of_loss=True)
@@ -102,18 +103,18 @@ def watched_loss(
             _add_note(error, split, batch)
             raise
         name = _name(unfit.culprit, given) or "the targets"
-        raise _refusal("loss", unfit, name, _where(error, None), batch, split, alone=alone) from error
+        raise _refusal("loss", unfit, name, _where(error, None), batch, split) from error
 
 
 def _refusal(
-    path: str, unfit: Unfit, name: str, where: str, batch: Any, split: str, *, alone: bool
+    path: str, unfit: Unfit, name: str, where: str, batch: Any, split: str, *, alone: bool = False
 ) -> SettingError | ConfigRefused:
     rule = f"{where}{unfit.rule}; the first batch of {split} is {_shown(batch)}"
     fix = unfit.fix.format(name)
     if path.startswith("datasets.") and not unfit.by_values:
         fix += ", or let the data set return it so"
     error = SettingError(path, ABSENT, rule, fix)
-    return ConfigRefused([error.violation]) if alone or unfit.by_values else error
+    return ConfigRefused([error.violation]) if alone else error
 
 
 def _is_of_an_argument(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from danling_conf.components import gradients
 from danling_conf.components.batch import CountSamples, count_samples, described, tensors
 from danling_conf.parallel import inside_step, second_derivatives
 from danling_conf.parallel.first_batch import watched_loss, watched_model
+from danling_conf.parallel.gathering_loss import Collectives
 from danling_conf.parallel.graph import WholeStep
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.pipeline import passes
@@ -110,6 +111,9 @@ class Passes:
         """Whether a whole pass was without fault on all ranks."""
         self._broken = False
         """Whether a pass through a pipeline did not come to its end."""
+        self.communicates = False
+        """Whether a loss that was tried on the first batch of a split communicates over the ranks."""
+        self._even = True
         self._first: str | None = None
         """The split whose first batch is under way; None for later batches."""
         # Compiled under watch, code would be compiled again without.
@@ -201,6 +205,7 @@ class Passes:
         use: Callable[[Any, Any], None] | None = None,
         faults: list[Violation] | None = None,
         first: str | None = None,
+        even: bool = True,
     ) -> Measured:
         """Forward and loss of a batch, without gradients. Collective.
 
@@ -212,8 +217,9 @@ class Passes:
             faults: takes what loss and `use` refuse, which is raised without. A rank of a pipeline that raised alone
                 would leave the others waiting.
             first: the split whose first batch this is.
+            even: whether ranks have equally many samples of that split, without which a loss may not communicate.
         """
-        self._first = first
+        self._first, self._even = first, even
         batch = self.part(batch)
         found = [Measured(torch.zeros((), device=self.device), 0.0)]
 
@@ -293,7 +299,12 @@ class Passes:
     def _loss(self, output: Any, batch: Any) -> Any:
         assert self._first is not None
         with watched_loss(self._first, self.loss, output, batch):
-            return self.loss(output, batch)
+            if torch.is_grad_enabled() or inside_step.sharded_logits() or not is_distributed():
+                return self.loss(output, batch)
+            with Collectives(self._first, even=self._even) as collectives:
+                value = self.loss(output, batch)
+            self.communicates = self.communicates or collectives.found
+            return value
 
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
