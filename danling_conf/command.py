@@ -14,14 +14,8 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from danling_conf.config.hydra_adapter import (
-    VERSION_BASE,
-    Composer,
-    ConfigSearch,
-    as_in_main,
-    composer,
-    parse_arguments,
-)
+from danling_conf.config.hydra_adapter import Composer, ConfigSearch, as_in_main, composer, parse_arguments
+from danling_conf.config.hydra_job import VERSION_BASE
 from danling_conf.launch.app import App, refuse
 from danling_conf.schema.imports import uncollected
 from danling_conf.topology.rank_environment import CLUSTER_VARIABLE, FROZEN_VARIABLE, JOB_VARIABLE, started_rank

@@ -1,5 +1,5 @@
-"""Adapter of Hydra's private interface, for 1.3.8 and 1.4. Beside hydra_changes.py, no other module imports
-`hydra._internal`.
+"""Composer: adapter of Hydra's private interface for 1.3.8 and 1.4, with hydra_job.py and hydra_changes.py. No other
+module imports `hydra._internal`.
 
 These are private, but the same in both versions: the `Hydra` object with its configuration loader and repository, the
 parser of the command line, and `hydra.core.utils.run_job`, which launcher plugins use as well.
@@ -8,20 +8,14 @@ parser of the command line, and `hydra.core.utils.run_job`, which launcher plugi
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import yaml
-from hydra import version
-from hydra._internal import config_loader_impl
-from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.hydra import Hydra
@@ -30,33 +24,26 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import run_job, setup_globals
 from hydra.errors import ConfigCompositionException, HydraException
-from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.defects import circle_from, defect_of
 from danling_conf.config.hydra_changes import BrokenValue, Look, batches_unvalidated, first_broken_value, without_waste
+from danling_conf.config.hydra_job import run_as_job, set_version_base
+from danling_conf.config.sweep_size import check_size
 from danling_conf.config.typed_text import restore_typed, restore_written, written_in
 from danling_conf.groups.source import LAUNCHER_GROUP, LAUNCHERS, SUBMITIT, NameSource
 from danling_conf.schema.files import LONGEST_NAME
-from danling_conf.schema.imports import uncollected
 from danling_conf.schema.printable import unprintable
-from danling_conf.schema.setting import OUTPUT_DIRECTORY
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
-
-# Hydra 1.3 warns without a version_base; 1.4 warns at every run that passes one.
-VERSION_BASE: dict[str, Any] = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
 
 # By name: Hydra executes the modules of its plugins itself, and to import them here would do so again.
 _CORE = "hydra._internal.core_plugins"
 _LAUNCHER, _SWEEPER = f"{_CORE}.basic_launcher.BasicLauncher", f"{_CORE}.basic_sweeper.BasicSweeper"
-
-MOST_JOBS = 100_000
-"""Most jobs of a sweep. All are checked, and get a folder each, before the first one starts."""
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """Errors of composing for a faulty command line or configuration file."""
@@ -254,7 +241,7 @@ class Composer:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         parsed = self._parsed(overrides)
-        _check_size(parsed)
+        check_size(parsed)
         return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
     def check_size(self, master: DictConfig) -> None:
@@ -263,7 +250,7 @@ class Composer:
         if batch is not None and batch < 1:
             fix = "leave it out: hydra.launcher decides how many jobs run at once"
             raise ConfigRefused([Violation("hydra.sweeper.max_batch_size", batch, "it must be at least 1", fix)])
-        _check_size(self._parsed(_given_to_sweeper(master)))
+        check_size(self._parsed(_given_to_sweeper(master)))
 
     def _parsed(self, overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
@@ -273,54 +260,7 @@ class Composer:
 
         Raises what the task raised.
         """
-        return _run_job(config, task, directory, self.search.config_name, self.loader)
-
-
-def run_frozen(settings: Mapping[str, Any], config: Mapping[str, Any], task: Any, directory: Path) -> Any:
-    """`Composer.run_job` for a configuration that another process composed.
-
-    Args:
-        settings: of `hydra_settings`.
-        config: the rest of the configuration.
-    """
-    # Normally `hydra.main` does these two; this process never enters it.
-    _set_version_base()
-    setup_globals()
-    composed = _frozen_node(settings, config)
-    os.environ.update({name: str(value) for name, value in composed.hydra.job.env_set.items()})
-    return _run_job(composed, task, directory, composed.hydra.job.config_name, None)
-
-
-def _run_job(config: DictConfig, task: Any, directory: Path, name: str | None, loader: Any) -> Any:
-    single = _is_single(config.hydra.job)
-    with open_dict(config):
-        config.hydra.run.dir = str(directory)
-        config.hydra.mode = RunMode.RUN if single else RunMode.MULTIRUN
-    callbacks = Callbacks(config)
-    if single:  # the jobs of a sweep have the callbacks of a job only
-        callbacks.on_run_start(config=config, config_name=name)
-    with uncollected() as end_pause:
-
-        def collected(composed: DictConfig) -> Any:
-            end_pause()
-            return task(composed)
-
-        result = run_job(
-            hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
-            task_function=collected,
-            config=config,
-            job_dir_key="hydra.run.dir",  # also for a job of a sweep: its directory is that of its run
-            job_subdir_key=None,
-        )
-    if single:
-        callbacks.on_run_end(config=config, config_name=name, job_return=result)
-    return result
-
-
-def _is_single(job: Mapping[str, Any]) -> bool:
-    """Whether Hydra's job is not one of a sweep: those have numbers."""
-    missing = OmegaConf.is_missing(job, "num") if isinstance(job, DictConfig) else job.get("num") == "???"
-    return missing or job.get("num") is None
+        return run_as_job(config, task, directory, self.search.config_name, self.loader)
 
 
 def _check_hydra(composed: DictConfig) -> None:
@@ -364,44 +304,6 @@ def _given_to_sweeper(master: DictConfig) -> list[str]:
     return [*(f"{key}={value}" for key, value in parameters.items()), *overrides_of(master, "task")]
 
 
-def _check_size(overrides: Sequence[Override]) -> None:
-    """Raises ConfigRefused where the combinations are none, or more than a sweep may have.
-
-    Counted before they are made: Hydra would make a list of all, and `range(0, 1e9)` alone fills the memory.
-    """
-    counts = {item.get_key_element(): _values_in(item) for item in overrides if item.is_discrete_sweep()}
-    if 0 in counts.values():
-        key = next(key for key, count in counts.items() if count == 0)
-        raise ConfigRefused([Violation(key, ABSENT, "it has no values, so the sweep has no jobs", "give one or more")])
-    jobs = math.prod(counts.values())
-    if math.isinf(jobs):
-        key = next(key for key, count in counts.items() if math.isinf(count))
-        raise ConfigRefused([Violation(key, ABSENT, "its range has no end", "give it a finite end and a step")])
-    if jobs > MOST_JOBS:
-        key = max(counts, key=lambda each: counts[each])
-        values = f"{_readable(counts[key])} values of {key} among them"
-        rule = f"it has {_readable(jobs)} jobs, {values}, and a sweep has at most {MOST_JOBS}"
-        raise ConfigRefused([Violation("sweep", ABSENT, rule, "give fewer values, or split it into several sweeps")])
-
-
-def _readable(count: float) -> str:
-    return f"{count:g}" if count > MOST_JOBS else f"{count:.0f}"
-
-
-def _values_in(override: Override) -> float:
-    """The number of values of a sweep's override; infinity where a range has no end."""
-    values = override.value()
-    if not isinstance(values, RangeSweep):
-        return sum(1 for _ in override.sweep_iterator())
-    try:
-        start, stop, step = (float(item or 0) for item in (values.start, values.stop, values.step))
-    except OverflowError:
-        return math.inf
-    if not all(map(math.isfinite, (start, stop, step))):
-        return math.inf
-    return max(0, math.ceil((stop - start) / step)) if step else math.inf
-
-
 def knows_all_jobs(master: DictConfig) -> bool:
     """Whether a sweep's sweeper is Hydra's own, which knows all jobs before the first one starts."""
     return bool(master.hydra.sweeper._target_ == _SWEEPER)
@@ -442,7 +344,7 @@ def composer(search: ConfigSearch) -> Iterator[Composer]:
     """
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    _set_version_base()
+    set_version_base()
     path = create_config_search_path(search.config_path)
     if search.config_dir is not None:
         directory = Path(search.config_dir).absolute()
@@ -483,116 +385,6 @@ def as_in_main(search: ConfigSearch) -> Iterator[None]:
         stored.update(theirs)
 
 
-def _set_version_base() -> None:
-    version.setbase(*VERSION_BASE.values() or (version._UNSPECIFIED_,))
-
-
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Hydra's command line: overrides, and flags such as --help and --multirun."""
     return get_args_parser().parse_args(list(arguments))
-
-
-def hydra_settings(composed: DictConfig, directory: Path | None) -> dict[str, Any]:
-    """Hydra's own node of a composed configuration as plain values, with interpolations unresolved.
-
-    Args:
-        directory: directory of the job; None where it is not known yet, and `settings_in` sets it later.
-    """
-    settings: Any = OmegaConf.to_container(composed.hydra, enum_to_str=True)
-    return settings if directory is None else settings_in(settings, directory)
-
-
-def settings_of_job(settings: Mapping[str, Any], *, task: Sequence[str] | None = None, **job: Any) -> dict[str, Any]:
-    """Hydra's settings with a job's own overrides and entries of `hydra.job`. Jobs share the rest, without a copy."""
-    overrides = settings["overrides"] if task is None else {**settings["overrides"], "task": list(task)}
-    return {**settings, "overrides": overrides, "job": {**settings["job"], **job}}
-
-
-def settings_in(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Hydra's settings for a job that runs in `directory`."""
-    run, runtime = {**settings["run"], "dir": str(directory)}, {**settings["runtime"], "output_dir": str(directory)}
-    mode = RunMode.RUN if _is_single(settings["job"]) else RunMode.MULTIRUN
-    return {**settings, "mode": mode.name, "run": run, "runtime": runtime}
-
-
-def override_facts(config: DictConfig, overrides: Sequence[Override]) -> dict[str, Any]:
-    """The entries that Hydra 1.3 adds to `hydra.job` for a job's overrides; 1.4 computes them when they are read."""
-    name = getattr(config_loader_impl, "get_overrides_dirname", None)
-    if name is None:
-        return {}
-    form = config.hydra.job.config.override_dirname
-    written = name(
-        overrides=list(overrides), kv_sep=form.kv_sep, item_sep=form.item_sep, exclude_keys=form.exclude_keys
-    )
-    return {"override_dirname": written}
-
-
-def take_part(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
-    """Enter a Hydra job in a process that composed nothing itself.
-
-    `HydraConfig.get()`, `hydra.job.chdir` and `hydra.job.env_set` work as in the process where Hydra runs the job.
-
-    Args:
-        settings: of `hydra_settings`.
-        config: the rest of the configuration, which they may refer to.
-
-    Returns:
-        Hydra's own node.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    setup_globals()  # registers Hydra's resolvers, such as `now` and `hydra`
-    typed = _frozen_node(settings, config)
-    HydraConfig.instance().set_config(typed)
-    os.environ.update({name: str(value) for name, value in typed.hydra.job.env_set.items()})
-    if typed.hydra.job.chdir:
-        os.chdir(typed.hydra.runtime.output_dir)
-    node = typed.hydra
-    assert isinstance(node, DictConfig)
-    return node
-
-
-def _frozen_node(settings: Mapping[str, Any], config: Mapping[str, Any]) -> DictConfig:
-    from hydra.conf import HydraConf
-
-    typed = OmegaConf.create({**config, "hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
-    typed.merge_with({"hydra": settings})
-    return typed
-
-
-@contextmanager
-def hydra_of(composed: DictConfig) -> Iterator[None]:
-    """Let `HydraConfig.get()`, and with it `${hydra:...}`, read a composed configuration."""
-    from hydra.core.hydra_config import HydraConfig
-
-    instance = HydraConfig.instance()
-    previous = instance.cfg
-    given = copy.deepcopy(composed)  # a copy: `set_config` makes its argument read-only
-    if OmegaConf.is_missing(given.hydra.runtime, "output_dir"):
-        with read_write(given), open_dict(given):
-            given.hydra.runtime.output_dir = OUTPUT_DIRECTORY  # known once the run has its directory
-    instance.set_config(given)
-    try:
-        yield
-    finally:
-        instance.cfg = previous
-
-
-def running_job() -> tuple[list[str], dict[str, Any]]:
-    """The overrides and the choices of groups of the Hydra job that this process runs; empty outside of one."""
-    from hydra.core.hydra_config import HydraConfig
-
-    node: Any = HydraConfig.instance().cfg
-    if node is None:
-        return [], {}
-    return [str(item) for item in node.hydra.overrides.task], dict(node.hydra.runtime.choices)
-
-
-def output_directory() -> str | None:
-    """The output directory of the Hydra job that this process runs; None outside of one."""
-    from hydra.core.hydra_config import HydraConfig
-
-    node: Any = HydraConfig.instance().cfg
-    if node is None or OmegaConf.is_missing(node.hydra.runtime, "output_dir"):
-        return None
-    return str(node.hydra.runtime.output_dir)

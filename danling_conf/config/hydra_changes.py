@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, cast
 
 import hydra
 from hydra import version
@@ -21,11 +21,12 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import Overrides
 from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.base import Metadata
+from omegaconf import AnyNode, BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode, ValueNode
+from omegaconf.base import Box, Metadata, Node
 
 from danling_conf.groups.base import base_names
 from danling_conf.groups.source import SCHEME
@@ -34,7 +35,7 @@ from danling_conf.groups.source import SCHEME
 @contextmanager
 def without_waste() -> Iterator[None]:
     """Spare Hydra work that it repeats, without another result: a fifth of a start."""
-    with _asked_once(), _empty_presets_left_out(), quick_copies():
+    with _asked_once(), _parsed_once(), _empty_presets_left_out(), _parents_left_alone(), quick_copies():
         yield
 
 
@@ -97,28 +98,90 @@ def _asked_once() -> Iterator[None]:
 
 
 @contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Parse an override once, of those that are asked for again and again: by Hydra and by our checks."""
+    parser: Any = OverridesParser
+    theirs = parser.parse_rule
+
+    @lru_cache(maxsize=1024)
+    def parsed(text: str) -> Override:
+        return cast("Override", theirs(OverridesParser.create(), text, "override"))
+
+    def parse_rule(self: OverridesParser, s: str, rule_name: str) -> Any:
+        return copy.deepcopy(parsed(s)) if rule_name == "override" else theirs(self, s, rule_name)
+
+    parser.parse_rule = parse_rule
+    try:
+        yield
+    finally:
+        parser.parse_rule = theirs
+
+
+@contextmanager
+def _parents_left_alone() -> Iterator[None]:
+    """Give a node of OmegaConf its parent again only where it has another one.
+
+    After each merge OmegaConf does so for all nodes below, and each forgets the flags that it has found at its parents.
+    """
+    box: Any = Box
+    theirs = box._re_parent
+
+    def re_parent(self: Box) -> None:
+        content = self.__dict__["_content"]
+        inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else (content,)
+        for child in inner:
+            if isinstance(child, Node) and child.__dict__["_parent"] is not self:
+                child._set_parent(self)
+            if isinstance(child, Box):
+                re_parent(child)
+
+    box._re_parent = re_parent
+    try:
+        yield
+    finally:
+        box._re_parent = theirs
+
+
+@contextmanager
 def quick_copies() -> Iterator[None]:
-    """Let `copy.deepcopy` copy the metadata of OmegaConf's nodes by hand, to the same result.
+    """Let `copy.deepcopy` copy OmegaConf's plain nodes and the metadata of all nodes by hand, to the same result.
 
     Hydra copies whole configurations, five times before a function is called. The larger half of each copy is that of
     the nodes' metadata, field by field, by way of pickle's protocol. All but two of the fields are types, names and
-    flags, which need no copy.
+    flags, which need no copy. Most of the rest makes an empty node first, with metadata that is then replaced.
     """
     if hasattr(Metadata, "__deepcopy__"):  # by an enclosing one
         yield
         return
-    Metadata.__deepcopy__ = _copied  # type: ignore[attr-defined]
+    theirs = {kind: vars(kind)["__deepcopy__"] for kind in _PLAIN_NODES}
+    replaced: dict[Any, Any] = {Metadata: _copied, **dict.fromkeys(_PLAIN_NODES, _copied_node)}
+    for kind, copied in replaced.items():
+        kind.__deepcopy__ = copied
     try:
         yield
     finally:
         del Metadata.__deepcopy__  # type: ignore[attr-defined]
+        for kind, copied in theirs.items():
+            kind.__deepcopy__ = copied
+
+
+_PLAIN_NODES: tuple[Any, ...] = (AnyNode, BooleanNode, FloatNode, IntegerNode, StringNode)
+
+
+def _copied_node(self: ValueNode, memo: dict[int, Any]) -> ValueNode:
+    made = object.__new__(type(self))
+    state = made.__dict__
+    state.update(self.__dict__)  # the value and the parent are not copied
+    state["_metadata"], state["_flags_cache"] = _copied(self._metadata, memo), None
+    return made
 
 
 def _copied(self: Metadata, memo: dict[int, Any]) -> Metadata:
     made = object.__new__(type(self))
     state = made.__dict__
     state.update(self.__dict__)
-    state["key"] = copy.deepcopy(self.key, memo)
+    if not isinstance(self.key, (str, int)):
+        state["key"] = copy.deepcopy(self.key, memo)
     if self.flags is not None:
         state["flags"] = dict(self.flags)
     state["resolver_cache"] = copy.deepcopy(self.resolver_cache, memo) if self.resolver_cache else defaultdict(dict)

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import hydra_of
+from danling_conf.config.hydra_job import hydra_of
 from danling_conf.topology.rules.paths import directory_fault
 from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
 

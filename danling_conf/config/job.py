@@ -36,7 +36,7 @@ class Job:
     config: RunnerConfig
     """Resolved and read-only."""
     hydra: Mapping[str, Any]
-    """Hydra's own settings (`hydra_adapter.hydra_settings`), shared between jobs."""
+    """Hydra's own settings (`hydra_job.hydra_settings`), shared between jobs."""
     launcher: Mapping[str, Any]
     """`hydra.launcher` of this job as plain values, interpolations resolved."""
 

@@ -19,7 +19,7 @@ from omegaconf import AnyNode, DictConfig, FloatNode, ListConfig, Node, OmegaCon
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import hydra_of, running_job
+from danling_conf.config.hydra_job import hydra_of, running_job
 from danling_conf.config.identity import plain
 from danling_conf.config.precedence import give_way
 from danling_conf.config.readonly import freeze, writable

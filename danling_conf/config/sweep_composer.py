@@ -13,7 +13,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 
-from danling_conf.config.hydra_adapter import Composer, hydra_settings, override_facts, settings_of_job
+from danling_conf.config.hydra_adapter import Composer
+from danling_conf.config.hydra_job import hydra_settings, override_facts, settings_of_job
 from danling_conf.config.resolve import refers_to_hydra
 from danling_conf.groups.base import pickled
 

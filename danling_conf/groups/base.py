@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import re
 from dataclasses import fields, is_dataclass
-from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, flag_override, open_dict
@@ -21,8 +19,9 @@ SECTIONS = "danling/section"
 """Group of the typed sections that presets bring along in an app without a base config."""
 
 _registered: dict[str, type[RunnerConfig]] = {BASE_NAME: RunnerConfig}
-_asked_for: set[tuple[Any, bool]] = set()
-"""Base configs that have been made once."""
+# Hydra 1.4 asks twice to start a run, and a sweep asks for each job. Bytes are read in a tenth of the time.
+_made: dict[tuple[Any, bool], bytes | None] = {}
+"""Base configs as bytes, once they have been made."""
 
 
 def register(config: type[RunnerConfig], name: str | None = None) -> type[RunnerConfig]:
@@ -67,25 +66,19 @@ def base_config(name: str, *, free: bool = False) -> DictConfig:
         free: of `open_sections`.
     """
     kind: Any = _registered[name]  # for mypy, a class is as unhashable as its objects
-    if (kind, free) not in _asked_for:
-        _asked_for.add((kind, free))
-        return _new_base_config(kind, free)
-    node, content = _kept_base_config(kind, free)
-    return copy.deepcopy(node) if content is None else pickle.loads(content)
+    content = _made.get((kind, free))
+    if content is not None:
+        kept: DictConfig = pickle.loads(content)
+        return kept
+    node = _new_base_config(kind, free)
+    _made[kind, free] = pickled(node)
+    return node
 
 
 def section_kinds() -> dict[str, type]:
     """The dataclasses of all sections, by name."""
     factories: dict[str, Any] = {item.name: item.default_factory for item in fields(RunnerConfig)}
     return {name: kind for name, kind in factories.items() if isinstance(kind, type) and is_dataclass(kind)}
-
-
-# Kept from the second time on: a start asks once, a sweep for each job, and bytes are read in a tenth of the time.
-@cache
-def _kept_base_config(kind: Any, free: bool) -> tuple[DictConfig, bytes | None]:
-    """A base config, and its bytes; None for a class that no module has by its name."""
-    node = _new_base_config(kind, free)
-    return node, pickled(node)
 
 
 def _new_base_config(kind: Any, free: bool) -> DictConfig:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.hydra_adapter import Composer, hydra_settings, settings_in
+from danling_conf.config.hydra_adapter import Composer
 from danling_conf.config.hydra_directories import chosen_run_directory, make_directory
+from danling_conf.config.hydra_job import hydra_settings, settings_in
 from danling_conf.launch.app import App
 from danling_conf.launch.rank import run_rank
 from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
@@ -149,7 +150,7 @@ def run_attempt(
     """Run an opened attempt as Hydra's job, in this process or in one worker for each rank of the layout.
 
     Args:
-        run_job: runs a task as Hydra's job in its directory: `Composer.run_job` or `hydra_adapter.run_frozen`.
+        run_job: runs a task as Hydra's job in its directory: `Composer.run_job` or `hydra_job.run_frozen`.
         place: where replica groups run, see `launch.groups`; None for this machine.
 
     Raises:

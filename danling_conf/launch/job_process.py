@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danling_conf.config.hydra_adapter import run_frozen
+from danling_conf.config.hydra_job import run_frozen
 from danling_conf.launch.execute import open_job, run_attempt, show_error
 from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.workers import WorkersFailed

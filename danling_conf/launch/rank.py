@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from danling_conf.config.hydra_adapter import output_directory
+from danling_conf.config.hydra_job import output_directory
 from danling_conf.config.readonly import place_output
 from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.store import serve

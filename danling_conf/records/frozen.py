@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from danling_conf.config.hydra_adapter import take_part
+from danling_conf.config.hydra_job import take_part
 from danling_conf.config.identity import canonical, difference_from_defaults, job_id, plain
 from danling_conf.config.readonly import freeze
 from danling_conf.config.resolve import as_yaml, inspect, own_sections, save, typed_node
@@ -33,7 +33,7 @@ def freeze_attempt(
     """Write the configuration of an attempt in three forms, with its code and its command line.
 
     Args:
-        hydra: Hydra's own settings (`hydra_adapter.hydra_settings`), for ranks that compose nothing themselves.
+        hydra: Hydra's own settings (`hydra_job.hydra_settings`), for ranks that compose nothing themselves.
     """
     folder = attempt.directory
     code = code_identity(script.parent)

@@ -22,12 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from danling_conf.config.check import check, compose_or_refuse
-from danling_conf.config.hydra_adapter import (
-    COMPOSITION_ERRORS,
-    Composer,
-    knows_all_jobs,
-    overrides_of,
-)
+from danling_conf.config.hydra_adapter import COMPOSITION_ERRORS, Composer, knows_all_jobs, overrides_of
 from danling_conf.config.hydra_directories import (
     chosen_run_directory,
     chosen_sweep_directory,

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -36,8 +35,8 @@ class Machine:
     """World size from the launcher of this process (torchrun, srun, submitit); None without one."""
     launcher: str | None = None
     """Name of that launcher, for messages."""
-    compiler: bool = True
-    """Whether a C++ compiler and Python's headers are present; torch.compile generates C++ for the CPU."""
+    compiler: bool | None = True
+    """Whether a C++ compiler and Python's headers are present; None: this machine's, once `can_compile` is asked."""
     safetensors: bool = True
     """Whether the package safetensors is installed, which writes exports."""
     deepspeed: bool = True
@@ -58,6 +57,10 @@ class Machine:
         """World size that fills a degree of -1."""
         return self.cluster_world_size or self.started_world_size or max(1, self.devices)
 
+    def can_compile(self) -> bool:
+        """Whether torch.compile, which generates C++ for the CPU, has what it needs."""
+        return _has_compiler() if self.compiler is None else self.compiler
+
 
 def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
     """The machine of this process."""
@@ -69,7 +72,7 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         devices=count_devices(environment.get("CUDA_VISIBLE_DEVICES")),
         started_world_size=rank.world_size if rank else None,
         launcher=rank.launcher if rank else None,
-        compiler=_can_compile(environment),
+        compiler=None,
         safetensors=find_spec("safetensors") is not None,
         deepspeed=find_spec("deepspeed") is not None,
         trackers=frozenset(name for name in TRACKERS if find_spec(name) is not None),
@@ -78,10 +81,12 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
     )
 
 
-def _can_compile(environment: Mapping[str, str]) -> bool:
+def _has_compiler() -> bool:
+    import sysconfig  # which reads how Python was built
+
     # inductor's generated C++ includes Python.h, which many distributions ship in a package of its own.
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    compilers = (environment.get("CXX") or "g++", "clang++", "c++")
+    compilers = (os.environ.get("CXX") or "g++", "clang++", "c++")
     return headers.is_file() and any(shutil.which(name) for name in compilers)
 
 

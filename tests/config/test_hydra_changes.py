@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.base import Metadata
 
 from danling_conf.config import hydra_adapter
 from danling_conf.config.hydra_adapter import ConfigSearch, composer
-from danling_conf.config.hydra_changes import quick_copies
+from danling_conf.config.hydra_changes import quick_copies, without_waste
 from danling_conf.schema import RunnerConfig
 
 pytestmark = pytest.mark.composition
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.composition
 def metadata(node):
     content = node._value()
     inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    return [vars(node._metadata), *(metadata(child) for child in inner)]
+    return [type(node), vars(node._metadata), *(metadata(child) for child in inner)]
 
 
 def test_a_quick_copy_is_the_same_and_independent():
@@ -32,6 +34,7 @@ def test_a_quick_copy_is_the_same_and_independent():
     with quick_copies(), quick_copies():
         quick = copy.deepcopy(node)
     assert not hasattr(Metadata, "__deepcopy__")
+    assert type(copy.deepcopy(StringNode("x"))) is StringNode  # by OmegaConf's own again
     assert metadata(quick) == metadata(usual) == metadata(node)
     assert quick == node
     assert quick.optim._parent is quick
@@ -91,3 +94,34 @@ def test_presets_that_set_nothing_are_not_merged(app: Path, monkeypatch: pytest.
     quick = merges()
     monkeypatch.setattr(hydra_adapter, "without_waste", nullcontext)
     assert merges() - quick >= 5
+
+
+def test_an_override_is_parsed_once(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    parse = OverridesParser.parse_rule
+
+    def counted(self: OverridesParser, s: str, rule_name: str) -> Any:
+        seen.append(s)
+        return parse(self, s, rule_name)
+
+    monkeypatch.setattr(OverridesParser, "parse_rule", counted)
+    with composer(ConfigSearch(config_path=str(app), config_name="plain")) as composing:
+        first = composing.compose(["optim=sgd", "optim.lr=0.5", "+data.layers=[1,2]"])
+        first.data.layers.append(3)
+        again = composing.compose(["optim=sgd", "optim.lr=0.5", "+data.layers=[1,2]"])
+    assert again.data.layers == [1, 2]
+    assert sorted(seen) == ["+data.layers=[1,2]", "optim.lr=0.5", "optim=sgd"]
+
+
+def test_nodes_below_know_the_flags_of_what_they_are_merged_into() -> None:
+    with without_waste():
+        node = OmegaConf.create({"a": {"b": {"c": 1}}})
+        assert not OmegaConf.is_readonly(node.a.b)
+        other = OmegaConf.create({"a": {"b": {"d": {"e": 2}}}})
+        OmegaConf.set_readonly(other, True)
+        assert OmegaConf.is_readonly(other.a.b.d)
+        node.merge_with({"a": other.a})
+        assert node.a.b.d._get_root() is node
+        assert not OmegaConf.is_readonly(node.a.b.d)
+        OmegaConf.set_readonly(node, True)
+        assert OmegaConf.is_readonly(node.a.b.d)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer, hydra_settings
+from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
+from danling_conf.config.hydra_job import hydra_settings
 from danling_conf.config.sweep_composer import SweepComposer
 
 pytestmark = [pytest.mark.composition, pytest.mark.slow]

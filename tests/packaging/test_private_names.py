@@ -13,7 +13,7 @@ import danling_conf
 PACKAGE = Path(danling_conf.__file__).parent
 ADAPTERS = {
     "torch": sorted((PACKAGE / "_torch_private").glob("*.py")),
-    "hydra": [PACKAGE / "config" / "hydra_adapter.py", PACKAGE / "config" / "hydra_changes.py"],
+    "hydra": [PACKAGE / "config" / f"hydra_{name}.py" for name in ("adapter", "changes", "job")],
 }
 LIBRARIES = ("torch", "torchdata", "hydra")
 # Their own attributes, without a module in front: a grep for `torch._x` does not see them.

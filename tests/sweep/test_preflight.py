@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer, hydra_settings, settings_in
+from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
+from danling_conf.config.hydra_job import hydra_settings, settings_in
 from danling_conf.config.job import Job
 from danling_conf.schema.launcher import SlurmLauncherConfig
 from danling_conf.sweep.preflight import Refused, check_jobs, shapes_of

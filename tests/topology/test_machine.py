@@ -69,16 +69,17 @@ def test_a_machine_without_the_tool_has_no_devices(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("tool", "environment"), [("g++", {}), ("clang++", {}), ("mine", {"CXX": "mine"})])
 def test_a_compiler_and_the_headers_are_looked_for(tmp_path, monkeypatch, tool, environment):
-    environment = {"CUDA_VISIBLE_DEVICES": "", **environment}
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", **environment}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "tools").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "tools"))
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     (tmp_path / "Python.h").touch()
-    assert not this_machine(environment).compiler
+    assert not this_machine().can_compile()
     (tmp_path / "tools" / tool).touch(mode=0o755)
-    assert this_machine(environment).compiler
+    assert this_machine().can_compile()
     (tmp_path / "Python.h").unlink()
-    assert not this_machine(environment).compiler
+    assert not this_machine().can_compile()
 
 
 @pytest.mark.parametrize(

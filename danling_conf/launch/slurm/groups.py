@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danling_conf.config.hydra_adapter import run_frozen
+from danling_conf.config.hydra_job import run_frozen
 from danling_conf.launch.execute import run_attempt
 from danling_conf.launch.groups import Place, TaskGone
 from danling_conf.launch.slurm import requeue

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from danling_conf.config.hydra_adapter import run_frozen
+from danling_conf.config.hydra_job import run_frozen
 from danling_conf.config.identity import differences, job_id, plain
 from danling_conf.launch.execute import open_job
 from danling_conf.launch.rank import leave_at_once, run_rank

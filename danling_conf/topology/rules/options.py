@@ -44,7 +44,7 @@ def compile_options(config: RunnerConfig, context: Context) -> Iterator[Violatio
     elif section.mode is not None and section.mode not in _INDUCTOR_MODES:
         rule = f"inductor's modes are {', '.join(_INDUCTOR_MODES)}"
         yield Violation("compile.mode", section.mode, rule, "choose one of them")
-    if compiles(config) and inductor and context.on_cpu(config) and not context.machine.compiler:
+    if compiles(config) and inductor and context.on_cpu(config) and not context.machine.can_compile():
         yield Violation(
             "compile.enable",
             section.enable,
