@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
 from danling_conf.components.batch import described, named_tensors, names_of
@@ -186,7 +187,9 @@ def _names(module: nn.Module) -> dict[int, str]:
     for name, part in module.named_modules():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
-        found[id(part)] = f"{name} ({type(part).__name__})" if name else type(part).__name__
+        # FSDP2 makes a class of its own of each that it shards.
+        kind = type(part).__mro__[2 if isinstance(part, FSDPModule) else 0].__name__
+        found[id(part)] = f"{name} ({kind})" if name else kind
     return found
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
+from danling_conf._torch_private.dispatch import TorchDispatchMode
 from danling_conf.topology.violation import SettingError, Violation
 
 _NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional")
