@@ -7,7 +7,8 @@ methods are private in OmegaConf; public access would resolve interpolations, wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -91,6 +92,7 @@ def inspect(
     violations += check_declarations(node, OmegaConf.get_type(node) or kind, only=changed)
     try:
         if _refers(node):
+            violations += _of_no_seed(node)
             OmegaConf.resolve(node)
     except (OmegaConfBaseException, RecursionError) as error:  # an interpolation inside a list, for instance
         where = getattr(error, "full_key", None) or "configuration"
@@ -165,6 +167,31 @@ def declared_kind(config: DictConfig) -> type[RunnerConfig] | None:
     """The class that a configuration was declared with; None for an untyped mapping."""
     declared = OmegaConf.get_type(config)
     return declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else None
+
+
+_TO_SEED = re.compile(r"\$\{seed\}")
+
+
+def _of_no_seed(node: Any) -> list[Violation]:
+    """Refuse what refers to a seed that is not set: one is drawn when the run starts, and this would stay without."""
+    if node._get_node("seed") is None or node._get_node("seed")._value() is not None:
+        return []
+    rule = "it refers to the seed, which is unset: one is drawn when the run starts, and this would be null"
+    fix = "set seed=0, for instance, or let the program ask runner.world.attempt.seed"
+    return [Violation(path, value, rule, fix) for path, value in _leaves(node) if _TO_SEED.search(value)]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of a node that is not resolved, by path."""
+    value = node._value()
+    if isinstance(value, str):
+        yield prefix, value
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{prefix}[{index}]")
 
 
 def _refers(node: Node) -> bool:

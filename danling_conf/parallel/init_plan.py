@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import logging
 import random
 import socket
@@ -167,6 +168,8 @@ def _record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
 
 def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
     """The model of a factory. Raises SettingError where it returns something else."""
+    if (fault := _uncallable(factory)) is not None:
+        raise SettingError("model", ABSENT, fault, "pass a factory without arguments: model=lambda: Net(width=8)")
     model = factory()
     if not isinstance(model, nn.Module):
         raise SettingError(
@@ -184,6 +187,19 @@ def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
                 "call the model once in the function that builds it, or give the module its sizes",
             )
     return model
+
+
+def _uncallable(factory: Any) -> str | None:
+    """Why something is no factory without arguments; None where it is one."""
+    if not callable(factory):
+        return f"a {type(factory).__name__} is neither a module nor a function that returns one"
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        return f"the factory {getattr(factory, '__name__', type(factory).__name__)} needs arguments: {error}"
+    except ValueError:  # a builtin without a signature
+        return None
+    return None
 
 
 def refuse_for_ranks(model: nn.Module) -> None:
