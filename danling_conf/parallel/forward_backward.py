@@ -12,9 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from danling_conf._torch_private.compiling import is_compiled
+from danling_conf._torch_private.data_parallel import Replicated
 from danling_conf.components import gradients
 from danling_conf.components.batch import CountSamples, count_samples, described, tensors
 from danling_conf.parallel import inside_step, second_derivatives
+from danling_conf.parallel.first_batch import watched_loss, watched_model
+from danling_conf.parallel.gathering_loss import Collectives
 from danling_conf.parallel.graph import WholeStep
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.pipeline import passes
@@ -42,6 +46,9 @@ class Measured:
 
     total: Tensor
     weight: Tensor | float
+    graph: Tensor | None = None
+    """What the backward pass began at, on the CPU: as in a loop by hand, its memory is freed after the optimizer's
+    step, which is 1 % of a tiny step faster. On an accelerator memory is scarce, and the time to free it is not."""
 
     @property
     def mean(self) -> Tensor:
@@ -95,19 +102,38 @@ class Passes:
         self._prove_layout = model.prove_layout
         self._in_parts = model.context is not None or model.sharded_logits
         """Whether the model looks at whether it is inside of a step."""
-        self._direct = model.direct and model.context is None
-        """Whether there is no wrapper to go through, and nothing to cut out of a batch."""
+        self._unwrapped = model.direct
+        by_ddp = isinstance(model.parts[0], Replicated) and model.pipeline is None and model.engine is None
+        self._plain = (
+            (self._unwrapped or (by_ddp and not model.compiled))
+            and not self._in_parts
+            and model.policy is None
+            and model.buffers is None
+            and autocast is nullcontext
+            and graph is None
+        )
+        """Whether at most DDP stands between a batch, the model and its loss: no cast, no part to cut out, no graph."""
         self._pass = self._train_whole if model.pipeline is None else self._train_pipeline
         self._whole_step: WholeStep | None = None
         if graph is not None:
             self._whole_step = WholeStep(self._objective, graph)
             self._pass = self._train_graph
         self._weighted: bool | None = None
+        self.completes = True
+        """Whether `finish` has something to complete in a step of as many micro-batches as planned. Known after the
+        first."""
         self._counted: Tensor | None = None
         self._proven = False
         """Whether a whole pass was without fault on all ranks."""
         self._broken = False
         """Whether a pass through a pipeline did not come to its end."""
+        self.communicates = False
+        """Whether a loss that was tried on the first batch of a split communicates over the ranks."""
+        self._even = True
+        self._first: str | None = None
+        """The split whose first batch is under way; None for later batches."""
+        # Compiled under watch, code would be compiled again without.
+        self._watches_training = not (model.compiled or any(map(is_compiled, model.parts)))
         self.counts_by_rule = count is count_samples
         """Whether samples are counted by the rule of `components.batch`, and not by a function of the user's."""
 
@@ -119,17 +145,40 @@ class Passes:
             ConfigRefused: at the first batch, on all ranks: the batch or the loss is not what it must be.
             SettingError: the same at a later batch, on the ranks where it is so.
         """
+        if self._plain and self._proven and (micro_batches == 1 or self._unwrapped):
+            return self._train_plain(batch, micro_batches, last)
         if self._prove_layout is not None:
             self._prove_layout(self.forward, batch, self.loss)
             self._prove_layout = None
         if self.model.buffers is not None:
             self.model.buffers.begin()
+        if not self._proven:
+            self._first = "train" if self._watches_training else None
         if micro_batches == 1 and not self._in_parts:
             measured = self._pass(batch, 1, last)
         else:
             with self._inside(accumulates=micro_batches > 1, last=last):
                 measured = self._pass(batch, micro_batches, last)
-        self._proven = True
+        self._proven, self._first = True, None
+        return measured
+
+    def _train_plain(self, batch: Any, micro_batches: int, last: bool) -> Measured:
+        """A pass of a model that at most DDP wraps, after one that was without fault. All in one function: after a pass
+        none of this code is in the processor's cache, and each function that a step calls costs about a microsecond."""
+        module, completion = self.model.parts[0], self.model.gradients
+        if isinstance(module, Replicated):
+            module.begin()
+            measured = _measured(self.loss(self.forward(module.module, batch), batch))
+            measured.total = module.end(measured.total)
+        else:
+            measured = _measured(self.loss(self.forward(module, batch), batch))
+        total = measured.total
+        if completion is not None:
+            completion.before_backward(total, last=last)
+        usual = micro_batches == 1 and self.scaler is None and type(measured.weight) is float
+        (total if usual else self._scaled(measured, micro_batches)).backward()
+        measured.total = total.detach()
+        measured.graph = total if total.is_cpu else None
         return measured
 
     @contextmanager
@@ -161,6 +210,7 @@ class Passes:
             self.model.buffers.finish()
         if self._weighted is None:
             self._weighted = self._agreed(self._counted is not None)
+            self.completes = self._weighted or self.model.gradients is not None or self.model.buffers is not None
         if not self._weighted:
             if rescale != 1.0:
                 self._multiply(parameters, rescale)
@@ -192,6 +242,8 @@ class Passes:
         counts: bool,
         use: Callable[[Any, Any], None] | None = None,
         faults: list[Violation] | None = None,
+        first: str | None = None,
+        even: bool = True,
     ) -> Measured:
         """Forward and loss of a batch, without gradients. Collective.
 
@@ -202,7 +254,10 @@ class Passes:
             use: called with each output and its (micro)batch, on ranks that have them. Outputs are whole then.
             faults: takes what loss and `use` refuse, which is raised without. A rank of a pipeline that raised alone
                 would leave the others waiting.
+            first: the split whose first batch this is.
+            even: whether ranks have equally many samples of that split, without which a loss may not communicate.
         """
+        self._first, self._even = first, even
         batch = self.part(batch)
         found = [Measured(torch.zeros((), device=self.device), 0.0)]
 
@@ -234,7 +289,8 @@ class Passes:
                 self.model.run(evaluated, training=False)
             else:
                 count = passes(pipeline.section, self.count(batch), largest)
-                pipeline.evaluate(batch, count, self.forward, take, self.autocast)
+                pipeline.evaluate(batch, count, self._forward, take, self.autocast)
+        self._first = None
         return Measured(sum(item.total for item in found), sum(item.weight for item in found))  # type: ignore[arg-type]
 
     def part(self, batch: Any) -> Any:
@@ -267,18 +323,30 @@ class Passes:
 
     def _output(self, module: nn.Module, batch: Any) -> Any:
         if self.model.policy is None:
-            return self.forward(module, batch)
+            return self._forward(module, batch)
         inputs = self.model.inputs(batch)
         with self.model.explaining(inputs):
-            return self.forward(module, inputs)
+            return self._forward(module, inputs)
+
+    def _forward(self, module: Any, batch: Any) -> Any:
+        if self._first is None:
+            return self.forward(module, batch)
+        with watched_model(self._first, module, batch, alone=self.model.pipeline is not None):
+            return self.forward(module, batch)
+
+    def _loss(self, output: Any, batch: Any) -> Any:
+        assert self._first is not None
+        with watched_loss(self._first, self.loss, output, batch):
+            if torch.is_grad_enabled() or inside_step.sharded_logits() or not is_distributed():
+                return self.loss(output, batch)
+            with Collectives(self._first, even=self._even) as collectives:
+                value = self.loss(output, batch)
+            self.communicates = self.communicates or collectives.found
+            return value
 
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
-            value = self.loss(output, batch)
-            # The usual loss: nothing is made of it.
-            if type(value) is Tensor and not value.ndim and value.requires_grad and value.is_floating_point():
-                return Measured(value, 1.0)
-            return _measured(value)
+            return _measured(self.loss(output, batch) if self._first is None else self._loss(output, batch))
         except (RuntimeError, NotImplementedError) as error:
             if inside_step.sharded_logits() and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(_NOTE)
@@ -289,8 +357,6 @@ class Passes:
         if not self._proven:
             with self._refused_at_first(), self._watched():
                 measured = self._run(batch)
-        elif self._direct:
-            measured = self._loss_of(model.parts[0], batch)
         else:
             measured = self._run(batch)
         total = measured.total
@@ -365,7 +431,7 @@ class Passes:
                 "a step of this pipeline has failed, and its stages may wait for it still: resume the run"
             )
         self._broken = True
-        pipeline.train(batch, self.forward, objective, self.autocast)
+        pipeline.train(batch, self._forward, objective, self.autocast)
         self._broken = False
         if not self._proven:
             refuse_together(faults)
@@ -431,6 +497,9 @@ def _measured(value: Any) -> Measured:
     Raises:
         SettingError: it is no such thing.
     """
+    # The usual loss: nothing is made of it.
+    if type(value) is Tensor and not value.ndim and value.requires_grad and value.is_floating_point():
+        return Measured(value, 1.0)
     is_pair = isinstance(value, tuple)
     if is_pair and len(value) != 2:
         raise _refused(f"a tuple of {len(value)} items", "return a mean, or a pair of a sum and its count")
