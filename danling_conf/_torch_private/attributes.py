@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._utils import ExceptionWrapper
 from torch.optim import lr_scheduler
 from torch.utils import checkpoint
 
@@ -99,3 +100,19 @@ def record_memory_history(record: bool) -> None:
 def dump_memory_snapshot(path: str) -> None:
     """Write what was recorded."""
     torch.cuda.memory._dump_snapshot(path)
+
+
+def carried_out_of_a_worker(error: Exception) -> object:
+    """What a worker of a loader returns in place of a batch, so that the error is raised in its parent, as it is. An
+    error that is raised in a worker arrives as a text that says `Caught ... in DataLoader worker process`. Without
+    torch's class, that is how it arrives."""
+    return _Carried(error)
+
+
+class _Carried(ExceptionWrapper):
+    def __init__(self, error: Exception) -> None:
+        super().__init__((type(error), error, None))
+        self.error = error
+
+    def reraise(self) -> None:
+        raise self.error

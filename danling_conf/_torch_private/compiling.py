@@ -125,6 +125,12 @@ def dynamo_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module of a model is compiled, by whatever means. Without the names of 2.13, one that its author has
+    compiled is compiled once more, after its first batch."""
+    return any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) for part in model.modules())
+
+
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that compiled code calls as it is: graphs end before it."""
     return cast("Callable[..., Any]", torch.compiler.disable(function))

@@ -27,6 +27,7 @@ from danling_conf.checkpoint.writing import Snapshot, Writer
 from danling_conf.parallel import process_group
 from danling_conf.schema.checkpoint import DISABLED, PINNED, CheckpointConfig, async_mode
 from danling_conf.schema.layout import Layout
+from danling_conf.topology.violation import PlainError
 
 _log = logging.getLogger(__name__)
 
@@ -210,6 +211,8 @@ class CheckpointManager:
 
         try:
             on_all_ranks(write_export, self.layout.world_size, (OSError, RuntimeError, ValueError, ImportError))
+        except PlainError:  # another attempt has the run
+            raise
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise SaveFailed(f"{final}: the model could not be exported: {error}") from error
         return final

@@ -32,6 +32,26 @@ def tensors(batch: Any) -> Iterator[Tensor]:
         yield from tensors(child)
 
 
+def named_tensors(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a batch, each with what it is called in a program: `batch[0]`, `batch['x']`, `batch.x`.
+
+    Args:
+        name: of the batch itself.
+    """
+    if isinstance(batch, Tensor):
+        yield name, batch
+        return
+    children = _children(batch) or []
+    if isinstance(batch, Mapping):
+        names = [f"{name}[{key!r}]" for key in batch]
+    elif named := names_of(batch):
+        names = [f"{name}.{item}" for item in named if hasattr(batch, item)]
+    else:
+        names = [f"{name}[{place}]" for place in range(len(children))]
+    for each, child in zip(names, children, strict=False):
+        yield from named_tensors(child, each)
+
+
 def map_tensors(function: Callable[[Tensor], Any], batch: Any, *, other: Callable[[Any], Any] | None = None) -> Any:
     """A batch of the same containers whose tensors are what `function` returns for them.
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from danling_conf._torch_private.attributes import shut_down_workers
+from danling_conf.components.collate import collate
 from danling_conf.components.instantiate import section_from
 from danling_conf.components.samplers import DROP, REPEAT, UNEVEN, ShardedSampler, seed_of
 from danling_conf.schema.dataloader import OF_WORKERS, DataloaderConfig, SplitDataloaderConfig, without_workers
@@ -72,8 +73,8 @@ def make(
 
     The batches of all data ranks at a step are, together, the batch of a single process with `data_degree` times the
     batch size. Ranks have equally many batches of a training split: without `drop_last` a few samples are repeated to
-    that end. Other splits are sharded without repetition, so that metrics are exact; a rank may have one batch more
-    than another, or none at all, which a loop with collectives inside has to expect.
+    that end. Other splits are sharded without repetition, so that metrics are exact; without `drop_last` a rank may
+    have one batch more than another, or none at all, which a loop with collectives inside has to expect.
 
     Worker processes are seeded from `seed`, the data rank and the epoch. The state of the loader is exact with any
     number of workers, in the middle and at the end of an epoch; random numbers that a worker draws in a sample start
@@ -101,6 +102,7 @@ def make(
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function that torch has deprecated; no user can act on the warning.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        collate_fn = collate_fn or functools.partial(collate, split=split)
         return StatefulDataLoader(
             dataset, collate_fn=collate_fn, generator=generator, worker_init_fn=_own_process_group, **options
         )
@@ -247,8 +249,10 @@ def _sampler(
             )
             fix = "use a smaller batch_size or fewer data ranks, or set drop_last=false"
             raise SettingError(_path(section, split, "batch_size"), batch_size, why, fix)
-    elif settings.drop_last and size <= (batch_size - 1) * data_degree:
-        why = f"the {size} samples of split {split} make no whole batch of {batch_size} on any of {data_degree} ranks"
+    elif settings.drop_last:
+        remainder = DROP
+    if remainder == DROP and not is_training(split) and size < batch_size * data_degree:
+        why = f"the {size} samples of split {split} make no whole batch of {batch_size} on each of {data_degree} ranks"
         fix = f"set dataloader.{split}.drop_last=false, which evaluates every sample, or use a smaller batch_size"
         raise SettingError(_path(section, split, "drop_last"), True, why, fix)
     return ShardedSampler(

@@ -7,7 +7,8 @@ methods are private in OmegaConf; public access would resolve interpolations, wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -68,12 +69,19 @@ def resolve(config: Any, *, kind: type[Any] = RunnerConfig, context: Context | N
 
 
 def inspect(
-    config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None, spent: bool = False
+    config: Any,
+    *,
+    kind: type[RunnerConfig] = RunnerConfig,
+    context: Context | None = None,
+    spent: bool = False,
+    changed: Collection[str] | None = None,
 ) -> tuple[RunnerConfig | None, list[Violation]]:
     """Resolve a configuration and find all of its violations.
 
     Args:
         spent: whether `config` may be changed, since the caller does not use it afterwards; this saves a copy.
+        changed: names at the root of a typed node whose declarations are to be checked, where `settled` has checked the
+            others; None for all.
 
     Returns:
         The configuration, which is usable only without violations, and None where settings are missing; and the
@@ -81,9 +89,10 @@ def inspect(
     """
     context = _with_choices(context or Context(machine=this_machine()), config)
     node, violations = _typed_copy(config, kind, spent)
-    violations += check_declarations(node, OmegaConf.get_type(node) or kind)
+    violations += check_declarations(node, OmegaConf.get_type(node) or kind, only=changed)
     try:
         if _refers(node):
+            violations += _of_no_seed(node)
             OmegaConf.resolve(node)
     except (OmegaConfBaseException, RecursionError) as error:  # an interpolation inside a list, for instance
         where = getattr(error, "full_key", None) or "configuration"
@@ -101,6 +110,13 @@ def inspect(
         _derive(resolved, context)
         freeze(resolved)
     return resolved, unique(violations)
+
+
+def settled(node: DictConfig) -> bool:
+    """Whether a typed configuration keeps its declarations, and none of its settings refers to another: then a change
+    of one leaves the check of the others as it was. It is canonical afterwards, where that is so."""
+    kind = declared_kind(node)
+    return kind is not None and not _refers(node) and not check_declarations(node, kind)
 
 
 def _with_choices(context: Context, config: Any) -> Context:
@@ -151,6 +167,31 @@ def declared_kind(config: DictConfig) -> type[RunnerConfig] | None:
     """The class that a configuration was declared with; None for an untyped mapping."""
     declared = OmegaConf.get_type(config)
     return declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else None
+
+
+_TO_SEED = re.compile(r"\$\{seed\}")
+
+
+def _of_no_seed(node: Any) -> list[Violation]:
+    """Refuse what refers to a seed that is not set: one is drawn when the run starts, and this would stay without."""
+    if node._get_node("seed") is None or node._get_node("seed")._value() is not None:
+        return []
+    rule = "it refers to the seed, which is unset: one is drawn when the run starts, and this would be null"
+    fix = "set seed=0, for instance, or let the program ask runner.world.attempt.seed"
+    return [Violation(path, value, rule, fix) for path, value in _leaves(node) if _TO_SEED.search(value)]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of a node that is not resolved, by path."""
+    value = node._value()
+    if isinstance(value, str):
+        yield prefix, value
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{prefix}[{index}]")
 
 
 def _refers(node: Node) -> bool:

@@ -12,10 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from danling_conf._torch_private.compiling import is_compiled
 from danling_conf._torch_private.data_parallel import Replicated
 from danling_conf.components import gradients
 from danling_conf.components.batch import CountSamples, count_samples, described, tensors
 from danling_conf.parallel import inside_step, second_derivatives
+from danling_conf.parallel.first_batch import watched_loss, watched_model
+from danling_conf.parallel.gathering_loss import Collectives
 from danling_conf.parallel.graph import WholeStep
 from danling_conf.parallel.model import Assembled
 from danling_conf.parallel.pipeline import passes
@@ -124,6 +127,13 @@ class Passes:
         """Whether a whole pass was without fault on all ranks."""
         self._broken = False
         """Whether a pass through a pipeline did not come to its end."""
+        self.communicates = False
+        """Whether a loss that was tried on the first batch of a split communicates over the ranks."""
+        self._even = True
+        self._first: str | None = None
+        """The split whose first batch is under way; None for later batches."""
+        # Compiled under watch, code would be compiled again without.
+        self._watches_training = not (model.compiled or any(map(is_compiled, model.parts)))
         self.counts_by_rule = count is count_samples
         """Whether samples are counted by the rule of `components.batch`, and not by a function of the user's."""
 
@@ -142,12 +152,14 @@ class Passes:
             self._prove_layout = None
         if self.model.buffers is not None:
             self.model.buffers.begin()
+        if not self._proven:
+            self._first = "train" if self._watches_training else None
         if micro_batches == 1 and not self._in_parts:
             measured = self._pass(batch, 1, last)
         else:
             with self._inside(accumulates=micro_batches > 1, last=last):
                 measured = self._pass(batch, micro_batches, last)
-        self._proven = True
+        self._proven, self._first = True, None
         return measured
 
     def _train_plain(self, batch: Any, micro_batches: int, last: bool) -> Measured:
@@ -230,6 +242,8 @@ class Passes:
         counts: bool,
         use: Callable[[Any, Any], None] | None = None,
         faults: list[Violation] | None = None,
+        first: str | None = None,
+        even: bool = True,
     ) -> Measured:
         """Forward and loss of a batch, without gradients. Collective.
 
@@ -240,7 +254,10 @@ class Passes:
             use: called with each output and its (micro)batch, on ranks that have them. Outputs are whole then.
             faults: takes what loss and `use` refuse, which is raised without. A rank of a pipeline that raised alone
                 would leave the others waiting.
+            first: the split whose first batch this is.
+            even: whether ranks have equally many samples of that split, without which a loss may not communicate.
         """
+        self._first, self._even = first, even
         batch = self.part(batch)
         found = [Measured(torch.zeros((), device=self.device), 0.0)]
 
@@ -272,7 +289,8 @@ class Passes:
                 self.model.run(evaluated, training=False)
             else:
                 count = passes(pipeline.section, self.count(batch), largest)
-                pipeline.evaluate(batch, count, self.forward, take, self.autocast)
+                pipeline.evaluate(batch, count, self._forward, take, self.autocast)
+        self._first = None
         return Measured(sum(item.total for item in found), sum(item.weight for item in found))  # type: ignore[arg-type]
 
     def part(self, batch: Any) -> Any:
@@ -305,14 +323,30 @@ class Passes:
 
     def _output(self, module: nn.Module, batch: Any) -> Any:
         if self.model.policy is None:
-            return self.forward(module, batch)
+            return self._forward(module, batch)
         inputs = self.model.inputs(batch)
         with self.model.explaining(inputs):
-            return self.forward(module, inputs)
+            return self._forward(module, inputs)
+
+    def _forward(self, module: Any, batch: Any) -> Any:
+        if self._first is None:
+            return self.forward(module, batch)
+        with watched_model(self._first, module, batch, alone=self.model.pipeline is not None):
+            return self.forward(module, batch)
+
+    def _loss(self, output: Any, batch: Any) -> Any:
+        assert self._first is not None
+        with watched_loss(self._first, self.loss, output, batch):
+            if torch.is_grad_enabled() or inside_step.sharded_logits() or not is_distributed():
+                return self.loss(output, batch)
+            with Collectives(self._first, even=self._even) as collectives:
+                value = self.loss(output, batch)
+            self.communicates = self.communicates or collectives.found
+            return value
 
     def _measured(self, output: Any, batch: Any) -> Measured:
         try:
-            return _measured(self.loss(output, batch))
+            return _measured(self.loss(output, batch) if self._first is None else self._loss(output, batch))
         except (RuntimeError, NotImplementedError) as error:
             if inside_step.sharded_logits() and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(_NOTE)
@@ -397,7 +431,7 @@ class Passes:
                 "a step of this pipeline has failed, and its stages may wait for it still: resume the run"
             )
         self._broken = True
-        pipeline.train(batch, self.forward, objective, self.autocast)
+        pipeline.train(batch, self._forward, objective, self.autocast)
         self._broken = False
         if not self._proven:
             refuse_together(faults)

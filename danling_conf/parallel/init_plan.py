@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import logging
 import random
 import socket
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from danling_conf._torch_private import attributes, dispatch, fakes
-from danling_conf.parallel.function_caches import fake_values_forgotten
+from danling_conf.parallel.function_caches import forget_fake_values
 from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
 from danling_conf.schema.imports import uncollected
 from danling_conf.topology.violation import ABSENT, SettingError
@@ -132,8 +133,16 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
 
     Raises NotReplayable, and what the factory raises on fake tensors.
     """
+    try:
+        return _record(factory, seed)
+    except BaseException:
+        forget_fake_values()
+        raise
+
+
+def _record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     mode = fakes.fake_tensors()
-    with fake_values_forgotten(), seeded(seed), fakes.quiet_fake_tensors():
+    with seeded(seed), fakes.quiet_fake_tensors():
         recording = Recording()
         with mode, recording, attributes.truncated_normal(recording.call):
             model = made_by(factory)
@@ -145,7 +154,12 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     to_meta(model)
     alive = weakref.ref(mode)
     del mode, recording
-    if alive() is not None:  # held by a cycle, or by the model
+    # Each fake tensor holds the mode: where that is gone, no cache of a function keeps one. Torch leaves cycles behind,
+    # all of them new; to look through all objects takes ten times as long.
+    if alive() is not None:
+        gc.collect(0)
+    if alive() is not None:  # held by the cache of a function, by an older cycle, or by the model
+        forget_fake_values()
         gc.collect()
     if alive() is not None:
         raise NotReplayable(_kept(model))
@@ -154,6 +168,8 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
 
 def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
     """The model of a factory. Raises SettingError where it returns something else."""
+    if (fault := _uncallable(factory)) is not None:
+        raise SettingError("model", ABSENT, fault, "pass a factory without arguments: model=lambda: Net(width=8)")
     model = factory()
     if not isinstance(model, nn.Module):
         raise SettingError(
@@ -171,6 +187,19 @@ def made_by(factory: Callable[[], nn.Module]) -> nn.Module:
                 "call the model once in the function that builds it, or give the module its sizes",
             )
     return model
+
+
+def _uncallable(factory: Any) -> str | None:
+    """Why something is no factory without arguments; None where it is one."""
+    if not callable(factory):
+        return f"a {type(factory).__name__} is neither a module nor a function that returns one"
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        return f"the factory {getattr(factory, '__name__', type(factory).__name__)} needs arguments: {error}"
+    except ValueError:  # a builtin without a signature
+        return None
+    return None
 
 
 def refuse_for_ranks(model: nn.Module) -> None:

@@ -142,8 +142,7 @@ def any_batch(loader: Any, size: int = 1) -> Any:
     """A batch of the data set's first sample, `size` times: for a rank that has none, or to look at."""
     dataset = loader.dataset
     sample = next(iter(dataset)) if is_iterable(dataset) else dataset[0]
-    collate = loader.collate_fn or torch.utils.data.default_collate
-    return collate([sample] * size)
+    return loader.collate_fn([sample] * size)
 
 
 def example_of(loader: Any, seed: int) -> Callable[[], Any] | None:

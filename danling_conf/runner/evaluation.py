@@ -21,13 +21,21 @@ from torch.distributed.tensor import DTensor
 from danling_conf._torch_private.attributes import saved_buffers
 from danling_conf.components.batch import CountSamples, to_device
 from danling_conf.parallel.forward_backward import Passes
+from danling_conf.parallel.gathering_loss import uneven
 from danling_conf.parallel.process_group import is_distributed
 from danling_conf.runner.batch import MetricInputs
 from danling_conf.runner.observe.meters import reduce_sum
+from danling_conf.topology.violation import ConfigRefused
 
 
 def measure(
-    passes: Passes, loader: Any, *, metrics: Mapping[str, Any], metric_inputs: MetricInputs, device: torch.device
+    passes: Passes,
+    loader: Any,
+    split: str,
+    *,
+    metrics: Mapping[str, Any],
+    metric_inputs: MetricInputs,
+    device: torch.device,
 ) -> dict[str, float]:
     """Mean loss over all samples of a split, and its metrics. Collective.
 
@@ -38,6 +46,9 @@ def measure(
     rank 0's results are used on all; in a pipeline, those of the first rank of each stage, and of the last stage. A
     metric that does not synchronise itself over ranks, unlike those of torchmetrics, is thus that of one rank's share
     of the samples.
+
+    Raises:
+        ConfigRefused: on all ranks: they have different batches, and the loss communicates.
 
     Args:
         passes: of the model, which is left in the mode (train or eval) that it came in.
@@ -60,7 +71,9 @@ def measure(
             metric.update(*inputs)
 
     try:
-        for batch, largest, counts in _as_many_as_the_longest(loader, passes.count):
+        for batch, largest, counts, even in _as_many_as_the_longest(loader, passes.count):
+            if passes.communicates and not even:
+                raise ConfigRefused([uneven(split)])
             batch = batch if device.type == "cpu" else to_device(batch, device)
             measured = passes.evaluate(batch, largest=largest, counts=counts, use=update if metrics else None)
             # The weight may be a tensor on the device: read as a number, each batch would wait for it.
@@ -95,11 +108,11 @@ def _of_one_rank(results: dict[str, float], source: int, device: torch.device) -
     return dict(zip(results, values.tolist(), strict=True))
 
 
-def _as_many_as_the_longest(loader: Any, count: CountSamples) -> Iterator[tuple[Any, int, bool]]:
+def _as_many_as_the_longest(loader: Any, count: CountSamples) -> Iterator[tuple[Any, int, bool, bool]]:
     """Batches, as many on every rank as on the rank that has most; each with the number of samples of the largest batch
-    that a rank has now, and whether it counts."""
+    that a rank has now, whether it counts, and whether all ranks have one of that size."""
     if not is_distributed():
-        yield from ((batch, count(batch), True) for batch in loader)
+        yield from ((batch, count(batch), True, True) for batch in loader)
         return
     last = None
     iterator = iter(loader)
@@ -110,11 +123,11 @@ def _as_many_as_the_longest(loader: Any, count: CountSamples) -> Iterator[tuple[
         found = exchange(last, has, count(batch) if has else 0)
         if found is None:
             return
-        last, largest = found
-        yield last, largest, has
+        last, largest, even = found
+        yield last, largest, has, even
 
 
-def exchange(last: Any, has: bool, samples: int) -> tuple[Any, int] | None:
+def exchange(last: Any, has: bool, samples: int) -> tuple[Any, int, bool] | None:
     """A batch for every rank, where any has a new one. Collective, over the CPU.
 
     Args:
@@ -123,16 +136,17 @@ def exchange(last: Any, has: bool, samples: int) -> tuple[Any, int] | None:
         samples: in it.
 
     Returns:
-        A batch and the most samples that a new batch has on any rank; None where no rank has a new one.
+        A batch, the most samples that a new batch has on any rank, and whether every rank has a new one with as many;
+        None where no rank has a new one.
     """
     rank = distributed.get_rank()
-    shared = torch.tensor([rank if has else -1, samples, int(last is None)])
+    shared = torch.tensor([rank if has else -1, samples, int(last is None), -samples])
     distributed.all_reduce(shared, op=distributed.ReduceOp.MAX)
-    source, largest, lacking = shared.tolist()
+    source, largest, lacking, least = shared.tolist()
     if source < 0:
         return None
     if lacking:
         sent = [last if rank == source else None]
         distributed.broadcast_object_list(sent, src=source)
         last = sent[0] if last is None else last
-    return last, largest
+    return last, largest, largest == -least

@@ -592,6 +592,7 @@ class Loop:
                 found = measure(
                     self.setup.passes,
                     self.setup.loaders[split],
+                    split,
                     metrics=self.setup.metrics,
                     metric_inputs=self.setup.metric_inputs,
                     device=self.world.device,

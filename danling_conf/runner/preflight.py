@@ -82,13 +82,14 @@ def _try(
             samples = _count(passes, loader, batch, split)
         except SettingError as error:
             faults.append(error.violation)
-    if not any(gathered(has)):
+    of_ranks = gathered(has)
+    if not any(of_ranks):
         faults.append(no_batch(split).violation)
     refuse_together(faults)
     if is_distributed():
         found = exchange(batch, has, samples)
         assert found is not None  # some rank has one
-        batch, samples = found
+        batch, samples, _ = found
     if device.type != "cpu":
         batch = to_device(batch, device)
     for metric in metrics.values():
@@ -100,10 +101,19 @@ def _try(
             _update(name, metric, inputs)
 
     try:
-        passes.evaluate(batch, largest=samples, counts=has, use=update if metrics else None, faults=faults)
+        passes.evaluate(
+            batch,
+            largest=samples,
+            counts=has,
+            use=update if metrics else None,
+            faults=faults,
+            first=split,
+            even=_is_even(loader) and all(of_ranks),
+        )
     except SettingError as error:
         faults.append(error.violation)
     refuse_together(faults)
+    passes.communicates = any(gathered(passes.communicates))
     refuse_together([fault for name, metric in metrics.items() if (fault := _no_number(name, metric)) is not None])
 
 
@@ -118,6 +128,12 @@ def _first(loader: Any) -> Any:
     if drawn is not None:
         loader.generator.set_state(drawn)
     return batch
+
+
+def _is_even(loader: Any) -> bool:
+    """Whether all ranks evaluate equally many samples; of iterable data that is not known before. Collective."""
+    sampler = loader.sampler
+    return len(set(gathered(len(sampler) if isinstance(sampler, ShardedSampler) else None))) == 1
 
 
 def _count(passes: Passes, loader: Any, batch: Any, split: str) -> int:

@@ -14,11 +14,11 @@ PREFERRED_SPLITS = ("val", "validate")
 
 
 def infer_split(configured: str | None, splits: Iterable[str]) -> str:
-    """The split that the score comes from: the configured one while it exists, else `val`, `validate`, another that
-    begins with `val`, the first that is not trained on, or the training split where there is no other."""
+    """The split that the score comes from: the configured one, else `val`, `validate`, another that begins with `val`,
+    the first that is not trained on, or the training split where there is no other."""
     splits = list(splits)
-    if configured in splits:
-        return str(configured)
+    if configured is not None:
+        return configured
     held_out = [split for split in splits if not is_training(split)]
     candidates = [*PREFERRED_SPLITS, *(split for split in held_out if split.startswith("val")), *held_out, *splits]
     return next(split for split in candidates if split in splits)

@@ -36,7 +36,6 @@ from danling_conf.runner.schedule import Schedule
 from danling_conf.runner.score import Score, make_score
 from danling_conf.runner.world import World
 from danling_conf.schema import RunnerConfig
-from danling_conf.schema.dataloader import DataloaderConfig
 from danling_conf.schema.nearest import nearest
 from danling_conf.schema.setting import open_keys
 from danling_conf.topology.violation import ABSENT, SettingError, Violation, refuse
@@ -73,8 +72,6 @@ class Setup:
     samples_per_step: int
     """Samples of one optimizer step, over all ranks."""
     tokens_per_sample: int | None
-    notes: list[str]
-    """For the user, once lines can be shown."""
 
     @property
     def pipeline_group(self) -> ProcessGroup | None:
@@ -117,7 +114,7 @@ def set_up(
     Raises:
         SettingError: the configuration does not fit the model or the data.
     """
-    _check_splits(config.dataloader, datasets)
+    _check_splits(config, datasets)
     split_loaders = make_loaders(
         datasets,
         config.dataloader,
@@ -195,12 +192,19 @@ def set_up(
         artifact=artifact,
         samples_per_step=samples * world.data_degree * config.accum_steps,
         tokens_per_sample=tokens_per_sample,
-        notes=_notes(config, score),
     )
 
 
-def _check_splits(section: DataloaderConfig, datasets: Mapping[str, Any]) -> None:
+def _check_splits(config: RunnerConfig, datasets: Mapping[str, Any]) -> None:
     """Refuse settings for a split that there is no data set of, which would change nothing, and undeclared splits."""
+    if not isinstance(datasets, Mapping):  # which is refused as such
+        return
+    section, known = config.dataloader, ", ".join(datasets)
+    if config.score_split is not None and config.score_split not in datasets:
+        near = nearest(config.score_split, datasets)
+        fix = f"did you mean score_split={near}?" if near else "name one of them, or leave it unset"
+        rule = f"there is no data set of that name; there are {known}"
+        raise SettingError("score_split", config.score_split, rule, fix)
     refuse(
         Violation("dataloader.splits", section.splits, f"there is a data set {split}", "add its name")
         for split in datasets
@@ -210,7 +214,7 @@ def _check_splits(section: DataloaderConfig, datasets: Mapping[str, Any]) -> Non
         Violation(
             f"dataloader.{split}",
             ABSENT,
-            f"there is no data set of that name; there are {', '.join(datasets)}",
+            f"there is no data set of that name; there are {known}",
             f"did you mean dataloader.{near}?" if (near := nearest(split, datasets)) else "remove it",
         )
         for split in open_keys(section)
@@ -315,9 +319,3 @@ def _schedule(
         measured=[f"{split}.{name}" for split in measured for name in ("loss", *metrics)],
         metrics=metrics,
     )
-
-
-def _notes(config: RunnerConfig, score: Score) -> list[str]:
-    if config.score_split in (None, score.split):
-        return []
-    return [f"score_split={config.score_split}: there is no such split; the score is {score.key}"]

@@ -340,7 +340,7 @@ class Runner:
         process.seed_rank(self.world.attempt.seed, self.world.stream)
         resumption = Resumption(self.config, self.world, self.state, self.setup, self.checkpoints, self.callbacks)
         with refused():
-            notes = [*self.setup.notes, *resumption.load()]
+            notes = resumption.load()
         # After weights are loaded: FSDP2 keeps what a forward has gathered of the root's.
         with waiting("the first batches"):
             preflight(

@@ -15,6 +15,8 @@ from typing import Any
 
 RUN_FILE = "run.json"
 """In a run's directory: what the run is."""
+LAYOUTS_INDEX = ".layouts.index"
+"""Beside the runs of an experiment: which configurations differ in their layout only."""
 RUN_LOCK = "run.lock"
 """In a run's directory: held by the live attempt."""
 RANKS_LOCK = "ranks.lock"

@@ -77,7 +77,7 @@ class RunnerConfig:
     """Stop after this many evaluations in a row without a better score. Unset: never stop early."""
     score_split: Optional[str] = None
     """Split used for model selection. Unset: `val`, else `validate`, else one whose name begins with `val`,
-    else the first split that is not trained on; inferred once, and again when that split disappears."""
+    else the first split that is not trained on. A name that no data set has is refused."""
     score_name: str = "loss"
     """Metric used for model selection."""
     score_mode: Optional[str] = setting(None, choices=("min", "max"))

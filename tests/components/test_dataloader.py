@@ -184,14 +184,16 @@ def test_evaluation_sees_every_sample_once(size, shuffle):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize(("size", "degree"), [(3, 1), (6, 2), (0, 1)])
+@pytest.mark.parametrize(("size", "degree"), [(3, 1), (7, 2), (0, 1)])
 def test_a_held_out_split_without_a_whole_batch_is_refused(size, degree):
-    why = rf"drop_last=true\n +the {size} samples of split val make no whole batch of 4 on any of {degree} ranks\n +fix"
+    why = rf"drop_last=true\n +the {size} samples of split val make no whole batch of 4 on each of {degree} ranks\n"
     for own, path in (({"drop_last": True}, "dataloader.val"), ({}, "dataloader")):
         shared = section(batch_size=4, drop_last=True if not own else None, val=own)
-        with pytest.raises(ValueError, match=rf"^{path}\.{why}: set dataloader\.val\.drop_last=false"):
+        with pytest.raises(ValueError, match=rf"^{path}\.{why} +fix: set dataloader\.val\.drop_last=false"):
             make(Numbers(size), shared, "val", data_degree=degree)
-        assert len(make(Numbers(3 * degree + 1), shared, "val", data_degree=degree)) == 1
+        # One more sample is nobody's: ranks have as many batches as each other.
+        shares = [make(Numbers(4 * degree + 1), shared, "val", data_rank=r, data_degree=degree) for r in range(degree)]
+        assert [len(share) for share in shares] == [1] * degree
 
 
 def test_iterable_data_sets_deal_themselves_out():

@@ -178,6 +178,16 @@ def test_interpolations_are_resolved_and_their_type_is_checked():
         resolve({"steps": 3, "eval_interval": "${lineage}"}, context=CPU)
 
 
+def test_what_refers_to_a_seed_that_is_drawn_later_is_refused():
+    given = {"steps": 2, "model": {"seed": "${seed}", "parts": ["run-${seed}"]}}
+    with pytest.raises(ConfigRefused) as refused:
+        resolve(OmegaConf.merge(OmegaConf.structured(RunnerConfig), given), context=CPU)
+    assert [item.path for item in refused.value.violations] == ["model.seed", "model.parts[0]"]
+    assert "set seed=0" in str(refused.value)
+    seeded = resolve(OmegaConf.merge(OmegaConf.structured(RunnerConfig), given, {"seed": 3}), context=CPU)
+    assert (seeded.model["seed"], seeded.model["parts"]) == (3, ["run-3"])
+
+
 def test_all_faults_of_a_mapping_are_reported():
     tree = {"steps": "abc", "optim": {"lr": "x", "betass": [1]}, "fsdp": {"mp_policy": {"param_dtype": "f32", "a": 1}},
             "dataloader": {"val": {"batchsize": 3}, "test": 3}, "stepz": 3, "parallel": {"axes": {"tensor": 2, "x": 1}},

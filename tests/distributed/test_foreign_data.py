@@ -231,6 +231,35 @@ def metric_on_one(rank: int) -> dict[str, Any]:
             "metrics": {"accuracy": MulticlassAccuracy(CLASSES)}}  # fmt: skip
 
 
+def numpy_inputs(rank: int) -> dict[str, Any]:
+    return {"datasets": {"train": [(x.double(), y) for x, y in Pairs()]}, "loss": loss}
+
+
+def labels_of_one(rank: int) -> dict[str, Any]:
+    wrong = [(x, y + CLASSES * rank) for x, y in Pairs()]
+    return {"datasets": {"train": Pairs(), "val": wrong}, "loss": loss}
+
+
+def gathering(output: Tensor, batch: Any) -> Tensor:
+    """Each output is to be more like itself than like any other of any rank."""
+    ranks = [torch.empty_like(output) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, output.detach())
+    ranks[dist.get_rank()] = output
+    every = torch.cat(ranks)
+    mine = torch.arange(len(output)) + dist.get_rank() * len(output)
+    return nn.functional.cross_entropy(output @ every.T, mine)
+
+
+def uneven_val(rank: int) -> dict[str, Any]:
+    return {"datasets": {"train": Pairs(), "val": Pairs(9)}, "loss": gathering}
+
+
+def one_for_two(rank: int) -> dict[str, Any]:
+    return {"datasets": {"train": Pairs(), "val": Pairs(1)}, "loss": gathering}
+
+
+GATHERS = "dataloader.val.drop_last: the loss communicates over the ranks"
+
 REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     "sizes": (unequal, "datasets.train: it has 24 samples on rank 0 and 25 samples on rank 1"),
     "splits": (other_splits, "datasets: rank 1 has the splits train, val, and rank 0 has train"),
@@ -238,6 +267,10 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     "loss": (vector_on_one, "loss: it returned a tensor of shape (4,) and torch.float32"),
     "no batch": (without_a_batch, "datasets.train: it returned no batch on some rank"),
     "metric": (metric_on_one, "metrics.accuracy: its update cannot take (a tensor of shape (4, 3)"),
+    "float64": (numpy_inputs, "datasets.train: in first (Linear), small.py"),
+    "labels": (labels_of_one, "loss: in small.py"),
+    "uneven": (uneven_val, GATHERS),
+    "one for two": (one_for_two, GATHERS),
 }
 
 
@@ -251,6 +284,15 @@ def refusals(root: str) -> dict[str, str]:
         (violation,) = refused.value.violations
         found[name] = f"{violation.path}: {violation.rule}"
         dist.barrier()  # nobody is left behind
+    ours = runner(root, layout_settings("ddp2"))
+    with pytest.raises(ConfigRefused, match="the loss communicates"):  # how much there is shows at its end
+        ours.fit(Net, {"train": Pairs(), "val": Stream(13)}, loss=gathering)
+    for size, drop_last in ((8, False), (9, True)):
+        ours = runner(
+            root, {**layout_settings("ddp2"), "dataloader": {"batch_size": 4, "val": {"drop_last": drop_last}}}
+        )
+        ours.fit(Net, {"train": Pairs(), "val": Pairs(size)}, loss=gathering)
+        assert ours.results["val.loss"] > 0
     return found
 
 
