@@ -167,7 +167,7 @@ def bad_batches(size: int, folder: Path) -> Times:
     return cpu(lambda: [sampler.samples(0, 32 * number, 32) for number in range(200)]), None
 
 
-@row("resume_epoch", (10**6, 10**7, 10**9), "samples", wanted="10^7 in 1 s and 80 MiB")
+@row("resume_epoch", (10**6, 10**7, 10**9), "samples", wanted="10^7 in 1 s and 80 MiB", memory=True)
 def resume_in_mid_epoch(size: int, folder: Path) -> Times:
     from danling_conf.components.samplers import ShardedSampler
 
@@ -211,15 +211,17 @@ def prune(count: int, folder: Path) -> Times:
 @row("bind", (100, 1000, 6000), "runs beside it", wanted="flat: names only")
 def bind(count: int, folder: Path) -> Times:
     from danling_conf import compose
-    from danling_conf.records import run_directory
+    from danling_conf.config.identity import semantic
+    from danling_conf.records import layouts_index, run_directory
 
     given = ["steps=1", f"workspace_root={folder}", "auto_resume=true"]
     config, fresh = compose([*given, "seed=1"]), compose([*given, "seed=2"])
     run = run_directory.bind(config).run_directory
-    content = (run / "run.json").read_text()
+    made, settings = json.loads((run / "run.json").read_text()), semantic(config)
     for number in range(count):
-        (run.parent / f"{number:012x}").mkdir()
-        (run.parent / f"{number:012x}" / "run.json").write_text(content)
+        name = f"{number:012x}"
+        write(run.parent / name / "run.json", made | {"run_id": name, "config_id": name})
+        layouts_index.add(run.parent, [(name, name, settings | {"seed": 10 + number})])
 
     def twice() -> None:
         assert run_directory.bind(config).run_directory == run
@@ -244,7 +246,7 @@ def write_metrics(run: Path, count: int) -> None:
             index.add(text, end)
 
 
-@row("end_of_run", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat")
+@row("end_of_run", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat", memory=True)
 def end_of_run(count: int, folder: Path) -> Times:
     from danling_conf.records.history import goodput
 
@@ -262,7 +264,7 @@ def runs(count: int, folder: Path) -> Times:
     return cpu(lambda: show_runs(str(folder))), None
 
 
-@row("report", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat")
+@row("report", (10**4, 10**5, 10**6), "lines of metrics", wanted="10^6 in 2 s, memory flat", memory=True)
 def report_page(count: int, folder: Path) -> Times:
     from danling_conf.cli.report import report
 

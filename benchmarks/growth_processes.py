@@ -45,6 +45,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 nn.functional.mse_loss(model(torch.ones(8, 8)), torch.ones(8, 1)).backward()
 optimizer.step()
 if dist.is_initialized():
+    dist.barrier()  # a rank that left while gloo still connects would abort the others
     dist.destroy_process_group()
 """
 OUR_START = """
@@ -163,19 +164,19 @@ def first_step(ranks: int, folder: Path) -> Times:
     return cpu(lambda: _run([str(app), *given], folder, 0)), other
 
 
-@row("accepted", (1, 5, 25), "overrides", other="the smallest Hydra app", wanted="1.15 on both Hydras")
+@row("accepted", (1, 5, 25), "overrides", other="the smallest Hydra app", wanted="1.15 on both Hydras", rounds=5)
 def accepted(count: int, folder: Path) -> Times:
     given = ["steps=1", *(f"+data.x{number}=1" for number in range(1, count))]
     return _starts(folder, given, [item.replace("data.", "") for item in given], (0, 0))
 
 
-@row("refused", (1, 5, 25), "overrides", other="the smallest Hydra app", wanted="1.15 on both Hydras")
+@row("refused", (1, 5, 25), "overrides", other="the smallest Hydra app", wanted="1.15 on both Hydras", rounds=5)
 def refused(count: int, folder: Path) -> Times:
     given = [f"+data.x{number}=1" for number in range(1, count)]
     return _starts(folder, [*given, "stepz=1"], [*(item.replace("data.", "") for item in given), "stepz=1"], (2, 1))
 
 
-@row("help", (1, 5, 25), "overrides", other="the smallest Hydra app", wanted="1.15 on both Hydras")
+@row("help", (1, 5, 25), "overrides", other="the smallest Hydra app", wanted="1.15 on both Hydras", rounds=5)
 def help_page(count: int, folder: Path) -> Times:
     given = [f"+data.x{number}=1" for number in range(1, count)]
     return _starts(folder, [*given, "--help"], [*(item.replace("data.", "") for item in given), "--help"], (0, 0))

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from danling_conf.config.hydra_adapter import Composer, ConfigSearch, as_in_main, composer, parse_arguments
 from danling_conf.config.hydra_job import VERSION_BASE
 from danling_conf.launch.app import App, refuse
+from danling_conf.records.logs import outlast_full_disk
 from danling_conf.schema.imports import uncollected
 from danling_conf.topology.rank_environment import CLUSTER_VARIABLE, FROZEN_VARIABLE, JOB_VARIABLE, started_rank
 from danling_conf.topology.violation import ConfigRefused, Violation
@@ -40,6 +41,7 @@ def run_command(app: App, arguments: Sequence[str]) -> Any:
         ranks = started_rank()
         if ranks is None:
             raise RuntimeError(f"{FROZEN_VARIABLE} is set, but this process is not a rank: unset it")
+        outlast_full_disk()
         # Removed from the environment: a training script started by the user's function is not a worker of this run.
         return run_worker(app.function, Path(os.environ.pop(FROZEN_VARIABLE)), ranks, app.script.stem)
     if JOB_VARIABLE in os.environ:
@@ -96,6 +98,7 @@ def _accepted(app: App, composing: Composer, parsed: Namespace) -> Callable[[], 
 def _run_job(app: App, path: Path) -> Any:
     """Run this process's part of a sweep's job: one rank on Slurm, or what starts its replica groups; the whole job on
     this machine."""
+    outlast_full_disk()
     if os.environ.get(CLUSTER_VARIABLE) == "slurm":
         if started_rank() is None:
             from danling_conf.launch.slurm.groups import run_slurm_groups

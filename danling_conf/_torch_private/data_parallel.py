@@ -59,26 +59,25 @@ class Replicated(DistributedDataParallel):
     """DDP that can run any function of the module inside of its forward: a model whose loss is computed by another
     method than `forward` is synchronised all the same.
 
-    Without `_run_ddp_forward`, a user's own `forward=` fails under DDP.
+    Without `_pre_forward` and `_post_forward`, of which torch's own forward consists, every step under DDP fails;
+    without `_inside_ddp_forward`, those of a compiled model.
     """
 
     def run_inside(self, function: Callable[[nn.Module], torch.Tensor | None]) -> torch.Tensor | None:
         """The tensor that `function` makes of the module. Its gradients are reduced as those of `forward`'s output."""
         # Not `self(...)`, which may be compiled, and would compile the function with all that it closes over.
-        return cast("torch.Tensor | None", self.forward(_Inside(function)))
-
-    def _run_ddp_forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        if len(inputs) != 1 or not isinstance(inputs[0], _Inside):
-            return super()._run_ddp_forward(*inputs, **kwargs)
+        self.begin()
         with nullcontext() if self._use_python_reducer else self._inside_ddp_forward():
-            return inputs[0].function(self.module)
+            result = function(self.module)
+        return None if result is None else self.end(result)
 
+    def begin(self) -> None:
+        """What DDP does before the module computes something."""
+        self._pre_forward(None)  # an input: DDP moves them to its device, and fails without any
 
-class _Inside:
-    """A function on its way through DDP's handling of inputs, which leaves unknown objects alone."""
-
-    def __init__(self, function: Callable[[nn.Module], torch.Tensor | None]) -> None:
-        self.function = function
+    def end(self, result: torch.Tensor) -> torch.Tensor:
+        """What DDP does with what the module's parameters were used for, to reduce their gradients."""
+        return cast(torch.Tensor, self._post_forward(result))
 
 
 def run_inside_fsdp(module: Any, function: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -169,8 +168,8 @@ def _config(transformers: Any, section: Mapping[str, Any], pretrained: bool, ori
         raise _Unknown(f"{inner[_TARGET]} is no configuration of transformers")
     try:
         return kind(**{key: value for key, value in inner.items() if key != _TARGET})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise _Unknown(f"{inner[_TARGET]}: {error}") from error
+    except Exception as error:  # as in a file
+        raise _Unknown(f"{inner[_TARGET]}: {_first_line(error)}") from error
 
 
 def _named_by_export(found: OpenWeights) -> tuple[Any, str]:
@@ -180,8 +179,9 @@ def _named_by_export(found: OpenWeights) -> tuple[Any, str]:
         raise _Unknown("there is no export of a model of transformers beside it")
     transformers = _library()
     config = _config_in(transformers, folders[0])
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(kind, type):
         raise _Unknown(f"{folders[0] / _CONFIG} names no architecture of transformers")
     return _on_meta(transformers, kind, config, str(folders[0])), str(folders[0] / _CONFIG)
@@ -190,8 +190,8 @@ def _named_by_export(found: OpenWeights) -> tuple[Any, str]:
 def _config_in(transformers: Any, folder: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise _Unknown(f"{folder / _CONFIG}: {error}".splitlines()[0]) from error
+    except Exception as error:  # of a damaged file the library raises whatever its fields do
+        raise _Unknown(f"{folder / _CONFIG} cannot be read: {_first_line(error)}") from error
 
 
 def _on_meta(transformers: Any, kind: type[Any], config: Any, origin: str) -> Any:
@@ -202,8 +202,8 @@ def _on_meta(transformers: Any, kind: type[Any], config: Any, origin: str) -> An
                 return kind(config)
             if kind.__name__.startswith("Auto") and hasattr(kind, "from_config"):
                 return kind.from_config(config, trust_remote_code=False)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
-        raise _Unknown(f"{origin}: it cannot be built: {error}".splitlines()[0]) from error
+    except Exception as error:  # it is built of values that may be anything, by code of the library
+        raise _Unknown(f"{origin}: it cannot be built: {_first_line(error)}") from error
     raise _Unknown(f"{origin}: {kind.__name__} is no model of transformers")
 
 
@@ -214,6 +214,10 @@ def _compare(model: Any, found: OpenWeights) -> None:
     differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     if differing:
         raise _Unknown(f"the weights are not those of {type(model).__name__}: {differing[0]} differs")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _library() -> Any:

@@ -27,6 +27,7 @@ from danling_conf.checkpoint.writing import Snapshot, Writer
 from danling_conf.parallel import process_group
 from danling_conf.schema.checkpoint import DISABLED, PINNED, CheckpointConfig, async_mode
 from danling_conf.schema.layout import Layout
+from danling_conf.topology.violation import PlainError
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class CheckpointManager:
         # training on another.
         if several and not section.dedicated_async_process_group:
             self.mode = DISABLED
-        self._background = Background()
+        self.background = Background()
         self._stager: DefaultStager | None = None
         self._writer: Writer | None = None
         self.loader = Loader(
@@ -173,7 +174,7 @@ class CheckpointManager:
         if self.mode == DISABLED:
             self._write(writer, snapshot, replica)
         else:
-            self._background.start(f"the checkpoint {name}", lambda: self._write(writer, snapshot, replica))
+            self.background.start(f"the checkpoint {name}", lambda: self._write(writer, snapshot, replica))
             durable.enter(durable.IDLE)
         return self.folder.path / name
 
@@ -210,6 +211,8 @@ class CheckpointManager:
 
         try:
             on_all_ranks(write_export, self.layout.world_size, (OSError, RuntimeError, ValueError, ImportError))
+        except PlainError:  # another attempt has the run
+            raise
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise SaveFailed(f"{final}: the model could not be exported: {error}") from error
         return final
@@ -217,16 +220,16 @@ class CheckpointManager:
     @property
     def busy(self) -> bool:
         """Whether a save is under way."""
-        return self._background.busy
+        return self.background.busy
 
     def check(self) -> None:
         """Raise SaveFailed if a background save has failed. Does not block; not collective."""
-        if self._background.failure is not None and not self._background.busy:
-            self._background.check()
+        if self.background.failure is not None and not self.background.busy:
+            self.background.check()
 
     def drain(self, limit: float | None = None) -> None:
         """Wait for the running save, at most `limit` or `checkpoint.wait_timeout` seconds. Raises SaveFailed."""
-        self._background.wait(self.section.wait_timeout if limit is None else limit)
+        self.background.wait(self.section.wait_timeout if limit is None else limit)
 
     def close(self) -> None:
         """Release the manager's memory. Call `drain` first: a running save may be lost."""
@@ -235,9 +238,9 @@ class CheckpointManager:
             self._stager = None
 
     def _wait_for_previous(self, name: str) -> None:
-        if self._background.busy:
-            _log.info("%s waits for %s, which is still being written", name, self._background.what)
-        seconds = self._background.wait()
+        if self.background.busy:
+            _log.info("%s waits for %s, which is still being written", name, self.background.what)
+        seconds = self.background.wait()
         if seconds > 1:
             _log.info(
                 "%s waited %.1f s for the save before it: saves take longer than the time between them", name, seconds

@@ -33,6 +33,7 @@ from danling_conf.checkpoint.manifest import Manifest
 from danling_conf.checkpoint.safe_load import ordinary_errors
 from danling_conf.checkpoint.sources import STATE
 from danling_conf.parallel.waiting import waiting
+from danling_conf.topology.violation import PlainError
 
 SHARED = "shared.pt"
 
@@ -133,25 +134,33 @@ class Writer:
         self.folder.prune(self._keep)
 
     def _together(self, snapshot: Snapshot, do: Callable[[], Any]) -> list[Any]:
-        """What `do` returned on every rank. If it fails on one rank, it fails on all."""
+        """What `do` returned on every rank. If it fails on one rank, it fails on all: with SaveFailed, or the plain
+        error of a rank."""
         result, fault = None, None
         try:
             result = do()
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             fault = error
-        outcomes: list[Any] = [(result, fault and _reason(fault))]
+        # A plain error, such as that another attempt has the run, is no fault of the disk, and stays what it is.
+        own = (result, fault and _reason(fault), fault if isinstance(fault, PlainError) else None)
+        outcomes: list[Any] = [own]
         if self.world_size > 1:
             outcomes = [None] * self.world_size
             with waiting("the other ranks' part of a checkpoint"):
-                distributed.all_gather_object(outcomes, (result, fault and _reason(fault)), group=self._group)
+                distributed.all_gather_object(outcomes, own, group=self._group)
         faults = [
-            f"rank {rank}: {text}" if self.world_size > 1 else text for rank, (_, text) in enumerate(outcomes) if text
+            f"rank {rank}: {text}" if self.world_size > 1 else text
+            for rank, (_, text, _) in enumerate(outcomes)
+            if text
         ]
         if faults:
             if self.rank == 0:
                 shutil.rmtree(self.folder.staging(snapshot.name), ignore_errors=True)
+            for *_, plain in outcomes:
+                if plain is not None:
+                    raise plain
             raise SaveFailed(self._message(snapshot.name, faults)) from fault
-        return [found for found, _ in outcomes]
+        return [found for found, *_ in outcomes]
 
     def _message(self, name: str, faults: list[str]) -> str:
         reasons = "; ".join(dict.fromkeys(faults))

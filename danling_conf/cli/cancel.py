@@ -10,6 +10,7 @@ from danling_conf.cli.runs_found import find, job_named, one_sweep, reachable_or
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.find import sweep_of
 from danling_conf.records.ledger import Record
+from danling_conf.records.logs import on_any_disk
 from danling_conf.records.run_lock import holder_of, is_held, is_live
 from danling_conf.records.state import state_of
 from danling_conf.records.status import EXIT_FAILED, Status
@@ -104,7 +105,8 @@ def _here(sweep: SweepDirectory, chosen: Sequence[Record], wait_seconds: float) 
     lines: list[tuple[str, dict[str, str]]] = [(record.key, {"told": Status.CANCELLED}) for record in chosen]
     # The command that would start queued jobs reads the ledger before each start.
     lines += [(record.key, {"status": Status.CANCELLED, "error": f"not started: cancelled {_BY}"}) for record in waited]
-    sweep.ledger.add_all(lines)
+    with on_any_disk(sweep.ledger.path):  # a full one may be why the jobs are cancelled
+        sweep.ledger.add_all(lines)
     _tell(sweep, chosen)
     # A queued job may have started meanwhile. Running ones are signalled once: a second signal would skip their save.
     if waited:
@@ -157,7 +159,8 @@ def _wait(sweep: SweepDirectory, chosen: Sequence[Record], backend: Backend | _G
         left = [records[key] for key in waiting]
         if isinstance(backend, _Gone):
             gone = backend.ended(left)
-            ledger.settle_all({key: (Status.CANCELLED, why) for key, why in gone.items() if key in waiting})
+            with on_any_disk(ledger.path):
+                ledger.settle_all({key: (Status.CANCELLED, why) for key, why in gone.items() if key in waiting})
         else:
             ledger.settle_all({key: (end.status, end.error) for key, end in backend.endings(left).items()})
         if time.monotonic() > deadline:

@@ -34,7 +34,7 @@ from danling_conf.records.membership import GONE, Event, changes_of, members_of
 from danling_conf.records.planned import read_plan
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_directory import newest_attempt
-from danling_conf.records.status import Status
+from danling_conf.records.status import Status, in_short
 from danling_conf.schema.files import RUN_FILE
 from danling_conf.sweep.ends import standing_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
@@ -223,7 +223,7 @@ def _attempts(attempts: Sequence[AttemptFacts], run: Path) -> Html:
                 duration(item.end - item.begin),
                 f"{item.first_step} to {item.last_step}",
                 badge(item.status, KINDS.get(item.status, "bad")),
-                (item.error or "").partition("\n")[0][:120],
+                in_short(item.status, item.error)[:120],
                 item.ranks,
                 item.code_id,
             ]

@@ -21,7 +21,7 @@ from danling_conf.records.find import sweep_of
 from danling_conf.records.reading import Fields, read_fields
 from danling_conf.records.run_directory import attempts_in, newest_attempt
 from danling_conf.records.state import covers
-from danling_conf.records.status import Status
+from danling_conf.records.status import Status, in_short
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema import Layout
 from danling_conf.schema.files import FROZEN, RUN_FILE
@@ -271,7 +271,7 @@ def _errors(seen: Seen, width: int | None) -> list[str]:
     bad = [row for row in seen.rows if row.error and row.state != Status.COMPLETED]
     for row in bad[:_ERRORS]:
         name = f"#{row.number}" if row.number is not None else row.run.name if row.run else ""
-        line = f"{name} {row.state}{_at(row)}: {str(row.error).partition(chr(10))[0]}"
+        line = f"{name} {row.state}{_at(row)}: {in_short(row.state, row.error)}"
         lines.append(line if width is None or len(line) <= width else line[: width - 1] + "…")
     return lines + ([f"and {len(bad) - _ERRORS} more"] if len(bad) > _ERRORS else [])
 

@@ -15,7 +15,7 @@ from danling_conf.cli.pages.style import COLOURS
 from danling_conf.cli.report import clock, duration
 from danling_conf.cli.runs import Seen, look
 from danling_conf.records.history import History, read_history
-from danling_conf.records.status import Status
+from danling_conf.records.status import Status, in_short
 from danling_conf.sweep.rows import Row, set_swept
 from danling_conf.sweep.table import count_states, step_of, value_of
 from danling_conf.topology.violation import ConfigRefused, Violation
@@ -186,7 +186,7 @@ def _numeric(name: str, rows: Sequence[Row]) -> bool:
 
 
 def _why(row: Row) -> str:
-    return "" if row.state == Status.COMPLETED else (row.error or "").partition("\n")[0][:100]
+    return "" if row.state == Status.COMPLETED else in_short(row.state, row.error)[:100]
 
 
 def _curves(part: _Part, histories: Mapping[str, History]) -> Html:

@@ -6,7 +6,7 @@ faults at once, before torch is imported and before anything starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
@@ -27,6 +27,7 @@ def check_composed(
     also: Callable[[RunnerConfig | None], list[Violation]] | None = None,
     *,
     spent: bool = False,
+    changed: Collection[str] | None = None,
 ) -> RunnerConfig:
     """Returns the resolved, read-only form of a composed configuration.
 
@@ -34,12 +35,13 @@ def check_composed(
         context: further input of the rules, such as the machine.
         also: finds further faults; its argument is None where settings are missing.
         spent: whether `composed` may be changed, since the caller does not use it afterwards.
+        changed: see `inspect`.
 
     Raises:
         ConfigRefused: with all violations.
     """
     kind = declared_kind(composed) or RunnerConfig
-    config, violations = inspect(composed, kind=kind, context=context, spent=spent)
+    config, violations = inspect(composed, kind=kind, context=context, spent=spent, changed=changed)
     if also is not None:
         violations += also(config)
     if violations or config is None:

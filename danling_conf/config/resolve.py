@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -69,12 +69,19 @@ def resolve(config: Any, *, kind: type[Any] = RunnerConfig, context: Context | N
 
 
 def inspect(
-    config: Any, *, kind: type[RunnerConfig] = RunnerConfig, context: Context | None = None, spent: bool = False
+    config: Any,
+    *,
+    kind: type[RunnerConfig] = RunnerConfig,
+    context: Context | None = None,
+    spent: bool = False,
+    changed: Collection[str] | None = None,
 ) -> tuple[RunnerConfig | None, list[Violation]]:
     """Resolve a configuration and find all of its violations.
 
     Args:
         spent: whether `config` may be changed, since the caller does not use it afterwards; this saves a copy.
+        changed: names at the root of a typed node whose declarations are to be checked, where `settled` has checked the
+            others; None for all.
 
     Returns:
         The configuration, which is usable only without violations, and None where settings are missing; and the
@@ -82,7 +89,7 @@ def inspect(
     """
     context = _with_choices(context or Context(machine=this_machine()), config)
     node, violations = _typed_copy(config, kind, spent)
-    violations += check_declarations(node, OmegaConf.get_type(node) or kind)
+    violations += check_declarations(node, OmegaConf.get_type(node) or kind, only=changed)
     try:
         if _refers(node):
             violations += _of_no_seed(node)
@@ -103,6 +110,13 @@ def inspect(
         _derive(resolved, context)
         freeze(resolved)
     return resolved, unique(violations)
+
+
+def settled(node: DictConfig) -> bool:
+    """Whether a typed configuration keeps its declarations, and none of its settings refers to another: then a change
+    of one leaves the check of the others as it was. It is canonical afterwards, where that is so."""
+    kind = declared_kind(node)
+    return kind is not None and not _refers(node) and not check_declarations(node, kind)
 
 
 def _with_choices(context: Context, config: Any) -> Context:

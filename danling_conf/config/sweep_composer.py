@@ -15,7 +15,7 @@ from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 
 from danling_conf.config.hydra_adapter import Composer
 from danling_conf.config.hydra_job import hydra_settings, override_facts, settings_of_job
-from danling_conf.config.resolve import refers_to_hydra
+from danling_conf.config.resolve import refers_to_hydra, settled
 from danling_conf.groups.base import pickled
 
 
@@ -34,6 +34,8 @@ class _Composed:
     """The configuration without Hydra's node."""
     pickled: bytes | None
     """`bare`, since its bytes are read in a fifth of the time of a deep copy; None where a class cannot be pickled."""
+    settled: bool
+    """Whether `pickled` has been checked (`resolve.settled`)."""
 
 
 class SweepComposer:
@@ -69,11 +71,16 @@ class SweepComposer:
         OmegaConf.copy_cache(from_config=self._master, to_config=config)
         return config
 
-    def compose_job(self, overrides: Sequence[str], number: int) -> tuple[DictConfig, dict[str, Any]]:
+    def compose_job(
+        self, overrides: Sequence[str], number: int
+    ) -> tuple[DictConfig, dict[str, Any], frozenset[str] | None]:
         """A job's configuration, and Hydra's settings as plain values (`hydra_settings`). Raises Hydra's errors.
 
         The configuration has no `hydra` node where nothing refers to it: it is the larger half, and the same for all
         jobs. Jobs share the plain values, so they must not be changed.
+
+        Third are the names at the root that the job has changed, where all others have been checked; None where they
+        have not.
         """
         identity = {"num": number, "id": str(number)}
         parsed, values, composed = self._classify(overrides)
@@ -81,12 +88,13 @@ class SweepComposer:
             config = self.compose(overrides)
             with open_dict(config):
                 config.hydra.job.update(identity)
-            return config, hydra_settings(config, None)
+            return config, hydra_settings(config, None), None
         config = self._applied(composed, values, hydra=False)
         OmegaConf.copy_cache(from_config=self._master, to_config=config)
         facts = override_facts(composed.config, parsed)
         lines = [str(item.input_line) for item in parsed]
-        return config, settings_of_job(composed.settings, task=lines, **facts, **identity)
+        changed = frozenset(item.key_or_group.partition(".")[0] for item in values) if composed.settled else None
+        return config, settings_of_job(composed.settings, task=lines, **facts, **identity), changed
 
     def _classify(self, overrides: Sequence[str]) -> tuple[list[Override], list[Override], _Composed | None]:
         """A job's parsed overrides, those of them that are values, and the composition of the others.
@@ -124,6 +132,9 @@ class SweepComposer:
             bare = copy.deepcopy(config, {id(config._get_node("hydra")): AnyNode(None)})
             with open_dict(bare):
                 bare.pop("hydra")
+            content = pickled(bare)
+            checked = bare if content is None else pickle.loads(content)
+            is_settled = content is not None and settled(checked)
             read = [settings["job"]["env_copy"], settings["job"]["config"]]
             self._composed[choices] = _Composed(
                 config=config,
@@ -131,7 +142,8 @@ class SweepComposer:
                 depends="${" in str(read),
                 refers_to_hydra=refers_to_hydra(config),
                 bare=bare,
-                pickled=pickled(bare),
+                pickled=pickled(checked) if is_settled else content,
+                settled=is_settled,
             )
         return self._composed[choices]
 

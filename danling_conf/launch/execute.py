@@ -52,14 +52,18 @@ def execute(app: App, composing: Composer, composed: DictConfig, config: RunnerC
 
     Raises ConfigRefused where the run, or a rank, refuses the configuration.
     """
+    with stopping_in_order():
+        return _execute(app, composing, composed, config)
+
+
+def _execute(app: App, composing: Composer, composed: DictConfig, config: RunnerConfig) -> Any:
     with uncollected():
         attempt, directory, lock = open_attempt(app, composed, config)
     try:
-        with stopping_in_order():
+        with recording_stop(attempt):
             run_job = partial(composing.run_job, composed, directory=directory)
             return run_attempt(app, run_job, config, attempt)
     except StoppedEarly as error:  # otherwise the runner has said so
-        write_result(attempt.directory, outcome_of(error))
         show_error(error, attempt.run_directory)
         raise
     except (ConfigRefused, SystemExit):
@@ -82,11 +86,21 @@ def open_attempt(app: App, composed: DictConfig, config: RunnerConfig) -> tuple[
         make_directory("hydra.run.dir", chosen)
     attempt, lock = claim(config)
     directory = chosen or attempt.directory
-    with releasing(lock), refusing_unwritable(config):
+    with releasing(lock), recording_stop(attempt), refusing_unwritable(config):
         reserve_result(attempt.directory)
         freeze_attempt(config, attempt, app.script, hydra_settings(composed, directory))
-    warn(attempt, config)
+        warn(attempt, config)
     return attempt, directory, lock
+
+
+@contextmanager
+def recording_stop(attempt: Attempt) -> Iterator[None]:
+    """Write how an attempt ended that is stopped before any runner listens for signals: it would look lost."""
+    try:
+        yield
+    except (StoppedEarly, KeyboardInterrupt) as error:
+        write_result(attempt.directory, outcome_of(error))
+        raise
 
 
 @contextmanager
@@ -126,8 +140,8 @@ def open_job(
     with releasing(lock), refusing_unwritable(config):
         reserve_result(attempt.directory)
         freeze_attempt(config, attempt, script, settings_in(job.content["hydra"], attempt.directory))
-    host = os.uname().nodename
-    job.ledger.add(job.key, status=Status.RUNNING, attempt=attempt.directory.name, host=host, pid=os.getpid(), **facts)
+        host, pid = os.uname().nodename, os.getpid()
+        job.ledger.add(job.key, status=Status.RUNNING, attempt=attempt.directory.name, host=host, pid=pid, **facts)
     warn(attempt, config)
     return config, attempt, lock
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,12 @@ from danling_conf.launch.execute import open_job, run_attempt, show_error
 from danling_conf.launch.parent import end_with_parent
 from danling_conf.launch.workers import WorkersFailed
 from danling_conf.records.job_file import JobFile, write_error
-from danling_conf.records.logs import is_full, show_unwritable
+from danling_conf.records.logs import on_any_disk
 from danling_conf.records.result import score_of
 from danling_conf.records.run_lock import LostRun
 from danling_conf.records.status import EXIT_FAILED, Status, outcome_of
 from danling_conf.records.stopped import stopping_in_order
+from danling_conf.topology.violation import trace_of
 
 if TYPE_CHECKING:
     from danling_conf.launch.app import App
@@ -53,7 +53,7 @@ def _run_to_its_end(app: App, path: Path) -> Any:
             write_error(job.folder, error.rank, outcome.reason, str(error))
         elif outcome.status is Status.FAILED:
             facts["rank"] = 0
-            write_error(job.folder, 0, outcome.message, traceback.format_exc())
+            write_error(job.folder, 0, outcome.message, trace_of(error))
         if not outcome.completed:
             _record(job, status=outcome.status, error=outcome.reason, **facts)
             show_error(error, job.binding.run_directory)
@@ -68,9 +68,5 @@ def _run_to_its_end(app: App, path: Path) -> Any:
 
 def _record(job: JobFile, **facts: Any) -> None:
     """Add the end of a job to the ledger. On a full disk the monitor does, later, by the exit code."""
-    try:
+    with on_any_disk(job.ledger.path):
         job.ledger.add(job.key, **facts)
-    except OSError as error:
-        if not is_full(error):
-            raise
-        show_unwritable(job.ledger.path, error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from typing import Any
 
 from hydra.types import RunMode
@@ -13,15 +12,16 @@ from hydra.types import RunMode
 from danling_conf.config.check import check, compose_or_refuse
 from danling_conf.config.hydra_adapter import ConfigSearch, composer
 from danling_conf.launch.app import App, refuse
-from danling_conf.launch.execute import open_attempt
+from danling_conf.launch.execute import open_attempt, recording_stop
 from danling_conf.launch.rank import leave_at_once, run_rank
 from danling_conf.launch.store import announce, await_configuration, meet
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
 from danling_conf.records.status import EXIT_REFUSED, outcome_of
+from danling_conf.records.stopped import StoppedEarly, stopping_in_order
 from danling_conf.schema.files import FROZEN
 from danling_conf.topology.rank_environment import RankEnvironment
-from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation
+from danling_conf.topology.violation import ABSENT, ConfigRefused, Violation, trace_of
 
 
 def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
@@ -29,6 +29,16 @@ def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks
 
     A rank that fails ends its process at once, so that the launcher sees it and stops the others.
     """
+    try:
+        with stopping_in_order():
+            return _run_joined(app, search, parsed, ranks)
+    except StoppedEarly as stopped:
+        if ranks.main:
+            print(stopped, file=sys.stderr)
+        leave_at_once(outcome_of(stopped).exit_code)
+
+
+def _run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: RankEnvironment) -> Any:
     try:
         if parsed.multirun:
             raise ConfigRefused([_no_sweep("--multirun", ranks)])
@@ -41,7 +51,7 @@ def run_joined(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks
         sys.exit(outcome_of(interrupt).exit_code)
     except Exception as error:
         _record(error)
-        traceback.print_exc()
+        print(trace_of(error).rstrip() or error, file=sys.stderr)
         leave_at_once(outcome_of(error).exit_code)
 
 
@@ -61,15 +71,16 @@ def _lead(app: App, search: ConfigSearch, parsed: argparse.Namespace, ranks: Ran
             # The others already wait for the configuration: without a word they would wait until their timeout.
             announce(meet(ranks), None, ranks.world_size)
             raise
-        store = meet(ranks)
-        announce(store, (attempt.directory / FROZEN).read_text(), ranks.world_size)
-        start = Current(attempt=attempt, ranks=ranks, store=store)
         try:
-            outcome = composing.run_job(
-                composed,
-                lambda _: run_rank(app.function, config, start, search.job_name),
-                directory,
-            )
+            with recording_stop(attempt):
+                store = meet(ranks)
+                announce(store, (attempt.directory / FROZEN).read_text(), ranks.world_size)
+                start = Current(attempt=attempt, ranks=ranks, store=store)
+                outcome = composing.run_job(
+                    composed,
+                    lambda _: run_rank(app.function, config, start, search.job_name),
+                    directory,
+                )
         finally:
             lock.release()
         if isinstance(outcome._return_value, Exception):

@@ -10,7 +10,6 @@ import gc
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from danling_conf.records.stopped import Stopped
 from danling_conf.schema import RunnerConfig
 from danling_conf.topology.rank_environment import RankEnvironment, in_group
 from danling_conf.topology.rendezvous import keep_to_loopback
+from danling_conf.topology.violation import PlainError
 
 _log = logging.getLogger(__name__)
 REPEATED_VARIABLE = "DANLING_CONF_SIGNALS_REPEATED"
@@ -63,7 +63,8 @@ def run_rank(function: Callable[[Any], Any], config: RunnerConfig, start: Curren
     except BaseException as error:
         outcome = outcome_of(error)
         if outcome.status in (Status.FAILED, Status.OUT_OF_MEMORY):
-            _log.exception("rank %d failed", ranks.rank, extra={ENDS_RANK: True})
+            trace = None if isinstance(error, PlainError) else error
+            _log.error("rank %d failed: %s", ranks.rank, outcome.reason, exc_info=trace, extra={ENDS_RANK: True})
         if ranks.main and ranks.groups == 1:
             write_result(attempt.directory, outcome)
         raise
@@ -128,7 +129,7 @@ def run_worker(function: Callable[[Any], Any], frozen: Path, ranks: RankEnvironm
         sys.exit(outcome_of(interrupt).exit_code)
     except Exception as error:
         outcome = outcome_of(error)
-        record_failure(error, traceback.format_exc(), outcome)
+        record_failure(error, outcome)
         leave_at_once(outcome.exit_code)
 
 

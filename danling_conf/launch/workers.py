@@ -44,7 +44,7 @@ from danling_conf.records.stopped import STOPPING, is_stop, note_stop
 from danling_conf.schema.files import error_file, no_links, parse_object, write_whole
 from danling_conf.topology.rank_environment import FROZEN_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
-from danling_conf.topology.violation import PlainError
+from danling_conf.topology.violation import PlainError, trace_of
 
 ERROR_VARIABLE = "DANLING_CONF_ERROR"
 """Environment variable that names the file of a worker's error."""
@@ -342,13 +342,13 @@ def signals_noted() -> Iterator[list[int]]:
                 signal.signal(number, handler)
 
 
-def record_failure(error: Exception, trace: str, outcome: Outcome) -> None:
+def record_failure(error: Exception, outcome: Outcome) -> None:
     """Write why this rank failed, for the process that started it."""
     content = {
         "raised_at": time.time(),
         # A plain error says it all, for a user.
         "message": str(error) if isinstance(error, PlainError) else f"{type(error).__name__}: {error}",
-        "traceback": "" if isinstance(error, PlainError) else trace,
+        "traceback": trace_of(error),
         "status": outcome.status,
         "reason": outcome.message,
     }

@@ -116,12 +116,20 @@ class DataGradients:
                 self._drop_unused()
             self._without = set()
             return
-        if self._all_had_one and all(map(self._reached, self._parameters)):
+        if self._all_had_one and self._all_reached():
             return
         without = {name for name, item in self.named if not self._reached(item)}
         if self._without is not None and without != self._without:
             raise self._refusal(sorted(without ^ self._without), _SOMETIMES)
         self._without, self._all_had_one = without, not without
+
+    def _all_reached(self) -> bool:
+        if self._reached is not _has_gradient:
+            return all(map(self._reached, self._parameters))
+        for item in self._parameters:  # noqa: SIM110  no call for each parameter, at each step
+            if item.grad is None:
+                return False
+        return True
 
     def forget(self) -> None:
         """Start the step under way again: its micro-batches do not count."""

@@ -26,9 +26,14 @@ def fake_values_forgotten() -> Iterator[None]:
     try:
         yield
     finally:
-        for cache in _caches():
-            if any(is_fake(item) for item in _tensors(cache)):
-                cache.cache_clear()
+        forget_fake_values()
+
+
+def forget_fake_values() -> None:
+    """Empty the caches that keep a fake tensor. It looks at every object that there is: 30 ms."""
+    for cache in _caches():
+        if any(is_fake(item) for item in _tensors(cache)):
+            cache.cache_clear()
 
 
 def cached_tensors() -> Iterator[Tensor]:
@@ -38,8 +43,24 @@ def cached_tensors() -> Iterator[Tensor]:
 
 
 def _caches() -> list[Any]:
-    found = (item for item in gc.get_referrers(_KIND) if type(item) is _KIND)
-    return [item for item in found if str(getattr(item, "__module__", "")).partition(".")[0] not in _OTHERS]
+    found = {id(item): item for item in gc.get_referrers(_KIND) if type(item) is _KIND}
+    if gc.get_freeze_count():  # frozen objects are no referrers; those that matter are in modules
+        found |= {id(item): item for item in _in_modules()}
+    return [item for item in found.values() if not _is_other(str(getattr(item, "__module__", "")))]
+
+
+def _in_modules() -> Iterator[Any]:
+    """The caches of modules' functions and of their classes' methods."""
+    for name, module in list(sys.modules.items()):
+        if _is_other(name):
+            continue
+        for value in list(getattr(module, "__dict__", {}).values()):  # anything may stand for a module
+            held = vars(value).values() if isinstance(value, type) else (value,)
+            yield from (item for item in held if type(item) is _KIND)
+
+
+def _is_other(module: str) -> bool:
+    return module.partition(".")[0] in _OTHERS
 
 
 def _tensors(cache: Any) -> list[Tensor]:

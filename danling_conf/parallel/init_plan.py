@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from danling_conf._torch_private import attributes, dispatch, fakes
-from danling_conf.parallel.function_caches import fake_values_forgotten
+from danling_conf.parallel.function_caches import forget_fake_values
 from danling_conf.parallel.program import NotReplayable, Program, Recording, Ref
 from danling_conf.schema.imports import uncollected
 from danling_conf.topology.violation import ABSENT, SettingError
@@ -133,8 +133,16 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
 
     Raises NotReplayable, and what the factory raises on fake tensors.
     """
+    try:
+        return _record(factory, seed)
+    except BaseException:
+        forget_fake_values()
+        raise
+
+
+def _record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     mode = fakes.fake_tensors()
-    with fake_values_forgotten(), seeded(seed), fakes.quiet_fake_tensors():
+    with seeded(seed), fakes.quiet_fake_tensors():
         recording = Recording()
         with mode, recording, attributes.truncated_normal(recording.call):
             model = made_by(factory)
@@ -146,7 +154,12 @@ def record(factory: Callable[[], nn.Module], seed: int) -> Recorded:
     to_meta(model)
     alive = weakref.ref(mode)
     del mode, recording
-    if alive() is not None:  # held by a cycle, or by the model
+    # Each fake tensor holds the mode: where that is gone, no cache of a function keeps one. Torch leaves cycles behind,
+    # all of them new; to look through all objects takes ten times as long.
+    if alive() is not None:
+        gc.collect(0)
+    if alive() is not None:  # held by the cache of a function, by an older cycle, or by the model
+        forget_fake_values()
         gc.collect()
     if alive() is not None:
         raise NotReplayable(_kept(model))

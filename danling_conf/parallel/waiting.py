@@ -20,21 +20,21 @@ class waiting:
         what: names the block in the heartbeat, such as `the backward pass`.
     """
 
-    # No generator: the loop enters two of these at each step.
     __slots__ = ("what",)
 
     def __init__(self, what: str) -> None:
         self.what = what
 
     def __enter__(self) -> None:
-        thread = get_ident()
-        if thread in _marks:
-            _marks[thread].append(self.what)
-        else:
-            _marks[thread] = [self.what]
+        marks().append(self.what)
 
     def __exit__(self, *_: object) -> None:
-        _marks[get_ident()].pop()
+        marks().pop()
+
+
+def marks() -> list[str]:
+    """What this thread may wait for, innermost last. A step appends and pops by itself, which calls no function."""
+    return _marks.setdefault(get_ident(), [])
 
 
 def waits_for(thread: int) -> str | None:

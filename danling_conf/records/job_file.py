@@ -7,7 +7,6 @@ The errors of the job's ranks lie next to it, since a traceback does not fit int
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,17 +16,11 @@ from typing import Any
 from danling_conf.config.job import Job
 from danling_conf.records.frozen import frozen_job
 from danling_conf.records.ledger import Ledger
+from danling_conf.records.logs import show_unwritable
 from danling_conf.records.reading import is_moment, read_fields
 from danling_conf.records.run_directory import Binding, run_of_sweep
+from danling_conf.records.status import is_consequence
 from danling_conf.schema.files import JOB_FILE, Damaged, error_file, read_object, write_whole
-
-# When one rank dies, the others fail in their next collective with one of these. NCCL, Gloo and the store word it
-# differently, and none of them has an error class for it.
-_GONE = re.compile(
-    r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exit|ncclRemoteError|"
-    r"communicator was aborted|socket.{0,20}(reset|closed)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +169,10 @@ def _inside(content: Mapping[str, Any], name: str, inner: str) -> list[Any]:
 def write_error(folder: Path, rank: int, message: str, trace: str) -> None:
     """Write why a rank failed, for the sweep's monitor."""
     content = {"rank": rank, "raised_at": time.time(), "message": message, "traceback": trace}
-    write_whole(error_file(folder, rank), json.dumps(content) + "\n")
+    try:
+        write_whole(error_file(folder, rank), json.dumps(content) + "\n")
+    except OSError as failed:  # the job's end, which says the same in short, must not fail with it
+        show_unwritable(error_file(folder, rank), failed)
 
 
 def first_error(folder: Path, since: float = 0.0) -> dict[str, Any] | None:
@@ -200,8 +196,3 @@ def first_error(folder: Path, since: float = 0.0) -> dict[str, Any] | None:
     complete = [item for item in errors if item["rank"] is not None and item["message"] is not None]
     recent = [item for item in complete if is_moment(item["raised_at"]) and item["raised_at"] >= since]
     return min(recent, key=lambda item: (is_consequence(item["message"]), item["raised_at"]), default=None)
-
-
-def is_consequence(message: str) -> bool:
-    """Whether an error only reports that another rank is gone."""
-    return _GONE.search(message) is not None

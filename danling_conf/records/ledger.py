@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from danling_conf.records.reading import is_moment, is_number, read_result, warn_of_damage
 from danling_conf.records.rebuilding import jobs_with_files, lost_lines
 from danling_conf.records.run_directory import run_of_sweep
-from danling_conf.records.status import ENDED, Status, written_status
+from danling_conf.records.status import ENDED, Status, is_consequence, written_status
 from danling_conf.schema.files import (
     ATTEMPTS,
     LEDGER,
@@ -180,10 +181,10 @@ class Ledger:
         return set(unsettled)
 
     @contextmanager
-    def _locked(self) -> Iterator[IO[bytes]]:
+    def _locked(self) -> Iterator[FileIO]:
         # flock, not lockf: POSIX locks are dropped as soon as the process closes any descriptor of the file.
         try:
-            with open(self.path, "ab+", opener=no_links) as file:
+            with open(self.path, "ab+", buffering=0, opener=no_links) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
         except OSError as error:
@@ -269,14 +270,18 @@ def _end_of(record: Record, seen: str, error: str | None) -> dict[str, Any]:
     status = Status(seen)
     result = None if record.attempt is None else read_result(record.attempt)
     own = written_status(result.text("status")) if result else None
-    if status is Status.LOST and result and own in ENDED:
-        return {"status": own, "error": result.text("error"), "score": result.number("score")}
+    if result and own in ENDED:
+        error_of_own = result.text("error")
+        # An exit code says less than the job itself did, unless that was of a rank which only missed another.
+        same = own is status or (status, own) == (Status.FAILED, Status.OUT_OF_MEMORY)
+        if status is Status.LOST or (same and not is_consequence(error_of_own or "")):
+            return {"status": own, "error": error_of_own, "score": result.number("score")}
     if status in (Status.LOST, Status.FAILED) and record.stop_requested:
         status = Status.CANCELLED
     return {"status": status, "error": error}
 
 
-def _append(file: IO[bytes], lines: list[tuple[str, dict[str, Any]]]) -> None:
+def _append(file: FileIO, lines: list[tuple[str, dict[str, Any]]]) -> None:
     stamp = round(time.time(), 3)
     text = "".join(json.dumps({"key": key, "time": stamp, **facts}) + "\n" for key, facts in lines)
     size = file.seek(0, os.SEEK_END)
@@ -284,8 +289,13 @@ def _append(file: IO[bytes], lines: list[tuple[str, dict[str, Any]]]) -> None:
         file.seek(size - 1)
         if file.read(1) != b"\n":  # a writer was killed within a line: keep ours apart, or both would be unreadable
             text = "\n" + text
-    file.write(text.encode())
-    file.flush()
+    content = memoryview(text.encode())
+    try:
+        while content:
+            content = content[file.write(content) or 0 :]
+    except OSError:
+        file.truncate(size)  # a full disk takes the beginning of a line, which would then look damaged
+        raise
     # A node that is lost next must not take the line with it: other nodes decide by it whether to retry.
     os.fsync(file.fileno())
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
+import stat
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -106,6 +110,17 @@ def show_unwritable(path: Path | str, error: OSError, so: str = "records miss wh
         return
 
 
+@contextmanager
+def on_any_disk(path: Path) -> Iterator[None]:
+    """Inside the block, a record that a full or read-only disk does not take is shown, and no error."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        show_unwritable(path, error)
+
+
 def _show_unwritable(path: str, record: logging.LogRecord) -> None:
     """`Handler.handleError` of log files; logging's own prints a trace for every line."""
     error = sys.exc_info()[1]
@@ -132,6 +147,37 @@ def redirect_output(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+class _Output(io.FileIO):
+    """A file that what is printed goes to. What a full disk does not take is dropped, and shown once."""
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        left = view
+        try:
+            while left:
+                left = left[super().write(left) or 0 :]
+        except OSError as error:
+            if not is_full(error):
+                raise
+            show_unwritable("standard output", error)
+        return len(view)
+
+
+def outlast_full_disk() -> None:
+    """In a process whose output this package sends to a file: a line that is printed must not end training where the
+    disk is full."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Not what somebody else, such as a test runner, has put there.
+        own = stream is not None and stream is getattr(sys, f"__{name}__")
+        if own and stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            stream.flush()
+            raw = _Output(stream.fileno(), "w", closefd=False)
+            lasting = io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True)
+            setattr(sys, name, lasting)
+            setattr(sys, f"__{name}__", lasting)
 
 
 def configure_job_logging(hydra_config: DictConfig) -> None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import errno
-import heapq
 import json
 import os
 import re
@@ -23,6 +22,8 @@ from typing import Any
 
 from danling_conf.config.check import warnings_of
 from danling_conf.config.identity import config_id, differences, flatten, layout_name, semantic
+from danling_conf.records import layouts_index
+from danling_conf.records.layouts_index import LAYOUT_PATHS, LayoutsIndex
 from danling_conf.records.reading import read_fields
 from danling_conf.records.run_lock import RunLock, check_token
 from danling_conf.schema import Layout, RunnerConfig
@@ -39,9 +40,6 @@ from danling_conf.schema.printable import override, printable_lines, shell_line
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
-_LOOKED_AT = 32
-"""Runs whose settings are read for a note on other layouts, of the thousands that there may be."""
-_LAYOUT_PATHS = ("parallel.axes.", "fsdp.enabled", "stack")
 _START_SETTINGS = ("pretrained", "checkpoint.exclude_from_loading")
 """Settings of what a run starts from. They have no effect on a resume, so a difference in them does not matter."""
 
@@ -196,6 +194,7 @@ def _bind(config: RunnerConfig) -> Binding:
     restore: Path | None = None
     parent: Path | None = None
     notes: tuple[str, ...] = ()
+    names: list[str] | None = None
     foreign = None if config.resume is None else danling_checkpoint(Path(config.resume).expanduser().absolute())
     if foreign is not None:
         notes = (f"resume={foreign} is a checkpoint of DanLing: this is a new run, which starts from its weights",)
@@ -214,13 +213,14 @@ def _bind(config: RunnerConfig) -> Binding:
             parent = owner
             notes = (f"this is a new run, which resumes from {restore} of another one",)
     elif config.auto_resume:
-        run = restore = newest_run(root, identity)
+        names = _names(root)
+        run = restore = _newest_of(root, identity, names)
         if run is None:
-            notes = _runs_of_other_layouts(root, config)
+            notes = _runs_of_other_layouts(root, config, names)
     if run is not None:
         _refuse_other_folder(config, run)
     if run is None:
-        run, made = _make_run(root, identity, config, parent)
+        run, made = _make_run(root, identity, config, parent, _names(root) if names is None else names)
         restore = restore if made else run
     return Binding(run_directory=run, restore=restore, notes=notes)
 
@@ -285,18 +285,27 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def newest_run(root: Path, identity: str) -> Path | None:
     """The newest run of a configuration below `root`; None where there is none."""
+    return _newest_of(root, identity, _names(root))
+
+
+def _newest_of(root: Path, identity: str, names: list[str]) -> Path | None:
     # By number, not by time of change: reading tools and copies change times.
-    numbers = sorted(_numbers(root, identity), reverse=True)
+    numbers = sorted(_numbers(names, identity), reverse=True)
     return next((run for run in (_named(root, identity, item) for item in numbers) if (run / RUN_FILE).is_file()), None)
 
 
-def _numbers(root: Path, identity: str) -> list[int]:
-    """The numbers of a configuration's runs, by the names in a directory alone: it may hold thousands of others."""
+def _names(root: Path) -> list[str]:
+    """The names in a directory; none where there is no directory."""
     try:
-        names = [name for name in os.listdir(root) if name.startswith(identity)]
+        return os.listdir(root)
     except FileNotFoundError:
         return []
-    found = (re.fullmatch(rf"{identity}(?:\.([1-9][0-9]*))?", name) for name in names)
+
+
+def _numbers(names: list[str], identity: str) -> list[int]:
+    """The numbers of a configuration's runs, by their names alone: a directory may hold thousands of others."""
+    mine = [name for name in names if name.startswith(identity)]
+    found = (re.fullmatch(rf"{identity}(?:\.([1-9][0-9]*))?", name) for name in mine)
     return [int(item[1] or 1) for item in found if item is not None]
 
 
@@ -304,33 +313,40 @@ def _named(root: Path, identity: str, number: int) -> Path:
     return root / (identity if number == 1 else f"{identity}.{number}")
 
 
-def _make_run(root: Path, identity: str, config: RunnerConfig, parent: Path | None) -> tuple[Path, bool]:
+def _make_run(
+    root: Path, identity: str, config: RunnerConfig, parent: Path | None, names: list[str]
+) -> tuple[Path, bool]:
     """Create a run. Returns its directory, and whether this process made it: under `auto_resume`, another one that is
-    started at the same moment may have been first."""
+    started at the same moment may have been first.
+
+    Args:
+        names: of all that was in `root` a moment ago.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    seed, numbers = _seed(config, parent), _numbers(root, identity)
+    seed, numbers = _seed(config, parent), _numbers(names, identity)
     resumes = config.auto_resume and config.resume is None
-    # Above all that exist: a run in the place of one that was removed would not be the newest. With auto_resume the
-    # newest is looked at again: it may be one that was started at the same moment.
-    number = max(numbers, default=1) if resumes else max(numbers, default=0) + 1
+    # Above all that exist: a run in the place of one that was removed would not be the newest.
+    number = max(numbers, default=0) + 1
     while True:
         run = _named(root, identity, number)
         if not os.path.lexists(run) and _publish_run(run, identity, seed, config, parent):
             return run, True
-        if resumes and (run / RUN_FILE).is_file():
-            return run, False
+        # One that was started at the same moment.
+        if resumes and (newest := newest_run(root, identity)) is not None:
+            return newest, False
         number += 1
 
 
 def _publish_run(run: Path, identity: str, seed: int, config: RunnerConfig, parent: Path | None) -> bool:
     """Make the directory of a run with its file. Returns False where there is one by now."""
+    settings = semantic(config)
     content = {
         "run_id": run.name,
         "config_id": identity,
         "seed": seed,
         "parent": str(parent) if parent else None,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "settings": semantic(config),
+        "settings": settings,
     }
     # Renamed when it is whole: nobody sees a run without its file. The rename is atomic, on NFS as well, and fails
     # where the directory exists and is not empty.
@@ -344,6 +360,8 @@ def _publish_run(run: Path, identity: str, seed: int, config: RunnerConfig, pare
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             return False
         raise
+    if run.name == identity:  # by its first run a configuration is known
+        layouts_index.add(run.parent, [(run.name, identity, settings)])
     return True
 
 
@@ -406,7 +424,7 @@ def _refuse_other_semantics(config: RunnerConfig, run: Path) -> tuple[str, ...]:
         for path, values in differences(semantic(config), made).items()
         if not path.startswith(_START_SETTINGS)
     }
-    layout = {path for path in changed if path.startswith(_LAYOUT_PATHS)}
+    layout = {path for path in changed if path.startswith(LAYOUT_PATHS)}
     violations = []
     if layout and not config.parallel.allow_degree_change:
         theirs, mine = _layout_in(made), layout_name(layout_of(config))
@@ -447,23 +465,29 @@ def _layout_in(settings: dict[str, Any]) -> str:
     return layout_name(Layout(**known, fsdp=bool(settings.get("fsdp", {}).get("enabled", False))))
 
 
-def _runs_of_other_layouts(root: Path, config: RunnerConfig) -> tuple[str, ...]:
-    """A note that names a run of the same configuration under another layout, among the newest that there are."""
-    mine = semantic(config)
-    try:
-        with os.scandir(root) as entries:
-            newest = heapq.nlargest(_LOOKED_AT, entries, key=lambda entry: entry.stat().st_mtime)
-    except FileNotFoundError:
-        return ()
-    for run in (Path(entry.path) for entry in newest):
-        if (run / RUN_FILE).is_file():
-            try:
-                changed = differences(mine, read_run(run)["settings"])
-            except ConfigRefused:
-                continue
-            if changed and all(path.startswith(_LAYOUT_PATHS) for path in changed):
-                return (
-                    f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
-                    f"({shell_line(override('resume', run))} parallel.allow_degree_change=true resumes it)",
-                )
-    return ()
+def _runs_of_other_layouts(root: Path, config: RunnerConfig, names: list[str]) -> tuple[str, ...]:
+    """A note that names a run of the same configuration under another layout, the newest that is found.
+
+    Args:
+        names: of all that is in `root`.
+    """
+    mine, index = semantic(config), LayoutsIndex(root)
+    seen = []
+    note: tuple[str, ...] = ()
+    for run in index.candidates(names, mine):
+        if not (run / RUN_FILE).is_file():
+            continue
+        try:
+            made = read_run(run)
+        except ConfigRefused:
+            continue
+        seen.append((run.name, made["config_id"], made["settings"]))
+        changed = differences(mine, made["settings"])
+        if changed and all(path.startswith(LAYOUT_PATHS) for path in changed):
+            note = (
+                f"auto_resume: this configuration has no run yet; {run.name} differs in its layout only "
+                f"({shell_line(override('resume', run))} parallel.allow_degree_change=true resumes it)",
+            )
+            break
+    index.add(seen)
+    return note

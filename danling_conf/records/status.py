@@ -6,11 +6,20 @@ The ledger, `result.json`, the last line of `metrics.jsonl`, every command and e
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 
 from danling_conf.topology.violation import ConfigRefused
+
+# When one rank dies, the others fail in their next collective with one of these. NCCL, Gloo and the store word it
+# differently, and none of them has an error class for it.
+_GONE = re.compile(
+    r"connection (closed|reset|refused|was likely closed)|broken pipe|remote process exit|ncclRemoteError|"
+    r"communicator was aborted|socket.{0,20}(reset|closed)",
+    re.IGNORECASE,
+)
 
 EXIT_FAILED = 1
 """Exit code where a run failed, a job of a sweep did not complete, or a command found something broken."""
@@ -121,6 +130,18 @@ class Outcome:
     def reason(self) -> str:
         """The first line of `message`; all of a refusal's, whose lines are its faults."""
         return self.message if self.status is Status.REFUSED else self.message.partition("\n")[0]
+
+
+def is_consequence(message: str) -> bool:
+    """Whether an error only reports that another rank is gone."""
+    return _GONE.search(message) is not None
+
+
+def in_short(status: str, error: str | None) -> str:
+    """Why a run or job ended, in one line: the first of an error's, and all of a refusal's, whose first says
+    nothing."""
+    lines = [line.strip() for line in (error or "").splitlines()]
+    return "; ".join(lines if status == Status.REFUSED else lines[:1])
 
 
 class HasOutcome:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from danling_conf.components import dataloader as loaders
 from danling_conf.components import gradients
@@ -21,7 +22,7 @@ from danling_conf.components.samplers import ShardedSampler
 from danling_conf.parallel import process_group
 from danling_conf.parallel.deepspeed import ZeroEngine
 from danling_conf.parallel.replica_groups import NoQuorum
-from danling_conf.parallel.waiting import waiting
+from danling_conf.parallel.waiting import marks, waiting
 from danling_conf.records.membership import Event
 from danling_conf.runner import process
 from danling_conf.runner.cadence import next_multiple
@@ -47,7 +48,8 @@ from danling_conf.topology.violation import ConfigRefused
 
 _END = object()
 """Behind the last batch of an epoch."""
-_PASSES, _GRADIENTS = waiting("forward and backward"), waiting("the gradients")
+_PASSES, _GRADIENTS = "forward and backward", "the gradients"
+"""What a step may wait for other ranks in."""
 
 Report = Callable[["nn.Module | None", Mapping[str, float]], list[str]]
 """Returns lines to print at the end, from the model and the results."""
@@ -87,8 +89,25 @@ class Loop:
         self.saver, self.resumption, self.observers, self.display = saver, resumption, observers, display
         self.stop_request, self.callbacks, self.report = stop_request, callbacks, report
         self.lead, self.replicas = lead, replicas
-        self._accum_steps, self._clips = config.accum_steps, config.max_grad_norm is not None
-        self._zero, self._by_step = setup.zero, setup.schedule.by_step
+        self._accum_steps = config.accum_steps
+        # What does not change in a run is looked up once: a step that has little to compute would notice.
+        self._waits = marks()
+        self._zero, self._optimizer = setup.zero, setup.optimizer
+        self._clears_itself = getattr(setup.optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad
+        """Whether the optimizer has a way of its own to drop gradients."""
+        self._measures = config.max_grad_norm is not None or observers.nonfinite.measures_gradients
+        self._skips = observers.nonfinite.mode == SKIP
+        self._whole_steps = self._accum_steps == 1 and replicas is None
+        """Whether each micro-batch is an optimizer step of its own, which no one can refuse."""
+        advancing = (setup.schedule.by_step, observers.profiler)
+        self._after_each = [each.step for each in advancing if each is not None]
+        if replicas is not None:
+            self._after_each.append(replicas.after_step)
+        # Before what is due after the step, so that it is evaluated and saved with what callbacks did.
+        if callbacks.step_end is not None:
+            self._after_each.append(callbacks.step_end)
+        """Called after each optimizer step."""
+        self._saves, self._signals = saver.checkpoints.background, replicas or stop_request
         self._refused = False
         """Whether the groups have refused the last step, which is then repeated."""
         # The step after the start is an event as well: compilation is over, limits tighten, clocks start.
@@ -143,7 +162,12 @@ class Loop:
             return True
         if self.setup.cadence.epochs is not None:
             return self.state.epoch >= self.setup.cadence.epochs
-        return self.state.step >= (self.setup.cadence.steps or 0)
+        return self.state.step >= self._last_step
+
+    @property
+    def _last_step(self) -> float:
+        """The step at which the budget is used up; infinity where epochs count it."""
+        return math.inf if self.setup.cadence.epochs is not None else self.setup.cadence.steps or 0
 
     def _epoch(self, loader: Any) -> Iterator[Any]:
         """The batches of an epoch, or of what is left of the one that the run resumes in."""
@@ -154,7 +178,7 @@ class Loop:
         self.observers.known_epoch = resumed is None or resumed.data_degree == self.world.data_degree
         source = iter(()) if resumed is not None and resumed.exhausted else iter(loader)
         batches = same_number_on_all_ranks(loader, source, uneven=self._show_uneven)
-        iterator = self.observers.stopwatch.waited(batches)
+        clock = self.observers.stopwatch
         if resumed is not None:
             # After the iterator is made: a sampler or a worker's seed may draw from the generators.
             resumption.restore_generators(resumed)
@@ -165,32 +189,45 @@ class Loop:
         self._mark_place(loader, ended=resumed is not None and resumed.exhausted)
         if self._caught_up():
             return
-        following = next(iterator, _END)
-        while following is not _END:
+        ahead, following, last, replicas = False, _END, self._last_step, self.replicas
+        # Whether a batch is the last shows by the one behind it.
+        looks_ahead = self.config.accum_remainder == "step" and self.config.accum_steps > 1
+        while True:
+            if not ahead:
+                began = time.perf_counter()
+                following = next(batches, _END)
+                clock.data += time.perf_counter() - began
+            if following is _END:
+                break
             if limit is not None and state.epoch_step >= limit:
                 self._show_remainder()
                 break
             batch, empty = following, False
-            # Whether a batch is the last shows by the one behind it. After the last micro-batch of a step a checkpoint
-            # may be made, which must not find the loader ahead; but there is nothing to know there either.
-            ahead = self.config.accum_remainder == "step" and state.micro_batches + 1 < self.config.accum_steps
-            if ahead:
-                following = next(iterator, _END)
-                state.epoch_ends = following is _END
-            batch = to_device(batch, self.world.device) if move else batch
-            if self.replicas is None:
+            if looks_ahead:
+                # After the last micro-batch of a step a checkpoint may be made, which must not find the loader ahead;
+                # but there is nothing to know there either.
+                ahead = state.micro_batches + 1 < self.config.accum_steps
+                if ahead:
+                    began = time.perf_counter()
+                    following = next(batches, _END)
+                    clock.data += time.perf_counter() - began
+                    state.epoch_ends = following is _END
+            if move:
+                batch = to_device(batch, self.world.device)
+            if replicas is None:
                 yield batch
             else:
                 yield from self._delivered(batch)
             state.epoch_ends = False
-            if self._done() or self._behind:
+            if state.step >= last or state.stopped_early:
                 return
-            if not ahead:
-                if self.replicas is not None:
+            if replicas is not None:
+                if self._behind:
+                    return
+                if not ahead:
                     self._mark_place(loader)
                     if self._caught_up():
                         return
-                following = next(iterator, _END)
         if empty:
             raise ConfigRefused([no_batch("train").violation])
         if state.micro_batches:
@@ -296,13 +333,15 @@ class Loop:
                 self.callbacks.step_start()
         try:
             # Not the backward pass alone: a model that is sharded or cut into stages communicates in its forward too.
-            with _PASSES:
-                try:
-                    loss = self.setup.passes.train(batch, micro_batches=count, last=last)
-                except BaseException:
-                    state.step_failed, state.micro_batches = True, 0
-                    raise
-            total = state.training_loss.append(loss, last=last)
+            self._waits.append(_PASSES)
+            try:
+                loss = self.setup.passes.train(batch, micro_batches=count, last=last)
+            except BaseException:
+                state.step_failed, state.micro_batches = True, 0
+                raise
+            finally:
+                self._waits.pop()
+            total = state.training_loss.append(loss, last=last, whole=self._whole_steps)
             if not (isinstance(total, float) and math.isfinite(total)):
                 self.observers.micro_batch(total, state.epoch_step * count + state.micro_batches - 1)
             if last:
@@ -314,23 +353,17 @@ class Loop:
                     return loss.mean
                 # Not in a function of its own: after a pass through a model none of this code is in the processor's
                 # cache, and each function that a step calls costs about a microsecond.
-                if self._by_step is not None:
-                    self._by_step.step()
                 state.loader_before = None
                 state.step += 1
                 state.epoch_step += 1
                 self.observers.last_step_time = time.time()
-                if self.observers.profiler is not None:
-                    self.observers.profiler.step()
-                if self.replicas is not None:
-                    self.replicas.after_step()
-                # Before what is due after the step, so that it is evaluated and saved with what callbacks did.
-                if self.callbacks.step_end is not None:
-                    self.callbacks.step_end()
+                for do in self._after_each:
+                    do()
                 if state.step >= self._next_event:
                     self._after_step()
-                self.saver.checkpoints.check()
-                asked = (self.replicas or self.stop_request).signal_on_any_rank()
+                if self._saves.failure is not None:
+                    self.saver.checkpoints.check()
+                asked = self._signals.signal_on_any_rank()
                 if asked and not self._done():  # a run that is complete ends as such
                     self._stop(asked)
         except RuntimeError as error:
@@ -373,43 +406,54 @@ class Loop:
         Returns:
             Whether the step counts; False where the replica groups have refused it.
         """
-        setup, nonfinite = self.setup, self.observers.nonfinite
+        setup, optimizer = self.setup, self._optimizer
         if self._zero is not None:
             self._update_by(self._zero, rescale)
             return True
-        with _GRADIENTS:
-            counted = setup.passes.finish(setup.parameters, rescale=rescale)
+        self._waits.append(_GRADIENTS)
+        try:
+            counted = None
+            if setup.passes.completes or rescale != 1.0:
+                counted = setup.passes.finish(setup.parameters, rescale=rescale)
             # Before anything looks at the gradients: until the vote, they may be garbage.
             if self.replicas is not None and not self._agreed(self.replicas, counted):
                 return False
-            self.state.training_loss.commit()
-            measures = self._clips or nonfinite.measures_gradients
+            if not self._whole_steps:
+                self.state.training_loss.commit()
             hook = self.callbacks.before_optimizer_step
-            if setup.scaler is not None and (measures or hook is not None):
-                setup.scaler.unscale_(setup.optimizer)
+            if setup.scaler is not None and (self._measures or hook is not None):
+                setup.scaler.unscale_(optimizer)
             if hook is not None:
                 hook()
-            if measures:
+            if self._measures:
                 limit = self.config.max_grad_norm or math.inf
                 norm = gradients.clip(setup.parameters, limit, pipeline=setup.pipeline_group)
                 self.observers.norm(norm, expected=setup.scaler is not None)
-            skipped = nonfinite.mode == SKIP and nonfinite.skips()
+            skipped = self._skips and self.observers.nonfinite.skips()
+        finally:
+            self._waits.pop()
         if skipped:
             pass
         elif setup.scaler is None:
-            (setup.compiled_update or setup.optimizer.step)()
+            (setup.compiled_update or optimizer.step)()
         else:
-            setup.scaler.step(setup.optimizer)
+            setup.scaler.step(optimizer)
             setup.scaler.update()
-        setup.optimizer.zero_grad()
+        if self._clears_itself:
+            optimizer.zero_grad()
+        else:  # the same, without a mark for torch's profiler, which takes more than the rest
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
         return True
 
     def _update_by(self, zero: ZeroEngine, rescale: float) -> None:
         """The same by ZeRO, which clips and steps at once, and leaves out a step whose gradients are not finite."""
         nonfinite = self.observers.nonfinite
-        with _GRADIENTS:
+        with waiting(_GRADIENTS):
             self.setup.passes.finish(self.setup.parameters, rescale=rescale)
-            self.state.training_loss.commit()
+            if not self._whole_steps:
+                self.state.training_loss.commit()
             if nonfinite.skips():
                 zero.forget()
             else:

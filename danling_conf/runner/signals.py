@@ -23,9 +23,10 @@ END_REQUESTED = 1
 `STOPPING`, so that a signal comes first."""
 ASK_SECONDS = 1.0
 """Seconds between two agreements of the ranks: asked at every step, they would take a fifth of one that is tiny."""
-_MOST_STEPS = 16
-"""Most steps between two agreements. They are counted ahead, and steps may become slower: a signal must still be heard
-well within the time that a scheduler leaves to save."""
+_MOST_STEPS = 64
+"""Most steps between two agreements, each of which takes ten times what a step's other work for signals does. They are
+counted ahead, and steps may become slower: a signal must still be heard well within the time that a scheduler leaves to
+save, also where steps of a millisecond become a hundred times as long."""
 _listening: weakref.WeakSet[StopRequest] = weakref.WeakSet()
 _NUMBERS = tuple(int(getattr(signal, name)) for name in STOPPING if hasattr(signal, name))
 

@@ -462,7 +462,7 @@ class Runner:
         """Ask for the end of the training, as if its budget were used up: the run is evaluated, saved, and completed.
 
         One rank is enough. All ranks end at the same step: the one under way; with several ranks, who agree about once
-        a second, one within a second or 16 steps after it.
+        a second, one within a second or 64 steps after it.
         Asked for in an evaluation, no further step is done. A run that is resumed goes on.
 
         Args:

@@ -15,6 +15,8 @@ from typing import Any
 
 RUN_FILE = "run.json"
 """In a run's directory: what the run is."""
+LAYOUTS_INDEX = ".layouts.index"
+"""Beside the runs of an experiment: which configurations differ in their layout only."""
 RUN_LOCK = "run.lock"
 """In a run's directory: held by the live attempt."""
 RANKS_LOCK = "ranks.lock"
@@ -135,9 +137,11 @@ def read_regular(path: Path, limit: int | None = LARGEST_BYTES, *, start: int = 
         size = os.fstat(descriptor).st_size
         if limit is not None and size > limit:
             raise Damaged(path, f"it has {size} bytes, and no more than {limit} are read")
+        if most is not None:
+            return os.pread(descriptor, most, start)
         with open(descriptor, "rb", closefd=False) as file:
             file.seek(start)
-            return file.read(-1 if limit is None else limit) if most is None else file.read(most)
+            return file.read(-1 if limit is None else limit)
     except OSError as error:
         raise Damaged(path, f"it cannot be read: {error.strerror}") from error
     finally:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from danling_conf.records.job_file import JobFile, first_error, is_consequence
+from danling_conf.records.job_file import JobFile, first_error
 from danling_conf.records.ledger import Record
 from danling_conf.records.logs import rank_log
-from danling_conf.records.status import Status
+from danling_conf.records.status import Status, in_short, is_consequence
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.schema.printable import printable, printable_lines
 from danling_conf.sweep.local_backend import OUTPUT
@@ -127,8 +127,8 @@ def print_change(record: Record, job: JobFile) -> None:
         score = f" score={record.score:.6g}" if record.score is not None else ""
         _say(f"{number} completed{score}")
     else:
-        error = record.facts.get("error")
-        _say(f"{number} {status}" + (f": {error}".partition("\n")[0] if error else ""))
+        error = in_short(status, record.error)
+        _say(f"{number} {status}" + (f": {error}" if error else ""))
         if status != Status.CANCELLED:
             print(printable_lines(reason(record, job)), file=sys.stderr, flush=True)
 
@@ -148,7 +148,7 @@ def reason(record: Record, job: JobFile) -> str:
         lines += [str(record.facts["error"]), f"rank {found['rank']}, which missed it: {found['message']}"]
         lines += tail(job, since)
     elif found is not None:
-        lines.append(f"rank {found['rank']} failed: {found['message']}\n{found['traceback'].rstrip()}")
+        lines.append(f"rank {found['rank']} failed: {found['message']}\n{found['traceback']}".rstrip())
     elif record.facts.get("error"):
         lines.append(str(record.facts["error"]))
         lines += tail(job, since)

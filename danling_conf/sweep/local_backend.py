@@ -14,6 +14,7 @@ from danling_conf.launch.parent import as_parent
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.status import Status
+from danling_conf.records.stopped import is_stop
 from danling_conf.schema.files import no_links
 from danling_conf.sweep.backend import Ending
 from danling_conf.topology.machine import count_devices
@@ -154,4 +155,5 @@ def _ending(code: int) -> Ending:
         name = signal.Signals(-code).name
         hint = " (by the system, when memory runs out)" if name == "SIGKILL" else ""
         return Ending(status=Status.FAILED, error=f"ended by {name}{hint}")
-    return Ending(status=Status.FAILED, error=f"ended with exit code {code}")
+    status = Status.INTERRUPTED if is_stop(code) else Status.FAILED
+    return Ending(status=status, error=f"ended with exit code {code}")

@@ -115,7 +115,7 @@ class Preflight:
     def check(self, overrides: Sequence[str], number: int) -> Job:
         """The accepted job. Raises ConfigRefused with all of its faults."""
         try:
-            composed, hydra = self._jobs.compose_job(overrides, number)
+            composed, hydra, changed = self._jobs.compose_job(overrides, number)
             settings = _launcher_settings(composed, hydra)
             launcher, faults = self._check_launcher(settings)
         except ConfigRefused:
@@ -133,7 +133,7 @@ class Preflight:
                 return faults + unanswered
             return faults + _shape_faults(config, context, capacity, launcher)
 
-        config = check_composed(composed, context, faults_of_job, spent=True)
+        config = check_composed(composed, context, faults_of_job, spent=True, changed=changed)
         return Job(number=number, overrides=own(overrides), config=config, hydra=hydra, launcher=settings)
 
     def _all_faults(self, overrides: Sequence[str], error: Exception) -> list[Violation]:
@@ -232,11 +232,17 @@ def shapes_of(jobs: Sequence[Job], capacity: Nodes | None) -> dict[int, Shape]:
     return shapes
 
 
+def _sound_layout(config: RunnerConfig) -> Layout | None:
+    """The layout of a job; None where its degrees make none, as the rules report."""
+    layout = known_layout(config)
+    return None if layout is None or (layout.shard != 1 and not layout.fsdp) else layout
+
+
 def _shape_faults(
     config: RunnerConfig, context: Context, capacity: Capacity, launcher: LauncherConfig | None
 ) -> list[Violation]:
     """Faults of a job that does not fit the cluster, reported next to its other faults."""
-    layout = known_layout(config)
+    layout = _sound_layout(config)
     if layout is None:
         return []
     try:
@@ -258,7 +264,7 @@ def _shape(
 
 def _local_faults(config: RunnerConfig, launcher: SubmititLocalConfig) -> list[Violation]:
     """Resources that `submitit_local` would give to a job, where its layout takes others."""
-    layout = known_layout(config)
+    layout = _sound_layout(config)
     if layout is None or FILL in layout.degrees().values():
         return []
     size = layout.world_size

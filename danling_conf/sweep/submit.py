@@ -36,6 +36,8 @@ from danling_conf.launch.workers import worker_command
 from danling_conf.records.code import code_identity
 from danling_conf.records.job_file import Program
 from danling_conf.records.ledger import Record
+from danling_conf.records.logs import is_full
+from danling_conf.records.run_directory import refusing_unwritable
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_directory import SweepDirectory
 from danling_conf.records.sweep_lock import SweepLock
@@ -118,6 +120,13 @@ def run_sweep(app: App, composing: Composer, overrides: Sequence[str]) -> None:
     except ConfigRefused:
         _remove_unused(composing, arguments)
         raise
+    except OSError as error:
+        if not is_full(error):
+            raise
+        _remove_unused(composing, arguments)
+        rule = f"the sweep's directory cannot be written: {error.strerror}"
+        fix = "make room there, or choose another directory"
+        raise ConfigRefused([Violation("hydra.sweep.dir", ABSENT, rule, fix)]) from error
     except JobFailed:
         sys.exit(1)
 
@@ -202,10 +211,11 @@ def start_jobs(sweep: Sweep, directory: SweepDirectory, jobs: Sequence[Job], clu
     argv = worker_command()[2 : -len(sys.argv[1:]) or None]  # without the interpreter, its -u, and the overrides
     code = code_identity(sweep.app.script.parent)
     program = Program(argv=tuple(argv), directory=Path.cwd(), code_id=code.code_id)
-    files = directory.plan(jobs, program, shapes)
-    directory.write_request(
-        command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher
-    )
+    with refusing_unwritable(jobs[0].config):
+        files = directory.plan(jobs, program, shapes)
+        directory.write_request(
+            command=[*argv, *sweep.arguments], program=program, code=code, cluster=cluster, launcher=launcher
+        )
     print(f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}: {directory.path}", flush=True)
     with SweepLock(directory.path) as lock:
         lock.acquire()  # before submission: another command must not mistake jobs that are still starting for lost ones
@@ -226,7 +236,8 @@ def run_one(app: App, composing: Composer, composed: DictConfig, overrides: Sequ
     job = Preflight(composing, composed, machine=None, capacity=capacity_for).check(given, 0)
     stamp, config = datetime.now().strftime("%Y%m%d-%H%M%S-%f"), job.config
     path = Path(config.workspace_root).expanduser() / config.lineage / config.experiment / "sweeps" / stamp
-    path.mkdir(parents=True)
+    with refusing_unwritable(config):
+        path.mkdir(parents=True)
     sweep = Sweep(app=app, composing=composing, arguments=list(overrides))
     (record,) = start_jobs(sweep, SweepDirectory(path=path.absolute()), [job], "slurm")
     if record.ended and record.status != Status.COMPLETED:
@@ -269,7 +280,7 @@ def _remove_unused(composing: Composer, arguments: list[str]) -> None:
         directory = Path(composing.compose(arguments, multirun=True).hydra.sweep.dir)
     except COMPOSITION_ERRORS:
         return  # the sweep itself does not compose, so Hydra created nothing
-    if directory.is_dir() and {item.name for item in directory.iterdir()} <= {"multirun.yaml"}:
+    if directory.is_dir() and {item.name for item in directory.iterdir()} <= {"multirun.yaml", "jobs"}:
         shutil.rmtree(directory)
 
 

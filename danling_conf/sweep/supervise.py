@@ -15,7 +15,7 @@ from typing import Any
 from danling_conf.launch.slurm.queries import SlurmUnavailable
 from danling_conf.records.job_file import JobFile
 from danling_conf.records.ledger import Record
-from danling_conf.records.logs import is_full, show_unwritable
+from danling_conf.records.logs import on_any_disk
 from danling_conf.records.status import Status
 from danling_conf.records.stopped import STOPPING, Stopped
 from danling_conf.records.sweep_directory import SweepDirectory
@@ -93,8 +93,9 @@ def _stop(stopped: Stopped, directory: SweepDirectory, backend: Backend, monitor
         print(f"{stopped}; the jobs continue: {shell_line('danling-conf', 'runs', directory.path)}", file=sys.stderr)
         return
     live = [record for record in directory.ledger.records().values() if not record.ended]
-    # First the ledger, then the signal: a job that dies before it can write its end is then cancelled, not failed.
-    with _on_any_disk(directory):
+    # First the ledger, if it can be written, then the signal: a job that dies before it can write its end is then
+    # cancelled, not failed.
+    with on_any_disk(directory.ledger.path):
         directory.ledger.add_all([(record.key, {"told": stopped.name}) for record in live])
     backend.cancel(live)
     print(f"{stopped}; waiting for the jobs to save and exit", file=sys.stderr, flush=True)
@@ -103,21 +104,10 @@ def _stop(stopped: Stopped, directory: SweepDirectory, backend: Backend, monitor
     except Stopped:  # a second signal makes the jobs exit without saving
         backend.cancel(list(directory.ledger.records().values()))
         backend.wait()
-    with _on_any_disk(directory):
+    with on_any_disk(directory.ledger.path):
         while monitor.poll():
             pass
     print(f"to resume: {shell_line('danling-conf', 'resume', directory.path)}", file=sys.stderr)
-
-
-@contextmanager
-def _on_any_disk(directory: SweepDirectory) -> Iterator[None]:
-    """Stop the jobs also where the ledger cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if not is_full(error):
-            raise
-        show_unwritable(directory.ledger.path, error)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ def show(value: Any) -> str:
 
 class PlainError(RuntimeError):
     """An error of nobody's code, such as a full disk: its message is all that a user needs, without a trace."""
+
+
+def trace_of(error: BaseException) -> str:
+    """The stack trace of an error; empty for a PlainError."""
+    return "" if isinstance(error, PlainError) else "".join(traceback.format_exception(error))
 
 
 class SettingError(ValueError):

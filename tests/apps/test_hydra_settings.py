@@ -49,7 +49,7 @@ def test_directories_callbacks_and_job_of_a_single_run(tmp_path: Path) -> None:
         assert notes == ["run_start", "job_start", "job_end", "run_end"]
         assert (output / ".hydra/config.yaml").is_file()
         # The identity does not depend on where Hydra's output goes.
-        runs = sorted((tmp_path / "experiments/lin/exp").iterdir(), key=lambda path: len(path.name))
+        runs = sorted((tmp_path / "experiments/lin/exp").glob("[!.]*"), key=lambda path: len(path.name))
         assert [run.name for run in runs] == [runs[0].name, f"{runs[0].name}.2"][: attempt + 1]
     assert not (tmp_path / "outputs").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -261,6 +262,37 @@ def test_damage_is_named_or_makes_no_difference(
             assert str(path) in said, (name, said)
 
 
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1, "n_head": 1, "n_embd": 4}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "3", "null", '"x"', "[" * 200_000, "{}",
+        *(json.dumps(GPT2 | change) for change in (
+            {"architectures": 3}, {"architectures": [3]}, {"architectures": ["AutoTokenizer"]}, {"model_type": 3},
+            {"n_layer": "x"}, {"n_head": 0}, {"dtype": "float99"}, {"id2label": 3}, {},
+        )),
+    ],
+)  # fmt: skip
+def test_a_configuration_beside_an_export_that_is_damaged_or_of_another_model(
+    roads: Callable[[str], Roads], content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are exported without a class of transformers, and the reason is shown."""
+    pytest.importorskip("transformers")
+    on = roads("file")
+    (on.run / "checkpoints" / "export" / "config.json").write_text(content)
+    assert outcome(on.export) == ""
+    said = capsys.readouterr().out
+    assert "plain safetensors, without a config.json: " in said
+    assert (
+        "config.json cannot be read" in said or "it cannot be built" in said or "names no" in said or "differs" in said
+    )
+    model = Net()
+    load_weights(model, on.scratch / "exported")
+    assert equal(model.state_dict(), on.good[STEPS])
+
+
 @pytest.mark.parametrize("link", ["latest", "best"])
 @pytest.mark.parametrize("damage", [Path.unlink, loop, nowhere, fifo], ids=lambda item: item.__name__)
 def test_a_link_in_another_state(
@@ -402,8 +434,6 @@ def test_other_values_with_fitting_checksums(
 
 
 def test_the_manifest_holds_facts_and_nothing_else(roads: Callable[[str], Roads]) -> None:
-    import json
-
     from danling_conf.checkpoint import manifest
 
     on = roads("file")

@@ -11,6 +11,7 @@ import pytest
 from danling_conf import ConfigRefused
 from danling_conf.records.run_directory import claim
 from danling_conf.runner.score import Score
+from danling_conf.schema.files import LAYOUTS_INDEX
 from tests.support.resumed_runs import checkpoints, settings_of, start, train
 from tests.support.small import equal
 from tests.support.spawn import run as on_ranks
@@ -254,7 +255,7 @@ def test_another_setting_is_no_resumption(tmp_path: Path) -> None:
     assert f"the run {part['run'].name} was made with 0.01" in text
     assert "accum_steps=2\n" in text
     assert "start a new run from one of its checkpoints" in text
-    assert sorted(item.name for item in part["run"].parent.iterdir()) == [part["run"].name]
+    assert sorted(item.name for item in part["run"].parent.iterdir()) == [LAYOUTS_INDEX, part["run"].name]
 
 
 def test_a_checkpoint_of_a_run_with_other_settings_starts_a_new_run(tmp_path: Path) -> None:

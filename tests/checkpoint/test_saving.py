@@ -15,9 +15,11 @@ from danling_conf.checkpoint.background import Background, SaveFailed
 from danling_conf.checkpoint.folder import Folder
 from danling_conf.checkpoint.manager import CheckpointManager
 from danling_conf.checkpoint.writing import Writer
+from danling_conf.records.run_lock import LostRun
 from danling_conf.runner.cadence import cadence_of
 from danling_conf.schema import Layout
 from danling_conf.schema.checkpoint import CheckpointConfig
+from danling_conf.schema.files import RUN_LOCK
 from tests.support.resumed_runs import checkpoints, pointed, settings_of, splits, start, train
 from tests.support.small import DropoutNet, loss
 
@@ -32,6 +34,30 @@ def test_the_newest_of_the_history_are_kept(tmp_path: Path) -> None:
     done = train(tmp_path, {"steps": 9, "eval_interval": 100, "checkpoint": {"interval": 2, "keep_latest_k": 2}})
     assert checkpoints(done["run"]) == ["best", *names(8, 9), "latest"]
     assert pointed(done["run"])["latest"] == "ckpt-s00000009"
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_run_that_another_attempt_has_taken_is_no_fault_of_the_disk(tmp_path: Path, mode: str) -> None:
+    """The attempt that lost it ends by saying so, and leaves the checkpoints as they are."""
+    runner = start(tmp_path, {"steps": 50, "checkpoint": {"interval": 2, "async_mode": mode}})
+    run = runner.world.attempt.run_directory
+    before: list[str] = []
+
+    def trained() -> None:
+        try:
+            runner.prepare(DropoutNet, splits(), loss=loss)
+            for batch in runner.batches("train"):
+                runner.step(batch)
+                if runner.global_step == 3:
+                    runner.checkpoints.drain()
+                    before.extend(checkpoints(run))
+                    (run / RUN_LOCK).write_text("process 2 on elsewhere\ntoken 0123456789abcdef\n")
+        finally:
+            runner.close()
+
+    with pytest.raises(LostRun, match="another attempt has taken over the run"):
+        trained()
+    assert checkpoints(run) == before
 
 
 def test_what_a_name_points_to_is_kept_however_old(tmp_path: Path) -> None:

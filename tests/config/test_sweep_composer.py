@@ -140,7 +140,7 @@ def test_any_mixture(sweep: tuple[Any, ...], overrides: list[str]) -> None:
 @pytest.mark.parametrize("overrides", FAULTLESS, ids=" ".join)
 def test_a_job_with_its_number(sweep: tuple[Any, ...], overrides: list[str]) -> None:
     composing, master, fast = sweep
-    config, plain = fast.compose_job(overrides, 12)
+    config, plain, _ = fast.compose_job(overrides, 12)
     theirs = composing.sweep_config(master, overrides)
     theirs.hydra.job.update({"num": 12, "id": "12"})
     assert plain == hydra_settings(theirs, None)

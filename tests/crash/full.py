@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from danling_conf.records.ledger import Ledger
 from danling_conf.records.state import state_of
 from danling_conf.sweep.rows import progress
 from tests.crash.disks import mount
@@ -44,6 +45,21 @@ def stopped_sweep(workspace: Path) -> dict[str, Any]:
     return {"code": process.returncode, "out": out, "err": first + err}
 
 
+def filled_sweep(workspace: Path) -> dict[str, Any]:
+    """A sweep whose first job fills the disk, and what resumes it once there is room."""
+    words = command(workspace, "-m", "seed=1,2", "hydra.launcher.parallel_jobs=1", "checkpoint.interval=1")
+    done = run(words, cwd=workspace.parent, env={"PYTHONPATH": str(REPOSITORY)})
+    (sweep,) = workspace.glob("*/*/sweeps/*")
+    facts = [[record.status, record.error] for record in Ledger(sweep).records().values()]
+    mount("-o", "remount,size=100m", str(workspace))
+    again = run(
+        [sys.executable, "-m", "danling_conf.cli.main", "resume", sweep],
+        cwd=workspace.parent,
+        env={"PYTHONPATH": str(REPOSITORY)},
+    )
+    return {"code": done.code, "err": done.err, "jobs": facts, "again": again.out}
+
+
 def main(folder: Path) -> None:
     for name, settings in CASES.items():
         workspace = folder / name
@@ -55,6 +71,8 @@ def main(folder: Path) -> None:
         print(json.dumps({"case": name, **found}), flush=True)
     (folder / "sweep").mkdir()
     print(json.dumps({"case": "sweep", **stopped_sweep(folder / "sweep")}), flush=True)
+    (folder / "full sweep").mkdir()
+    print(json.dumps({"case": "full sweep", **filled_sweep(folder / "full sweep")}), flush=True)
 
 
 if __name__ == "__main__":

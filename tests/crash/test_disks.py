@@ -63,7 +63,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_or_read_only_while_a_run_trains(tmp_path: Path) -> None:
     """One line says so. Training goes on, or fails by the word of what it cannot do without; its end is recorded where
     that can be written."""
-    *runs, sweep = _in_namespace("tests.crash.full", tmp_path)
+    *runs, sweep, full_sweep = _in_namespace("tests.crash.full", tmp_path)
     for found in runs:
         assert "Logging error" not in found["err"]
         assert "Traceback" not in found["err"]
@@ -89,3 +89,11 @@ def test_a_disk_that_is_full_or_read_only_while_a_run_trains(tmp_path: Path) -> 
     assert (sweep["code"], "Traceback" in sweep["err"]) == (130, False), sweep
     assert "Read-only file system: the sweep goes on when it can be written again" in sweep["err"]
     assert "SIGINT; waiting for the jobs to save and exit" in sweep["err"]
+    # Each job of a sweep says why it failed, in a line; what it prints is a file on that disk, too.
+    (failed, why), (refused, rule) = full_sweep["jobs"]
+    assert (full_sweep["code"], failed, refused) == (1, "failed", "refused"), full_sweep
+    assert "the checkpoint could not be written: No space left on device" in why
+    assert "cannot be written: No space left on device" in rule
+    assert "Traceback" not in full_sweep["err"]
+    assert len(full_sweep["err"].partition("job #1")[0].splitlines()) <= 4
+    assert "sweep done: 2 of 2 jobs completed" in full_sweep["again"], full_sweep

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.support.commands import APP, PLAIN_APP, Ranks, attempts, run, runs, started, torchrun
+from danling_conf.records.state import state_of
+from danling_conf.records.status import Status
+from tests.support.commands import APP, PLAIN_APP, Ranks, attempts, run, runs, started, torchrun, wait_for
 
 
 def settings(root: Path, do: str, *more: str) -> list[str]:
@@ -144,3 +148,32 @@ def test_hydra_answers_on_every_rank(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     facts = Ranks(tmp_path).facts()
     assert [(fact["job"], fact["cwd"]) for fact in facts.values()] == [("mine", facts[0]["attempt"])] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["torchrun", "a rank"])
+def test_ranks_of_torchrun_that_are_stopped_before_they_train_are_interrupted(tmp_path: Path, told: str) -> None:
+    """No runner listens for signals yet, and nobody but the first rank could say how the run ended."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "import danling_conf\n"
+        "@danling_conf.main()\n"
+        "def app(config):\n"
+        "    pathlib.Path('rank-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "app()\n"
+    )
+    words = [*torchrun(str(script)), "parallel=ddp2", "steps=3", f"workspace_root={tmp_path / 'runs'}"]
+    with started([*words], cwd=tmp_path) as process:
+        pids = wait_for(lambda: _numbers(tmp_path), "two ranks")
+        os.kill(process.pid if told == "torchrun" else pids[1], signal.SIGTERM)
+        process.communicate(timeout=60)
+    (run_directory,) = runs(tmp_path)
+    state = state_of(run_directory)
+    assert (state.status, state.error) == (Status.INTERRUPTED, "stopped by SIGTERM")
+
+
+def _numbers(folder: Path) -> list[int] | None:
+    found = [path.read_text() for path in sorted(folder.glob("rank-?"))]
+    return [int(text) for text in found] if len(found) == 2 and all(found) else None

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import danling_conf
+from danling_conf.records import layouts_index, metrics, ranks, run_directory
 from danling_conf.records import ledger as ledgers
-from danling_conf.records import metrics, ranks, run_directory
 from danling_conf.records.history import goodput, read_history
 from danling_conf.records.ledger import Ledger
 from danling_conf.records.metrics import PRODUCTIVE, end_in_metrics, read_lines, read_metrics
@@ -72,22 +72,64 @@ def test_many_jobs_are_settled_by_one_reading_and_one_writing(tmp_path: Path, mo
     assert len(parsed) == 50 + 1 + 49
 
 
-def test_a_run_is_found_and_made_without_reading_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def config(seed: int) -> danling_conf.RunnerConfig:
-        return danling_conf.compose([f"workspace_root={tmp_path}", "steps=3", f"seed={seed}", "auto_resume=true"])
+def configured(root: Path, *given: str) -> danling_conf.RunnerConfig:
+    return danling_conf.compose([f"workspace_root={root}", "steps=3", "auto_resume=true", *given])
 
-    run = bind(config(0)).run_directory
-    settings = json.loads((run / "run.json").read_text())
-    for number in range(100):
-        (run.parent / f"{number:012x}").mkdir()
-        (run.parent / f"{number:012x}" / "run.json").write_text(json.dumps(settings))
-    opened = []
-    read = run_directory.read_object
-    monkeypatch.setattr(run_directory, "read_object", lambda path: opened.append(path) or read(path))
-    assert bind(config(0)).run_directory == run
-    assert opened == []
-    bind(config(1))
-    assert len(opened) <= 32  # of another layout there may be a run to tell of
+
+def beside(run: Path, count: int, *, index: bool) -> None:
+    """So many runs of other configurations, of this version or of one that wrote no index."""
+    made = json.loads((run / "run.json").read_text())
+    for number in range(count):
+        name, settings = f"{number:012x}", made["settings"] | {"seed": 100 + number}
+        (run.parent / name).mkdir()
+        content = made | {"run_id": name, "config_id": name, "settings": settings}
+        (run.parent / name / "run.json").write_text(json.dumps(content))
+        if index:
+            layouts_index.add(run.parent, [(name, name, settings)])
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a start lists a directory, looks at an entry and reads a run's file."""
+    counts: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return function(*given, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((os, "listdir"), (os, "scandir"), (os, "stat"), (run_directory, "read_object")):
+        counted(owner, name)
+    return counts
+
+
+def test_a_run_is_found_and_made_by_names_alone(tmp_path: Path, touched: Counter[str]) -> None:
+    mine, fresh = configured(tmp_path, "seed=0"), configured(tmp_path, "seed=1")
+    run = bind(mine).run_directory
+    beside(run, 100, index=True)
+    touched.clear()
+    assert bind(mine).run_directory == run
+    assert (touched["listdir"], touched["scandir"], touched["read_object"]) == (1, 0, 0)
+    assert touched["stat"] < 10
+    touched.clear()
+    assert bind(fresh).notes == ()
+    assert (touched["listdir"], touched["scandir"], touched["read_object"]) == (1, 0, 0)
+    assert touched["stat"] < 10
+
+
+def test_runs_that_no_index_knows_are_read_once(tmp_path: Path, touched: Counter[str]) -> None:
+    run = bind(configured(tmp_path, "seed=0")).run_directory
+    beside(run, 40, index=False)
+    read = []
+    for seed in range(1, 5):
+        touched.clear()
+        bind(configured(tmp_path, f"seed={seed}"))
+        read.append(touched["read_object"])
+    assert read == [32, 8, 0, 0]
 
 
 def test_a_new_run_does_not_take_the_place_of_one_that_was_removed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from danling_conf.records.ledger import Ledger, Record
 from danling_conf.records.reading import shown_damage
 from danling_conf.records.status import Status
 from danling_conf.records.sweep_lock import SweepLock
-from danling_conf.schema.files import JOB_FILE, LEDGER
+from danling_conf.schema.files import JOB_FILE, LEDGER, RESULT
 from danling_conf.sweep.backend import Ending
 from danling_conf.sweep.monitor import Monitor, parse_on_failure
 from tests.support.records import write_sweep_of
@@ -92,6 +93,42 @@ def test_the_first_word_on_an_end_stays(tmp_path: Path) -> None:
     assert not ledger.settle("k0", status=Status.COMPLETED)
     ledger.add("k0", status=Status.QUEUED)
     assert ledger.settle("k0", status=Status.COMPLETED)
+
+
+@pytest.mark.parametrize(
+    ("seen", "own", "kept"),
+    [
+        (Status.FAILED, {"status": "failed", "error": "SaveFailed: no space"}, (Status.FAILED, "SaveFailed: no space")),
+        (Status.FAILED, {"status": "out of memory", "error": "CUDA"}, (Status.OUT_OF_MEMORY, "CUDA")),
+        (Status.FAILED, {"status": "failed", "error": "Connection closed by peer"}, (Status.FAILED, "as seen")),
+        (Status.FAILED, {"status": "completed", "score": 1.0}, (Status.FAILED, "as seen")),
+        (Status.NODE_LOST, {"status": "failed", "error": "mine"}, (Status.NODE_LOST, "as seen")),
+    ],
+)
+def test_what_a_job_says_of_its_end_says_more_than_its_exit_code(
+    tmp_path: Path, seen: Status, own: dict[str, object], kept: tuple[Status, str]
+) -> None:
+    """On a full disk it is in the result alone, for which there is room."""
+    ledger = planned(tmp_path)
+    ledger.add("k0", run=str(tmp_path), status=Status.RUNNING, attempt="first")
+    (tmp_path / "attempts" / "first").mkdir(parents=True)
+    (tmp_path / "attempts" / "first" / RESULT).write_text(json.dumps(own))
+    assert ledger.settle("k0", status=seen, error="as seen")
+    record = ledger.records()["k0"]
+    assert (record.status, record.error) == kept
+
+
+def test_a_disk_takes_a_line_or_nothing_of_it(tmp_path: Path) -> None:
+    ledger = planned(tmp_path)
+    before = ledger.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"jobs\.jsonl"):
+            ledger.add("k0", status=Status.RUNNING)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ledger.path.read_bytes() == before
 
 
 def test_a_new_start_forgets_what_was_of_the_earlier_one(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,9 @@ import danling_conf
 from danling_conf import ConfigRefused
 from danling_conf.config.identity import config_id
 from danling_conf.records.frozen import freeze_attempt
-from danling_conf.records.run_directory import Attempt, claim, newest_run, owner_of, read_run
+from danling_conf.records.run_directory import Attempt, bind, claim, newest_run, owner_of, read_run
 from danling_conf.records.run_lock import LostRun, RankLock, is_live
-from danling_conf.schema.files import RUN_FILE, write_whole
+from danling_conf.schema.files import LAYOUTS_INDEX, RUN_FILE, write_whole
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +111,48 @@ def test_auto_resume_says_when_only_the_layout_differs(root):
     assert attempt.run_directory != first.run_directory
     (note,) = attempt.notes
     assert f"resume={first.run_directory} parallel.allow_degree_change=true" in note
+
+
+def test_a_run_of_another_layout_is_told_of_whatever_lies_beside_it(root):
+    two = config(root, "parallel=ddp2", "seed=1")
+    first = bind(two).run_directory
+    for seed in range(2, 42):
+        bind(replace(two, seed=seed))
+    (first.parent / "nothing").symlink_to("nowhere")
+    (first.parent / "loop").symlink_to("loop")
+    (first.parent / "file").write_text("")
+    one = config(root, "auto_resume=true", "seed=1")
+    made = bind(one)
+    assert f"resume={first} " in made.notes[0]
+    shutil.rmtree(made.run_directory)
+    moved = first.rename(first.with_name("the good one"))
+    made = bind(one)
+    assert f'resume="{moved}"' in made.notes[0]
+    shutil.rmtree(made.run_directory)
+    moved.rename(root / "elsewhere")
+    assert bind(one).notes == ()
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "garbage", "directory", "FIFO", "link"])
+def test_a_damaged_index_of_layouts_loses_no_note(root, damage):
+    first = claimed(root, "parallel=ddp2").run_directory
+    index = first.parent / LAYOUTS_INDEX
+    content = index.read_bytes()
+    assert content.startswith(first.name.encode())
+    index.unlink()
+    if damage == "torn":
+        index.write_bytes(content[:-1])
+    elif damage == "garbage":
+        index.write_bytes(b"\0\xff\n" + content[::-1])
+    elif damage == "directory":
+        index.mkdir()
+    elif damage == "FIFO":
+        os.mkfifo(index)
+    elif damage == "link":
+        index.symlink_to(root / "target")
+    (note,) = claimed(root, "auto_resume=true").notes
+    assert f"resume={first} " in note
+    assert not (root / "target").exists()
 
 
 def test_copies_and_unfinished_directories_are_no_runs(root):
@@ -333,7 +377,7 @@ def test_processes_that_auto_resume_at_once_make_one_run(root):
         (made,) = root.rglob("run.json")
         (holder,) = [process for process, line in zip(processes, lines, strict=True) if line]
         assert [line[0] for line in lines if line] == [str(made.parent)]
-        assert [item.name for item in made.parent.parent.iterdir()] == [made.parent.name]
+        assert sorted(item.name for item in made.parent.parent.iterdir()) == [LAYOUTS_INDEX, made.parent.name]
         for process in processes:
             if process is not holder:
                 _, err = process.communicate(timeout=60)

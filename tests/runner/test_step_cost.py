@@ -11,7 +11,7 @@ import danling_conf
 from tests.support.small import Net, Pairs, loss, runner
 
 PACKAGE = str(Path(danling_conf.__file__).parent)
-MOST_CALLS = 21
+MOST_CALLS = 11
 """Functions of the package that a step calls, where nothing is due after it."""
 
 

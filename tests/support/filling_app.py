@@ -39,7 +39,8 @@ def app(config: Any) -> float:
     for batch in runner.batches("train"):
         runner.step(batch)
         logging.getLogger("mine").warning("a line at step %d, %s", runner.global_step, "x" * 500)
-        if runner.global_step == 3:
+        print("y" * 300)
+        if runner.global_step == 3 and not (Path(config.workspace_root) / "ballast").exists():
             spoil = close if config.data.get("read_only") else fill
             spoil(Path(config.workspace_root))
     return runner.finish()

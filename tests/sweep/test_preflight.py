@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
 
+from danling_conf.config import sweep_composer, typed
 from danling_conf.config.hydra_adapter import Composer, ConfigSearch, composer
 from danling_conf.config.hydra_job import hydra_settings, settings_in
 from danling_conf.config.job import Job
 from danling_conf.schema.launcher import SlurmLauncherConfig
-from danling_conf.sweep.preflight import Refused, check_jobs, shapes_of
+from danling_conf.sweep.preflight import Preflight, Refused, check_jobs, shapes_of
 from danling_conf.sweep.preflight_tables import fault_table, numbers_as_text, shape_table, varying
 from danling_conf.topology.machine import Machine
 from danling_conf.topology.resources import Capacity
@@ -73,6 +75,41 @@ def test_jobs_of_the_same_choices_are_no_deep_copies(composing: Composer, monkey
     assert counts[1] == counts[2]
 
 
+MIXED = ["optim.lr=0.5", "optim.lr=-1", "optim.lr=x", "~optim.lr", "optim.lr=${seed}", "precision.dtype=nothing",
+         "activation_checkpointing.mode=selectiv", "+data.x={a: 1}", "+data.x=${nothing}", "++optim.nothing=1",
+         "~steps", "seed=-1", "seed=7", "++shedule=linear", "checkpoint.backend=dcp", "compile.enable=yes",
+         "parallel=fsdp8", "parallel=ddp2", "experiment=${lineage}", "data.y=2", "++compile=null", "epochs=2",
+         "parallel.axes.shard=2"]  # fmt: skip
+
+
+def test_only_what_a_job_changes_is_checked_again(composing: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same outcome as the check of everything."""
+    checks = []
+    check = typed._check_setting
+    monkeypatch.setattr(typed, "_check_setting", lambda *given: checks.append(given) or check(*given))
+    master = composing.compose(["hydra/launcher=danling_slurm"], multirun=True)
+    partly, wholly = (Preflight(composing, master, machine=LAPTOP, capacity=NODES) for _ in range(2))
+
+    def outcome(preflight: Preflight, job: list[str]) -> tuple[int, object]:
+        checks.clear()
+        try:
+            made = preflight.check(["steps=3", *job], 1)
+        except ConfigRefused as refusal:
+            return len(checks), refusal.violations
+        return len(checks), (made.job_id, made.config)
+
+    draw = random.Random(0)
+    for mixture in [[], *([item] for item in MIXED), *(draw.sample(MIXED, 3) for _ in range(20))]:
+        outcome(partly, mixture)  # the first of its choices is composed, and checked as a whole
+        few, found = outcome(partly, mixture)
+        with monkeypatch.context() as patched:
+            patched.setattr(sweep_composer, "settled", lambda node: False)
+            many, expected = outcome(wholly, mixture)
+        assert found == expected, mixture
+        assert few <= many
+        assert mixture or 10 * few < many
+
+
 def test_settings_of_hydra_are_what_hydra_composes(composing: Composer, tmp_path: Path) -> None:
     (job,), _ = checked(composing, ["parallel=fsdp8", "optim.lr=0.1"])
     master = composing.compose(["hydra/launcher=danling_slurm"], multirun=True)
@@ -89,14 +126,16 @@ def test_every_fault_of_every_job(composing: Composer) -> None:
         ["parallel=fsdp8"],
         ["accum_steps=0", "parallel=fsdp64"],
         ["stepz=1", "compile=nothing"],
+        ["parallel.axes.shard=2"],
     )
     assert [job.number for job in jobs] == [6]
-    assert [job.number for job in refused] == [4, 5, 7, 8]
+    assert [job.number for job in refused] == [4, 5, 7, 8, 9]
     assert faults(refused) == [
         ["parallel"],
         ["optim.lr", "parallel"],
         ["accum_steps", "parallel"],
         ["compile", "stepz"],
+        ["parallel.axes.shard"],
     ]
 
 
@@ -109,6 +148,12 @@ def test_a_layout_to_be_filled_fills_its_nodes(composing: Composer) -> None:
 def test_jobs_on_cpus_take_no_gpus(composing: Composer) -> None:
     jobs, _ = checked(composing, ["parallel=ddp16", "parallel.mesh_device_type=cpu"])
     assert shapes_of(jobs, NODES)[4].gpus == 0
+
+
+def test_a_layout_without_a_name_is_refused_by_its_rule(composing: Composer) -> None:
+    local = ("hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=3")
+    _, refused = checked(composing, ["parallel.axes.shard=2"], given=local, capacity=None)
+    assert faults(refused) == [["parallel.axes.shard"]]
 
 
 def test_settings_of_the_launcher_may_refer_to_a_job(composing: Composer) -> None:

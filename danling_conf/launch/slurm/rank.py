@@ -8,7 +8,6 @@ import runpy
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,17 +21,17 @@ from danling_conf.launch.slurm.queries import own_job
 from danling_conf.launch.store import announce, await_configuration, await_others, meet, say_done
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw
-from danling_conf.records.job_file import JobFile, is_consequence, write_error
+from danling_conf.records.job_file import JobFile, write_error
 from danling_conf.records.logs import rank_log, redirect_output
 from danling_conf.records.result import score_of
 from danling_conf.records.run_directory import Attempt
 from danling_conf.records.run_lock import LostRun, RunLock
-from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED, Status, outcome_of
+from danling_conf.records.status import EXIT_FAILED, EXIT_REFUSED, Status, is_consequence, outcome_of
 from danling_conf.records.stopped import Stopped, note_early_signals
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.files import FROZEN
 from danling_conf.topology.rank_environment import CLUSTER_VARIABLE, JOB_VARIABLE, RankEnvironment, started_rank
-from danling_conf.topology.violation import ConfigRefused, Violation
+from danling_conf.topology.violation import ConfigRefused, Violation, trace_of
 
 _NOTICED_SECONDS = 400.0
 """Longer than Slurm takes to declare a node down (SlurmdTimeout, 300 s by default)."""
@@ -203,9 +202,9 @@ def _record_failure(job: JobFile, ranks: RankEnvironment, error: BaseException) 
     A lost peer does not go to the ledger: a killed rank writes nothing, and the others only know that it is gone. The
     monitor records what Slurm says about it.
     """
-    traceback.print_exc()
-    message = f"{type(error).__name__}: {error}"
-    write_error(job.folder, ranks.rank, message, traceback.format_exc())
+    message, trace = f"{type(error).__name__}: {error}", trace_of(error)
+    print(trace.rstrip() or message, file=sys.stderr)
+    write_error(job.folder, ranks.rank, message, trace)
     if is_consequence(message) or requeue.superseded(job):
         return
     if not job.ledger.records()[job.key].ended:

@@ -30,21 +30,29 @@ class LossMeter:
         self._step_total: Number | None = None
         self._step_count: Number = 0.0
 
-    def append(self, loss: Measured, *, last: bool = False) -> Number:
+    def append(self, loss: Measured, *, last: bool = False, whole: bool = False) -> Number:
         """Take the loss of a micro-batch. A tensor is kept only if it is the `last` of its step: the output of a CUDA
         graph is overwritten by the next micro-batch.
+
+        Args:
+            whole: it is a step of its own, and takes place: it counts at once.
 
         Returns:
             The total, as `at_hand` does.
         """
-        total, weight = at_hand(loss.total), loss.weight
-        if isinstance(weight, Tensor):
-            weight = at_hand(weight)
+        total = at_hand(loss.total)
+        weight = loss.weight if type(loss.weight) is float else at_hand(loss.weight)
+        if whole and self._total is not None:
+            self._total += total
+            self._count = self._count + weight
+            return total
         if self._step_total is None:
             self._step_total = total if last else _copied(total)
         else:
             self._step_total += total
         self._step_count = self._step_count + weight
+        if whole:
+            self.commit()
         return total
 
     def step_sums(self, device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 EVALUATION, CHECKPOINT, FAULT = "evaluation", "checkpoint", "fault"
 
@@ -64,17 +63,6 @@ class Stopwatch:
     def lost(self, seconds: float) -> None:
         """Count the time of a step that does not count as that of a fault."""
         self._apart[FAULT] += seconds
-
-    def waited(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, with the time that each is waited for counted as data."""
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.data += time.perf_counter() - began
-            yield batch
 
     def lap(self, step: int) -> Lap | None:
         """End the lap at a step and begin the next; None where no lap began, or it has no step."""

@@ -39,7 +39,7 @@ def launcher_faults(launcher: LauncherConfig) -> Iterator[Violation]:
         path = f"{_SECTION}.additional_parameters.{name}"
         if not _OPTION.fullmatch(str(name)):
             yield Violation(path, value, "it is not the long name of an option of sbatch", "write {mail-type: END}")
-        elif not isinstance(value, (str, int, float)):
+        elif not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
             yield Violation(path, value, "an option of sbatch takes one value", "write a text, a number, true or false")
 
 
