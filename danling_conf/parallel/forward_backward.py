@@ -132,8 +132,7 @@ class Passes:
         self._even = True
         self._first: str | None = None
         """The split whose first batch is under way; None for later batches."""
-        # Compiled under watch, code would be compiled again without.
-        self._watches_training = not (model.compiled or any(map(is_compiled, model.parts)))
+        self._compiled = model.compiled or any(map(is_compiled, model.parts))
         self.counts_by_rule = count is count_samples
         """Whether samples are counted by the rule of `components.batch`, and not by a function of the user's."""
 
@@ -153,7 +152,7 @@ class Passes:
         if self.model.buffers is not None:
             self.model.buffers.begin()
         if not self._proven:
-            self._first = "train" if self._watches_training else None
+            self._first = "train" if self._whole_step is None else None
         if micro_batches == 1 and not self._in_parts:
             measured = self._pass(batch, 1, last)
         else:
@@ -331,8 +330,23 @@ class Passes:
     def _forward(self, module: Any, batch: Any) -> Any:
         if self._first is None:
             return self.forward(module, batch)
+        if self._compiled and torch.is_grad_enabled():
+            return self._forward_compiled(self._first, module, batch)
         with watched_model(self._first, module, batch, alone=self.model.pipeline is not None):
             return self.forward(module, batch)
+
+    def _forward_compiled(self, first: str, module: Any, batch: Any) -> Any:
+        """Compiled under watch, code would be compiled again without: it is watched where it has failed, once more."""
+        try:
+            return self.forward(module, batch)
+        except SettingError:
+            raise
+        except Exception:
+            layout = self.layout
+            if not (layout.fsdp or max(layout.tensor, layout.context, layout.pipeline) > 1):  # else it communicates
+                with torch.compiler.set_stance("force_eager"), torch.no_grad(), watched_model(first, module, batch):
+                    self.forward(module, batch)
+            raise
 
     def _loss(self, output: Any, batch: Any) -> Any:
         assert self._first is not None

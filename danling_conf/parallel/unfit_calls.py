@@ -22,6 +22,40 @@ _CLASSES = ("cross_entropy", "nll_loss")
 _BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 _POINTWISE = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "poisson_nll_loss", "gaussian_nll_loss")
 _ARITHMETIC = ("add", "sub", "subtract", "rsub", "mul", "multiply", "div", "true_divide", "eq", "ne")
+_OF_ONE_DTYPE = frozenset(
+    [
+        "linear",
+        "bilinear",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "mv",
+        "dot",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "layer_norm",
+        "rms_norm",
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+        "prelu",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "scaled_dot_product_attention",
+        "multi_head_attention_forward",
+    ]
+)
 _CLASS_DTYPES = (torch.int64, torch.uint8)
 
 
@@ -165,13 +199,15 @@ def _binary(call: Call) -> Iterator[Unfit]:
 
 def _dtypes(call: Call) -> Iterator[Unfit]:
     """Mixed dtypes: the culprit is what is no weight's."""
-    found = call.tensors
+    if call.name not in _OF_ONE_DTYPE:  # others take an index, or promote
+        return
+    found = [item for item in call.tensors if item.dtype != torch.bool]
     if len({item.dtype for item in found}) < 2 or not any(map(_is_float, found)):
         return
     weights = [item for item in found if isinstance(item, torch.nn.Parameter) or item.requires_grad]
     dtype = (weights or [item for item in found if _is_float(item)])[0].dtype
     culprit = next((item for item in found if item.dtype != dtype), None)
-    if culprit is None or culprit.dtype == torch.bool:
+    if culprit is None:
         return
     given = " and ".join(dict.fromkeys(_dtype(item.dtype) for item in (culprit, *found)))
     rule = f"{call.name} takes one dtype, and was given {given}"

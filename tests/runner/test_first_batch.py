@@ -186,6 +186,12 @@ def test_an_error_of_the_users_own_keeps_its_trace_and_says_which_batch_it_was(t
     ]
 
 
+def test_a_compiled_model_is_looked_at_where_it_has_failed(tmp_path: Path) -> None:
+    ours = runner(tmp_path, {"compile": {"enable": True, "backend": "eager"}})
+    with pytest.raises(ConfigRefused, match=r"(?s)datasets\.train.*float64 and float32"):
+        ours.fit(Net, {"train": with_inputs(Tensor.double)}, loss=entropy)
+
+
 def test_what_no_worker_can_send_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     @dataclass
     class Local:
