@@ -30,7 +30,8 @@ from danling_conf.components.batch import map_tensors, tensors
 from danling_conf.parallel import compile as compilation
 from danling_conf.parallel import hugging_face
 from danling_conf.parallel import mesh as meshes
-from danling_conf.parallel.forward_backward import Loss, Passes
+from danling_conf.parallel.forward_backward import Passes
+from danling_conf.parallel.measured import Loss
 from danling_conf.parallel.model import Assembled, assemble
 from danling_conf.parallel.pass_through import PassThrough
 from danling_conf.parallel.pipeline import Pipeline

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from danling_conf.components.batch import CountSamples
-from danling_conf.parallel.forward_backward import Loss
+from danling_conf.parallel.measured import Loss
 from danling_conf.records.run_directory import Attempt
 from danling_conf.runner.batch import Forward
 from danling_conf.runner.world import World

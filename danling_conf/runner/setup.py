@@ -25,8 +25,9 @@ from danling_conf.components.instantiate import model_factory
 from danling_conf.parallel import artifacts, zero_state
 from danling_conf.parallel.artifacts import Artifact
 from danling_conf.parallel.deepspeed import ZeroEngine
-from danling_conf.parallel.forward_backward import Loss, Passes
+from danling_conf.parallel.forward_backward import Passes
 from danling_conf.parallel.graph import compiled_update
+from danling_conf.parallel.measured import Loss
 from danling_conf.parallel.model import Assembled, assemble, with_engine
 from danling_conf.runner.batch import Forward, MetricInputs, forward_of, loss_of_output, metric_inputs_of
 from danling_conf.runner.cadence import Cadence, cadence_of

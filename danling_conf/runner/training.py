@@ -22,7 +22,7 @@ from danling_conf.components.batch import CountSamples
 from danling_conf.config.identity import layout_name
 from danling_conf.config.resolve import resolve
 from danling_conf.parallel import compile as compilation
-from danling_conf.parallel.forward_backward import Loss
+from danling_conf.parallel.measured import Loss
 from danling_conf.parallel.waiting import waiting
 from danling_conf.records.current import Current, current
 from danling_conf.records.logs import close_logs, open_logs

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from danling_conf.parallel.forward_backward import Measured
+from danling_conf.parallel.measured import Measured
 from danling_conf.parallel.process_group import is_distributed
 
 Number = Tensor | float
