@@ -44,3 +44,17 @@ def refuse(refusal: ConfigRefused) -> NoReturn:
     """Print a refusal and exit with 2."""
     print(refusal.report(), file=sys.stderr)
     sys.exit(EXIT_REFUSED)
+
+
+def worker_command() -> list[str]:
+    """The command line that runs this process's script again, as a worker.
+
+    `-u`: a rank may be killed at any time, and what it printed must not be lost in a buffer.
+    """
+    # `python -m package.module` has to be repeated as such: run by its path, relative imports would fail.
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        name = spec.name.removesuffix(".__main__")
+        return [sys.executable, "-u", "-m", name, *sys.argv[1:]]
+    return [sys.executable, "-u", str(Path(sys.argv[0]).absolute()), *sys.argv[1:]]

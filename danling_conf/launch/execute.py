@@ -20,9 +20,9 @@ from omegaconf import DictConfig
 from danling_conf.config.hydra_adapter import Composer
 from danling_conf.config.hydra_directories import chosen_run_directory, make_directory
 from danling_conf.config.hydra_job import hydra_settings, settings_in
-from danling_conf.launch.app import App
+from danling_conf.launch.app import App, worker_command
 from danling_conf.launch.rank import run_rank
-from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted, run_workers, worker_command
+from danling_conf.launch.rank_error import WorkersFailed, WorkersInterrupted
 from danling_conf.records.code import code_identity
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import freeze_attempt, thaw_job
@@ -187,6 +187,8 @@ def run_attempt(
 
                 run_groups(command, config, world_size, attempt.directory, place)
             else:
+                from danling_conf.launch.workers import run_workers
+
                 run_workers(command, world_size, attempt.directory, attempt.directory / FROZEN)
         except (WorkersFailed, WorkersInterrupted) as error:
             # Overwrite the main rank's result: it may have been killed before it wrote one, and where another rank

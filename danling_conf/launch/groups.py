@@ -16,14 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from danling_conf.launch.workers import (
-    POLL_SECONDS,
-    Workers,
-    WorkersFailed,
-    WorkersInterrupted,
-    signals_noted,
-    threads,
-)
+from danling_conf.launch.rank_error import WorkersFailed, WorkersInterrupted
+from danling_conf.launch.workers import POLL_SECONDS, Workers, signals_noted, threads
 from danling_conf.records.membership import Event, changes_of, has_happened, members_of, note
 from danling_conf.schema import RunnerConfig
 from danling_conf.schema.fault_tolerance import LIGHTHOUSE_VARIABLE, FtConfig

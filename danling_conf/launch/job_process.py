@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from danling_conf.config.hydra_job import run_frozen
 from danling_conf.launch.execute import open_job, run_attempt, show_error
 from danling_conf.launch.parent import end_with_parent
-from danling_conf.launch.workers import WorkersFailed
+from danling_conf.launch.rank_error import WorkersFailed
 from danling_conf.records.job_file import JobFile, write_error
 from danling_conf.records.logs import on_any_disk
 from danling_conf.records.result import score_of

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from danling_conf.config.hydra_job import output_directory
 from danling_conf.config.readonly import place_output
 from danling_conf.launch.parent import end_with_parent
+from danling_conf.launch.rank_error import hold_own_room, record_failure
 from danling_conf.launch.store import serve
-from danling_conf.launch.workers import hold_own_room, record_failure
 from danling_conf.records import current
 from danling_conf.records.current import Current
 from danling_conf.records.frozen import take_part_in, thaw

@@ -6,7 +6,6 @@ watches them imports no torch: its import takes as long as that of a rank, and n
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,67 +27,34 @@ from danling_conf.launch.forked import (
     can_fork,
 )
 from danling_conf.launch.parent import as_parent
+from danling_conf.launch.rank_error import (
+    ERROR_VARIABLE,
+    WorkersFailed,
+    WorkersInterrupted,
+    made_room,
+    remove_room,
+    written_error,
+)
 from danling_conf.launch.store import SERVED_VARIABLE
-from danling_conf.records.logs import log_descriptor, rank_log, show_unwritable
-from danling_conf.records.reading import Fields, read_fields
+from danling_conf.records.logs import log_descriptor, rank_log
 from danling_conf.records.status import (
     EXIT_FAILED,
-    HasOutcome,
-    Outcome,
     Status,
-    exit_code_of_signal,
     signal_of_exit_code,
     written_status,
 )
 from danling_conf.records.stopped import STOPPING, is_stop, note_stop
-from danling_conf.schema.files import error_file, no_links, parse_object, write_whole
+from danling_conf.schema.files import error_file
 from danling_conf.topology.rank_environment import FROZEN_VARIABLE
 from danling_conf.topology.rendezvous import LOOPBACK, listen
-from danling_conf.topology.violation import PlainError, trace_of
 
-ERROR_VARIABLE = "DANLING_CONF_ERROR"
-"""Environment variable that names the file of a worker's error."""
 _PASSED_ON = (*STOPPING, "SIGHUP", "SIGQUIT")
 """Signals that the ranks get too. They are in sessions of their own, out of reach of the terminal's Ctrl-C."""
 POLL_SECONDS = 0.05
 _GRACE_SECONDS = 30.0
 """How long ranks may take to end once another has failed, or after a second signal."""
-_ROOM_BYTES = 4096
-"""Of each rank on the disk for why it fails, which may be that the disk is full."""
 _NOTICED_SECONDS = 0.5
 """How long before it is noticed a rank may have died: other ranks record the loss within milliseconds."""
-
-
-class WorkersFailed(HasOutcome, RuntimeError):
-    """A rank failed; the others were stopped."""
-
-    def __init__(self, rank: int, exit_code: int, message: str, log: Path, status: Status = Status.FAILED) -> None:
-        self.rank, self.exit_code, self.log, self.status = rank, exit_code, log, status
-        super().__init__(message)
-
-    @property
-    def refused(self) -> bool:
-        return self.status is Status.REFUSED
-
-    @property
-    def outcome(self) -> Outcome:
-        # The exit code of a rank that a signal ended is negative.
-        return Outcome(status=self.status, exit_code=max(self.exit_code, EXIT_FAILED), message=str(self))
-
-
-class WorkersInterrupted(HasOutcome, RuntimeError):
-    """The workers were stopped by a signal.
-
-    Not a `Stopped`: Hydra's `run_job` catches no SystemExit, and its callbacks would not see the end of the job.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-
-    @property
-    def outcome(self) -> Outcome:
-        return Outcome(status=Status.INTERRUPTED, exit_code=exit_code_of_signal(self.number), message=str(self))
 
 
 @dataclass
@@ -157,7 +123,7 @@ class Workers:
     def _start(self, rank: int, listening: int, opened: ExitStack) -> RankStart:
         """What a rank is started with."""
         error = error_file(self._attempt, self._numbered_from + rank)
-        self._rooms.append(_made_room(error))
+        self._rooms.append(made_room(error))
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_VARIABLE: str(error)}
         if rank == 0:
             return RankStart(
@@ -264,9 +230,7 @@ class Workers:
         finally:
             for start, room in zip(self._starts, self._rooms, strict=True):
                 if room is not None:
-                    room.close()
-                    with suppress(OSError):  # it is small, and hidden
-                        _room_of(start.error).unlink(missing_ok=True)
+                    remove_room(start.error, room)
             self._rooms = [None] * len(self._starts)
 
     def _first_failure(self) -> WorkersFailed | WorkersInterrupted | None:
@@ -282,7 +246,7 @@ class Workers:
         _, number, code = min(found)
         if is_stop(code):  # a rank received the signal, and all ranks stopped together
             return WorkersInterrupted(signal_of_exit_code(code))
-        written = _written(self._ranks[number])
+        written = written_error(self._ranks[number].error, self._ranks[number].room)
         status = written_status(written.text("status")) or Status.FAILED
         return self._failed(number, code, _message(written, code, status), status)
 
@@ -342,80 +306,6 @@ def signals_noted() -> Iterator[list[int]]:
                 signal.signal(number, handler)
 
 
-def record_failure(error: Exception, outcome: Outcome) -> None:
-    """Write why this rank failed, for the process that started it."""
-    content = {
-        "raised_at": time.time(),
-        # A plain error says it all, for a user.
-        "message": str(error) if isinstance(error, PlainError) else f"{type(error).__name__}: {error}",
-        "traceback": trace_of(error),
-        "status": outcome.status,
-        "reason": outcome.message,
-    }
-    path = Path(os.environ[ERROR_VARIABLE])
-    try:
-        write_whole(path, json.dumps(content) + "\n")
-    except OSError as failed:
-        content["traceback"] = ""
-        while len(text := json.dumps(content).encode()) > _ROOM_BYTES:
-            content |= {name: str(content[name])[: len(str(content[name])) // 2] for name in ("message", "reason")}
-        try:
-            if _own_room is None:
-                raise
-            os.pwrite(_own_room, text.ljust(_ROOM_BYTES), 0)
-        except OSError:
-            show_unwritable(path, failed)
-
-
-_own_room: int | None = None
-"""Descriptor of the room for this rank's own error."""
-
-
-def hold_own_room() -> None:
-    """In a rank: open the room for its error, which cannot be opened later where its folder is made read-only."""
-    global _own_room
-    with suppress(OSError):
-        _own_room = no_links(str(_room_of(Path(os.environ[ERROR_VARIABLE]))), os.O_WRONLY)
-
-
-def _room_of(error: Path) -> Path:
-    return error.with_name(f".{error.name}")
-
-
-def _made_room(error: Path) -> IO[bytes] | None:
-    """Keep room on the disk for the error of a rank; None where there is none left."""
-    try:
-        room = open(_room_of(error), "w+b", buffering=0, opener=no_links)  # noqa: SIM115  until the ranks have ended
-        room.write(b" " * _ROOM_BYTES)
-    except OSError:
-        return None
-    return room
-
-
-def _written(rank: _Rank) -> Fields:
-    """What a rank has written of its error; empty where it has not."""
-    if rank.error.exists() or rank.room is None:
-        return read_fields(rank.error)
-    try:
-        return Fields(rank.error, parse_object(os.pread(rank.room.fileno(), _ROOM_BYTES, 0)))
-    except ValueError:  # blank
-        return Fields(rank.error)
-
-
-def worker_command() -> list[str]:
-    """The command line that runs this process's script again, as a worker.
-
-    `-u`: a rank may be killed at any time, and what it printed must not be lost in a buffer.
-    """
-    # `python -m package.module` has to be repeated as such: run by its path, relative imports would fail.
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is not None:
-        name = spec.name.removesuffix(".__main__")
-        return [sys.executable, "-u", "-m", name, *sys.argv[1:]]
-    return [sys.executable, "-u", str(Path(sys.argv[0]).absolute()), *sys.argv[1:]]
-
-
 def threads(world_size: int) -> dict[str, str]:
     """Threads per rank: the cores divided by the ranks, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in os.environ:
@@ -431,7 +321,7 @@ def _send(process: subprocess.Popen[bytes] | ForkedRank, number: int) -> None:
 
 def _when(rank: _Rank) -> float:
     """When a rank failed, in seconds since 1970, to find the first."""
-    raised_at = _written(rank).number("raised_at")
+    raised_at = written_error(rank.error, rank.room).number("raised_at")
     if raised_at is not None:
         return raised_at
     if rank.told:

@@ -30,9 +30,8 @@ from danling_conf.config.hydra_directories import (
     sweep_directory_faults,
 )
 from danling_conf.config.job import Job
-from danling_conf.launch.app import App
+from danling_conf.launch.app import App, worker_command
 from danling_conf.launch.slurm.queries import SlurmUnavailable
-from danling_conf.launch.workers import worker_command
 from danling_conf.records.code import code_identity
 from danling_conf.records.job_file import Program
 from danling_conf.records.ledger import Record

@@ -9,7 +9,7 @@ import pytest
 
 from danling_conf.launch import groups
 from danling_conf.launch.groups import Groups, Place, TaskGone
-from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted
+from danling_conf.launch.rank_error import WorkersFailed, WorkersInterrupted
 from danling_conf.records.membership import GONE, Event, changes_of, note
 from danling_conf.schema.fault_tolerance import FtConfig
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from danling_conf.launch.groups import share_of_devices
 from danling_conf.launch.rank import REPEATED_VARIABLE
+from danling_conf.launch.rank_error import WorkersFailed, WorkersInterrupted
 from danling_conf.launch.slurm import queries, requeue
-from danling_conf.launch.workers import POLL_SECONDS, Workers, WorkersFailed, WorkersInterrupted, signals_noted
+from danling_conf.launch.workers import POLL_SECONDS, Workers, signals_noted
 from danling_conf.records.status import Status, outcome_of
 from danling_conf.schema.files import write_whole
 from danling_conf.topology.rendezvous import ADDRESS_VARIABLE, address_of_node

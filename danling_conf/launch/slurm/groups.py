@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from danling_conf.config.hydra_job import run_frozen
 from danling_conf.launch.execute import run_attempt
 from danling_conf.launch.groups import Place, TaskGone
+from danling_conf.launch.rank_error import WorkersFailed, WorkersInterrupted
 from danling_conf.launch.slurm import requeue
 from danling_conf.launch.slurm.queries import SlurmUnavailable, node_state
 from danling_conf.launch.slurm.rank import open_here
-from danling_conf.launch.workers import WorkersFailed, WorkersInterrupted
 from danling_conf.records.job_file import JobFile, write_error
 from danling_conf.records.logs import rank_log
 from danling_conf.records.reading import read_fields
