@@ -122,7 +122,7 @@ def per_group(attempt: Path, event: Event) -> dict[int, int]:
 
 
 def lost_samples(root: Path) -> float:
-    (run,) = root.glob("lin/exp/*")
+    (run,) = root.glob("lin/exp/[!.]*")
     found = series(read_metrics(run), "ft.lost_samples")
     return found[-1][1] if found else 0.0
 

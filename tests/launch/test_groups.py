@@ -46,7 +46,7 @@ def ends(process: subprocess.Popen[bytes], limit: float = 90.0) -> int:
 
 
 def history(root: Path) -> dict[str, list[tuple[float, float]]]:
-    (run,) = root.glob("lin/exp/*")
+    (run,) = root.glob("lin/exp/[!.]*")
     return {name: series(read_metrics(run), name) for name in ("val.loss", "train.lr", "train.grad_norm")}
 
 
@@ -60,7 +60,7 @@ def test_groups_train_as_one_process_does_also_when_they_are_stopped_and_resumed
     time.sleep(1.5)
     first.send_signal(signal.SIGTERM)
     assert ends(first) == 128 + signal.SIGTERM
-    (run,) = three.glob("lin/exp/*")
+    (run,) = three.glob("lin/exp/[!.]*")
     assert "saved at step" in said.read_text()
     assert ends(start([*argv, f"data={{digests:{tmp_path}}}", f"resume={run}", "force_resume=true"], said)) == 0
     wanted, found = history(one), history(three)
@@ -129,7 +129,7 @@ def test_groups_that_are_started_one_by_one_outlive_their_lighthouse(tmp_path: P
 
 def steps_of(root: Path) -> int:
     """The newest step in the metrics of a workspace's only run."""
-    lines = [line for run in root.glob("lin/exp/*") for line in read_metrics(run)]
+    lines = [line for run in root.glob("lin/exp/[!.]*") for line in read_metrics(run)]
     return lines[-1]["step"] if lines else 0
 
 
