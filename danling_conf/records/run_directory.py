@@ -40,6 +40,8 @@ from danling_conf.schema.printable import override, printable_lines, shell_line
 from danling_conf.topology.layout import layout_of
 from danling_conf.topology.violation import ConfigRefused, Violation, show
 
+_STAMP = re.compile(r"\d{8}-\d{6}(\.[1-9]\d{0,8})?$")
+"""Name of an attempt."""
 _START_SETTINGS = ("pretrained", "checkpoint.exclude_from_loading")
 """Settings of what a run starts from. They have no effect on a resume, so a difference in them does not matter."""
 
@@ -377,8 +379,10 @@ def _seed(config: RunnerConfig, parent: Path | None) -> int:
 def _make_attempt(run: Path) -> Path:
     attempts = run / ATTEMPTS
     attempts.mkdir(exist_ok=True)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    number = 1
+    orders = [attempt_order(folder.name) for folder in attempts_in(run)]
+    # Not before the newest, though the clock says so: of another machine, in another time zone, or back from summer.
+    stamp = max([time.strftime("%Y%m%d-%H%M%S"), *(each for each, _ in orders)])
+    number = max([0, *(number for each, number in orders if each == stamp)]) + 1
     while True:
         attempt = attempts / (stamp if number == 1 else f"{stamp}.{number}")
         try:
@@ -390,7 +394,7 @@ def _make_attempt(run: Path) -> Path:
 
 def attempts_in(run: Path) -> list[Path]:
     """The folders of a run's attempts, oldest first."""
-    folders = [folder for folder in (run / ATTEMPTS).glob("*") if folder.is_dir()]
+    folders = [folder for folder in (run / ATTEMPTS).glob("*") if _STAMP.match(folder.name) and folder.is_dir()]
     return sorted(folders, key=lambda folder: attempt_order(folder.name))
 
 

@@ -17,7 +17,7 @@ import danling_conf
 from danling_conf import ConfigRefused
 from danling_conf.config.identity import config_id
 from danling_conf.records.frozen import freeze_attempt
-from danling_conf.records.run_directory import Attempt, bind, claim, newest_run, owner_of, read_run
+from danling_conf.records.run_directory import Attempt, bind, claim, newest_attempt, newest_run, owner_of, read_run
 from danling_conf.records.run_lock import LostRun, RankLock, is_live
 from danling_conf.schema.files import LAYOUTS_INDEX, RUN_FILE, write_whole
 
@@ -330,6 +330,17 @@ def test_a_relative_path_and_a_link_find_the_run(root, tmp_path, monkeypatch):
     run = claimed(root).run_directory
     monkeypatch.chdir(tmp_path)
     assert claimed(root, f"resume={run.relative_to(tmp_path)}").run_directory == run
+
+
+def test_an_attempt_is_the_newest_though_the_clock_was_set_back(root, monkeypatch):
+    first = claimed(root)
+    run = first.run_directory
+    (run / "attempts" / "zz").mkdir()  # somebody's own
+    (run / "attempts" / f"{first.directory.name}.9").mkdir()
+    monkeypatch.setattr("time.strftime", lambda form: "20200101-000000")
+    names = [claimed(root, f"resume={run}").directory.name for _ in range(2)]
+    assert names == [f"{first.directory.name}.10", f"{first.directory.name}.11"]
+    assert newest_attempt(run).name == names[1]
 
 
 def test_attempts_within_a_second_differ(root):
