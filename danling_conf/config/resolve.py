@@ -7,7 +7,6 @@ methods are private in OmegaConf; public access would resolve interpolations, wh
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
@@ -169,16 +168,13 @@ def declared_kind(config: DictConfig) -> type[RunnerConfig] | None:
     return declared if isinstance(declared, type) and issubclass(declared, RunnerConfig) else None
 
 
-_TO_SEED = re.compile(r"\$\{seed\}")
-
-
 def _of_no_seed(node: Any) -> list[Violation]:
     """Refuse what refers to a seed that is not set: one is drawn when the run starts, and this would stay without."""
     if node._get_node("seed") is None or node._get_node("seed")._value() is not None:
         return []
     rule = "it refers to the seed, which is unset: one is drawn when the run starts, and this would be null"
     fix = "set seed=0, for instance, or let the program ask runner.world.attempt.seed"
-    return [Violation(path, value, rule, fix) for path, value in _leaves(node) if _TO_SEED.search(value)]
+    return [Violation(path, value, rule, fix) for path, value in _leaves(node) if "${seed}" in value]
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
