@@ -50,6 +50,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def saved(root: Path, backend: str = "file", step: int = 1, model: nn.Module | None = None) -> Path:
     """A checkpoint after a step of Adam."""
+    root.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(step)
     model = model or Net()
     optimizer = optimizer_of(model)
