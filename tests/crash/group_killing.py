@@ -31,6 +31,7 @@ _LIMIT_SECONDS = 150.0
 _STEP_SECONDS = 1.0
 """Longer than a step takes on a machine that is busy with other things too."""
 _QUIET_STEPS = 300
+_RANKS = 6
 _EVALUATED = 25
 """Steps between two evaluations."""
 _NOISE = 0.1
@@ -105,6 +106,7 @@ def run_with_kills(
                 attempt = wait_for(lambda: together(root, process), process)
                 if attempt is None:
                     break
+                all_have_stepped(digests, process)
                 time.sleep(chosen.uniform(0.1, 1.5))
                 way, struck = ways[sum(report.kills.values()) % len(ways)], time.time()
                 if strike(attempt, way, chosen):
@@ -112,8 +114,7 @@ def run_with_kills(
                     if way.startswith("kill"):
                         wait_for(partial(has_died, attempt, struck), process)
             if kills and wait_for(lambda: together(root, process), process) is not None:
-                noted = sizes_of(digests)  # to take part is to begin a step, which may take long: wait for its end
-                wait_for(lambda: all(size > noted[path] for path, size in sizes_of(digests).items()) or None, process)
+                all_have_stepped(digests, process)
                 enough.touch()
             process.wait(timeout=_LIMIT_SECONDS + (0 if kills else steps * _STEP_SECONDS))
         finally:
@@ -135,6 +136,17 @@ def wait_for(what: Any, process: subprocess.Popen[bytes], limit: float = _LIMIT_
         assert time.monotonic() < deadline, "nothing has happened for too long"
         time.sleep(0.05)
     return None
+
+
+def all_have_stepped(digests: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a step of each rank: to take part is to begin one, which may take long."""
+    noted = sizes_of(digests)
+
+    def have() -> bool | None:
+        sizes = sizes_of(digests)
+        return (len(sizes) == _RANKS and all(size > noted.get(path, 0) for path, size in sizes.items())) or None
+
+    wait_for(have, process)
 
 
 def sizes_of(folder: Path) -> dict[Path, int]:
