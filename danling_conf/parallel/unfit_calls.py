@@ -105,9 +105,16 @@ def before(call: Call, given: Callable[[Tensor], bool]) -> Unfit | None:
         return _class_out_of_range(call)
     operator = call.name.strip("_").removeprefix("i") if call.name.startswith("__") else call.name
     pair = [item for item in (call.argument(0, "input"), call.argument(1, "target")) if isinstance(item, Tensor)]
-    if len(pair) == 2 and (call.name in _POINTWISE or (operator in _ARITHMETIC and all(map(given, pair)))):
+    if len(pair) == 2 and (call.name in _POINTWISE or (operator in _ARITHMETIC and _are_meant_alike(pair, given))):
         return _crossed(call, *pair)
     return None
+
+
+def _are_meant_alike(pair: list[Tensor], given: Callable[[Tensor], bool]) -> bool:
+    """Whether two tensors are meant to have one shape: both as they are, or a column as it is beside one number a
+    sample. A column that the loss makes itself (`x[:, None] - x`) is there to be compared with each."""
+    shorter, longer = sorted(pair, key=lambda item: item.ndim)
+    return all(map(given, pair)) or (given(longer) and longer.shape == (*shorter.shape, 1))
 
 
 def after(call: Call) -> Unfit | None:

@@ -99,6 +99,12 @@ REFUSED: dict[str, tuple[Any, list[Any], Any, list[str]]] = {
         ["targets of floats", "int64", ".float()"],
     ),
     "(B, 1) and (B,)": (scalar, with_targets(Tensor.float), squares, ["mse_loss", "(4, 1) and (4,)", "squeeze(-1)"]),
+    "(B,) made of (B, 1) - (B, 1)": (
+        scalar,
+        with_targets(lambda y: y[None].float()),
+        lambda output, batch: (output.squeeze(-1) - batch[1]).square().mean(),
+        ["sub broadcasts the shapes (4,) and (4, 1) to (4, 4)"],
+    ),
     "(B, 1) - (B,)": (
         scalar,
         with_targets(Tensor.float),
